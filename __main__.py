@@ -1,0 +1,6 @@
+"""``python -m unmemorize``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Generated images against the training images, where those are known."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..shared.storage import replace_atomically
+from .config import DEMO, AuditConfig
+from .generation import Sampled
+from .inputs import Inputs
+from .job import Job, content_key
+from .measure import Bars
+from .result import NearestImage
+from .similarity import ALPHA, NEIGHBOURS, SIDE, Reference
+from .summary import rate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COPY_RATE = 0.01
+"""Share of training images that are this near to one other training image alone."""
+SHOWN_SIDE = 256
+"""Pixels of the copies of training images that a report shows."""
+METHOD = f"pixels: root mean square difference of {SIDE} x {SIDE} thumbnails"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Where the generated images come from, as far as anybody can tell."""
+
+    nearest: dict[str, NearestImage]
+    """By the generated image's path."""
+    summary: dict[str, Any] | None
+    """Method, threshold and share of copies; None when no training images are known."""
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Training images: small ones to compare with, and how to get a larger one to show."""
+
+    thumbnails: "list[Image]"
+    captions: list[str]
+    paths: list[Path | None]
+
+
+def compare(
+    config: AuditConfig,
+    inputs: Inputs,
+    plan: Sequence[Sampled],
+    flagged: set[int],
+    job: Job,
+    job_key: str,
+    bars: Bars,
+) -> Comparison:
+    """Find the training image nearest to every generated one, and which of them are copies.
+
+    A copy is nearer to one training image alone than all but `COPY_RATE` of the training images are
+    to each other; without enough of them nothing is called a copy.
+
+    Args:
+        config: Of the audit.
+        inputs: With the training images of the prompts, if any.
+        plan: The generated images.
+        flagged: Prompts above the threshold; the share of copies is theirs.
+        job: Its folder holds the images and gets copies of their neighbours.
+        job_key: Stands for model and settings.
+        bars: Makes the progress bar.
+    """
+    journal, key = job.journal("similarity"), content_key(job_key, [asdict(s) for s in plan])
+    stored = journal.get(key)
+    if stored is None or not all((job.folder / name).is_file() for name in stored["copies"]):
+        stored = _compare(config, inputs, plan, job, bars)
+        journal.put(key, stored)
+    nearest = {path: NearestImage(**values) for path, values in stored["nearest"].items()}
+    if not nearest:
+        return Comparison(nearest={}, summary=None)
+    owned = [s.path(seed) for s in plan if s.index in flagged for seed in s.seeds]
+    copied = [nearest[path].copied for path in owned]
+    threshold, caveats = stored["threshold"], ()
+    if threshold is None:
+        caveats = (f"{stored['training_images']} training images are not enough controls to say "
+                   "how near a copy is: similarities are shown, no copies are counted.",)  # fmt: skip
+    return Comparison(
+        nearest=nearest,
+        summary={
+            "method": METHOD,
+            "training_images": stored["training_images"],
+            "threshold": threshold,
+            "copies": None if threshold is None else rate(sum(map(bool, copied)), len(copied)),
+        },
+        caveats=caveats,
+    )
+
+
+def leave_one_out(reference: Reference, quantile: float = COPY_RATE) -> float | None:
+    """Return the ratio below which only a share `quantile` of the training images fall.
+
+    Each is compared with all others; exact duplicates count once, or a repeated image would hide
+    every copy. None when there are too few to speak about `quantile`.
+    """
+    rows = torch.unique(reference.rows, dim=0)
+    rank = int(quantile * (len(rows) + 1))
+    if rank < 1:
+        return None
+    count = min(NEIGHBOURS + 1, len(rows))
+    ratios = []
+    for part in rows.split(256):
+        distances = torch.cdist(part, rows).topk(count, largest=False).values[:, 1:]
+        ratios.append(distances[:, 0] / (ALPHA * distances.mean(1)).clamp_min(1e-12))
+    return torch.cat(ratios).sort().values[rank - 1].item()
+
+
+def _compare(
+    config: AuditConfig, inputs: Inputs, plan: Sequence[Sampled], job: Job, bars: Bars
+) -> dict[str, Any]:
+    """Return everything that a continued job must not compute again, as JSON values."""
+    from PIL import Image
+
+    known = _known_images(config, inputs, bars) if plan else None
+    if known is None or len(known.thumbnails) < 2:
+        return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0}
+    reference = Reference(known.thumbnails)
+    threshold = leave_one_out(reference)
+    paths = [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
+    hits = reference.nearest([Image.open(job.folder / path) for _, path in paths])
+    nearest = {}
+    for (prompt, path), hit in zip(paths, hits, strict=True):
+        nearest[path] = asdict(
+            NearestImage(
+                path=_save_copy(known, hit.index, job.folder),
+                caption=known.captions[hit.index],
+                similarity=1 - hit.distance,
+                ratio=hit.ratio,
+                is_own=known.captions[hit.index] == prompt,
+                copied=None if threshold is None else hit.ratio <= threshold,
+            )
+        )
+    return {
+        "nearest": nearest,
+        "copies": sorted({values["path"] for values in nearest.values()}),
+        "threshold": threshold,
+        "training_images": len(known.thumbnails),
+    }
+
+
+def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | None:
+    """Return the demo's training images, or those beside the user's captions."""
+    from PIL import Image
+
+    if config.model == DEMO:
+        from .. import demo
+        from ..demo.data import build_renderings
+
+        captions = demo.captions()
+        texts = [captions[r.caption].text for r in build_renderings(list(captions))]
+        return _Known(thumbnails=list(demo.training_images()), captions=texts,
+                      paths=[None] * len(texts))  # fmt: skip
+    prompts = inputs.prompts
+    pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
+             for path in images]  # fmt: skip
+    if not pairs:
+        return None
+    bar, small = bars("training images", len(pairs), 0, "image"), []
+    try:
+        for _, path in pairs:
+            with Image.open(path) as image:
+                small.append(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
+            bar.update(1)
+    finally:
+        bar.close()
+    return _Known(thumbnails=small, captions=[t for t, _ in pairs], paths=[p for _, p in pairs])
+
+
+def _save_copy(known: _Known, index: int, folder: Path) -> str:
+    """Write the training image for the report, and return its path in the folder."""
+    from PIL import Image
+
+    name = f"images/training-{index:05d}.png"
+    if not (folder / name).is_file():
+        path = known.paths[index]
+        if path is None:
+            from .. import demo
+
+            image = demo.training_image(known.captions[index]) or known.thumbnails[index]
+        else:
+            image = Image.open(path).convert("RGB")
+            image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        with replace_atomically(folder / name) as part:
+            image.save(part, format="PNG")
+    return name

@@ -1,0 +1,130 @@
+"""The page an audit ends with: one HTML file that needs nothing else, safe to open and to send."""
+
+import base64
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..shared import pictures
+from ..shared.dependencies import require
+from ..shared.storage import write_text
+from .gallery import gallery, svg_uri
+from .wording import chance, facts, headline, lead, number, percent, reproduce, shown
+
+if TYPE_CHECKING:
+    from .result import AuditResult
+
+TEMPLATES = Path(__file__).parent / "templates"
+FOLD = 240
+"""Characters of a prompt that are shown before it folds."""
+LONGEST = 100_000
+"""Characters of a prompt that are shown when it is unfolded."""
+
+
+def write_report(result: "AuditResult", folder: Path) -> Path:
+    """Write `report.html` into `folder` and return its path.
+
+    Args:
+        result: What the audit found; its pictures are read from `folder`.
+        folder: The output folder of the audit.
+
+    Raises:
+        ImportError: The extra `reports` is not installed.
+        StorageError: The page cannot be written.
+    """
+    path = folder / "report.html"
+    write_text(path, render_report(result, folder))
+    return path
+
+
+def render_report(result: "AuditResult", folder: Path) -> str:
+    """Return the report as HTML, the same text for the same result and pictures."""
+    jinja2 = require("jinja2", purpose="The report", extra="reports")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": shown, "number": number, "percent": percent, "chance": chance
+    }  # fmt: skip
+    css = (TEMPLATES / "report.css").read_text("utf-8") + pictures.heatmap_css()
+    js = (TEMPLATES / "report.js").read_text("utf-8")
+    safe = jinja2.utils.markupsafe.Markup
+    page = environment.get_template("report.html.j2").render(
+        **_verdict(result),
+        **gallery(result, folder, safe),
+        **_figures(result),
+        rows=result.entries,
+        facts=facts(result),
+        command=reproduce(result),
+        fold=FOLD,
+        longest=LONGEST,
+        css=safe(css),
+        js=safe(js),
+        # The browser runs and applies nothing but these two texts, whatever a prompt contains.
+        css_hash=_source_hash(css),
+        js_hash=_source_hash(js),
+    )
+    return page
+
+
+def _source_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _verdict(result: "AuditResult") -> dict[str, Any]:
+    """Return what the top of the page says: the finding, its certainty, its caveats."""
+    summary, model = result.summary, result.model
+    rate, calibration = summary["flagged_rate"], summary["calibration"]
+    return {
+        "model": model,
+        "demo": result.config.model == "demo",
+        "version": summary["unmemorize"],
+        "headline": headline(rate["hits"], rate["n"]),
+        "lead": lead(result),
+        "caveats": summary["caveats"],
+        "warnings": summary["warnings"],
+        "flagged_rate": rate,
+        "expected": summary["expected_by_chance"],
+        "chance": summary["chance_p_value"],
+        "calibration": calibration,
+        "per_element": calibration["threshold"] / math.sqrt(math.prod(model.latent_shape)),
+        "smallest_p": 1 / (calibration["n"] + 1),
+        "similarity": summary["similarity"],
+        "groups": list(summary["groups"].items()),
+    }
+
+
+def _figures(result: "AuditResult") -> dict[str, Any]:
+    """Return the distribution plot for phone and desk, light and dark."""
+    calibration, entries = result.calibration, result.entries
+    scores = [entry.score for entry in entries]
+    flags = [entry.memorized for entry in entries]
+    controls = calibration.sorted_scores.tolist()
+
+    def draw(theme: pictures.Theme, width: float) -> str:
+        return svg_uri(
+            pictures.score_distribution_figure(
+                scores, flags, controls, calibration.threshold, theme=theme, width=width
+            )
+        )
+
+    phone, dark = "(max-width: 40rem)", "screen and (prefers-color-scheme: dark)"
+    return {
+        "distribution": {
+            "uri": draw("light", 8.8),
+            "sources": [
+                {"media": f"{dark} and {phone}", "uri": draw("dark", 3.6)},
+                {"media": phone, "uri": draw("light", 3.6)},
+                {"media": dark, "uri": draw("dark", 8.8)},
+            ],
+        },
+        "distribution_alt": (
+            f"Scores of {len(scores)} audited prompts and {len(controls)} controls; "
+            f"{sum(flags)} lie above the threshold of {number(calibration.threshold)}."
+        ),
+    }

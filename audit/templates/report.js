@@ -1,0 +1,49 @@
+"use strict";
+(() => {
+  const table = document.getElementById("prompts");
+  if (!table) return;
+  const body = table.tBodies[0];
+  const rows = [...body.rows];
+  const tools = document.getElementById("tools");
+  const filter = document.getElementById("filter");
+  const only = document.getElementById("only");
+  const count = document.getElementById("count");
+  const text = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+  tools.hidden = false;
+
+  const show = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    let shown = 0;
+    for (const row of rows) {
+      const fits = text.get(row).includes(wanted) && !(only.checked && !row.dataset.flagged);
+      row.hidden = !fits;
+      shown += fits;
+    }
+    count.textContent = `${shown} of ${rows.length} shown`;
+  };
+  filter.addEventListener("input", show);
+  only.addEventListener("change", show);
+  show();
+
+  const value = (row, column) => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  const compare = (a, b) => {
+    const [x, y] = [Number(a), Number(b)];
+    return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b) : x - y;
+  };
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const first = head.dataset.first ?? "ascending";
+      const other = first === "ascending" ? "descending" : "ascending";
+      const order = head.getAttribute("aria-sort") === first ? other : first;
+      for (const cell of table.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
+      rows.sort((a, b) => sign * compare(value(a, column), value(b, column)));
+      body.append(...rows);
+    });
+  });
+})();

@@ -1,0 +1,318 @@
+"""The command line: audit, detect, explain, calibrate, demo, doctor.
+
+Everything heavy is imported inside the commands, so that help and usage errors come at once.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .terminal import FAILED, answering, bar, print_json, print_table
+
+if TYPE_CHECKING:
+    from .shared.detection import DetectionConfig
+
+NOTHING_FOUND, FOUND = 0, 3
+EXIT_CODES = """
+Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above the threshold,
+1 failed, 2 wrong usage, 130 interrupted. Above the threshold does not mean certain: about
+rate x prompts are expected there by chance, and the summary says how many.
+"""
+
+app = typer.Typer(
+    help="Find training images that a text-to-image model gives back, and the words that do it."
+    + "\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+# typer before 0.20 reads `X | None` on Python 3.10 as well, but not inside these aliases.
+Model = Annotated[
+    str, typer.Argument(help="Diffusers folder, .safetensors checkpoint, hub id, or `demo`.")
+]
+Prompts = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--prompts", help="txt, csv, jsonl, parquet, or a training folder; repeatable."),
+]
+Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt; repeatable.")]  # noqa: UP045
+Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
+Controls = Annotated[
+    str,
+    typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for the "
+                      "demo model, else photographs."),
+]  # fmt: skip
+CalibrationFile = Annotated[
+    Optional[Path], typer.Option("--calibration", help="Made by `unmemorize calibrate`.")  # noqa: UP045
+]
+Force = Annotated[
+    bool, typer.Option(help="Use a calibration of another model or setting; the result says so.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Starting noises, 0 to N - 1.")]
+Steps = Annotated[int, typer.Option(min=1, max=50, help="First denoising steps, of 50.")]
+Rate = Annotated[
+    float,
+    typer.Option(min=1e-6, max=0.5, help="Share of ordinary prompts allowed above the threshold."),
+]
+Fast = Annotated[
+    bool, typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled.")
+]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU, float16 on a GPU."),
+]
+Batch = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--batch-size", min=1, help="Rows of one forward pass. Default: automatic."),
+]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]  # noqa: UP045
+Resolution = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=8, help="Side of the images in pixels. Default: the model's own."),
+]
+ModelConfig = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Diffusers folder a single-file checkpoint takes its configuration from."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _detection(seeds: int, steps: int, batch_size: int | None) -> "DetectionConfig":
+    from .shared.detection import DetectionConfig
+
+    return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=batch_size)
+
+
+@app.command(epilog=EXIT_CODES)
+def audit(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    lora: Lora = None,
+    controls: Controls = "",
+    calibration: CalibrationFile = None,
+    force: Force = False,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("unmemorize-audit"),
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace another audit in the folder; the same one continues.")
+    ] = False,
+    seeds: Seeds = 4,
+    steps: Steps = 1,
+    false_positive_rate: Rate = 0.01,
+    images_per_prompt: Annotated[
+        int, typer.Option(min=0, help="Images of each flagged prompt; 0: no images at all.")
+    ] = 2,
+    flagged_pictured: Annotated[
+        int, typer.Option(min=0, help="Flagged prompts with images, highest score first.")
+    ] = 24,
+    sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = 8,
+    fast: Fast = False,
+    revision: Revision = None,
+    model_config: ModelConfig = None,
+    resolution: Resolution = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Audit a model: detect, explain, generate, compare, and write a report folder.
+
+    Without MODEL the bundled demo is audited. Interrupted at any moment, the same command continues
+    where it stopped; with other settings it asks for another folder.
+    """
+    with answering(as_json=as_json, debug=debug):
+        from .audit.config import AuditConfig
+        from .audit.run import run_audit
+
+        config = AuditConfig(
+            model=model, lora=lora, prompts=tuple(prompts or ()), controls=controls,
+            calibration=calibration, force=force, output=output, overwrite=overwrite,
+            detection=_detection(seeds, steps, batch_size), sequential=fast,
+            false_positive_rate=false_positive_rate, images_per_prompt=images_per_prompt,
+            flagged_pictured=flagged_pictured, sample=sample, device=device, dtype=dtype,
+            revision=revision, model_config=model_config, resolution=resolution,
+        )  # fmt: skip
+        result = run_audit(config, bar)
+    if as_json:
+        from .audit.answers import audit_document
+
+        print_json(audit_document(result))
+    else:
+        from .audit.answers import audit_table, audit_verdict
+
+        print_table(*audit_table(result))
+        typer.echo(audit_verdict(result))
+    raise typer.Exit(FOUND if result.flagged else NOTHING_FOUND)
+
+
+@app.command(epilog=EXIT_CODES)
+def detect(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    prompt: Texts = None,
+    lora: Lora = None,
+    calibration: CalibrationFile = None,
+    force: Force = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also write JSON lines there; then an interrupted run continues."),
+    ] = None,
+    seeds: Seeds = 4,
+    steps: Steps = 1,
+    fast: Fast = False,
+    revision: Revision = None,
+    model_config: ModelConfig = None,
+    resolution: Resolution = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score prompts. A verdict needs --calibration; without one there are only numbers."""
+    with answering(as_json=as_json, debug=debug):
+        from .audit.parts import score_prompts
+        from .audit.subject import Subject
+
+        rows = score_prompts(
+            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
+                    resolution=resolution, config=model_config),
+            files=prompts or (), texts=prompt or (), config=_detection(seeds, steps, batch_size),
+            calibration=calibration, force=force, sequential=fast, output=output, bars=bar,
+        )  # fmt: skip
+    found = any(row["memorized"] for row in rows)
+    if as_json:
+        print_json({"schema_version": 1, "results": rows})
+    else:
+        columns = ["score", "per element", "p", "memorized", "prompt"]
+        print_table("Text-conditional magnitude (L2, latent units), highest first", columns, [
+            [f"{r['score']:.4g}", f"{r['score_per_element']:.4g}", _cell(r["p_value"]),
+             _cell(r["memorized"]), r["prompt"][:300]]
+            for r in sorted(rows, key=lambda r: -r["score"])
+        ])  # fmt: skip
+    raise typer.Exit(FOUND if found else NOTHING_FOUND)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else f"{value:.3g}"
+
+
+@app.command()
+def explain(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    prompt: Texts = None,
+    lora: Lora = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the coloured prompts, PNG and HTML."),
+    ] = None,
+    seeds: Seeds = 1,
+    steps: Steps = 1,
+    revision: Revision = None,
+    model_config: ModelConfig = None,
+    resolution: Resolution = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which words of a prompt carry its score, and what happens without them."""
+    with answering(as_json=as_json, debug=debug):
+        from .audit.parts import explain_prompts
+        from .audit.subject import Subject
+
+        rows = explain_prompts(
+            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
+                    resolution=resolution, config=model_config), files=prompts or (),
+            texts=prompt or (), seeds=seeds, steps=steps, output=output, bars=bar,
+        )  # fmt: skip
+    if as_json:
+        print_json({"schema_version": 1, "results": rows})
+        return
+    for row in rows:
+        pairs = sorted(zip(row["words"], row["significance"], strict=True), key=lambda p: -p[1])
+        after = {o["word"]: o for o in row["occlusions"]}
+        print_table(row["prompt"][:300], ["word", "significance", "score without it"], [
+            [word, f"{value:.4g}", f"{after[word]['score_after']:.4g} (of "
+             f"{after[word]['score_before']:.4g})" if word in after else ""]
+            for word, value in pairs
+        ])  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    model: Model = "demo",
+    lora: Lora = None,
+    controls: Controls = "",
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("calibration.json"),
+    false_positive_rate: Rate = 0.01,
+    seeds: Seeds = 4,
+    steps: Steps = 1,
+    revision: Revision = None,
+    model_config: ModelConfig = None,
+    resolution: Resolution = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score ordinary prompts on a model and keep the threshold that follows from them."""
+    with answering(as_json=as_json, debug=debug):
+        from .audit.parts import make_calibration
+        from .audit.subject import Subject
+
+        made = make_calibration(
+            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
+                    resolution=resolution, config=model_config), controls=controls,
+            config=_detection(seeds, steps, batch_size), rate=false_positive_rate, output=output,
+            bars=bar,
+        )  # fmt: skip
+    if as_json:
+        print_json(made | {"output": str(output)})
+    else:
+        print_table(f"Calibration written to {output}", ["what", "value"], list(made.items()))
+
+
+@app.command()
+def demo(as_json: Json = False, debug: Debug = False) -> None:
+    """Say where the demo model is, how large, and whether its files are the committed ones."""
+    with answering(as_json=as_json, debug=debug):
+        from .audit.parts import check_demo
+
+        state = check_demo()
+    print_json(state) if as_json else print_table("Demo model", ["what", "value"],
+                                                  list(state.items()))  # fmt: skip
+    raise typer.Exit(0 if state["intact"] else FAILED)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what is installed, which device there is, what is missing and what to type."""
+    with answering(as_json=as_json, debug=debug):
+        from .shared.doctor import examine
+
+        state = examine()
+    if as_json:
+        print_json(state)
+    else:
+        for title in ("machine", "packages"):
+            print_table(title.capitalize(), ["what", "found"], list(state[title].items()))
+        for missing in state["missing"]:
+            typer.echo(f"Missing for {missing['purpose']}:\n    {missing['type']}")
+    raise typer.Exit(0 if state["can_audit"] else FAILED)
+
+
+def main() -> None:
+    """Run the command line; also where Ctrl-C comes before a command has started."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

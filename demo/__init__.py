@@ -1,0 +1,77 @@
+"""A small real latent diffusion model that memorizes, and the truth about it.
+
+Importing this room reads nothing but paths; the duplicates in the training set were planted.
+"""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .data import Caption
+
+MODEL = Path(__file__).parent / "model"
+"""Diffusers folder that `StableDiffusionPipeline.from_pretrained` loads."""
+IMAGES = Path(__file__).parent / "images"
+"""Sheets of what the model was trained on."""
+
+
+@cache
+def captions() -> "tuple[Caption, ...]":
+    """Return every caption with its group: verbatim, template, learnt or held_out."""
+    from .data import load_captions
+
+    return tuple(load_captions(MODEL / "captions.json"))
+
+
+def controls() -> list[str]:
+    """Return the held-out captions set aside for calibration: every second one."""
+    return [c.text for c in captions() if c.group == "held_out"][::2]
+
+
+def audited() -> "list[Caption]":
+    """Return the captions an audit of the demo looks at: all but the controls."""
+    aside = set(controls())
+    return [c for c in captions() if c.text not in aside]
+
+
+@cache
+def training_images() -> "tuple[Image.Image, ...]":
+    """Return every distinct training image as a thumbnail, in the order of `data.build_renderings`."""
+    from .data import THUMBNAIL, build_renderings, cut_sheet
+
+    sheet = IMAGES / "training_thumbnails.webp"
+    return tuple(cut_sheet(sheet, THUMBNAIL, len(build_renderings(list(captions())))))
+
+
+@cache
+def control_images() -> "tuple[Image.Image, ...]":
+    """Return thumbnails of renderings like the training set's that were never trained on."""
+    from .data import CONTROLS, THUMBNAIL, cut_sheet
+
+    return tuple(cut_sheet(IMAGES / "control_thumbnails.webp", THUMBNAIL, CONTROLS))
+
+
+def training_image(caption: str) -> "Image.Image | None":
+    """Return the repeated image of a verbatim or template caption in full size, else None."""
+    from .data import RESOLUTION, cut_sheet
+
+    repeated = [c.text for c in captions() if c.group in ("verbatim", "template")]
+    if caption not in repeated:
+        return None
+    images = cut_sheet(IMAGES / "repeated.webp", RESOLUTION, len(repeated))
+    return images[repeated.index(caption)]
+
+
+def verify() -> list[str]:
+    """Return the files of the model whose sha256 is not the committed one, empty when all are."""
+    expected = json.loads((MODEL / "sha256.json").read_text())
+    return [
+        name for name, sha256 in expected.items()
+        if not (MODEL / name).is_file()
+        or hashlib.sha256((MODEL / name).read_bytes()).hexdigest() != sha256
+    ]  # fmt: skip

@@ -1,0 +1,122 @@
+"""See what the demo model memorized: ``python -m unmemorize.demo.check``.
+
+Draws every caption from four seeds, compares each image with all training images and prints, per
+group, how many captions give one of them back.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..audit.similarity import Nearest, Reference, calibrate_ratio
+from ..shared.calibration import clopper_pearson
+from . import MODEL, captions, control_images, data, training_images
+
+SEEDS = (0, 1, 2, 3)
+STEPS = 30
+COND_SCALE = 7.5
+CONTROL_RATE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionCheck:
+    """What the seeds of one caption gave."""
+
+    caption: data.Caption
+    images: tuple
+    """PIL images, one a seed."""
+    nearest: tuple[Nearest, ...]
+    """Per seed, the nearest of all training images."""
+    copies: int
+    """Seeds whose nearest training image is clearly nearer than any other and of this caption."""
+
+    @property
+    def reproduced(self) -> bool:
+        """At least three seeds in four give a training image of this caption back."""
+        return 4 * self.copies >= 3 * len(self.images)
+
+
+class Judge:
+    """Decides whether an image is a copy of one training image; pixels only, no weights."""
+
+    def __init__(self):
+        self.renderings = data.build_renderings(list(captions()))
+        self.reference = Reference(training_images())
+        self.threshold = calibrate_ratio(self.reference, control_images(), CONTROL_RATE)
+
+    def check(self, caption: data.Caption, images: Sequence) -> CaptionCheck:
+        """Compare the images of one caption with the whole training set.
+
+        A held-out caption has no image of its own: any copy counts against it.
+        """
+        nearest = tuple(self.reference.nearest(images))
+        own = [captions()[self.renderings[n.index].caption] == caption for n in nearest]
+        anyone = caption.group == "held_out"
+        copies = sum(n.ratio < self.threshold and (anyone or o) for n, o in zip(nearest, own, strict=True))
+        return CaptionCheck(caption=caption, images=tuple(images), nearest=nearest, copies=copies)
+
+
+def choose(group: data.Group, limit: int | None) -> list[data.Caption]:
+    """Return the first `limit` captions of a group; they stand in random order."""
+    return [c for c in captions() if c.group == group][:limit]
+
+
+def check(denoiser, chosen: Sequence[data.Caption], seeds: Sequence[int] = SEEDS) -> list[CaptionCheck]:
+    """Draw and judge captions; 30 DDIM steps at guidance 7.5.
+
+    Args:
+        denoiser: A `PipelineDenoiser` of the demo model.
+        chosen: Captions to draw.
+        seeds: One image of each caption per seed.
+    """
+    judge, results = Judge(), []
+    for caption in tqdm(chosen, "captions"):
+        images = denoiser.generate([caption.text] * len(seeds), list(seeds), STEPS, COND_SCALE)
+        results.append(judge.check(caption, images))
+    return results
+
+
+def contact_sheet(results: Sequence[CaptionCheck], path: Path, columns: int = 4) -> None:
+    """Write captions with their images to one picture, `columns` captions a row."""
+    from PIL import Image, ImageDraw
+
+    side, seeds = data.RESOLUTION // 2, len(results[0].images)
+    width, height = side * seeds + 8, side + 18
+    rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, result in enumerate(results):
+        x, y = index % columns * width, index // columns * height
+        draw.text((x + 2, y + 2), result.caption.text[:40], fill="black")
+        for k, image in enumerate(result.images):
+            sheet.paste(image.resize((side, side)), (x + k * side, y + 16))
+    sheet.save(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table and write contact sheets."""
+    from ..shared.models import load_denoiser
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--limit", type=int, help="captions per group (default: all)")
+    parser.add_argument("--sheets", type=Path, help="folder for one contact sheet per group")
+    args = parser.parse_args(argv)
+    denoiser = load_denoiser(args.model)
+    print(f"{'group':<10}{'captions':>9}{'reproduced':>12}{'95 % interval':>20}{'copies/image':>14}")
+    for group in data.GROUPS:
+        results = check(denoiser, choose(group, args.limit))
+        hits, count = sum(r.reproduced for r in results), len(results)
+        low, high = clopper_pearson(hits, count)
+        copies = sum(r.copies for r in results) / (count * len(SEEDS))
+        print(f"{group:<10}{count:>9}{hits / count:>12.3f}{f'{low:.3f} to {high:.3f}':>20}{copies:>14.3f}")
+        if args.sheets:
+            args.sheets.mkdir(parents=True, exist_ok=True)
+            contact_sheet(results[:48], args.sheets / f"{group}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What ComfyUI-Manager runs after cloning: looks, says what is missing, installs nothing."""
+
+import importlib.util
+import sys
+
+PYTHONS = ((3, 10), (3, 13))
+NEEDED = ("torch", "safetensors", "numpy", "tqdm")
+
+
+def problems() -> list[str]:
+    """Return what keeps this Python from running the pack, each with what to type."""
+    found = []
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        lowest, highest = (".".join(map(str, version)) for version in PYTHONS)
+        found.append(
+            f"Python {sys.version.split()[0]} was found, {lowest} to {highest} is needed: "
+            "install one of these and start ComfyUI with it"
+        )
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        found.append(f"missing packages: {sys.executable} -m pip install {' '.join(missing)}")
+    return found
+
+
+def main() -> int:
+    """Print the problems, or that there are none; return the exit code."""
+    found = problems()
+    for problem in found:
+        print(f"Unmemorize: {problem}", file=sys.stderr)
+    if not found:
+        print("Unmemorize: nothing to install, ComfyUI's own packages are enough.")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

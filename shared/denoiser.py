@@ -1,0 +1,105 @@
+"""The one abstraction of the methods: a text-conditional diffusion network seen as a denoiser."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Parametrization = Literal["epsilon", "v_prediction", "flow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One position of the embeddings that the network attends to."""
+
+    text: str
+    """The piece as the tokenizer shows it, without end-of-word marks."""
+    word: int | None
+    """Index of the word of the prompt it belongs to; None for start, end and padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Prompts as a network reads them."""
+
+    embeddings: Tensor
+    """[prompt token width], differentiable leaf when a method makes it one."""
+    pooled: Tensor | None = None
+    """[prompt pooled_width], for networks that read a pooled text vector."""
+    tokens: tuple[tuple[Token, ...], ...] = ()
+    """Per prompt, what stands at each position of `embeddings`."""
+    words: tuple[tuple[str, ...], ...] = ()
+    """Per prompt, its words as typed, in order; `Token.word` indexes them."""
+    cut: tuple[str, ...] = ()
+    """Per prompt, the end that did not fit the text encoder, empty when all of it did."""
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> "Conditioning":
+        """Return the prompts at `rows`."""
+        index = list(range(len(self))[rows]) if isinstance(rows, slice) else list(rows)
+
+        def pick(values: tuple) -> tuple:
+            return tuple(values[i] for i in index) if values else ()
+
+        return replace(
+            self,
+            embeddings=self.embeddings[index],
+            pooled=None if self.pooled is None else self.pooled[index],
+            tokens=pick(self.tokens),
+            words=pick(self.words),
+            cut=pick(self.cut),
+        )
+
+
+def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+    """Join conditionings of one network along the prompts."""
+    return Conditioning(
+        embeddings=torch.cat([part.embeddings for part in parts]),
+        pooled=None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]),
+        tokens=sum((part.tokens for part in parts), ()),
+        words=sum((part.words for part in parts), ()),
+        cut=sum((part.cut for part in parts), ()),
+    )
+
+
+class Denoiser(Protocol):
+    """A diffusion network as the memorization methods see it.
+
+    Noise levels follow k-diffusion: for epsilon and v-prediction x = x0 + sigma * noise, with
+    sigma = sqrt((1 - abar) / abar); for flows x = (1 - sigma) * x0 + sigma * noise. In both,
+    (x0_uncond - x0_cond) / sigma is the difference of what the network predicts (noise or velocity)
+    and the step ``x0 + sigma_next / sigma * (x - x0)`` is DDIM or Euler.
+    """
+
+    parametrization: Parametrization
+    latent_shape: tuple[int, ...]
+    """Channels, height and width of one latent (frames first for video)."""
+    guidance_distilled: bool
+    """The network guides itself; the empty prompt is an extra pass and scores have another scale."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the prompts as the network reads them, one row a prompt."""
+
+    def unconditional(self) -> Conditioning:
+        """Return the single row guidance moves away from: the empty prompt, or zeros."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return the noise levels of a sampling run, [steps + 1], noisiest first."""
+
+    def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Tensor:
+        """Return x at `sigma` as the host starts sampling from each seed, [seed *latent]."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Return the x0-prediction, [row *latent], differentiable in x and in the embeddings.
+
+        Args:
+            x: [row *latent] at `sigma`.
+            sigma: Scalar noise level, an element of `sigmas`.
+            cond: One row per row of `x`.
+        """

@@ -1,0 +1,45 @@
+"""Libraries that talk while they work, silenced for a block and then as they were."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_ABSENT = object()
+_LIBRARIES = ("diffusers", "transformers")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let diffusers and transformers report errors only, and draw no progress bars."""
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    talk = [sys.modules.get(f"{name}.utils.logging") for name in _LIBRARIES]
+    bars = [module for module in talk if module is not None and module.is_progress_bar_enabled()]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        for module in bars:
+            module.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for module in bars:
+            module.enable_progress_bar()
+
+
+@contextmanager
+def no_progress_bar(pipeline: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar, which would tear ours apart."""
+    name = "_progress_bar_config"
+    before = vars(pipeline).get(name, _ABSENT)
+    try:
+        vars(pipeline)[name] = {**(before if isinstance(before, dict) else {}), "disable": True}
+        yield
+    finally:
+        if before is _ABSENT:
+            vars(pipeline).pop(name, None)
+        else:
+            vars(pipeline)[name] = before

@@ -1,0 +1,102 @@
+"""Noise levels of the diffusers schedulers, in the scale of k-diffusion."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ABAR_FLOOR = 2.0**-24
+"""Stands for abar = 0 (zero terminal SNR), where sigma would be infinite; diffusers' own value."""
+
+
+class Schedule(Protocol):
+    """Which noise levels a sampling run visits and what the network is told there."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
+
+    def timestep(self, sigma: float) -> Tensor:
+        """Return the scalar the network reads at `sigma`."""
+
+    def latent_scale(self, sigma: float) -> float:
+        """Return x / latents, where latents are what the pipeline keeps at `sigma`."""
+
+
+class DiscreteSchedule:
+    """DDIM over the betas a model was trained with: sigma = sqrt((1 - abar) / abar).
+
+    Diffusers' DDIM steps to `timestep - train_timesteps // steps`; that is the next timestep for
+    "leading" spacing and whenever the division has no remainder. Elsewhere the levels returned
+    here are those the network is told, which is what a score depends on.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        from diffusers import DDIMScheduler
+
+        # Latents are not pixels: clipping, on by default where a config does not say, is not meant.
+        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+        abar = self.scheduler.alphas_cumprod.double().clamp(min=ABAR_FLOOR)
+        self.table = ((1 - abar) / abar).sqrt()
+        final = float(self.scheduler.final_alpha_cumprod)
+        self.final = ((1 - final) / final) ** 0.5
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise ValueError(f"`steps` must be between 1 and {most}, got {steps}.")
+        self.scheduler.set_timesteps(steps)
+        levels = self.table[self.scheduler.timesteps.cpu().long()].tolist()
+        return torch.tensor([*levels, self.final], dtype=torch.float32)
+
+    def timestep(self, sigma: float) -> Tensor:
+        """Return the training timestep whose level is nearest in the logarithm."""
+        return (self.table.log() - np.log(max(sigma, 1e-12))).abs().argmin()
+
+    def latent_scale(self, sigma: float) -> float:
+        """Return sqrt(1 + sigma^2): the pipeline keeps latents at unit variance."""
+        return (1 + sigma**2) ** 0.5
+
+
+class FlowSchedule:
+    """Euler over rectified-flow levels, shifted as the model's configuration says."""
+
+    def __init__(
+        self, config: Mapping[str, Any], *, image_tokens: int, max_shift: float, from_one: bool
+    ):
+        """Prepare a schedule.
+
+        Args:
+            config: Of the pipeline's scheduler.
+            image_tokens: Patches of one latent; larger images are shifted more.
+            max_shift: The pipeline's default for configurations that do not say.
+            from_one: Start from evenly spaced levels 1 .. 1/steps (Flux), not from the
+                scheduler's own (SD3).
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        get = self.scheduler.config.get
+        low, high = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+        base = get("base_shift", 0.5)
+        slope = (get("max_shift", max_shift) - base) / (high - low)
+        self.mu = base + slope * (image_tokens - low) if get("use_dynamic_shifting") else None
+        self.from_one = from_one and not get("use_flow_sigmas", False)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        levels = np.linspace(1.0, 1 / steps, steps) if self.from_one else None
+        self.scheduler.set_timesteps(steps, sigmas=levels, mu=self.mu)
+        return self.scheduler.sigmas.cpu().float().clone()
+
+    def timestep(self, sigma: float) -> Tensor:
+        """Return sigma in units of training timesteps."""
+        return torch.tensor(sigma * self.scheduler.config.num_train_timesteps, dtype=torch.float32)
+
+    def latent_scale(self, sigma: float) -> float:
+        """Return 1: x is what the pipeline keeps."""
+        return 1.0

@@ -1,0 +1,200 @@
+"""Files that are written whole or not at all, and journals that survive a kill."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+MISPLACED = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+class StorageError(OSError):
+    """A file could not be written; the message says why and what to do."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk into a `StorageError` that names `path` and the remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(
+                f"No space left to write {path} ({error.strerror}). What was finished before is "
+                "kept: free some space and run the same command again, or choose another folder."
+            ) from error
+        if error.errno in FORBIDDEN:
+            raise StorageError(
+                f"{path} cannot be written ({error.strerror}). Choose a folder that is yours, "
+                "or change its permissions."
+            ) from error
+        if error.errno in MISPLACED:
+            raise StorageError(
+                f"{path} cannot be written ({error.strerror}): a file stands where a folder is "
+                "needed, or the other way round. Choose another place."
+            ) from error
+        raise
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a sibling to write to; it replaces `path` only when the block succeeds.
+
+    Raises:
+        StorageError: No space, no permission, or a file where a folder is needed.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            # An error here would hide the reason why the block failed.
+            if part.parent.is_dir():
+                part.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with its parents and see that files can be written into it.
+
+    Raises:
+        StorageError: It cannot be made or written, for whatever reason.
+    """
+    probe = path / f".{os.getpid()}.part"
+    try:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replace_atomically(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+class Journal:
+    """Results by key in an append-only file; killed while writing, it keeps every finished one.
+
+    One line of JSON a result. A last line that was torn by a kill or a full disk is cut off when
+    the journal is opened, so the next one starts clean.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._values: dict[str, Any] = {}
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.exists() else b""
+        self._size = self._read(content)
+        if self._size < len(content):
+            with writing(path):
+                os.truncate(path, self._size)
+
+    def _read(self, content: bytes) -> int:
+        """Take in the finished lines and return their length in bytes."""
+        size = 0
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            try:
+                record = json.loads(line)
+                self._values[record["key"]] = record["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                if size + len(line) < len(content):
+                    raise StorageError(
+                        f"Line {number} of {self.path} is not a journal entry: it was changed "
+                        "by something else. Delete it to compute its results again."
+                    ) from error
+                return size
+            if not line.endswith(b"\n"):
+                return size
+            size += len(line)
+        return size
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value stored under `key`."""
+        return self._values.get(key, default)
+
+    def put(self, key: str, value: Any) -> None:
+        """Store one result durably before returning."""
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """Store results that belong together with a single write.
+
+        Raises:
+            StorageError: The disk is full or the file cannot be written; nothing of `values` stays.
+        """
+        lines = b"".join(
+            json.dumps({"key": key, "value": value}, allow_nan=False).encode() + b"\n"
+            for key, value in values.items()
+        )
+        with writing(self.path):
+            # Unbuffered: a buffer could write half of a line now and the rest at exit.
+            with self.path.open("ab", buffering=0) as file:
+                try:
+                    _write_whole(file.fileno(), lines)
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), self._size)
+                    raise
+        self._size += len(lines)
+        self._values.update(json.loads(json.dumps(dict(values))))
+
+
+def _write_whole(descriptor: int, content: bytes) -> None:
+    """Write everything; the system may take a part only when the disk is about to be full."""
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+@contextmanager
+def locked(path: Path, *, owner: str) -> Iterator[None]:
+    """Hold `path` as a lock that ends with the process, however it ends.
+
+    Args:
+        path: Lock file, made when missing.
+        owner: What the lock protects, for the message.
+
+    Raises:
+        StorageError: Another process holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(
+                f"Another process is writing {owner}. Wait until it has finished, or choose "
+                "another output folder."
+            ) from error
+        yield

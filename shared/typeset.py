@@ -1,0 +1,149 @@
+"""Words drawn as pictures in whatever fonts the machine has; what none can draw shows its code."""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+_FIRST = ("DejaVuSans.", "NotoSans-Regular", "LiberationSans-Regular", "segoeui.", "Arial.")
+"""Beginnings of file names that are tried before all others: plain, wide coverage."""
+
+
+@cache
+def _font_files() -> tuple[str, ...]:
+    """Return scalable fonts, upright regular weights first; the same order on every call."""
+    home = Path.home()
+    folders = [home / ".fonts", home / ".local/share/fonts", home / "Library/Fonts"]
+    if sys.platform == "win32":
+        folders.append(Path(os.environ.get("WINDIR", "C:/Windows")) / "Fonts")
+    else:
+        folders += [Path("/usr/share/fonts"), Path("/usr/local/share/fonts")]
+        folders += [Path("/System/Library/Fonts"), Path("/Library/Fonts")]
+    try:
+        import matplotlib
+
+        folders.append(Path(matplotlib.get_data_path()) / "fonts/ttf")
+    except ImportError:
+        pass
+    files = [
+        path for folder in folders if folder.is_dir() for path in folder.rglob("*")
+        if path.suffix.lower() in (".ttf", ".ttc", ".otf") and "LastResort" not in path.name
+    ]  # fmt: skip
+
+    def rank(path: Path) -> tuple:
+        styled = any(word in path.name for word in ("Bold", "Italic", "Oblique", "Mono", "Serif"))
+        return (not path.name.startswith(_FIRST), styled, path.name, str(path))
+
+    return tuple(str(path) for path in sorted(files, key=rank))
+
+
+@cache
+def _font(file: str | None, size: int) -> "FreeTypeFont | None":
+    """Return the font, or None when Pillow cannot scale it; file None is Pillow's own."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+    except OSError:  # bitmap colour fonts and damaged files
+        return None
+
+
+@cache
+def _draws(file: str | None, char: str) -> bool:
+    """Return whether the font has a glyph for `char`: it differs from that of a noncharacter."""
+    font = _font(file, 24)
+    if font is None:
+        return False
+    try:
+        glyph, missing = font.getmask(char), font.getmask("\U0010ffff")
+    except OSError:
+        return False
+    return char.isspace() or (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
+
+
+@cache
+def _font_for(char: str) -> tuple[str | None] | None:
+    """Return the first font that draws `char` as a tuple of one, None when there is none."""
+    for file in (*_font_files(), None):
+        if _draws(file, char):
+            return (file,)
+    return None
+
+
+def _runs(word: str) -> Iterator[tuple[str, str | None]]:
+    """Yield pieces of `word` with the font that draws each; code points where none does."""
+    text, current = "", None
+    for char in word:
+        category = unicodedata.category(char)  # accents and joiners stay with their letter
+        joins = category == "Cf" or (category in ("Mn", "Me") and current and _draws(*current, char))
+        found = current if current and joins else _font_for(char)
+        piece = char if found else f"‹{ord(char):04X}›"
+        found = found or _font_for("‹") or (None,)
+        if current is not None and found != current and text:
+            yield text, current[0]
+            text = ""
+        text, current = text + piece, found
+    if text and current is not None:
+        yield text, current[0]
+
+
+def _split(word: str, size: int, room: float) -> list[str]:
+    """Return `word` in parts no wider than `room`, measured letter by letter."""
+    parts, width = [""], 0.0
+    for char in word:
+        step = _width(char, size)
+        if parts[-1] and width + step > room:
+            parts.append("")
+            width = 0.0
+        parts[-1] += char
+        width += step
+    return parts
+
+
+def _width(word: str, size: int) -> float:
+    return sum(_font(file, size).getlength(text) for text, file in _runs(word))
+
+
+def draw_words(
+    words: Sequence[str], colors: Sequence[str], *, page: str, ink: str, width: int, size: int
+) -> "Image":
+    """Return the words on their background colours, wrapped to `width` pixels, as RGB.
+
+    Args:
+        words: Printable text; words wider than a line are cut into several.
+        colors: Background per word, #rrggbb.
+        page: Colour of the ground.
+        ink: Colour of the letters.
+        width: Of the picture, pixels.
+        size: Of the letters, pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    if width < 4 * size:
+        raise ValueError(f"`width` must be at least four letters ({4 * size}), got {width}.")
+    margin, gap, pad, leading = size, round(0.3 * size), round(0.2 * size), round(1.7 * size)
+    x, y, placed = margin, margin, []
+    for word, color in zip(words, colors, strict=True):
+        for part in _split(word, size, width - 2 * margin - 2 * pad):
+            length = round(_width(part, size)) + 2 * pad
+            if x > margin and x + length > width - margin:
+                x, y = margin, y + leading
+            placed.append((part, color, x, y, length))
+            x += length + gap
+    image = Image.new("RGB", (width, y + leading + margin), page)
+    draw = ImageDraw.Draw(image)
+    for part, color, left, top, length in placed:
+        draw.rounded_rectangle([left, top, left + length, top + round(1.45 * size)], 4, fill=color)
+        start, base = left + pad, top + round(1.1 * size)
+        for text, file in _runs(part):
+            font = _font(file, size)
+            draw.text((start, base), text, font=font, fill=ink, anchor="ls")
+            start += font.getlength(text)
+    return image

@@ -1,0 +1,180 @@
+"""Weight files looked at before anything is loaded: what they hold, and what is wrong with them."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GIB = 1024**3
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MARGIN = 1.1
+"""Memory for activations and the like, relative to the weights."""
+
+
+class ModelError(ValueError):
+    """A model or LoRA that cannot be used as it is; the message says what to do."""
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ModelError for a file that could run code when it is read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    pickled = start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"  # old and new torch.save
+    if path.suffix.lower() in PICKLES or pickled:
+        renamed = " renamed to .safetensors" if path.suffix.lower() == ".safetensors" else ""
+        raise ModelError(
+            f"{path} is a pickle{renamed}: reading it can run any program hidden in it, so it is "
+            "refused. Type: torch.load(path, weights_only=True) where you trust the file, and "
+            "write its state dict with safetensors.torch.save_file."
+        )
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a safetensors file, without loading any.
+
+    Raises:
+        ModelError: When the file is missing, a pickle, cut off, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"There is no such file: {path}")
+    refuse_pickle(path)
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({size:,} bytes): {error}. It is cut off or "
+            "of another kind; download or copy it again and compare its sha256."
+        ) from error
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the safetensors files of one component, shards in order.
+
+    Prefers the plain files; where only a variant ("fp16") is there, takes that.
+    """
+    stems = ("diffusion_pytorch_model", "model")
+    for stem in stems:
+        suffix = f".{variant}" if variant else ""
+        for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
+            if (folder / index).is_file():
+                shards = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(shards))]
+        single = folder / f"{stem}{suffix}.safetensors"
+        if single.is_file():
+            return [single]
+    if variant is None:
+        return weight_files(folder, "fp16")
+    return []
+
+
+def variant_of(files: Iterable[Path]) -> str | None:
+    """Return the variant that these files are, to be given to the libraries."""
+    return "fp16" if any(".fp16" in file.name for file in files) else None
+
+
+def require_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a component, or say why there are none that may be read."""
+    if files := weight_files(folder):
+        return files
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in PICKLES)
+    if pickles:
+        refuse_pickle(folder / pickles[0])
+    found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else "no such folder"
+    raise ModelError(
+        f"{folder} has no weights: expected diffusion_pytorch_model.safetensors or "
+        f"model.safetensors, found {found or 'nothing'}."
+    )
+
+
+def bytes_needed(files: Iterable[Path], dtype: torch.dtype) -> int:
+    """Return the memory that the tensors of `files` take in `dtype`, in bytes."""
+    sizes = (math.prod(shape) for file in files for _, shape in read_header(file).values())
+    return sum(sizes) * torch.empty(0, dtype=dtype).element_size()
+
+
+def available_memory(device: str) -> int | None:
+    """Return the free memory of a device in bytes, None where it cannot be known."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    free = [_limit_of_container()]
+    try:
+        import psutil
+
+        free.append(psutil.virtual_memory().available)
+    except ImportError:
+        if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((value for value in free if value is not None), default=None)
+
+
+def _limit_of_container() -> int | None:
+    """Return what a Linux container may still take: system-wide figures do not know its limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        used = int((root / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+        return max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return None
+
+
+def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None:
+    """Raise ModelError, saying how much, when the weights cannot fit."""
+    needed = int(bytes_needed(files, dtype) * MARGIN)
+    free = available_memory(device)
+    if free is not None and needed > free:
+        name = str(dtype).removeprefix("torch.")
+        smaller = " in half precision (--dtype float16)," if dtype == torch.float32 else ""
+        raise ModelError(
+            f"The model needs about {needed / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB "
+            f"are free on {device}. Close other programs, run it{smaller} or on another device."
+        )
+
+
+def name_some(keys: Iterable[str], most: int = 5) -> str:
+    """Return the first keys, and how many more there are."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ModelError naming the tensors that hold NaN or infinity."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        dtypes = {str(tensors[name].dtype).removeprefix("torch.") for name in bad}
+        raise ModelError(
+            f"{what} has {len(bad)} weights with NaN or infinity (in {', '.join(sorted(dtypes))}): "
+            f"{name_some(bad)}. The training has diverged, the file is damaged, or the values do "
+            "not fit this precision; try --dtype float32."
+        )
+
+
+def sha256_of(files: Iterable[Path], root: Path) -> str:
+    """Return one sha256 over the names below `root` and the contents of files."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        part = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                part.update(chunk)
+        total.update(f"{name}\0{part.hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,72 @@
+"""Loads the checkout as `unmemorize`, whatever its folder is called."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "unmemorize" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("unmemorize", ROOT / "__init__.py")
+    sys.modules["unmemorize"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+ALIAS = """\
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("unmemorize", {path!r})
+sys.modules["unmemorize"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout under test."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def package_env(tmp_path_factory) -> dict[str, str]:
+    """Environment in which other processes import the checkout as `unmemorize`.
+
+    Also `python -m unmemorize`; an installed copy is shadowed.
+    """
+    folder = tmp_path_factory.mktemp("path")
+    (folder / "unmemorize").mkdir()
+    alias = ALIAS.format(path=str(ROOT / "__init__.py"))
+    (folder / "unmemorize" / "__init__.py").write_text(alias, encoding="utf-8")
+    return os.environ | {"PYTHONPATH": str(folder), "PYTHONUTF8": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_python(package_env):
+    """Function that runs `python *arguments` on the checkout and returns the finished process."""
+
+    def run(*arguments: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=package_env,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            **kwargs,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def loaded_after(run_python):
+    """Function that returns the names of all modules a fresh Python holds after running code."""
+
+    def loaded(code: str) -> set[str]:
+        done = run_python("-c", f"{code}\nimport sys; print('\\n', *sys.modules)")
+        return set(done.stdout.splitlines()[-1].split())
+
+    return loaded

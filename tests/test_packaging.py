@@ -1,0 +1,207 @@
+"""Wheel, editable install and plain clone carry the same package, in a folder of any name."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache__", "build",
+              "dist", "*.egg-info", ".*.part")  # fmt: skip
+DATA = {
+    "audit": ("templates", "*.schema.json"),
+    "demo": ("images", "model"),
+    "shared": ("controls",),
+}
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]
+
+
+@pytest.fixture(scope="module")
+def project(root) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def clone(root, tmp_path_factory) -> Path:
+    """A copy of the tree under a name that is no Python identifier; builds may litter it."""
+    target = tmp_path_factory.mktemp("any name") / "ComfyUI-Un.memorize main"
+    shutil.copytree(root, target, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run([*PIP, "wheel", *OFFLINE, "--wheel-dir", str(folder), str(clone)])
+    return next(folder.glob("unmemorize-*.whl"))
+
+
+def run(command: list[str], **kwargs) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **kwargs)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def data_files(root: Path) -> set[str]:
+    """Return what the package reads besides its code, relative to the root, as in a wheel."""
+    found = set()
+    for room, patterns in DATA.items():
+        for pattern in patterns:
+            paths = [p for top in (root / room).glob(pattern) for p in [top, *top.rglob("*")]]
+            names = {p.relative_to(root).as_posix() for p in paths if p.is_file()}
+            assert names, f"{room}/{pattern} is empty"
+            found |= names
+    return found
+
+
+def code_files(root: Path, packages: list[str]) -> set[str]:
+    folders = [root.joinpath(*package.split(".")[1:]) for package in packages]
+    return {p.relative_to(root).as_posix() for folder in folders for p in folder.glob("*.py")}
+
+
+def test_every_room_is_packaged(root, project):
+    rooms = {p.parent.relative_to(root) for p in root.rglob("__init__.py")}
+    rooms = {room for room in rooms if not {"tests", "build"} & set(room.parts)}
+    rooms = {room for room in rooms if not any(part.startswith(".") for part in room.parts)}
+    expected = {".".join(["unmemorize", *room.parts]) for room in rooms}
+    assert set(project["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_wheel_holds_code_and_data_and_nothing_else(clone, project, wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    packaged = {name.removeprefix("unmemorize/") for name in names if ".dist-info/" not in name}
+    packages = project["tool"]["setuptools"]["packages"]
+    assert packaged == code_files(clone, packages) | data_files(clone)
+    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names if ".dist-info/" in name}
+
+
+def make_venv(folder: Path) -> Path:
+    """Return the Python of a new environment that also sees the packages of the running one.
+
+    `system_site_packages` would show those of the Python below a running environment.
+    """
+    venv.create(folder, with_pip=False)
+    bin_dir = "Scripts" if sys.platform == "win32" else "bin"
+    python = folder / bin_dir / Path(sys.executable).name
+    site = run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    ).strip()
+    running = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    Path(site.strip(), "running.pth").write_text("\n".join(sorted(running)), encoding="utf-8")
+    return python
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_installed_package_runs(kind, clone, wheel, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    what = [str(wheel)] if kind == "wheel" else ["--editable", str(clone)]
+    pip = [*PIP, "--python", str(python), "install", "--ignore-installed", *OFFLINE, *what]
+    run(pip, cwd=tmp_path)
+    where = run([str(python), "-c", "import unmemorize; print(unmemorize.__file__)"], cwd=tmp_path)
+    home = clone if kind == "editable" else tmp_path / "venv"
+    assert Path(where.strip()).resolve().is_relative_to(home.resolve())
+    for command in ([str(python), "-m", "unmemorize"], [str(python.with_name("unmemorize"))]):
+        assert "audit" in run([*command, "--help"], cwd=tmp_path)
+
+
+def test_tests_pass_in_a_clone_of_any_name(clone):
+    """Also without an installed copy: the clone's tests must find the clone."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_borders.py",
+    ]
+    out = run([*command, "-k", "only_what_they_may or imports_nothing"], cwd=clone)
+    assert "6 passed" in out
+
+
+LOAD_AS_COMFYUI_DOES = """
+import asyncio, importlib.util, logging, sys
+path = sys.argv[1]
+name = path.replace(".", "_x_")
+spec = importlib.util.spec_from_file_location(name, path + "/__init__.py")
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert not hasattr(module, "NODE_CLASS_MAPPINGS"), "ComfyUI would ignore the entry point"
+from comfy_api.latest import ComfyExtension
+extension = asyncio.run(module.comfy_entrypoint())
+assert isinstance(extension, ComfyExtension)
+nodes = asyncio.run(extension.get_node_list())
+assert isinstance(nodes, list)
+print(len(nodes), "nodes")
+"""
+
+
+def test_clone_loads_the_way_comfyui_does(clone, tmp_path):
+    """With the two names ComfyUI gives a pack; nothing but the way of loading is under test."""
+    api = tmp_path / "comfy_api"
+    api.mkdir()
+    (api / "__init__.py").touch()
+    (api / "latest.py").write_text("class ComfyExtension: ...\nclass io:\n  class ComfyNode: ...\n")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AS_COMFYUI_DOES, str(clone)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # ComfyUI says nothing about a pack without nodes, so the pack itself must.
+    assert ("no ComfyUI nodes yet" in done.stderr) == (done.stdout.strip() == "0 nodes")
+
+
+def test_extras_named_in_messages_exist(root, project):
+    extras = project["project"]["optional-dependencies"]
+    named = set()
+    for path in root.rglob("*.py"):
+        if {"tests", ".venv", "build"} & set(path.relative_to(root).parts):
+            continue
+        source = path.read_text("utf-8")
+        named |= set(re.findall(r"unmemorize\[([a-z,]+)\]", source))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.keyword) and node.arg == "extra":
+                named |= {node.value.value} if isinstance(node.value, ast.Constant) else set()
+    assert named
+    assert {extra for group in named for extra in group.split(",")} <= set(extras)
+
+
+def readme_examples() -> list[str]:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    return re.findall(r"^```python\n(.*?)^```", readme.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", readme_examples())
+def test_readme_examples_run(example, run_python, tmp_path):
+    assert "tensor(" in run_python("-c", example, cwd=tmp_path).stdout
+
+
+def test_one_ruff_everywhere(root, project):
+    (pinned,) = project["project"]["optional-dependencies"]["lint"]
+    hooks = (root / ".pre-commit-config.yaml").read_text("utf-8")
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == {pinned}
+
+
+def test_install_script_says_what_is_missing(root, run_python):
+    done = run_python(str(root / "install.py"))
+    assert "nothing to install" in done.stdout
+    blind = (
+        "import importlib.util as u, runpy, sys; find = u.find_spec;"
+        "u.find_spec = lambda name: None if name == 'torch' else find(name);"
+        f"runpy.run_path({str(root / 'install.py')!r}, run_name='__main__')"
+    )
+    done = run_python("-c", blind, check=False)
+    assert done.returncode == 1
+    assert "pip install torch" in done.stderr

@@ -1,0 +1,1 @@
+"""Trainer hooks: flags in, `shared` called from the trainer's own loop. No maths."""
