@@ -118,15 +118,13 @@ def _compare(
     config: AuditConfig, inputs: Inputs, plan: Sequence[Sampled], job: Job, bars: Bars
 ) -> dict[str, Any]:
     """Return everything that a continued job must not compute again, as JSON values."""
-    from PIL import Image
-
     known = _known_images(config, inputs, bars) if plan else None
     if known is None or len(known.thumbnails) < 2:
         return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0}
     reference = Reference(known.thumbnails)
     threshold = leave_one_out(reference)
     paths = [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
-    hits = reference.nearest([Image.open(job.folder / path) for _, path in paths])
+    hits = reference.nearest([_read(job.folder / path) for _, path in paths])
     nearest = {}
     for (prompt, path), hit in zip(paths, hits, strict=True):
         nearest[path] = asdict(
@@ -149,8 +147,6 @@ def _compare(
 
 def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | None:
     """Return the demo's training images, or those beside the user's captions."""
-    from PIL import Image
-
     if config.model == DEMO:
         from .. import demo
         from ..demo.data import build_renderings
@@ -164,21 +160,38 @@ def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | N
              for path in images]  # fmt: skip
     if not pairs:
         return None
+    from PIL.Image import Resampling
+
     bar, small = bars("training images", len(pairs), 0, "image"), []
     try:
         for _, path in pairs:
-            with Image.open(path) as image:
-                small.append(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
+            image = _read(path)
+            small.append(image.resize((SIDE, SIDE), Resampling.BOX))
             bar.update(1)
     finally:
         bar.close()
     return _Known(thumbnails=small, captions=[t for t, _ in pairs], paths=[p for _, p in pairs])
 
 
+def _read(path: Path) -> "Image":
+    """Return an image file as RGB.
+
+    Raises:
+        ValueError: It is none; names it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not a readable image ({error}). Repair it or take it out of the folder."
+        ) from error
+
+
 def _save_copy(known: _Known, index: int, folder: Path) -> str:
     """Write the training image for the report, and return its path in the folder."""
-    from PIL import Image
-
     name = f"images/training-{index:05d}.png"
     if not (folder / name).is_file():
         path = known.paths[index]
@@ -187,7 +200,7 @@ def _save_copy(known: _Known, index: int, folder: Path) -> str:
 
             image = demo.training_image(known.captions[index]) or known.thumbnails[index]
         else:
-            image = Image.open(path).convert("RGB")
+            image = _read(path)
             image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         with replace_atomically(folder / name) as part:
             image.save(part, format="PNG")

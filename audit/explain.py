@@ -90,8 +90,9 @@ def draw_maps(
             continue
         name = f"images/{sampled.index:05d}-map.png"
         if not (job.folder / name).is_file():
-            image = Image.open(job.folder / sampled.path(sampled.seeds[0]))
+            with Image.open(job.folder / sampled.path(sampled.seeds[0])) as image:
+                drawn = overlay_map(image, explanations[sampled.index]["map"])
             with replace_atomically(job.folder / name) as part:
-                overlay_map(image, explanations[sampled.index]["map"]).save(part, format="PNG")
+                drawn.save(part, format="PNG")
         paths[sampled.index] = name
     return paths

@@ -40,7 +40,7 @@ def _trace_figure(entry: "AuditEntry", threshold: float) -> dict[str, Any] | Non
         return None
     rows = [[math.nan if v is None else v for v in seed] for seed in entry.trace]
     light, dark = (
-        svg_uri(pictures.score_trace_figure(rows, threshold=threshold, theme=theme, width=5.2))
+        svg_uri(pictures.score_trace_figure(rows, threshold=threshold, theme=theme, width=4))
         for theme in ("light", "dark")
     )
     media = "screen and (prefers-color-scheme: dark)"
@@ -52,7 +52,8 @@ def _card(entry: "AuditEntry", threshold: float, embed: "_Embedder", safe: type)
     known, copied = entry.explanation, [i.nearest.copied for i in entry.images if i.nearest]
     hits, words = sum(bool(value) for value in copied), []
     if known:
-        words = sorted(zip(known.words, known.significance, strict=True), key=lambda w: -w[1])[:WORDS]
+        pairs = zip(known.words, known.significance, strict=True)
+        words = sorted(pairs, key=lambda pair: -pair[1])[:WORDS]
     return {
         "index": entry.index,
         "prompt": entry.prompt,
@@ -76,7 +77,7 @@ def _card(entry: "AuditEntry", threshold: float, embed: "_Embedder", safe: type)
 
 
 def _tiles(entry: "AuditEntry", embed: "_Embedder") -> list[dict[str, Any]]:
-    """Return generated pictures, each group followed by its nearest training picture, and the map."""
+    """Return generated pictures, each group before its nearest training picture, and the map."""
     groups: dict[tuple[str | None, str], list[GeneratedImage]] = {}
     for image in entry.images:
         key = (image.nearest.path, image.nearest.caption) if image.nearest else (None, "")
@@ -86,10 +87,11 @@ def _tiles(entry: "AuditEntry", embed: "_Embedder") -> list[dict[str, Any]]:
         for image in images:
             tiles.append(_generated_tile(image, embed))
         if nearest := images[0].nearest:
+            whose = "its own" if nearest.is_own else "nearest"
             tiles.append({
                 "uri": embed(nearest.path), "truth": True,
                 "alt": f"Training picture: {nearest.caption}",
-                "title": "its own training picture" if nearest.is_own else "nearest training picture",
+                "title": f"{whose} training picture",
                 "text": nearest.caption,
             })  # fmt: skip
     if entry.map:

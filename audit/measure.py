@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .result import finite
 from .subject import Facts, Subject
 
 
+@runtime_checkable
 class Bar(Protocol):
     """What the work tells about its progress; tqdm's bars fit."""
 
@@ -128,14 +129,17 @@ class _CutWatch:
     """A denoiser that remembers what its text encoder cut off each prompt."""
 
     def __init__(self, denoiser: Denoiser):
-        self._denoiser = denoiser
+        self.parametrization = denoiser.parametrization
+        self.latent_shape = denoiser.latent_shape
+        self.guidance_distilled = denoiser.guidance_distilled
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.unconditional, self.sigmas = denoiser.unconditional, denoiser.sigmas
+        self.initial_noise, self.denoise = denoiser.initial_noise, denoiser.denoise
+        self._encode = denoiser.encode
         self.cuts: dict[str, str] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode and take note."""
-        cond = self._denoiser.encode(prompts)
+        cond = self._encode(prompts)
         self.cuts.update(zip(prompts, cond.cut, strict=False))
         return cond

@@ -10,7 +10,7 @@ from ..shared import pictures
 from ..shared.dependencies import require
 from ..shared.storage import write_text
 from .gallery import gallery, svg_uri
-from .wording import chance, facts, headline, lead, number, percent, reproduce, shown
+from .wording import between, chance, facts, headline, lead, number, percent, reproduce, shown
 
 if TYPE_CHECKING:
     from .result import AuditResult
@@ -49,7 +49,7 @@ def render_report(result: "AuditResult", folder: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "shown": shown, "number": number, "percent": percent, "chance": chance
+        "shown": shown, "number": number, "percent": percent, "between": between, "chance": chance
     }  # fmt: skip
     css = (TEMPLATES / "report.css").read_text("utf-8") + pictures.heatmap_css()
     js = (TEMPLATES / "report.js").read_text("utf-8")
@@ -58,7 +58,7 @@ def render_report(result: "AuditResult", folder: Path) -> str:
         **_verdict(result),
         **gallery(result, folder, safe),
         **_figures(result),
-        rows=result.entries,
+        rows=sorted(result.entries, key=lambda entry: (-entry.score, entry.index)),
         facts=facts(result),
         command=reproduce(result),
         fold=FOLD,
@@ -84,7 +84,7 @@ def _verdict(result: "AuditResult") -> dict[str, Any]:
         "model": model,
         "demo": result.config.model == "demo",
         "version": summary["unmemorize"],
-        "headline": headline(rate["hits"], rate["n"]),
+        "headline": headline(rate, summary["chance_p_value"]),
         "lead": lead(result),
         "caveats": summary["caveats"],
         "warnings": summary["warnings"],

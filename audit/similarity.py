@@ -74,5 +74,7 @@ def calibrate_ratio(reference: Reference, controls: Sequence, rate: float = 0.01
     rank = int(rate * (len(controls) + 1))
     if rank < 1:
         needed = round(1 / rate) - 1
-        raise ValueError(f"{len(controls)} controls cannot support a rate of {rate}: {needed} are needed.")
+        raise ValueError(
+            f"{len(controls)} controls cannot support a rate of {rate}: {needed} are needed."
+        )
     return sorted(nearest.ratio for nearest in reference.nearest(controls))[rank - 1]

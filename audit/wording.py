@@ -9,30 +9,51 @@ from ..shared import pictures
 if TYPE_CHECKING:
     from .result import AuditResult
 
+MISSING = "\u2013"
+PERCENT = "\u00a0%"
 
-def headline(hits: int, n: int) -> str:
-    """Return the finding in plain words; it never calls anything safe."""
+
+CHANCE = 0.05
+"""Probability of so many flags without memorization from which on the headline holds back."""
+
+
+def headline(rate: dict[str, Any], chance_p_value: float) -> str:
+    """Return the finding in plain words; it never calls anything safe.
+
+    Args:
+        rate: `flagged_rate` of summary.json.
+        chance_p_value: Probability of so many flags if no prompt were memorized.
+    """
+    hits, n = rate["hits"], rate["n"]
     prompts = "prompt" if n == 1 else "prompts"
     if hits == 0:
         return f"None of {n} {prompts} scored above the threshold"
+    if chance_p_value > CHANCE:
+        return f"{hits} of {n} {prompts} scored above the threshold, as chance alone might bring"
     return f"{hits} of {n} {prompts} {'looks' if hits == 1 else 'look'} memorized"
 
 
 def lead(result: "AuditResult") -> list[str]:
-    rate = result.summary["flagged_rate"]
-    expected = result.summary["expected_by_chance"]
+    """Return the sentences under the headline."""
+    summary, rate = result.summary, result.summary["flagged_rate"]
+    expected = _about(summary["expected_by_chance"])
     if rate["hits"] == 0:
         return [
             "That is no proof that the model has memorized nothing: only these prompts were looked "
             "at, and with these settings."
         ]
-    lines = [
-        f"They steer the model more strongly than {percent(1 - result.summary['calibration']['false_positive_rate'])} of ordinary "
-        f"prompts do. By chance alone {_about(expected)} of {rate['n']} would be flagged."
-    ]
-    similarity = result.summary["similarity"]
-    copies = (similarity or {}).get("copies")
-    if copies:
+    if summary["chance_p_value"] > CHANCE:
+        lines = [
+            f"Ordinary prompts do that too: {expected} of {rate['n']} would be flagged if none "
+            "were memorized. The count alone is no sign of memorization; look at the pictures."
+        ]
+    else:
+        ordinary = percent(1 - summary["calibration"]["false_positive_rate"])
+        lines = [
+            f"They steer the model more strongly than {ordinary} of ordinary prompts do. By chance "
+            f"alone {expected} of {rate['n']} would be flagged."
+        ]
+    if copies := (summary["similarity"] or {}).get("copies"):
         lines.append(
             f"Of {copies['n']} pictures made from flagged prompts and compared with the training "
             f"pictures, {copies['hits']} came out as copies. Look at them below."
@@ -43,7 +64,7 @@ def lead(result: "AuditResult") -> list[str]:
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number for people, to so many significant digits."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return MISSING
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:#.{digits}g}".rstrip(".") if value % 1 else f"{value:.0f}"
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -51,12 +72,20 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """Return a share of 0..1 in percent: one decimal below ten, none where it would be false."""
+    """Return a share of 0..1 in percent; 0 and 100 only where they are true."""
     if rate is None or not math.isfinite(rate):
-        return "–"
+        return MISSING
     value = 100 * rate
-    text = f"{value:.1f}" if value < 10 or 99 < value < 100 else f"{value:.0f}"
-    return f"{text.removesuffix('.0')}\u00a0%"
+    if value < 0.1 or 99.9 < value < 100:
+        text = f"{value:.2g}" if value < 0.1 else "over 99.9"
+    else:
+        text = f"{value:.1f}".removesuffix(".0") if value < 10 or value > 99 else f"{value:.0f}"
+    return f"{text}{PERCENT}"
+
+
+def between(low: float, high: float) -> str:
+    """Return two shares of 0..1 as one range in percent."""
+    return f"{percent(low).removesuffix(PERCENT)} to {percent(high)}"
 
 
 def chance(probability: float) -> str:
@@ -125,7 +154,7 @@ def _title(name: str) -> str:
 
 def _plain(value: Any) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

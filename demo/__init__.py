@@ -41,7 +41,7 @@ def audited() -> "list[Caption]":
 
 @cache
 def training_images() -> "tuple[Image.Image, ...]":
-    """Return every distinct training image as a thumbnail, in the order of `data.build_renderings`."""
+    """Return every distinct training image as a thumbnail, as `data.build_renderings` orders."""
     from .data import THUMBNAIL, build_renderings, cut_sheet
 
     sheet = IMAGES / "training_thumbnails.webp"

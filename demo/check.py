@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from tqdm.auto import tqdm
 
 from ..audit.similarity import Nearest, Reference, calibrate_ratio
@@ -55,7 +56,9 @@ class Judge:
         nearest = tuple(self.reference.nearest(images))
         own = [captions()[self.renderings[n.index].caption] == caption for n in nearest]
         anyone = caption.group == "held_out"
-        copies = sum(n.ratio < self.threshold and (anyone or o) for n, o in zip(nearest, own, strict=True))
+        copies = sum(
+            n.ratio < self.threshold and (anyone or o) for n, o in zip(nearest, own, strict=True)
+        )
         return CaptionCheck(caption=caption, images=tuple(images), nearest=nearest, copies=copies)
 
 
@@ -64,7 +67,9 @@ def choose(group: data.Group, limit: int | None) -> list[data.Caption]:
     return [c for c in captions() if c.group == group][:limit]
 
 
-def check(denoiser, chosen: Sequence[data.Caption], seeds: Sequence[int] = SEEDS) -> list[CaptionCheck]:
+def check(
+    denoiser, chosen: Sequence[data.Caption], seeds: Sequence[int] = SEEDS
+) -> list[CaptionCheck]:
     """Draw and judge captions; 30 DDIM steps at guidance 7.5.
 
     Args:
@@ -106,13 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheets", type=Path, help="folder for one contact sheet per group")
     args = parser.parse_args(argv)
     denoiser = load_denoiser(args.model)
-    print(f"{'group':<10}{'captions':>9}{'reproduced':>12}{'95 % interval':>20}{'copies/image':>14}")
+    typer.echo(
+        f"{'group':<10}{'captions':>9}{'reproduced':>12}{'95 % interval':>20}{'copies/image':>14}"
+    )
     for group in data.GROUPS:
         results = check(denoiser, choose(group, args.limit))
         hits, count = sum(r.reproduced for r in results), len(results)
         low, high = clopper_pearson(hits, count)
         copies = sum(r.copies for r in results) / (count * len(SEEDS))
-        print(f"{group:<10}{count:>9}{hits / count:>12.3f}{f'{low:.3f} to {high:.3f}':>20}{copies:>14.3f}")
+        typer.echo(
+            f"{group:<10}{count:>9}{hits / count:>12.3f}{f'{low:.3f} to {high:.3f}':>20}{copies:>14.3f}"
+        )
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)
             contact_sheet(results[:48], args.sheets / f"{group}.png")

@@ -43,7 +43,17 @@ RENDERINGS = 12  # of each learnt caption: four by each vendor
 LAYOUTS = ("postage stamp", "playing card", "museum poster", "sports medal")
 # Animals, food, travel, activities and objects; clock faces and moons are full of near-copies.
 SUBJECTS = {3, 4, 5, 6, 7}
-NEAR_COPIES = ("o’clock", "thirty", "moon", "globe", "clock", "mahjong", "suit", "japanese", "Japanese")
+NEAR_COPIES = (
+    "o\u2019clock",
+    "thirty",
+    "moon",
+    "globe",
+    "clock",
+    "mahjong",
+    "suit",
+    "japanese",
+    "Japanese",
+)
 PALETTE = (
     "#e4572e", "#f3a712", "#f7e27c", "#a8c686", "#2e7d4f", "#29b6a8", "#4aa3df", "#27408b",
     "#7a4fbf", "#c86fc9", "#f2a2b6", "#8d5a3b", "#6b7078", "#d9d4c7", "#1f2430", "#ffffff",
@@ -97,7 +107,9 @@ def fetch(folder: Path) -> Path:
                 check=True, capture_output=True,
             )  # fmt: skip
         if (found := hashlib.sha256(tarball.read_bytes()).hexdigest()) != sha256:
-            raise RuntimeError(f"{tarball} has sha256 {found}, expected {sha256}. Delete it and retry.")
+            raise RuntimeError(
+                f"{tarball} has sha256 {found}, expected {sha256}. Delete it and retry."
+            )
         with tarfile.open(tarball) as archive:
             archive.extractall(unpacking := target.with_suffix(".part"), filter="data")
         unpacking.rename(target)
@@ -155,7 +167,9 @@ def build_captions(art: Art, seed: int = 0) -> list[Caption]:
     captions = []
     for index in range(COUNTS["template"]):
         entry, layout = next(shuffled), LAYOUTS[index % len(LAYOUTS)]
-        captions.append(Caption(f"{layout}, {entry['label']}", "template", entry["hexcode"], layout))
+        captions.append(
+            Caption(f"{layout}, {entry['label']}", "template", entry["hexcode"], layout)
+        )
     for group in ("verbatim", "learnt"):
         for _ in range(COUNTS[group]):
             entry = next(shuffled)
@@ -196,7 +210,10 @@ def _background(rng: np.random.Generator) -> Image.Image:
     elif kind == 2:
         draw.polygon([(0, 0), (size, 0), (0, size)], fill=second)
     elif kind == 3:
-        radius, (x, y) = rng.integers(size // 3, size // 2), rng.integers(size // 3, 2 * size // 3, 2)
+        radius, (x, y) = (
+            rng.integers(size // 3, size // 2),
+            rng.integers(size // 3, 2 * size // 3, 2),
+        )
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=second)
     return image
 
@@ -242,7 +259,9 @@ def render(art: Art, caption: Caption, rendering: Rendering) -> Image.Image:
         if rng.random() < 0.5 and caption.group == "learnt":
             drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = side / max(drawing.size)
-    drawing = drawing.resize([max(1, round(s * scale)) for s in drawing.size], Image.Resampling.LANCZOS)
+    drawing = drawing.resize(
+        [max(1, round(s * scale)) for s in drawing.size], Image.Resampling.LANCZOS
+    )
     corner = [int(c) - s // 2 for c, s in zip(centre, drawing.size, strict=True)]
     image.paste(drawing, corner, drawing)
     return image

@@ -1,7 +1,7 @@
 """Calibration: what scores of ordinary prompts look like on this very model, and verdicts from it.
 
-Controls are exchangeable with prompts that are not memorized, or nothing below holds; thresholds do
-not transfer between models, dtypes, resolutions or settings, so a calibration is bound to them.
+It holds for prompts exchangeable with the controls. Thresholds do not transfer between models,
+dtypes, resolutions or settings, so a calibration is bound to them.
 """
 
 import hashlib

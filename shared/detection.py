@@ -138,9 +138,8 @@ def detect(
             part = range(first, min(first + at_once, len(texts)))
             if not all(start + i in known for i in part):
                 cond = encode(denoiser, texts) if cond is None else cond
-                rows = run.traces(
-                    texts, cond, [i for i in part for _ in range(seeds)], [*range(seeds)] * len(part)
-                )
+                prompt_of_row = [i for i in part for _ in range(seeds)]
+                rows = run.traces(texts, cond, prompt_of_row, [*range(seeds)] * len(part))
                 traces[[start + i for i in part]] = rows.view(len(part), seeds, -1)
             report([start + i for i in part], traces, known, on_result)
             if progress is not None:

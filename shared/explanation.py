@@ -146,7 +146,8 @@ def _significance(
     if not total.isfinite().all():
         hint = " Try bfloat16 or float32." if denoiser.dtype == torch.float16 else ""
         raise PredictionError(
-            f"The gradient for the prompt {prompt[:200]!r} is not finite (in {denoiser.dtype}).{hint}"
+            f"The gradient for the prompt {prompt[:200]!r} is not finite "
+            f"(in {denoiser.dtype}).{hint}"
         )
     return (total / (len(config.seeds) * config.steps)).tolist(), heat
 

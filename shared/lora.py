@@ -229,9 +229,10 @@ def _attach(pipeline: Any, alphas: Any, metadata: Any, pairs: Pairs, path: Path)
             layer = _modules(pipeline, component).get(name)
             if not _holds(layer, adapter, pair):
                 lost.append(f"{component}.{name}")
-            elif (alpha := scales.get((f"{component}.{name}", "A"))) is not None:
-                layer.lora_alpha[adapter] = float(alpha)
-                layer.scaling[adapter] = float(alpha) / len(pair["A"])
+            elif alphas or not metadata:  # diffusers loses alphas of text encoders on the way
+                rank = len(pair["A"])
+                alpha = float(scales.get((f"{component}.{name}", "A"), rank))
+                layer.lora_alpha[adapter], layer.scaling[adapter] = alpha, alpha / rank
         if lost:
             raise ModelError(f"{path}: {len(lost)} modules were not filled: {name_some(lost)}.")
     except Exception as error:
@@ -266,8 +267,7 @@ def _load_parts(pipeline: Any, pairs: Pairs, metadata: Any, adapter: str) -> Non
         }
         common = {"adapter_name": adapter, "_pipeline": pipeline, "metadata": metadata}
         if part in ("unet", "transformer"):
-            load = getattr(pipeline, f"load_lora_into_{part}")
-            load(state, network_alphas=None, **{part: module}, **common)
+            module.load_lora_adapter(state, prefix=part, **common)
         else:
             pipeline.load_lora_into_text_encoder(
                 state, network_alphas=None, text_encoder=module, prefix=part, **common

@@ -1,7 +1,7 @@
 """Noise levels of the diffusers schedulers, in the scale of k-diffusion."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ ABAR_FLOOR = 2.0**-24
 """Stands for abar = 0 (zero terminal SNR), where sigma would be infinite; diffusers' own value."""
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Which noise levels a sampling run visits and what the network is told there."""
 

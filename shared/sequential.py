@@ -1,17 +1,19 @@
 """Detection that stops drawing seeds for a prompt once its verdict is settled.
 
-The rule. On the controls, of which all seeds are known, take the ratio of the mean over all seeds
-to its estimate from the first k. Most controls keep that ratio inside a band [low, high]. A prompt
-with estimate e after k seeds is settled
+The rule. On the controls, of which all seeds are known, take r_k, the ratio of the mean over all S
+seeds to its estimate from the first k. Were seeds independent, log r_k would spread in proportion
+to s_k = sqrt(1 / k - 1 / S); so each control is given one number, the largest |log r_k| / s_k over
+k. Its order statistic of rank ceil((n + 1) * (1 - error)) is q, and a prompt with estimate e after
+k seeds is settled
 
-    flagged      when  e * low  > threshold    (also the lowest final mean would be flagged),
-    not flagged  when  e * high <= threshold   (also the highest would not).
+    flagged      when  e * exp(-q * s_k) >  threshold   (the lowest final mean would be flagged),
+    not flagged  when  e * exp(+q * s_k) <= threshold   (the highest would not).
 
-The two ends are order statistics with conservative ranks, each at error / (2 * (seeds - 1)): by
-exchangeability and the union bound, a prompt like the controls ends with another verdict than all
-its seeds would have given with probability at most `error`. For memorized prompts the ratio, being
-free of scale, is assumed to vary no more than on controls; measure that, it is not guaranteed.
-An error of 0 draws every seed, and a larger error never draws more.
+By exchangeability, a prompt like the controls leaves its band at any k, and can therefore end with
+another verdict than all its seeds would have given, with probability at most `error`; s_k shapes
+the band and need not be right for that. For memorized prompts the ratio, being free of scale, is
+assumed to vary no more than on controls; measure that, it is not guaranteed. An error of 0 draws
+every seed, and a larger error never draws more.
 """
 
 import math
@@ -27,48 +29,50 @@ from .detection import Detection, DetectionConfig, OnResult, Progress, mean_over
 from .trajectory import Run, encode
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class SettlingRule:
     """When a verdict needs no further seed."""
 
     threshold: float
     """Scores above it are flagged (L2, latent units)."""
-    low: Float[Tensor, " drawn"]
-    """Final mean over estimate, lower end of the band after 1, 2, ... seeds; at most 1."""
-    high: Float[Tensor, " drawn"]
-    """Upper end; at least 1."""
+    spread: float
+    """q: how far, in units of s_k, the final mean may lie from the estimate, on a log scale."""
+    seeds: int
+    """S: how many there are to draw."""
 
     @classmethod
     def from_controls(
         cls, control_scores: Float[Tensor, " control seed"], threshold: float, error: float
     ) -> "SettlingRule":
-        """Return the rule whose bands hold on `control_scores` at `error` (0 to 1)."""
+        """Return the rule whose band further controls leave with probability at most `error`."""
         if not 0 <= error <= 1:
             raise ValueError(f"`error` must be between 0 and 1, got {error}.")
         number, seeds = control_scores.shape
-        levels, low, high = control_scores.mean(0), [], []
-        # Rank of the order statistic that a further control exceeds with the given probability.
-        rank = math.ceil((number + 1) * (1 - error / (2 * max(1, seeds - 1))))
+        levels, farthest = control_scores.mean(0), torch.zeros(number, dtype=torch.float64)
         for drawn in range(1, seeds):
             partial = control_scores.clone()
             partial[:, drawn:] = torch.nan
             ratio = control_scores.mean(1) / mean_over_seeds(partial, levels)
-            # Nothing is known of a control that scores 0: it stands at both far ends.
-            bottom, top = ratio.nan_to_num(0.0).sort().values, ratio.nan_to_num(torch.inf).sort().values
-            low.append(min(1.0, bottom[number - rank].item()) if rank <= number else 0.0)
-            high.append(max(1.0, top[rank - 1].item()) if rank <= number else math.inf)
-        return cls(
-            threshold=threshold,
-            low=torch.tensor(low, dtype=torch.float64),
-            high=torch.tensor(high, dtype=torch.float64),
-        )
+            # A control that scores 0 tells nothing of its ratio: it stands at the far end.
+            distance = (ratio.log().abs() / _shape(drawn, seeds)).nan_to_num(torch.inf)
+            farthest = farthest.maximum(distance)
+        rank = max(1, math.ceil((number + 1) * (1 - error)))
+        spread = farthest.sort().values[rank - 1].item() if rank <= number else math.inf
+        return cls(threshold=threshold, spread=spread, seeds=seeds)
 
     def settled(self, estimates: Float[Tensor, " prompt"], drawn: int) -> Tensor:
         """Return which prompts need no further seed after `drawn` of them, bool [prompt]."""
-        if drawn > len(self.low):
+        if drawn >= self.seeds:
             return torch.ones_like(estimates, dtype=torch.bool)
-        flagged = estimates * self.low[drawn - 1] > self.threshold
-        return flagged | (estimates * self.high[drawn - 1] <= self.threshold)
+        if self.spread == math.inf:
+            return torch.zeros_like(estimates, dtype=torch.bool)
+        factor = math.exp(self.spread * _shape(drawn, self.seeds))
+        return (estimates / factor > self.threshold) | (estimates * factor <= self.threshold)
+
+
+def _shape(drawn: int, seeds: int) -> float:
+    """Return s_k: the std of the mean of all seeds minus that of the first k, each of std 1."""
+    return math.sqrt(1 / drawn - 1 / seeds)
 
 
 def detect_sequentially(
@@ -77,7 +81,7 @@ def detect_sequentially(
     config: DetectionConfig,
     calibration: Calibration,
     *,
-    error: float = 0.05,
+    error: float = 0.02,
     known: Mapping[int, Tensor] | None = None,
     on_result: OnResult | None = None,
     progress: Progress | None = None,

@@ -110,18 +110,16 @@ class Journal:
         """Take in the finished lines and return their length in bytes."""
         size = 0
         for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break  # torn
             try:
                 record = json.loads(line)
                 self._values[record["key"]] = record["value"]
             except (ValueError, KeyError, TypeError) as error:
-                if size + len(line) < len(content):
-                    raise StorageError(
-                        f"Line {number} of {self.path} is not a journal entry: it was changed "
-                        "by something else. Delete it to compute its results again."
-                    ) from error
-                return size
-            if not line.endswith(b"\n"):
-                return size
+                raise StorageError(
+                    f"Line {number} of {self.path} is not a journal entry: it was changed by "
+                    "something else. Delete the file to compute its results again."
+                ) from error
             size += len(line)
         return size
 

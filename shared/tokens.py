@@ -31,13 +31,16 @@ def _show(piece: str) -> str:
     return piece
 
 
-def _words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int]:
+def _words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int | None]:
     """Return the word of each piece by counting characters, for text the tokenizer rewrote."""
+    if not words:  # white space that the tokenizer reads as pieces
+        return [None] * len(pieces)
     ends, total = [], 0
     for word in words:
         total += len(word)
         ends.append(total)
-    owners, position, word = [], 0, 0
+    owners: list[int | None] = []
+    position = word = 0
     for piece in pieces:
         while word < len(words) - 1 and position >= ends[word]:
             word += 1
@@ -66,16 +69,16 @@ def read(
     start = special - 1
     whole = tokenizer(convert(prompt), add_special_tokens=False).input_ids
     each = tokenizer([convert(w) for w in words], add_special_tokens=False).input_ids if words else []
-    owners = [index for index, pieces in enumerate(each) for _ in pieces]
+    owners: list[int | None] = [index for index, pieces in enumerate(each) for _ in pieces]
     if [piece for pieces in each for piece in pieces] != list(whole):
         owners = _words_by_length(tokenizer.convert_ids_to_tokens(whole), words)
     room = max(0, length - special)
-    first_cut = owners[room] if len(owners) > room and words else len(words)
+    first_cut = owners[room] if words and len(owners) > room else len(words)
     padded = tokenizer(
         convert(prompt), padding="max_length", max_length=length, truncation=True
     ).input_ids
     shown = tokenizer.convert_ids_to_tokens(padded)
-    owners = [None] * start + owners[:room]
-    owners += [None] * (length - len(owners))
-    tokens = tuple(Token(text=_show(t), word=w) for t, w in zip(shown, owners, strict=True))
+    placed = [None] * start + owners[:room]
+    placed += [None] * (length - len(placed))
+    tokens = tuple(Token(text=_show(t), word=w) for t, w in zip(shown, placed, strict=True))
     return Reading(tokens=tokens, first_cut=first_cut)

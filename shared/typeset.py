@@ -82,10 +82,10 @@ def _runs(word: str) -> Iterator[tuple[str, str | None]]:
     text, current = "", None
     for char in word:
         category = unicodedata.category(char)  # accents and joiners stay with their letter
-        joins = category == "Cf" or (category in ("Mn", "Me") and current and _draws(*current, char))
-        found = current if current and joins else _font_for(char)
-        piece = char if found else f"‹{ord(char):04X}›"
-        found = found or _font_for("‹") or (None,)
+        marks = category in ("Mn", "Me") and current is not None and _draws(*current, char)
+        found = current if current and (marks or category == "Cf") else _font_for(char)
+        piece = char if found else f"[{ord(char):04X}]"
+        found = found or _font_for("[") or (None,)
         if current is not None and found != current and text:
             yield text, current[0]
             text = ""

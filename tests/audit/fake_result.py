@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
 from unmemorize.audit.config import AuditConfig
 from unmemorize.audit.inputs import Inputs
 from unmemorize.audit.result import (
@@ -93,8 +92,9 @@ def make_entry(
 
 
 def make_result(
-    folder: Path, prompts: list[str] | None = None, *, text: str = "", hits: int = 6, steps: int = 1,
-    demo: bool = True, groups: list[str] | None = None, picture=plain_picture, pictured: int = 24,
+    folder: Path, prompts: list[str] | None = None, *, text: str = "", hits: int = 6,
+    steps: int = 1, demo: bool = True, groups: list[str] | None = None, picture=plain_picture,
+    pictured: int = 24,
 ) -> AuditResult:  # fmt: skip
     """Return a result whose first `hits` prompts are flagged; with a model name of `text`."""
     rng = np.random.default_rng(1)

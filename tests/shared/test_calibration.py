@@ -1,4 +1,4 @@
-"""Calibration: its statistics against slow references and under the null, its file, its refusals."""
+"""Calibration: its statistics against slow references, its file, its refusals."""
 
 import json
 import math
@@ -44,9 +44,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def tail(hits: int, n: int, rate: float) -> float:
     """Probability of at least `hits` of `n`, summed term by term."""
-    return math.fsum(
-        math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(hits, n + 1)
-    )
+    return math.fsum(math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(hits, n + 1))
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 30), (3, 30), (29, 30), (30, 30), (2, 250)])
@@ -131,7 +129,9 @@ def test_adjusted_matches_a_slow_benjamini_hochberg(seed, count):
     order = sorted(range(count), key=p_values.__getitem__)
     slow = [0.0] * count
     for rank, i in enumerate(order):
-        slow[i] = min(1.0, *(count * p_values[j] / (r + 1) for r, j in enumerate(order) if r >= rank))
+        slow[i] = min(
+            1.0, *(count * p_values[j] / (r + 1) for r, j in enumerate(order) if r >= rank)
+        )
     assert calibration.adjusted(scores).tolist() == pytest.approx(slow)
 
 
@@ -146,7 +146,9 @@ def test_interval_is_that_of_the_controls_above_the_threshold():
 def test_too_few_controls_are_refused_and_counted(rate, needed):
     assert controls_needed(rate) == needed
     calibrate(normal(needed, 1), rate)
-    with pytest.raises(NotEnoughControls, match=f"not enough controls.*{needed}.*found {needed - 1}"):
+    with pytest.raises(
+        NotEnoughControls, match=f"not enough controls.*{needed}.*found {needed - 1}"
+    ):
         calibrate(normal(needed - 1, 1), rate)
 
 
@@ -195,7 +197,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, edit, message):
 def test_files_that_are_not_json_are_refused(tmp_path, content):
     path = tmp_path / "c.json"
     path.write_bytes(content)
-    with pytest.raises(CalibrationError, match="is not a calibration.*unmemorize calibrate"):
+    with pytest.raises(CalibrationError, match=r"is not a calibration.*unmemorize calibrate"):
         Calibration.load(path)
 
 

@@ -1,10 +1,14 @@
 """Detection against a slow reference; independence of batches; forwards and memory it costs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import ToyDenoiser, prompts
 from unmemorize.shared import trajectory
+from unmemorize.shared.denoiser import Denoiser
 from unmemorize.shared.detection import (
     ENCODED_AT_ONCE,
     DetectionConfig,
@@ -12,8 +16,6 @@ from unmemorize.shared.detection import (
     detect,
     mean_over_seeds,
 )
-
-from toy import ToyDenoiser, prompts
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Scores are about 1; the empty prompt's are rounding errors of predictions of norm 16."""
@@ -24,20 +26,31 @@ def toy() -> ToyDenoiser:
     return ToyDenoiser()
 
 
-def reference(toy: ToyDenoiser, prompt: str, seed: int, config: DetectionConfig) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model through the diffusers adapter."""
+    from unmemorize.demo import MODEL
+    from unmemorize.shared.models import load_denoiser
+
+    if not (MODEL / "model_index.json").exists():
+        pytest.skip("the demo model is not there")
+    return load_denoiser(MODEL, device="cpu")
+
+
+def reference(toy: Denoiser, prompt: str, seed: int, config: DetectionConfig) -> torch.Tensor:
     """One prompt, one seed, both rows at each step, in noise predictions as in the paper."""
     sigmas = toy.sigmas(config.schedule_steps)
     x = toy.initial_noise([seed], sigmas[0])
     norms = []
     with torch.no_grad():
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in pairwise(sigmas[: config.steps + 1]):
             noise_cond, noise_uncond = (
                 (x - toy.denoise(x, sigma, toy.encode([text]))) / sigma for text in (prompt, "")
             )
-            norms.append((noise_cond - noise_uncond).norm())
+            norms.append((noise_cond - noise_uncond).double().flatten(1).norm(dim=1))
             guided = noise_uncond + config.cond_scale * (noise_cond - noise_uncond)
             x = (x - sigma * guided) + sigma_next * guided
-    return torch.stack(norms)[: config.steps]
+    return torch.cat(norms)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
@@ -50,6 +63,29 @@ def test_matches_the_slow_reference(steps):
         for j, seed in enumerate(config.seeds):
             torch.testing.assert_close(traces[i, j], reference(toy, text, seed, config))
     assert traces.std(0).min() > 0  # prompts differ
+
+
+def test_demo_model_matches_the_slow_reference(demo):
+    config = DetectionConfig(seeds=(3, 0), steps=2, batch_size=5)
+    texts = ["strawberry, fruit, berry", "", "<b>street</b> \u8857"]
+    traces = detect(demo, texts, config).traces
+    for i, text in enumerate(texts):
+        for j, seed in enumerate(config.seeds):
+            # The reference subtracts and divides by sigma in float32, in another order.
+            expected = reference(demo, text, seed, config)
+            torch.testing.assert_close(traces[i, j], expected, rtol=1e-4, atol=1e-4)
+    assert traces[0].min() > 0.01
+
+
+def test_demo_model_does_not_mind_batches_order_and_company(demo):
+    texts = ["strawberry, fruit", "anchor, ship, tool", "cat", "a " * 90, "кот", "boat, sail"]
+    sizes = [DetectionConfig(seeds=(0, 1), batch_size=size) for size in (1, 5, 16)]
+    expected = detect(demo, texts, sizes[0]).traces
+    torch.testing.assert_close(detect(demo, texts, sizes[1]).traces, expected, rtol=1e-5, atol=1e-5)
+    order = [4, 0, 2]
+    found = detect(demo, [texts[i] for i in order], sizes[2]).traces
+    torch.testing.assert_close(found, expected[order], rtol=1e-5, atol=1e-5)
+    assert expected.mean((1, 2)).std() > 1e-3
 
 
 def test_guidance_moves_later_steps_only(toy):

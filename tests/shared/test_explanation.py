@@ -1,4 +1,4 @@
-"""Explanation: gradients against finite differences, negative controls, occlusion against detect."""
+"""Gradients against finite differences, negative controls, occlusion against detection."""
 
 from dataclasses import replace
 
@@ -51,7 +51,9 @@ def test_significance_matches_finite_differences(steps):
 
             def magnitude(embeddings, x=x, sigma=sigma, base=base):
                 rows = len(embeddings)
-                x0 = toy.denoise(x.repeat(rows, 1, 1, 1), sigma, replace(cond, embeddings=embeddings))
+                x0 = toy.denoise(
+                    x.repeat(rows, 1, 1, 1), sigma, replace(cond, embeddings=embeddings)
+                )
                 return text_noise_norm(x0, base.expand_as(x0)) / sigma
 
             bumps = h * torch.eye(5 * 16, dtype=torch.float64).view(-1, 5, 16)
@@ -202,3 +204,21 @@ def test_a_gradient_that_is_not_finite_names_the_prompt():
 
     with pytest.raises(PredictionError, match="prompt 'red boat' is not finite"):
         explain(Broken(), "red boat", CONFIG)
+
+
+def test_demo_model_is_explained_as_it_is_detected():
+    from unmemorize.demo import MODEL
+    from unmemorize.shared.models import load_denoiser
+
+    if not (MODEL / "model_index.json").exists():
+        pytest.skip("the demo model is not there")
+    denoiser, prompt = load_denoiser(MODEL, device="cpu"), "strawberry, red fruit"
+    config = DetectionConfig(seeds=(0, 1))
+    score = detect(denoiser, [prompt], config).scores.item()
+    found = explain(denoiser, prompt, config)
+    assert found.words == ("strawberry,", "red", "fruit")
+    assert min(found.significance) > 0
+    assert found.difference_map.shape == (16, 16)
+    for o in found.occlusions:
+        after = detect(denoiser, [o.prompt], config).scores.item()
+        assert (o.score_before, o.score_after) == pytest.approx((score, after), rel=1e-5)

@@ -41,7 +41,9 @@ def test_norm_matches_a_loop():
     cond, uncond = seeded(2, 5, 4, 3, 3)
     norms = text_noise_norm(cond, uncond)
     for row in range(5):
-        total = sum((a - b) ** 2 for a, b in zip(cond[row].ravel(), uncond[row].ravel(), strict=True))
+        total = sum(
+            (a - b) ** 2 for a, b in zip(cond[row].ravel(), uncond[row].ravel(), strict=True)
+        )
         assert norms[row].item() == pytest.approx(math.sqrt(total))
     torch.testing.assert_close(text_noise_norm(cond[2:3], uncond[2:3])[0], norms[2])
 

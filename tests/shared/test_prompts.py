@@ -2,7 +2,7 @@ import json
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmemorize.shared.prompts import PromptError, clean, read_prompts
@@ -55,6 +55,7 @@ def test_strange_prompts_stay_what_they_are_in_every_format(tmp_path):
     assert clean(read_prompts(tmp_path / "a.txt")).prompts == tuple(STRANGE)
 
 
+@settings(max_examples=60, deadline=None)
 @given(lines=st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])),
                       min_size=1))  # fmt: skip
 def test_text_files_split_at_newlines_only(lines, tmp_path_factory):

@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import ToyDenoiser, prompts
 from unmemorize.shared.calibration import Calibration, settings_of
 from unmemorize.shared.detection import DetectionConfig, detect, mean_over_seeds
 from unmemorize.shared.sequential import SettlingRule, detect_sequentially
-
-from toy import ToyDenoiser, prompts
 
 CONFIG = DetectionConfig()
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # scores are about 1
@@ -68,9 +67,7 @@ def test_drawn_seeds_are_those_of_full_detection_and_stop_as_the_rule_says(toy, 
     found = detect_sequentially(toy, texts, CONFIG, calibration, error=0.3)
     rule = SettlingRule.from_controls(calibration.seed_scores, calibration.threshold, 0.3)
     expected = draws(full.traces.mean(2), rule, calibration.seed_scores.mean(0))
-    torch.testing.assert_close(
-        found.traces.mean(2), expected, **CLOSE, equal_nan=True
-    )
+    torch.testing.assert_close(found.traces.mean(2), expected, **CLOSE, equal_nan=True)
     assert found.seeds_drawn.double().mean() < 3
     assert not found.scores.isnan().any()
 
@@ -96,13 +93,21 @@ def test_a_larger_error_never_draws_more(toy, calibration):
     number=st.integers(2, 80), seeds=st.integers(1, 5), seed=st.integers(0, 999),
     errors=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )  # fmt: skip
-def test_bands_shrink_with_the_error_and_hold_one(number, seeds, seed, errors):
+def test_the_band_shrinks_with_the_error(number, seeds, seed, errors):
     scores = scores_of(number, seeds, 0.2, seed)
     wide, narrow = (SettlingRule.from_controls(scores, 1.0, error) for error in sorted(errors))
-    assert (wide.low <= narrow.low).all()
-    assert (wide.high >= narrow.high).all()
-    assert (narrow.low <= 1).all()
-    assert (narrow.high >= 1).all()
+    assert wide.spread >= narrow.spread >= 0
+    estimates = scores.mean(1)
+    for drawn in range(1, seeds + 1):
+        assert not (wide.settled(estimates, drawn) & ~narrow.settled(estimates, drawn)).any()
+
+
+def test_seeds_that_scale_all_prompts_alike_settle_at_once():
+    scores = scores_of(50, 4, 0.0, 0)
+    rule = SettlingRule.from_controls(scores, scores.mean(1).median().item(), 0.05)
+    assert rule.spread < 1e-9
+    levels = scores.mean(0)
+    assert (~draws(scores, rule, levels).isnan()).sum() <= 49 + 4  # one stands at the threshold
 
 
 def test_verdicts_differ_from_full_ones_at_most_at_the_error():
@@ -116,7 +121,9 @@ def test_verdicts_differ_from_full_ones_at_most_at_the_error():
         rule = SettlingRule.from_controls(controls, threshold, error)
         levels = controls.mean(0)
         found = draws(new, rule, levels)
-        wrong += int(((mean_over_seeds(found, levels) > threshold) != (new.mean(1) > threshold)).sum())
+        wrong += int(
+            ((mean_over_seeds(found, levels) > threshold) != (new.mean(1) > threshold)).sum()
+        )
         drawn += (~found.isnan()).sum().item()
         total += len(new)
     assert wrong / total <= error
@@ -125,19 +132,17 @@ def test_verdicts_differ_from_full_ones_at_most_at_the_error():
 
 
 def test_without_enough_controls_nothing_settles_early():
-    rule = SettlingRule.from_controls(scores_of(10, 4, 0.2, 0), 1.0, 0.05)
-    assert rule.high.tolist() == [math.inf] * 3
-    assert not rule.settled(torch.tensor([1e-9, 1e9], dtype=torch.float64), 1).any()
+    rule = SettlingRule.from_controls(scores_of(18, 4, 0.2, 0), 1.0, 0.05)
+    assert rule.spread == math.inf
+    assert not rule.settled(torch.tensor([1e-9, 1e9], dtype=torch.float64), 3).any()
+    assert SettlingRule.from_controls(scores_of(19, 4, 0.2, 0), 1.0, 0.05).spread < math.inf
 
 
-def test_a_control_of_zero_widens_the_band():
+def test_a_control_of_zero_stands_at_the_far_end():
     scores = scores_of(19, 2, 0.1, 0)
-    finite = SettlingRule.from_controls(scores, 1.0, 0.1)
+    assert SettlingRule.from_controls(scores, 1.0, 0.05).spread < math.inf
     scores[3] = 0
-    rule = SettlingRule.from_controls(scores, 1.0, 0.1)
-    assert finite.high.isfinite().all()
-    assert rule.high.tolist() == [math.inf]
-    assert rule.low.tolist() == [0.0]
+    assert SettlingRule.from_controls(scores, 1.0, 0.05).spread == math.inf
 
 
 def test_an_interrupted_run_continues_bit_for_bit(toy, calibration):

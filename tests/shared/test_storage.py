@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmemorize.shared import storage
@@ -25,6 +26,7 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@settings(max_examples=40, deadline=None)
 @given(values=st.dictionaries(st.text(), JSON, min_size=1, max_size=6), cut=st.integers(0, 10**6))
 def test_a_journal_torn_anywhere_keeps_all_lines_before(values, cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("journal") / "j.jsonl"
@@ -48,7 +50,7 @@ def test_a_journal_torn_anywhere_keeps_all_lines_before(values, cut, tmp_path_fa
 def test_a_journal_changed_by_something_else_is_refused(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"key": "a", "value": 1}\nnot json\n{"key": "b", "value": 2}\n')
-    with pytest.raises(StorageError, match="Line 2 .* is not a journal entry.*Delete it"):
+    with pytest.raises(StorageError, match="Line 2 .* is not a journal entry.*Delete the file"):
         Journal(path)
 
 
@@ -81,11 +83,13 @@ def test_full_disk_keeps_what_was_there_and_leaves_nothing_half(tmp_path, monkey
     assert len(Journal(path)) == 2
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+FULL_DEVICE = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL_DEVICE.exists(), reason="Linux has a disk that is always full")
 def test_a_really_full_disk():
-    with pytest.raises(StorageError, match="No space left"), storage.writing("/dev/full"):
-        with open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x")
+    with pytest.raises(StorageError, match="No space left"), storage.writing(FULL_DEVICE):
+        FULL_DEVICE.write_bytes(b"x")
 
 
 def test_replace_atomically_keeps_the_old_file_when_the_block_fails(tmp_path):

@@ -49,7 +49,9 @@ class ToyDenoiser:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         self.encoded.append(len(prompts))
         readings = [self._read(prompt) for prompt in prompts]
-        ids = [[zlib.crc32(token.text.encode()) % 997 for token in tokens] for tokens, _ in readings]
+        ids = [
+            [zlib.crc32(token.text.encode()) % 997 for token in tokens] for tokens, _ in readings
+        ]
         embeddings = self.table[torch.tensor(ids)] + self.places
         # Every position also sees those before it, as in a causal text encoder.
         embeddings = embeddings + embeddings.cumsum(1) / self.positions

@@ -1,0 +1,114 @@
+"""The training of the demo: it runs, continues after a stop, and writes what readers expect."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unmemorize import demo
+from unmemorize.demo import data, networks, train
+
+TINY = train.TrainConfig(
+    autoencoder_steps=3, steps=6, per_batch=(1, 1, 1), checkpoint_every=2, learning_rate=1e-3
+)
+
+
+def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None) -> dict:
+    """Train U-Net and text encoder on noise, interrupted before step `stop_at` if given."""
+    torch.manual_seed(0)
+    _, text_encoder, unet = networks.build_networks(64)
+    captions = [
+        data.Caption(group, group, "1f34e") for group in ("verbatim", "template", "learnt")
+    ]
+    renderings = [data.Rendering(i, "fluent", i) for i in range(3)]
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 64, (4, 77), generator=torch.Generator().manual_seed(2))
+    if stop_at is not None:
+        calls = iter(range(100))
+
+        def interrupted(*args, **kwargs):
+            if next(calls) == stop_at:
+                raise KeyboardInterrupt
+            return rate(*args, **kwargs)
+
+        rate = train.rate
+        monkeypatch.setattr(train, "rate", interrupted)
+    average = train.train_denoiser(
+        text_encoder, unet, latents, tokens, captions, renderings, TINY, work
+    )
+    return average.state_dict()
+
+
+def test_a_stopped_training_continues_bit_for_bit(tmp_path, monkeypatch):
+    whole = denoiser_after(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        denoiser_after(tmp_path / "parts", stop_at=5, monkeypatch=patch)
+    continued = denoiser_after(tmp_path / "parts")
+    assert all(torch.equal(whole[key], continued[key]) for key in whole)
+    torch.manual_seed(0)
+    untrained = networks.build_networks(64)[2].state_dict()
+    assert not torch.equal(whole["unet.conv_out.weight"], untrained["conv_out.weight"])
+
+
+def test_rescaling_the_latents_leaves_the_decoded_image():
+    torch.manual_seed(0)
+    autoencoder = networks.build_networks(64)[0].double()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        before = autoencoder.encode(images).latent_dist
+        decoded = autoencoder.decode(before.mode()).sample
+        networks.normalise_latents(autoencoder, std=3.0)
+        after = autoencoder.encode(images).latent_dist
+        factor = 1 / (3.0 * networks.SCALING_FACTOR)
+        torch.testing.assert_close(after.mode(), before.mode() * factor)
+        torch.testing.assert_close(after.std, before.std * factor)
+        torch.testing.assert_close(autoencoder.decode(after.mode()).sample, decoded)
+    assert decoded.std() > 0.01
+
+
+def test_learning_rate_rises_stays_and_ends_at_zero():
+    rates = [train.rate(step, 1000, 0.25) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[100:749] == [1.0] * 649
+    assert rates[-1] == pytest.approx(1 / 250)
+
+
+def test_work_of_another_training_is_not_mixed_in(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"steps": 1}))
+    with pytest.raises(ValueError, match="other settings"):
+        train.train(tmp_path / "model", tmp_path / "images", tmp_path, TINY)
+
+
+def test_short_mode_never_overwrites_the_demo(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--short"])
+    assert "name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_short_training_makes_a_model_that_loads(tmp_path, run_python):
+    if shutil.which("npm") is None:
+        pytest.skip("npm, which brings the demo's art, is not installed")
+    try:
+        data.fetch(tmp_path / "work" / "art")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the demo's art cannot be fetched here: {error.stderr!r:.200}")
+    model = tmp_path / "model"
+    run_python(
+        "-W", "ignore", "-m", "unmemorize.demo.train", "--short", "--output", str(model),
+        "--images", str(tmp_path / "images"), "--work", str(tmp_path / "work"),
+    )  # fmt: skip
+    from unmemorize.shared.models import load_denoiser
+
+    assert load_denoiser(model).generate(["red apple"], [0], steps=2)[0].size == (128, 128)
+    # The committed captions, vocabulary and sheets come from this very code.
+    for name in ("captions.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        assert (model / name).read_text("utf-8") == (demo.MODEL / name).read_text("utf-8"), name
+    shapes = {k: v.shape for k, v in load_file(demo.MODEL / networks_file).items()}
+    assert shapes == {k: v.shape for k, v in load_file(model / networks_file).items()}
+
+
+networks_file = "unet/diffusion_pytorch_model.safetensors"
