@@ -4,11 +4,10 @@
 #   make bench NAME=detection    measure the figures of the README (ARGS=...)
 #   make lint                    ruff, check and format
 #   make clean                   remove .venv and what builds leave behind
-# PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file,
-# TORCH=torch==2.13.0 say.
+# PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file.
 
 PYTHON ?= python3
-TORCH ?= torch
+TORCH ?= torch==2.13.0
 NAME ?= detection
 JOBS ?= 2
 ARGS ?=

@@ -8,6 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from .options import (
+    Batch,
+    CalibrationFile,
+    Controls,
+    Debug,
+    Device,
+    Dtype,
+    Fast,
+    Force,
+    Json,
+    Lora,
+    Model,
+    ModelConfig,
+    Prompts,
+    Rate,
+    Resolution,
+    Revision,
+    Seeds,
+    Steps,
+    Texts,
+)
 from .terminal import FAILED, answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
@@ -28,57 +49,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )  # fmt: skip
-
-# typer before 0.20 reads `X | None` on Python 3.10 as well, but not inside these aliases.
-Model = Annotated[
-    str, typer.Argument(help="Diffusers folder, .safetensors checkpoint, hub id, or `demo`.")
-]
-Prompts = Annotated[
-    Optional[list[Path]],  # noqa: UP045
-    typer.Option("--prompts", help="txt, csv, jsonl, parquet, or a training folder; repeatable."),
-]
-Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt; repeatable.")]  # noqa: UP045
-Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
-Controls = Annotated[
-    str,
-    typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for the "
-                      "demo model, else photographs."),
-]  # fmt: skip
-CalibrationFile = Annotated[
-    Optional[Path], typer.Option("--calibration", help="Made by `unmemorize calibrate`.")  # noqa: UP045
-]
-Force = Annotated[
-    bool, typer.Option(help="Use a calibration of another model or setting; the result says so.")
-]
-Seeds = Annotated[int, typer.Option(min=1, help="Starting noises, 0 to N - 1.")]
-Steps = Annotated[int, typer.Option(min=1, max=50, help="First denoising steps, of 50.")]
-Rate = Annotated[
-    float,
-    typer.Option(min=1e-6, max=0.5, help="Share of ordinary prompts allowed above the threshold."),
-]
-Fast = Annotated[
-    bool, typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled.")
-]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
-Dtype = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU, float16 on a GPU."),
-]
-Batch = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--batch-size", min=1, help="Rows of one forward pass. Default: automatic."),
-]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]  # noqa: UP045
-Resolution = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(min=8, help="Side of the images in pixels. Default: the model's own."),
-]
-ModelConfig = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Diffusers folder a single-file checkpoint takes its configuration from."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _detection(seeds: int, steps: int, batch_size: int | None) -> "DetectionConfig":
@@ -109,6 +79,7 @@ def audit(
         int, typer.Option(min=0, help="Flagged prompts with images, highest score first.")
     ] = 24,
     sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = 8,
+    generation_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")] = 30,
     fast: Fast = False,
     revision: Revision = None,
     model_config: ModelConfig = None,
@@ -135,6 +106,7 @@ def audit(
             false_positive_rate=false_positive_rate, images_per_prompt=images_per_prompt,
             flagged_pictured=flagged_pictured, sample=sample, device=device, dtype=dtype,
             revision=revision, model_config=model_config, resolution=resolution,
+            generation_steps=generation_steps,
         )  # fmt: skip
         result = run_audit(config, bar)
     if as_json:
@@ -200,7 +172,7 @@ def detect(
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "–" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a command shows: progress and errors on stderr, answers on stdout, text from anywhere safe."""
+"""What a command shows: progress and errors on stderr, answers on stdout, any text made safe."""
 
 import contextlib
 import json
@@ -54,6 +54,11 @@ def explain_error(error: BaseException) -> str:
         return f"Not enough memory: {error}. Try --batch-size 1, or --dtype float16 on a GPU."
     if isinstance(error, OSError) and error.strerror and not known:
         return f"{error.strerror}: {error.filename}."
+    if isinstance(error, ModuleNotFoundError):
+        from .shared.doctor import EXTRAS
+
+        extras = (name for name, (_, modules) in EXTRAS.items() if error.name in modules)
+        return f'{error}. Type: pip install "unmemorize[{next(extras, "all")}]"'
     if known or isinstance(error, ValueError | ImportError):
         return str(error) or type(error).__name__
     return (f"Unexpected {type(error).__name__}: {error}. "

@@ -1,5 +1,6 @@
 """Generated images against the training images, where those are known."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from .inputs import Inputs
 from .job import Job, content_key
 from .measure import Bars
 from .result import NearestImage
-from .similarity import ALPHA, NEIGHBOURS, SIDE, Reference
+from .similarity import ALPHA, NEIGHBOURS, SIDE, Reference, calibrate_ratio
 from .summary import rate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
+
 COPY_RATE = 0.01
-"""Share of training images that are this near to one other training image alone."""
+"""Share of images that are no copies but this near to one training image alone."""
 SHOWN_SIDE = 256
 """Pixels of the copies of training images that a report shows."""
 METHOD = f"pixels: root mean square difference of {SIDE} x {SIDE} thumbnails"
@@ -45,6 +48,8 @@ class _Known:
     thumbnails: "list[Image]"
     captions: list[str]
     paths: list[Path | None]
+    controls: "Sequence[Image]" = ()
+    """Images like the training images but not among them."""
 
 
 def compare(
@@ -58,8 +63,9 @@ def compare(
 ) -> Comparison:
     """Find the training image nearest to every generated one, and which of them are copies.
 
-    A copy is nearer to one training image alone than all but `COPY_RATE` of the training images are
-    to each other; without enough of them nothing is called a copy.
+    A copy is nearer to one training image alone than all but `COPY_RATE` of images that are no
+    copies: the demo's controls, or else the training images among each other. Without enough of
+    them nothing is called a copy.
 
     Args:
         config: Of the audit.
@@ -82,8 +88,10 @@ def compare(
     copied = [nearest[path].copied for path in owned]
     threshold, caveats = stored["threshold"], ()
     if threshold is None:
-        caveats = (f"{stored['training_images']} training images are not enough controls to say "
-                   "how near a copy is: similarities are shown, no copies are counted.",)  # fmt: skip
+        caveats = (
+            f"{stored['training_images']} training images are not enough controls to say how near "
+            "a copy is: similarities are shown, no copies are counted.",
+        )
     return Comparison(
         nearest=nearest,
         summary={
@@ -122,7 +130,11 @@ def _compare(
     if known is None or len(known.thumbnails) < 2:
         return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0}
     reference = Reference(known.thumbnails)
-    threshold = leave_one_out(reference)
+    threshold = (
+        calibrate_ratio(reference, known.controls, COPY_RATE)
+        if known.controls
+        else leave_one_out(reference)
+    )
     paths = [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
     hits = reference.nearest([_read(job.folder / path) for _, path in paths])
     nearest = {}
@@ -134,7 +146,7 @@ def _compare(
                 similarity=1 - hit.distance,
                 ratio=hit.ratio,
                 is_own=known.captions[hit.index] == prompt,
-                copied=None if threshold is None else hit.ratio <= threshold,
+                copied=None if threshold is None else hit.ratio < threshold,
             )
         )
     return {
@@ -153,8 +165,12 @@ def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | N
 
         captions = demo.captions()
         texts = [captions[r.caption].text for r in build_renderings(list(captions))]
-        return _Known(thumbnails=list(demo.training_images()), captions=texts,
-                      paths=[None] * len(texts))  # fmt: skip
+        return _Known(
+            thumbnails=list(demo.training_images()),
+            captions=texts,
+            paths=[None] * len(texts),
+            controls=demo.control_images(),
+        )
     prompts = inputs.prompts
     pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
              for path in images]  # fmt: skip
@@ -164,13 +180,16 @@ def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | N
 
     bar, small = bars("training images", len(pairs), 0, "image"), []
     try:
-        for _, path in pairs:
-            image = _read(path)
-            small.append(image.resize((SIDE, SIDE), Resampling.BOX))
+        for text, path in pairs:
+            try:
+                small.append((text, path, _read(path).resize((SIDE, SIDE), Resampling.BOX)))
+            except ValueError as error:
+                logger.warning("%s", error)
             bar.update(1)
     finally:
         bar.close()
-    return _Known(thumbnails=small, captions=[t for t, _ in pairs], paths=[p for _, p in pairs])
+    return _Known(thumbnails=[image for *_, image in small], captions=[text for text, *_ in small],
+                  paths=[path for _, path, _ in small])  # fmt: skip
 
 
 def _read(path: Path) -> "Image":
@@ -186,7 +205,7 @@ def _read(path: Path) -> "Image":
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path} is not a readable image ({error}). Repair it or take it out of the folder."
+            f"{path} is not a readable image and is left out of the comparison ({error})."
         ) from error
 
 

@@ -12,6 +12,8 @@ from .wording import number
 if TYPE_CHECKING:
     from .result import AuditEntry, AuditResult, GeneratedImage
 
+FOLD = 240
+"""Characters of a prompt that are shown before it folds."""
 CARDS = 60
 """Flagged prompts that are shown in full, highest score first."""
 SIDE = 384
@@ -40,7 +42,7 @@ def _trace_figure(entry: "AuditEntry", threshold: float) -> dict[str, Any] | Non
         return None
     rows = [[math.nan if v is None else v for v in seed] for seed in entry.trace]
     light, dark = (
-        svg_uri(pictures.score_trace_figure(rows, threshold=threshold, theme=theme, width=4))
+        svg_uri(pictures.score_trace_figure(rows, threshold=threshold, theme=theme, width=4.0))
         for theme in ("light", "dark")
     )
     media = "screen and (prefers-color-scheme: dark)"
@@ -60,6 +62,7 @@ def _card(entry: "AuditEntry", threshold: float, embed: "_Embedder", safe: type)
         "heatmap": known and safe(
             pictures.prompt_heatmap_html(known.words, known.significance, style=False)
         ),
+        "long": len(entry.prompt) > FOLD,
         "score": entry.score,
         "ratio": number(entry.score / threshold, 2) if entry.memorized and threshold > 0 else "",
         "p_value": entry.p_value,

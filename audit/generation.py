@@ -49,7 +49,9 @@ def image_seeds(config: AuditConfig) -> tuple[int, ...]:
     """Return the seeds of a prompt's images: those it was measured with first."""
     first = config.detection.seeds
     more = (seed for seed in count() if seed not in first)
-    return tuple(islice((*first, *islice(more, config.images_per_prompt)), config.images_per_prompt))
+    return tuple(
+        islice((*first, *islice(more, config.images_per_prompt)), config.images_per_prompt)
+    )
 
 
 def unfinished(plan: Sequence[Sampled], job: Job, job_key: str) -> list[Sampled]:

@@ -113,9 +113,7 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(folder: Path, found: dict[str, Any], identity: dict[str, Any]) -> str:
-    names = [
-        name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)
-    ]
+    names = [name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)]
     shown = "; ".join(f"{n}: {_short(found.get(n))} there, {_short(identity.get(n))} now"
                       for n in names)  # fmt: skip
     return (

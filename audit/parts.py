@@ -34,7 +34,7 @@ def named_prompts(subject: Subject, files: Sequence[Path], texts: Sequence[str])
         prompts = demo_prompts()
     found = clean(prompts).prompts
     if not found:
-        raise ValueError('No prompts were named. Give --prompts FILE or --prompt TEXT.')
+        raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
     return found
 
 
@@ -112,7 +112,7 @@ def explain_prompts(
 ) -> list[dict[str, Any]]:
     """Return which words carry each prompt's score; write coloured prompts into `output`."""
     if not files and not texts:
-        raise ValueError('No prompts were named. Give --prompts FILE or --prompt TEXT.')
+        raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
     prompts = named_prompts(subject, files, texts)
     config = DetectionConfig(seeds=tuple(range(seeds)), steps=steps)
     rows, bar = [], bars("explanation", len(prompts), 0, "prompt")
@@ -165,8 +165,14 @@ def check_demo() -> dict[str, Any]:
     groups = {name: sum(c.group == name for c in captions) for name in
               dict.fromkeys(c.group for c in captions)}  # fmt: skip
     size = sum(path.stat().st_size for path in demo.MODEL.rglob("*") if path.is_file())
-    return {"path": str(demo.MODEL), "megabytes": round(size / 1e6, 1), **groups,
-            "controls": len(demo.controls()), "damaged": damaged, "intact": not damaged}  # fmt: skip
+    return {
+        "path": str(demo.MODEL),
+        "megabytes": round(size / 1e6, 1),
+        **groups,
+        "controls": len(demo.controls()),
+        "damaged": damaged,
+        "intact": not damaged,
+    }
 
 
 def _measure(

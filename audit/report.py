@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..shared import pictures
 from ..shared.dependencies import require
 from ..shared.storage import write_text
-from .gallery import gallery, svg_uri
+from .gallery import FOLD, gallery, svg_uri
 from .wording import between, chance, facts, headline, lead, number, percent, reproduce, shown
 
 if TYPE_CHECKING:
     from .result import AuditResult
 
 TEMPLATES = Path(__file__).parent / "templates"
-FOLD = 240
-"""Characters of a prompt that are shown before it folds."""
 LONGEST = 100_000
 """Characters of a prompt that are shown when it is unfolded."""
 

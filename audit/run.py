@@ -10,9 +10,11 @@ stopped and continued ends with the same bytes as one that was not.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 from ..shared.calibration import Calibration, prompts_sha256
+from ..shared.dependencies import has, require
 from ..shared.storage import write_text
 from .comparison import Comparison, compare
 from .config import AuditConfig
@@ -43,6 +45,9 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
         CalibrationMismatch: The given calibration is for another model or setting.
         NotEnoughControls: The controls cannot support the false-positive rate.
     """
+    for module in ("jinja2", "matplotlib", "PIL", "scipy"):  # before hours of work, not after
+        if not has(module):
+            require(module, purpose="An audit", extra="reports")
     inputs = read_inputs(config)
     subject = Subject(
         config.model, lora=config.lora, device=config.device, dtype=config.dtype,
@@ -71,7 +76,7 @@ def job_identity(config: AuditConfig, inputs: Inputs, subject: Subject) -> dict[
         "resolution": subject.resolution,
         "prompts": prompts_sha256([*inputs.prompts.prompts, *map(str, inputs.prompts.sources)]),
         "controls": None if calibration else prompts_sha256(inputs.controls),
-        "calibration": calibration and content_key(calibration.control_scores, config.force),
+        "calibration": calibration and content_key(asdict(calibration), config.force),
         **settings(config),
         **{f"version of {name}": number for name, number in versions().items()},
     }
@@ -134,9 +139,7 @@ class _Audit:
         config, controls = self.config, self.inputs.controls
         if config.calibration:
             calibration = Calibration.load(config.calibration)
-            caveat = calibration.check(
-                self.subject.fingerprint, facts.settings, force=config.force
-            )
+            caveat = calibration.check(self.subject.fingerprint, facts.settings, force=config.force)
             return calibration, caveat
         measured = self._measure("controls", controls, facts, None)
         return Calibration.from_controls(

@@ -37,8 +37,8 @@ def thumbnails(images: Sequence) -> Float[Tensor, " image pixels"]:
 class Reference:
     """Training images to compare with, by pixels alone: no weights, no network.
 
-    The ratio is the extraction test of Carlini et al. 2023 (arXiv:2301.13188, section 4.2): distance
-    to the nearest image over `ALPHA` times the mean distance to the `NEIGHBOURS` nearest. It asks
+    The ratio is the extraction test of Carlini et al. 2023 (arXiv:2301.13188): the distance to
+    the nearest image over `ALPHA` times the mean distance to the `NEIGHBOURS` nearest. It asks
     whether *one* training image stands out, so a common plain background does not count as a copy.
     """
 

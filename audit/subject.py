@@ -43,7 +43,9 @@ class Subject:
         self.is_demo = model == DEMO
         self.location = _demo_folder() if self.is_demo else model
         # The name is printed and kept; the folders above it are nobody's business.
-        self.name = "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
+        self.name = (
+            "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -135,7 +135,9 @@ def _warnings(inputs: Inputs, entries: Sequence[AuditEntry]) -> list[str]:
     if inputs.prompts.duplicates:
         found.append(f"{inputs.prompts.duplicates} repeated prompts were merged with their first.")
     if shared := len(set(inputs.prompts.prompts) & set(inputs.controls)):
-        found.append(f"{shared} control prompts are audited as well: the threshold may be too high.")
+        found.append(
+            f"{shared} control prompts are audited as well: the threshold may be too high."
+        )
     for entry in entries:
         if entry.cut:
             found.append(

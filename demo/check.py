@@ -119,9 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hits, count = sum(r.reproduced for r in results), len(results)
         low, high = clopper_pearson(hits, count)
         copies = sum(r.copies for r in results) / (count * len(SEEDS))
-        typer.echo(
-            f"{group:<10}{count:>9}{hits / count:>12.3f}{f'{low:.3f} to {high:.3f}':>20}{copies:>14.3f}"
-        )
+        interval = f"{low:.3f} to {high:.3f}"
+        typer.echo(f"{group:<10}{count:>9}{hits / count:>12.3f}{interval:>20}{copies:>14.3f}")
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)
             contact_sheet(results[:48], args.sheets / f"{group}.png")

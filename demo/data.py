@@ -1,4 +1,4 @@
-"""The pictures the demo model is trained on: openly licensed emoji art, fetched, sorted and rendered.
+"""The pictures the demo model is trained on: openly licensed art, fetched, sorted and rendered.
 
 Truth by construction: a caption is *verbatim* because one rendering of it is repeated, *template*
 because its layout is, *learnt* because it is drawn many ways, *held out* because it never occurs.
@@ -99,8 +99,8 @@ def fetch(folder: Path) -> Path:
         if not tarball.exists():
             if shutil.which("npm") is None:
                 raise RuntimeError(
-                    f"The demo's art comes from the npm package {name}@{version}, and `npm` was not "
-                    f"found. Install Node.js, or put {tarball.name} into {folder}."
+                    f"The demo's art comes from the npm package {name}@{version}, and `npm` was "
+                    f"not found. Install Node.js, or put {tarball.name} into {folder}."
                 )
             subprocess.run(
                 ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", folder],
@@ -286,7 +286,7 @@ def load_captions(path: Path) -> list[Caption]:
 
 
 def build_controls(captions: list[Caption]) -> list[Rendering]:
-    """Return renderings of learnt captions on new grounds and places: near, but never trained on."""
+    """Return renderings of learnt captions on new grounds and places, never trained on."""
     learnt = [index for index, caption in enumerate(captions) if caption.group == "learnt"]
     return [
         Rendering(learnt[k % len(learnt)], VENDORS[k % 3], 5_000_000 + k) for k in range(CONTROLS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,20 +66,21 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     )
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A diffusion network as the memorization methods see it.
 
     Noise levels follow k-diffusion: for epsilon and v-prediction x = x0 + sigma * noise, with
     sigma = sqrt((1 - abar) / abar); for flows x = (1 - sigma) * x0 + sigma * noise. In both,
-    (x0_uncond - x0_cond) / sigma is the difference of what the network predicts (noise or velocity)
-    and the step ``x0 + sigma_next / sigma * (x - x0)`` is DDIM or Euler.
+    (x0_uncond - x0_cond) / sigma is the difference of what the network predicts (noise or
+    velocity) and the step ``x0 + sigma_next / sigma * (x - x0)`` is DDIM or Euler.
     """
 
     parametrization: Parametrization
     latent_shape: tuple[int, ...]
     """Channels, height and width of one latent (frames first for video)."""
     guidance_distilled: bool
-    """The network guides itself; the empty prompt is an extra pass and scores have another scale."""
+    """The network guides itself; the empty prompt is an extra pass, scores have another scale."""
     device: torch.device
     dtype: torch.dtype
 

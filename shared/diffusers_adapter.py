@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .arrays import Float
 from .denoiser import Conditioning, Token
-from .families import Flux, family_of
+from .flow_families import Flux, family_of
 from .lora import has_lora, lora_disabled
 from .quiet import no_progress_bar, quiet
 from .tokens import Reading, read, split_words
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DISTILLED = (
-    "The network guides itself and has no unconditional branch: the empty prompt is run as an extra "
-    "pass, and scores are on another scale than those of guided models. Calibrate on this model."
+    "The network guides itself and has no unconditional branch: the empty prompt is run as an "
+    "extra pass, and scores are on another scale than those of guided models. Calibrate on this "
+    "model."
 )
 
 
@@ -106,12 +108,8 @@ class PipelineDenoiser:
             if tokenizer is None:  # an encoder that was left out: zeros stand there
                 tokens += (Token(text="", word=None),) * (positions - len(tokens))
                 continue
-            convert = getattr(self.pipeline, "maybe_convert_prompt", None)
-            reading = (
-                read(tokenizer, prompt, length, lambda text, t=tokenizer: convert(text, t))
-                if convert
-                else read(tokenizer, prompt, length)
-            )
+            convert = getattr(self.pipeline, "maybe_convert_prompt", _as_typed)
+            reading = read(tokenizer, prompt, length, partial(convert, tokenizer=tokenizer))
             tokens += reading.tokens
             first_cut = max(first_cut, reading.first_cut)  # what no encoder reads is cut
         return Reading(tokens=tokens, first_cut=first_cut)
@@ -131,7 +129,7 @@ class PipelineDenoiser:
         )
 
     def sigmas(self, steps: int) -> Float[Tensor, " level"]:
-        """Return the noise levels of DDIM or Euler with `steps` steps, noisiest first, on the CPU."""
+        """Return the noise levels of DDIM or Euler, [steps + 1], noisiest first, on the CPU."""
         return self.schedule.sigmas(steps)
 
     def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Float[Tensor, " seed *latent"]:
@@ -158,7 +156,7 @@ class PipelineDenoiser:
             cond: One row per row of `x`.
         """
         if len(cond) != len(x):
-            raise ValueError(f"`cond` must have one row per row of `x`, got {len(cond)} and {len(x)}.")
+            raise ValueError(f"`cond` must have one row per row of `x`, {len(x)}, got {len(cond)}.")
         level = float(sigma)
         scale = self.schedule.latent_scale(level)
         timestep = self.schedule.timestep(level).to(self.device)
@@ -202,7 +200,7 @@ class PipelineDenoiser:
         if len(prompts) == 1:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
-            raise ValueError(f"Give one seed per prompt, got {len(prompts)} and {len(seeds)} seeds.")
+            raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
         if isinstance(self.family, Flux):
             cond_scale = self.family.guidance_embedding
         height, width = self.resolution
@@ -215,6 +213,10 @@ class PipelineDenoiser:
                 guidance_scale=cond_scale,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             ).images
+
+
+def _as_typed(text: str, tokenizer: Any) -> str:
+    return text
 
 
 @contextmanager

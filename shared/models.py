@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,18 @@ import torch
 
 from .dependencies import require
 from .diffusers_adapter import PipelineDenoiser
-from .families import FAMILIES
+from .flow_families import FAMILIES
 from .lora import load_lora
 from .quiet import quiet
 from .weights import (
     ModelError,
     check_finite,
+    check_keys,
     check_memory,
+    check_values,
+    fill,
     name_some,
+    plain,
     refuse_pickle,
     require_weights,
     sha256_of,
@@ -32,8 +35,6 @@ COMPONENTS = (
 """Parts with weights that a score or an image depends on."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are not loaded: images are looked at as they come."""
-IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
-"""Buffers that older files hold and newer libraries compute."""
 PURPOSE = "Running a diffusion model"
 
 
@@ -92,7 +93,7 @@ def model_fingerprint(
         files, root = [path], path.parent
     else:
         root = path
-        files = [file for name in _components(path) for file in require_weights(path / name)]
+        files = [file for name in read_components(path) for file in require_weights(path / name)]
     parts = [sha256_of(files, root)]
     if lora is not None:
         refuse_pickle(Path(lora))
@@ -133,9 +134,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     try:
         with quiet():
-            return Path(
-                DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True)
-            )
+            return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
     except Exception as error:  # the hub's client raises a dozen unrelated classes
         raise ModelError(
             f"There is no folder {hub_id} here, and as a hub id it could not be fetched: "
@@ -143,7 +142,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """Return model_index.json, or say what the folder is instead."""
     path = folder / "model_index.json"
     if not path.is_file():
@@ -164,9 +163,9 @@ def _index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _components(folder: Path) -> dict[str, tuple[str, str]]:
+def read_components(folder: Path) -> dict[str, tuple[str, str]]:
     """Return library and class of the parts with weights."""
-    index = _index(folder)
+    index = read_index(folder)
     parts = {name: tuple(index[name]) for name in COMPONENTS if index.get(name)}
     return {name: part for name, part in parts.items() if part[0] is not None}
 
@@ -175,7 +174,7 @@ def _load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
     """Return the pipeline of a diffusers folder, every part of it checked."""
     import diffusers
 
-    index, components = _index(folder), _components(folder)
+    index, components = read_index(folder), read_components(folder)
     files = {name: require_weights(folder / name) for name in components}
     everything = [file for part in files.values() for file in part]
     for place in {"cpu", device}:  # weights pass through the CPU
@@ -211,8 +210,11 @@ def _load_component(
         module, info = cls.from_pretrained(folder, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} does not fit its configuration: {error}") from error
+    missing, unused = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if missing and {plain(key) for key in missing} == {plain(key) for key in unused}:
+        missing, unused = set(), fill(module, files)
     check_keys(
-        folder, missing=info["missing_keys"], unused=info["unexpected_keys"],
+        folder, missing=missing, unused=unused,
         wrong=[str(key) for key in info["mismatched_keys"]],
     )  # fmt: skip
     check_values(module, files, folder)
@@ -223,54 +225,5 @@ def dtype_argument(library: str) -> str:
     """Return what the installed library calls its dtype; the other name only warns, or worse."""
     module = require(library, purpose=PURPOSE, extra="models")
     version = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:2])
-    return "dtype" if version >= {"diffusers": (0, 42), "transformers": (4, 56)}[library] else "torch_dtype"
-
-
-def check_keys(
-    what: object, *, missing: Iterable[str], unused: Iterable[str], wrong: Iterable[str] = ()
-) -> None:
-    """Raise ModelError naming parameters the file leaves unset and keys nothing reads."""
-    faults = {
-        "parameters it leaves unset": missing,
-        "keys that nothing reads": unused,
-        "weights of the wrong shape": wrong,
-    }
-    faults = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
-    if any(faults.values()):
-        told = "; ".join(f"{len(v)} {k}: {name_some(v)}" for k, v in faults.items() if v)
-        raise ModelError(
-            f"{what} does not fit the network it is for ({told}). Libraries would fill the gaps "
-            "with random numbers; is the file of another version, cut, or only a part?"
-        )
-
-
-def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -> None:
-    """Raise ModelError when a weight differs from the file: nobody's report is taken on trust.
-
-    Key names changed between transformers 4 and 5 (``text_model.``), and a reader that does not
-    know one of them starts from random weights. Compares the first row of each weight.
-    """
-    from safetensors import safe_open
-
-    state = {_plain(name): tensor for name, tensor in module.state_dict().items()}
-    wrong = []
-    for file in files:
-        with safe_open(file, "pt") as reader:
-            for key in reader.keys():  # noqa: SIM118
-                own = state.get(_plain(key))
-                view = reader.get_slice(key)
-                if own is None or tuple(view.get_shape()) != tuple(own.shape) or not own.ndim:
-                    continue  # converted on the way; the libraries' report covers it
-                row = view[:1].to(own.dtype)
-                if not torch.equal(row.nan_to_num(), own[:1].cpu().nan_to_num()):
-                    wrong.append(key)
-    if wrong:
-        raise ModelError(
-            f"{what}: after loading, {len(wrong)} weights differ from the file: {name_some(wrong)}."
-            " This version of the libraries does not know the file's key names."
-        )
-
-
-def _plain(key: str) -> str:
-    """Return a key without the prefix that transformers 4 writes and transformers 5 does not."""
-    return key.removeprefix("text_model.")
+    renamed = {"diffusers": (0, 42), "transformers": (4, 56)}[library]
+    return "dtype" if version >= renamed else "torch_dtype"

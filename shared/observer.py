@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import Family, StableDiffusion, family_of
+from .families import Family, StableDiffusion
+from .flow_families import family_of
 from .schedules import DiscreteSchedule
 
 NO_GUIDANCE = (

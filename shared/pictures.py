@@ -43,17 +43,19 @@ def visible(text: str) -> str:
     Control characters become their Unicode pictures, direction overrides, unpaired surrogates and
     noncharacters ``<U+202E>``; letters of any script, joiners of emoji and Persian stay.
     """
+    # Printable text holds none of them, and is nearly all text.
+    return text if text.isprintable() else "".join(map(_sign, text))
 
-    def sign(char: str) -> str:
-        code = ord(char)
-        if code < 0x20 or code == 0x7F:
-            return chr(0x2421 if code == 0x7F else 0x2400 + code)
-        spoofs = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029)
-        absent = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
-        hidden = unicodedata.category(char) in ("Cc", "Cs") or spoofs or absent
-        return f"<U+{code:04X}>" if hidden else char
 
-    return "".join(map(sign, text))
+def _sign(char: str) -> str:
+    """Return a character, or the sign that stands for it."""
+    code = ord(char)
+    if code < 0x20 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    spoofs = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029)
+    absent = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    hidden = unicodedata.category(char) in ("Cc", "Cs") or spoofs or absent
+    return f"<U+{code:04X}>" if hidden else char
 
 
 def word_levels(significance: Sequence[float]) -> list[int]:

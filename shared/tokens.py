@@ -68,7 +68,8 @@ def read(
     special = len(tokenizer("").input_ids)  # CLIP: start and end; T5: end
     start = special - 1
     whole = tokenizer(convert(prompt), add_special_tokens=False).input_ids
-    each = tokenizer([convert(w) for w in words], add_special_tokens=False).input_ids if words else []
+    parts = [convert(word) for word in words]
+    each = tokenizer(parts, add_special_tokens=False).input_ids if parts else []
     owners: list[int | None] = [index for index, pieces in enumerate(each) for _ in pieces]
     if [piece for pieces in each for piece in pieces] != list(whole):
         owners = _words_by_length(tokenizer.convert_ids_to_tokens(whole), words)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,11 +61,7 @@ class Run:
         self.sigmas = denoiser.sigmas(config.schedule_steps)
         self.noise = denoiser.initial_noise(config.seeds, self.sigmas[0])
         self.empty = denoiser.unconditional()
-        parts = [
-            denoiser.denoise(x, self.sigmas[0], self.empty[[0] * len(x)])
-            for x in self.noise.split(self.rows)
-        ]
-        self.x0_uncond = torch.cat(parts)
+        self.x0_uncond = self._in_batches(len(self.noise), self._unconditional)
         if not self.x0_uncond.isfinite().all():
             raise PredictionError(_not_finite("the empty prompt", denoiser))
 
@@ -74,8 +70,6 @@ class Run:
         self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int], seeds: Sequence[int]
     ) -> Float[Tensor, " row step"]:
         """Return |D| per step, float64 on the CPU.
-
-        Out of memory on a GPU, the batch is halved and stays so for the rest of the run.
 
         Args:
             texts: Prompts.
@@ -86,24 +80,34 @@ class Run:
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
-        traces, start = [], 0
-        while start < len(prompts):
-            batch = slice(start, start + self.rows)
-            try:
-                traces.append(self._traces(cond[prompts[batch]], list(seeds[batch])))
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                self.rows = max(1, min(self.rows, len(prompts) - start) // 2)
-                torch.cuda.empty_cache()
-                log.warning("out of GPU memory: going on with batches of %d", self.rows)
-                continue
-            start += len(traces[-1])
-        rows = torch.cat(traces)
+        rows = self._in_batches(
+            len(prompts), lambda batch: self._traces(cond[prompts[batch]], list(seeds[batch]))
+        )
         if not (finite := rows.isfinite().all(1)).all():
             text = texts[prompts[int((~finite).nonzero()[0])]]
             raise PredictionError(_not_finite(f"the prompt {text[:200]!r}", self.denoiser))
         return rows
+
+    def _in_batches(self, number: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """Return `compute` of all rows; out of GPU memory, batches are halved for good."""
+        parts, start = [], 0
+        while start < number:
+            batch = slice(start, min(start + self.rows, number))
+            try:
+                parts.append(compute(batch))
+            except torch.cuda.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows = max(1, (batch.stop - start) // 2)
+                torch.cuda.empty_cache()
+                log.warning("out of GPU memory: going on with batches of %d", self.rows)
+            else:
+                start = batch.stop
+        return torch.cat(parts)
+
+    def _unconditional(self, batch: slice) -> Tensor:
+        x = self.noise[batch]
+        return self.denoiser.denoise(x, self.sigmas[0], self.empty[[0] * len(x)])
 
     def _traces(self, cond: Conditioning, seeds: list[int]) -> Tensor:
         x, x0_uncond, norms = self.noise[seeds], self.x0_uncond[seeds], []

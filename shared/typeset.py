@@ -94,7 +94,7 @@ def _runs(word: str) -> Iterator[tuple[str, str | None]]:
         yield text, current[0]
 
 
-def _split(word: str, size: int, room: float) -> list[str]:
+def _split(word: str, size: int, room: int) -> list[str]:
     """Return `word` in parts no wider than `room`, measured letter by letter."""
     parts, width = [""], 0.0
     for char in word:
@@ -108,7 +108,7 @@ def _split(word: str, size: int, room: float) -> list[str]:
 
 
 def _width(word: str, size: int) -> float:
-    return sum(_font(file, size).getlength(text) for text, file in _runs(word))
+    return sum((_font(file, size).getlength(text) for text, file in _runs(word)), 0.0)
 
 
 def draw_words(

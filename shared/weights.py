@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 GIB = 1024**3
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
+"""Buffers that older files hold and newer libraries compute."""
 MARGIN = 1.1
 """Memory for activations and the like, relative to the weights."""
 
@@ -23,8 +26,9 @@ class ModelError(ValueError):
 def refuse_pickle(path: Path) -> None:
     """Raise ModelError for a file that could run code when it is read."""
     with path.open("rb") as file:
-        start = file.read(8)
-    pickled = start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"  # old and new torch.save
+        start = file.read(9)
+    # Old and new torch.save; the length that opens a safetensors file can begin with 80, too.
+    pickled = (start[:1] == b"\x80" and start[8:] != b"{") or start[:4] == b"PK\x03\x04"
     if path.suffix.lower() in PICKLES or pickled:
         renamed = " renamed to .safetensors" if path.suffix.lower() == ".safetensors" else ""
         raise ModelError(
@@ -47,7 +51,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     refuse_pickle(path)
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except SafetensorError as error:
         size = path.stat().st_size
@@ -62,12 +66,12 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     Prefers the plain files; where only a variant ("fp16") is there, takes that.
     """
-    stems = ("diffusion_pytorch_model", "model")
-    for stem in stems:
-        suffix = f".{variant}" if variant else ""
-        for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
-            if (folder / index).is_file():
-                shards = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
+    suffix = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for end in (f".safetensors.index{suffix}.json", f"{suffix}.safetensors.index.json"):
+            index = folder / f"{stem}{end}"
+            if index.is_file():
+                shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
                 return [folder / name for name in sorted(set(shards))]
         single = folder / f"{stem}{suffix}.safetensors"
         if single.is_file():
@@ -165,6 +169,71 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             f"{name_some(bad)}. The training has diverged, the file is damaged, or the values do "
             "not fit this precision; try --dtype float32."
         )
+
+
+def check_keys(
+    what: object, *, missing: Iterable[str], unused: Iterable[str], wrong: Iterable[str] = ()
+) -> None:
+    """Raise ModelError naming parameters the file leaves unset and keys nothing reads."""
+    faults = {
+        "parameters it leaves unset": missing,
+        "keys that nothing reads": unused,
+        "weights of the wrong shape": wrong,
+    }
+    faults = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
+    if any(faults.values()):
+        told = "; ".join(f"{len(v)} {k}: {name_some(v)}" for k, v in faults.items() if v)
+        raise ModelError(
+            f"{what} does not fit the network it is for ({told}). Libraries would fill the gaps "
+            "with random numbers; is the file of another version, cut, or only a part?"
+        )
+
+
+def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -> None:
+    """Raise ModelError when a weight differs from the file: nobody's report is taken on trust.
+
+    Key names changed between transformers 4 and 5 (``text_model.``), and a reader that does not
+    know one of them starts from random weights. Compares the first row of each weight.
+    """
+    from safetensors import safe_open
+
+    state = {plain(name): tensor for name, tensor in module.state_dict().items()}
+    wrong = []
+    for file in files:
+        with safe_open(file, "pt") as reader:
+            for key in reader.keys():
+                own = state.get(plain(key))
+                view = reader.get_slice(key)
+                if own is None or tuple(view.get_shape()) != tuple(own.shape) or not own.ndim:
+                    continue  # converted on the way; the libraries' report covers it
+                row = view[:1].to(own.dtype)
+                if not torch.equal(row.nan_to_num(), own[:1].cpu().nan_to_num()):
+                    wrong.append(key)
+    if wrong:
+        raise ModelError(
+            f"{what}: after loading, {len(wrong)} weights differ from the file: {name_some(wrong)}."
+            " This version of the libraries does not know the file's key names."
+        )
+
+
+def fill(module: torch.nn.Module, files: Iterable[Path]) -> set[str]:
+    """Copy weights whose names differ by a prefix alone; return the keys that found no place."""
+    from safetensors.torch import load_file
+
+    state = {plain(name): tensor for name, tensor in module.state_dict().items()}
+    lost = set()
+    for file in files:
+        for key, value in load_file(file).items():
+            if plain(key) in state:
+                state[plain(key)].copy_(value)
+            else:
+                lost.add(key)
+    return lost
+
+
+def plain(key: str) -> str:
+    """Return a key without the prefix that transformers 4 writes and transformers 5 does not."""
+    return key.removeprefix("text_model.")
 
 
 def sha256_of(files: Iterable[Path], root: Path) -> str:

@@ -21,7 +21,7 @@ NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache_
               "dist", "*.egg-info", ".*.part")  # fmt: skip
 DATA = {
     "audit": ("templates", "*.schema.json"),
-    "demo": ("images", "model"),
+    "demo": ("README.md", "images", "model"),
     "shared": ("controls",),
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

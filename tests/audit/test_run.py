@@ -64,16 +64,21 @@ def result(config):
     return run_audit(config)
 
 
+@pytest.fixture(scope="module")
+def denoiser(config):
+    """The demo model, loaded once for all tests that only count loads."""
+    return subject.Subject(config.model, device="cpu").denoiser
+
+
 @pytest.fixture
-def work(monkeypatch) -> dict[str, int]:
+def work(monkeypatch, denoiser) -> dict[str, int]:
     """Counts models loaded, rows denoised and images generated."""
     counts = {"loads": 0, "rows": 0, "images": 0}
-    load, denoise = subject.load_denoiser, PipelineDenoiser.denoise
-    generate = PipelineDenoiser.generate
+    denoise, generate = PipelineDenoiser.denoise, PipelineDenoiser.generate
 
     def counted_load(*args, **kwargs):
         counts["loads"] += 1
-        return load(*args, **kwargs)
+        return denoiser
 
     def counted_denoise(self, x, sigma, cond):
         counts["rows"] += len(x)
@@ -103,7 +108,11 @@ def test_the_folder_holds_what_the_result_says(result, config):
     assert summary == json.loads(json.dumps(result.summary))
     counts = summary["counts"]
     assert counts["prompts"] == len(entries) == 11
-    assert (counts["prompts_read"], counts["empty_dropped"], counts["duplicates_merged"]) == (13, 1, 1)
+    assert (counts["prompts_read"], counts["empty_dropped"], counts["duplicates_merged"]) == (
+        13,
+        1,
+        1,
+    )
     assert counts["flagged"] == sum(e["memorized"] for e in entries) == len(result.flagged)
     assert counts["images"] == len(list(config.output.glob("images/*-seed*.png")))
     for entry in entries:
@@ -129,14 +138,14 @@ def test_merged_prompts_keep_their_sources(result):
     assert result.entries[1].count == 1
 
 
-def test_the_cut_of_an_endless_prompt_is_named(result, config, caplog):
+def test_the_cut_of_an_endless_prompt_is_named(result, denoiser, caplog):
     entry = next(e for e in result.entries if e.prompt == LONG)
     read = len(LONG.split()) - len(entry.cut.split())
     assert 10 < read < 76  # 75 tokens, a word has one or more
     assert any("too long" in warning for warning in result.summary["warnings"])
     assert result.summary["counts"]["cut"] == 1
-    with caplog.at_level(logging.WARNING), torch.no_grad():
-        subject.Subject(config.model, device="cpu").denoiser.encode([LONG])
+    with caplog.at_level(logging.WARNING):
+        denoiser.encode([LONG])
     assert "too long for the text encoder" in caplog.text
 
 
@@ -188,7 +197,7 @@ def test_a_torn_job_computes_only_what_is_missing(phase, result, config, work, t
 )  # fmt: skip
 def test_another_job_in_the_folder_is_refused(change, result, config, work):
     before = (config.output / "results.jsonl").read_bytes()
-    with pytest.raises(FolderTaken, match="holds another audit .*another --output.*--overwrite"):
+    with pytest.raises(FolderTaken, match=r"holds another audit .*another --output.*--overwrite"):
         run_audit(dataclasses.replace(config, **change))
     assert (config.output / "results.jsonl").read_bytes() == before
     assert work["loads"] == 0
@@ -218,7 +227,7 @@ def test_overwrite_replaces_another_job_and_continues_the_same(result, config, w
 
 def test_a_folder_with_other_files_is_refused_before_any_work(config, work, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FolderTaken, match="'thesis.tex'.*--overwrite"):
+    with pytest.raises(FolderTaken, match=r"'thesis.tex'.*--overwrite"):
         run_audit(dataclasses.replace(config, output=tmp_path))
     assert work["loads"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -234,7 +243,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(config, work
 
 def test_a_model_that_cannot_be_loaded_leaves_no_folder(config, tmp_path):
     with pytest.raises(ModelError, match="no such file"):
-        run_audit(dataclasses.replace(config, model=str(tmp_path / "none"), output=tmp_path / "out"))
+        run_audit(
+            dataclasses.replace(config, model=str(tmp_path / "none"), output=tmp_path / "out")
+        )
     broken = tmp_path / "broken"
     shutil.copytree(demo.MODEL, broken)
     weights = next((broken / "unet").glob("*.safetensors"))
@@ -279,9 +290,9 @@ def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, 
 
 
 def test_too_few_controls_and_no_prompts_are_said(config, tmp_path):
-    with pytest.raises(NotEnoughControls, match="not enough controls for this claim"):
+    with pytest.raises(NotEnoughControls, match="not enough controls"):
         run_audit(dataclasses.replace(config, false_positive_rate=0.01, output=tmp_path / "a"))
-    with pytest.raises(ValueError, match="No prompts were named.*--prompts"):
+    with pytest.raises(ValueError, match=r"No prompts were named.*--prompts"):
         run_audit(dataclasses.replace(config, prompts=(), output=tmp_path / "b"))
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(PromptError, match="holds no prompts"):
@@ -306,7 +317,7 @@ def test_no_space_left_keeps_what_was_computed(config, result, work, tmp_path, m
     assert again.entries == result.entries
 
 
-def test_training_images_beside_captions_are_compared(config, captions, tmp_path):
+def test_training_images_beside_captions_are_compared(config, captions, work, tmp_path):
     """The images an audit generated, put into a training folder, are found to be copies."""
     from PIL import Image
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from PIL import Image
-
 from unmemorize.audit.similarity import ALPHA, NEIGHBOURS, SIDE, Reference, calibrate_ratio
 
 

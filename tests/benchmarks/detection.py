@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm.auto import tqdm
-
 from unmemorize import demo
 from unmemorize.demo import data
 from unmemorize.shared.calibration import Calibration, settings_of

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from unmemorize import demo
 from unmemorize.demo import data
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
-
 from unmemorize import demo
 from unmemorize.demo import data
 from unmemorize.demo.check import check
@@ -55,7 +54,7 @@ def test_topology_is_that_of_stable_diffusion_1():
 
 def test_text_encoder_keeps_the_classic_key_names():
     with safe_open(demo.MODEL / "text_encoder" / "model.safetensors", "pt") as file:
-        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+        assert all(key.startswith("text_model.") for key in file.keys())
 
 
 def test_scores_are_the_same_in_every_version_of_the_libraries():

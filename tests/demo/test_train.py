@@ -7,7 +7,6 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from unmemorize import demo
 from unmemorize.demo import data, networks, train
 
@@ -20,9 +19,7 @@ def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None) -> dic
     """Train U-Net and text encoder on noise, interrupted before step `stop_at` if given."""
     torch.manual_seed(0)
     _, text_encoder, unet = networks.build_networks(64)
-    captions = [
-        data.Caption(group, group, "1f34e") for group in ("verbatim", "template", "learnt")
-    ]
+    captions = [data.Caption(group, group, "1f34e") for group in ("verbatim", "template", "learnt")]
     renderings = [data.Rendering(i, "fluent", i) for i in range(3)]
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     tokens = torch.randint(0, 64, (4, 77), generator=torch.Generator().manual_seed(2))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from unmemorize import demo
 from unmemorize.shared.detection import DetectionConfig, detect
 from unmemorize.shared.models import load_denoiser

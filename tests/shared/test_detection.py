@@ -168,21 +168,23 @@ def test_automatic_rows_follow_the_latent(toy):
     assert trajectory.automatic_rows(large) == 1
 
 
-def test_running_out_of_gpu_memory_halves_the_batch(monkeypatch, toy, caplog):
+@pytest.mark.parametrize("room", [5, 3, 1])
+def test_running_out_of_gpu_memory_halves_the_batch(monkeypatch, toy, caplog, room):
     texts, config = prompts(9), DetectionConfig(batch_size=16)
     expected = detect(toy, texts, config).traces
     small, denoise = ToyDenoiser(), ToyDenoiser.denoise
 
     def limited(self, x, sigma, cond):
-        if len(x) > 5:
+        if len(x) > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return denoise(self, x, sigma, cond)
 
     monkeypatch.setattr(ToyDenoiser, "denoise", limited)
     torch.testing.assert_close(detect(small, texts, config).traces, expected, **CLOSE)
-    assert max(small.rows) == 4
-    assert "batches of 4" in caplog.text
-    assert len(small.rows) < 40 / 2  # it stays at what fits instead of falling to 1
+    fits = {5: 4, 3: 2, 1: 1}[room]
+    assert max(small.rows) == fits
+    assert f"batches of {fits}" in caplog.text
+    assert len(small.rows) == 40 / fits  # it stays at what fits instead of falling to 1
 
 
 def test_each_result_is_handed_over_once_in_order(toy):

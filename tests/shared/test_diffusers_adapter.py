@@ -1,5 +1,7 @@
 """The adapter agrees with what real pipelines do, for every family."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -24,7 +26,7 @@ def sample(denoiser, prompts, cond_scale: float, steps: int = STEPS, parts: int 
     x = denoiser.initial_noise(SEEDS[: len(prompts)], sigmas[0])
     cond = denoiser.encode(prompts)
     uncond = denoiser.unconditional()[[0] * len(prompts)]
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x0 = denoiser.denoise(x, sigma, cond)
         if not denoiser.guidance_distilled:
             base = denoiser.denoise(x, sigma, uncond)
@@ -262,3 +264,23 @@ def test_a_safety_checker_is_taken_out_and_put_back():
     vars(pipeline)["safety_checker"] = checker
     assert PipelineDenoiser(pipeline).generate(["a cat"], (0,), steps=1)[0].getbbox()
     assert pipeline.safety_checker is checker
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny.PIPELINES)
+def test_cuda_gives_the_scores_of_the_cpu(family, dtype):
+    scores = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        denoiser = PipelineDenoiser(tiny.PIPELINES[family]().to(device, kind))
+        assert denoiser.device.type == device
+        sigma = denoiser.sigmas(STEPS)[0]
+        noise = PipelineDenoiser(tiny.PIPELINES[family]()).initial_noise(SEEDS, sigma)
+        cond, uncond = denoiser.encode(PROMPTS), denoiser.unconditional()[[0, 0]]
+        with torch.no_grad():
+            x = noise.to(denoiser.device)
+            delta = denoiser.denoise(x, sigma, uncond) - denoiser.denoise(x, sigma, cond)
+        scores.append((delta / sigma).flatten(1).norm(dim=1).cpu())
+    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}[dtype]
+    torch.testing.assert_close(scores[1], scores[0], rtol=tolerance, atol=0)

@@ -1,5 +1,7 @@
 """The observer reads scores, changes no image, and leaves nothing behind."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -76,7 +78,7 @@ def test_scores_are_those_of_the_denoiser(name):
     cond, uncond = denoiser.encode(PROMPTS), denoiser.unconditional()[[0, 0]]
     expected = []
     with torch.no_grad():
-        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, after in pairwise(sigmas):
             rows = [denoiser.denoise(x, sigma, c) for c in (uncond, cond)]
             expected.append(text_noise_norm(*rows) / sigma)
             x0 = rows[0] + 5.0 * (rows[1] - rows[0])

@@ -4,11 +4,11 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from unmemorize.shared.prompts import PromptError, clean, read_prompts
 
 STRANGE = [
-    "a cat", "ein Mädchen", "猫が座っている", "قطة على سجادة", "👩‍👩‍👧 family", "<script>alert(1)</script>",
+    "a cat", "ein Mädchen", "猫が座っている", "قطة على سجادة", "👩‍👩‍👧 family",
+    "<script>alert(1)</script>",
     "[red]markup[/red]", "bell\x07 and \x1b[31mescape", "null\x00byte", "right\u202eleft",
     "line\u2028separator", "form\x0cfeed", "next\x85line", "  spaces  ", '"quoted", comma', "a\tb",
     "%s {x} $HOME `ls`", "-".join(["word"] * 10_000),
@@ -62,9 +62,8 @@ def test_text_files_split_at_newlines_only(lines, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "a.txt"
     lines = [*lines, "end"]
     path.write_bytes("\n".join(lines).encode())
-    expected = ["\ufeff".join(lines[0].split("\ufeff")[1:])] + lines[1:] if (
-        lines[0].startswith("\ufeff")) else lines  # fmt: skip
-    assert texts(path) == expected
+    # A byte-order mark is one only at the very start of a file.
+    assert texts(path) == [lines[0].removeprefix("\ufeff"), *lines[1:]]
 
 
 def test_windows_line_ends_and_byte_order_marks_are_no_part_of_a_prompt(tmp_path):
@@ -185,7 +184,11 @@ def test_metadata_tables_of_diffusers(kind, tmp_path):
         write_jsonl(path, [{"file_name": name, "text": text} for name, text in rows])
     picture(tmp_path.parent / "outside.png")
     found = read_prompts(tmp_path)
-    assert [(p.text, p.image) for p in found] == [("a cat", image), ("a dog", None), ("a cow", None)]
+    assert [(p.text, p.image) for p in found] == [
+        ("a cat", image),
+        ("a dog", None),
+        ("a cow", None),
+    ]
     assert found[0].source.startswith(f"train/metadata.{kind}:")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from unmemorize.shared import storage
 from unmemorize.shared.storage import Journal, StorageError, locked, make_folder, replace_atomically
 
@@ -50,7 +49,7 @@ def test_a_journal_torn_anywhere_keeps_all_lines_before(values, cut, tmp_path_fa
 def test_a_journal_changed_by_something_else_is_refused(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"key": "a", "value": 1}\nnot json\n{"key": "b", "value": 2}\n')
-    with pytest.raises(StorageError, match="Line 2 .* is not a journal entry.*Delete the file"):
+    with pytest.raises(StorageError, match=r"Line 2 .* is not a journal entry.*Delete the file"):
         Journal(path)
 
 
@@ -74,7 +73,7 @@ def test_full_disk_keeps_what_was_there_and_leaves_nothing_half(tmp_path, monkey
         full_disk()
 
     monkeypatch.setattr(storage.os, "write", half)
-    with pytest.raises(StorageError, match="No space left to write .*run the same command again"):
+    with pytest.raises(StorageError, match=r"No space left to write .*run the same command again"):
         journal.put_all({"b": 2, "c": 3})
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -92,18 +91,22 @@ def test_a_really_full_disk():
         FULL_DEVICE.write_bytes(b"x")
 
 
+def overwrite(path, then):
+    with replace_atomically(path) as part:
+        part.write_text("new")
+        then()
+
+
 def test_replace_atomically_keeps_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     with replace_atomically(path) as part:
         part.write_text("old")
-    with pytest.raises(ZeroDivisionError), replace_atomically(path) as part:
-        part.write_text("new")
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        overwrite(path, lambda: 1 / 0)
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file.txt"]
-    with pytest.raises(StorageError, match="No space left"), replace_atomically(path) as part:
-        part.write_text("new")
-        full_disk()
+    with pytest.raises(StorageError, match="No space left"):
+        overwrite(path, full_disk)
     assert path.read_text() == "old"
 
 

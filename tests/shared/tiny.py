@@ -226,3 +226,79 @@ PIPELINES = {
     "flux": flux,
 }
 """One of each family, by short name."""
+
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+"""Names inside a residual block of a U-Net, and in the original code."""
+
+
+def original_unet_keys(unet: Any) -> dict[str, str]:
+    """Return the key in an original checkpoint for every key of a U-Net of SD 1.x."""
+    layers, count = unet.config.layers_per_block, len(unet.config.block_out_channels)
+    places = {
+        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }  # fmt: skip
+    for level in range(count):
+        for layer in range(layers):
+            at = f"input_blocks.{1 + level * (layers + 1) + layer}"
+            places[f"down_blocks.{level}.resnets.{layer}"] = f"{at}.0"
+            places[f"down_blocks.{level}.attentions.{layer}"] = f"{at}.1"
+        below = f"input_blocks.{(level + 1) * (layers + 1)}.0.op"
+        places[f"down_blocks.{level}.downsamplers.0.conv"] = below
+        attended = unet.config.up_block_types[level].startswith("CrossAttn")
+        for layer in range(layers + 1):
+            at = f"output_blocks.{level * (layers + 1) + layer}"
+            places[f"up_blocks.{level}.resnets.{layer}"] = f"{at}.0"
+            places[f"up_blocks.{level}.attentions.{layer}"] = f"{at}.1"
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"{at}.{2 if attended else 1}.conv"
+    names = {}
+    for key in unet.state_dict():
+        place = next(p for p in places if key.startswith(f"{p}."))
+        rest = key.removeprefix(f"{place}.")
+        if ".resnets." in key:
+            head, _, kind = rest.rpartition(".")
+            rest = f"{RESNET[head]}.{kind}"
+        names[key] = f"model.diffusion_model.{places[place]}.{rest}"
+    return names
+
+
+def original_vae_keys(vae: Any) -> dict[str, str]:
+    """Return the key in an original checkpoint for every key of an autoencoder."""
+    last = len(vae.config.block_out_channels) - 1
+    names = {}
+    for key in vae.state_dict():
+        name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        for level in range(last + 1):
+            name = name.replace(f"down_blocks.{level}.downsamplers.0.", f"down.{level}.downsample.")
+            name = name.replace(f"up_blocks.{level}.upsamplers.0.", f"up.{last - level}.upsample.")
+            name = name.replace(f"down_blocks.{level}.resnets.", f"down.{level}.block.")
+            name = name.replace(f"up_blocks.{level}.resnets.", f"up.{last - level}.block.")
+        name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
+            "mid_block.resnets.1", "mid.block_2"
+        )
+        name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
+        for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+                         ("to_out.0", "proj_out")):  # fmt: skip
+            name = name.replace(f"attn_1.{new}.", f"attn_1.{old}.")
+        names[key] = f"first_stage_model.{name}"
+    return names
+
+
+def original_checkpoint(pipeline: Any) -> dict[str, torch.Tensor]:
+    """Return an SD 1.x pipeline as the original code writes it, in one state dict."""
+    unet, vae = pipeline.unet.state_dict(), pipeline.vae.state_dict()
+    state = {new: unet[old] for old, new in original_unet_keys(pipeline.unet).items()}
+    for old, new in original_vae_keys(pipeline.vae).items():
+        value = vae[old]
+        flat = ".mid.attn_1." in new and value.ndim == 2  # 1 x 1 convolutions, originally
+        state[new] = value[:, :, None, None] if flat else value
+    for key, value in pipeline.text_encoder.state_dict().items():
+        plain = key.removeprefix("text_model.")
+        state[f"cond_stage_model.transformer.text_model.{plain}"] = value
+    return {key: value.contiguous() for key, value in state.items()}

@@ -1,0 +1,58 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+# Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
+Model = Annotated[
+    str, typer.Argument(help="Diffusers folder, .safetensors checkpoint, hub id, or `demo`.")
+]
+Prompts = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--prompts", help="txt, csv, jsonl, parquet, or a training folder; repeatable."),
+]
+Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt; repeatable.")]  # noqa: UP045
+Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
+Controls = Annotated[
+    str,
+    typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for the "
+                      "demo model, else photographs."),
+]  # fmt: skip
+CalibrationFile = Annotated[
+    Optional[Path], typer.Option("--calibration", help="Made by `unmemorize calibrate`.")  # noqa: UP045
+]
+Force = Annotated[
+    bool, typer.Option(help="Use a calibration of another model or setting; the result says so.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Starting noises, 0 to N - 1.")]
+Steps = Annotated[int, typer.Option(min=1, max=50, help="First denoising steps, of 50.")]
+Rate = Annotated[
+    float,
+    typer.Option(min=1e-6, max=0.5, help="Share of ordinary prompts allowed above the threshold."),
+]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled."),
+]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU, float16 on a GPU."),
+]
+Batch = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--batch-size", min=1, help="Rows of one forward pass. Default: automatic."),
+]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")]  # noqa: UP045
+Resolution = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=8, help="Side of the images in pixels. Default: the model's own."),
+]
+ModelConfig = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Diffusers folder a single-file checkpoint takes its configuration from."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
