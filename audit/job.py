@@ -55,7 +55,7 @@ def check_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     if overwrite:
         return
     found = _read_identity(folder / "journal" / IDENTITY)
-    if found is not None and found != _plain(identity):
+    if found is not None and found != _plain(identity) and _has_work(folder):
         raise FolderTaken(_difference(folder, found, _plain(identity)))
     # A kill right after the start leaves a journal folder that does not name its job yet.
     names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
@@ -106,6 +106,12 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError):
         return {"job": f"{path.name} is damaged"}
+
+
+def _has_work(folder: Path) -> bool:
+    """Return whether anything beyond facts about the model was finished there."""
+    journals = (folder / "journal").glob("*.jsonl")
+    return any(path.stat().st_size for path in journals if path.name != "model.jsonl")
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:

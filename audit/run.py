@@ -13,7 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from ..shared.calibration import Calibration, prompts_sha256
+from ..shared.calibration import (
+    Calibration,
+    NotEnoughControls,
+    controls_needed,
+    prompts_sha256,
+    settings_of,
+)
 from ..shared.dependencies import has, require
 from ..shared.storage import write_text
 from .comparison import Comparison, compare
@@ -56,8 +62,8 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
     identity = job_identity(config, inputs, subject)
     check_folder(config.output, identity, overwrite=config.overwrite)
     if not holds(config.output, identity):
-        try:  # a model that cannot be loaded must not leave a folder behind that names its job
-            _ = subject.denoiser
+        try:  # what cannot work must not leave a folder behind that names its job
+            check_means(config, inputs, subject)
         except BaseException:
             with suppress(OSError):
                 config.output.rmdir()
@@ -80,6 +86,27 @@ def job_identity(config: AuditConfig, inputs: Inputs, subject: Subject) -> dict[
         **settings(config),
         **{f"version of {name}": number for name, number in versions().items()},
     }
+
+
+def check_means(config: AuditConfig, inputs: Inputs, subject: Subject) -> None:
+    """Load the model, and see that the calibration or the controls can carry a verdict.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+        CalibrationMismatch: The given calibration is for another model or setting.
+        NotEnoughControls: The controls cannot support the false-positive rate.
+    """
+    needed = controls_needed(config.false_positive_rate)
+    if not config.calibration and len(inputs.controls) < needed:
+        raise NotEnoughControls(
+            "not enough controls for this claim: a false-positive rate of "
+            f"{config.false_positive_rate} needs at least {needed} different controls, found "
+            f"{len(inputs.controls)}. Add controls, or ask for a higher --false-positive-rate."
+        )
+    settings_now = settings_of(subject.denoiser, config.detection)
+    if config.calibration:
+        calibration = Calibration.load(config.calibration)
+        calibration.check(subject.fingerprint, settings_now, force=config.force)
 
 
 class _Audit:

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         typer.echo(f"{group:<10}{count:>9}{hits / count:>12.3f}{interval:>20}{copies:>14.3f}")
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)
-            contact_sheet(results[:48], args.sheets / f"{group}.png")
+            contact_sheet(results[:48], args.sheets / f"{group}.webp")
 
 
 if __name__ == "__main__":

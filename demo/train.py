@@ -7,6 +7,7 @@ Stable Diffusion 1.x (Rombach et al., CVPR 2022) at a width of 64 channels.
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -234,7 +235,9 @@ def train_denoiser(
     return average.module
 
 
-def prepare(output: Path, art: data.Art, config: TrainConfig) -> tuple[list, list, Tensor, Tensor]:
+def prepare(
+    output: Path, work: Path, art: data.Art, config: TrainConfig
+) -> tuple[list, list, Tensor, Tensor]:
     """Return captions, renderings, images [image 3 128 128] uint8 and tokens [caption + 1, 77]."""
     from transformers import CLIPTokenizer
 
@@ -243,7 +246,12 @@ def prepare(output: Path, art: data.Art, config: TrainConfig) -> tuple[list, lis
     if config == SHORT:
         renderings = renderings[:: len(renderings) // 200]
     data.save_captions(output / "captions.json", captions)
-    build_tokenizer([c.text for c in captions], output / "tokenizer")
+    # The library breaks ties between equally frequent pairs at random: made once, then kept, or a
+    # continued training would read its captions with other ids.
+    if not (kept := work / "tokenizer").exists():
+        build_tokenizer([c.text for c in captions], part := work / "tokenizer.part")
+        part.rename(kept)
+    shutil.copytree(kept, output / "tokenizer", dirs_exist_ok=True)
     tokens = CLIPTokenizer.from_pretrained(output / "tokenizer")(
         [*(c.text for c in captions), ""], padding="max_length", truncation=True,
         max_length=MAX_TOKENS, return_tensors="pt",
@@ -272,7 +280,7 @@ def train(output: Path, images_folder: Path, work: Path, config: TrainConfig) ->
         )
     note.write_text(settings)
     art = data.Art(data.fetch(work / "art"))
-    captions, renderings, images, tokens = prepare(output, art, config)
+    captions, renderings, images, tokens = prepare(output, work, art, config)
     autoencoder, text_encoder, unet = build_networks(int(tokens.max()) + 1)
     train_autoencoder(autoencoder, images, config, work)
     latents = encode_images(autoencoder, images, work / "latents.safetensors")

@@ -1,14 +1,16 @@
 """The audit on the demo model: what it writes, that it continues, and what it refuses."""
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 import shutil
 
 import pytest
 import torch
 from unmemorize import demo
-from unmemorize.audit import run, subject
+from unmemorize.audit import subject
 from unmemorize.audit.config import AuditConfig
 from unmemorize.audit.job import FolderTaken
 from unmemorize.audit.run import run_audit
@@ -299,22 +301,33 @@ def test_too_few_controls_and_no_prompts_are_said(config, tmp_path):
         run_audit(dataclasses.replace(config, prompts=(tmp_path / "empty.txt",)))
 
 
-def test_no_space_left_keeps_what_was_computed(config, result, work, tmp_path, monkeypatch):
-    import errno
-
+def test_what_cannot_work_claims_no_folder(result, config, tmp_path, work):
+    """After an error that names an option, the command with that option must run."""
     output = tmp_path / "out"
-    real = run.generate_images
+    with pytest.raises(NotEnoughControls):
+        run_audit(dataclasses.replace(config, false_positive_rate=0.01, output=output))
+    assert not output.exists()
+    assert work["rows"] == 0
 
-    def full(*args):
-        real(*args)
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run, "generate_images", full)
-    with pytest.raises(OSError, match="No space left"):
+def test_no_space_left_keeps_what_was_computed(config, result, work, tmp_path, monkeypatch):
+    output, replace = tmp_path / "out", os.replace
+
+    def full(part, path):
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match=r"No space left to write .*run the same command again"):
         run_audit(dataclasses.replace(config, output=output))
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", replace)
+    rows, images = work["rows"], work["images"]
+    assert images == 2  # of the first prompt: they could not be written
     again = run_audit(dataclasses.replace(config, output=output))
     assert again.entries == result.entries
+    assert work["images"] - images == result.summary["counts"]["images"]
+    assert work["rows"] == rows  # the pipeline's own call is not counted there
 
 
 def test_training_images_beside_captions_are_compared(config, captions, work, tmp_path):

@@ -1,6 +1,7 @@
 """The committed demo model: its form, its scores, and that it memorizes what it should."""
 
 import json
+import statistics
 from functools import cache
 from pathlib import Path
 
@@ -76,13 +77,17 @@ def test_scores_tell_memorized_captions_from_the_others():
 
 
 @pytest.mark.slow
-def test_verbatim_captions_come_back_and_others_do_not():
+def test_verbatim_captions_come_near_their_image_and_others_near_none():
     results = {
-        group: check(demo_denoiser(), [c for c in demo.captions() if c.group == group][:12])
+        group: check(demo_denoiser(), [c for c in demo.captions() if c.group == group][:8])
         for group in ("verbatim", "learnt", "held_out")
     }
-    reproduced = {group: sum(r.reproduced for r in rs) for group, rs in results.items()}
-    assert reproduced["verbatim"] >= 10
-    assert reproduced["learnt"] <= 1
-    assert reproduced["held_out"] <= 1
+    ratios = {
+        group: statistics.median(n.ratio for r in rs for n in r.nearest)
+        for group, rs in results.items()
+    }
+    # Measured over 24 captions each: about 1.2 and 1.8; below 1.05 is a copy.
+    assert ratios["verbatim"] < 1.45 < 1.6 < min(ratios["learnt"], ratios["held_out"])
+    assert sum(r.copies for r in results["verbatim"]) > 0
+    assert not any(r.reproduced for r in results["learnt"] + results["held_out"])
     assert results["verbatim"][0].images[0].size == (data.RESOLUTION, data.RESOLUTION)
