@@ -29,7 +29,7 @@ def audit_table(result: AuditResult) -> tuple[str, list[str], list[list[str]]]:
         words = sorted(pairs, key=lambda pair: -pair[1])[:2]
         rows.append([
             f"{entry.score:.4g}", f"{entry.p_value:.2g}", entry.group or "-", entry.prompt[:200],
-            ", ".join(word for word, _ in words),
+            ", ".join(word.strip(",.;:") or word for word, _ in words),
         ])  # fmt: skip
     left = len(result.flagged) - len(rows)
     title = "Memorized prompts, highest score first" + (f" ({left} more in the report)" if left > 0
