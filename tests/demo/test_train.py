@@ -1,6 +1,7 @@
 """The training of the demo: it runs, continues after a stop, and writes what readers expect."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -92,6 +93,8 @@ def test_short_training_makes_a_model_that_loads(tmp_path, run_python):
     try:
         data.fetch(tmp_path / "work" / "art")
     except subprocess.CalledProcessError as error:
+        if os.environ.get("CI"):  # offline is a person's situation; there, the package is gone
+            raise
         pytest.skip(f"the demo's art cannot be fetched here: {error.stderr!r:.200}")
     model = tmp_path / "model"
     run_python(

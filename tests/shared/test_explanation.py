@@ -210,8 +210,6 @@ def test_demo_model_is_explained_as_it_is_detected():
     from unmemorize.demo import MODEL
     from unmemorize.shared.models import load_denoiser
 
-    if not (MODEL / "model_index.json").exists():
-        pytest.skip("the demo model is not there")
     denoiser, prompt = load_denoiser(MODEL, device="cpu"), "strawberry, red fruit"
     config = DetectionConfig(seeds=(0, 1))
     score = detect(denoiser, [prompt], config).scores.item()
