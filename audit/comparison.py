@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..shared.prompts import PromptSet
 from ..shared.storage import replace_atomically
 from .config import DEMO, AuditConfig
 from .generation import Sampled
@@ -42,7 +43,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Known:
+class Known:
     """Training images: small ones to compare with, and how to get a larger one to show."""
 
     thumbnails: "list[Image]"
@@ -50,6 +51,41 @@ class _Known:
     paths: list[Path | None]
     controls: "Sequence[Image]" = ()
     """Images like the training images but not among them."""
+
+
+class Comparer:
+    """Finds the training image nearest to a generated one, and says which are copies.
+
+    A copy is nearer to one training image alone than all but `COPY_RATE` of images that are no
+    copies: the demo's controls, or else the training images among each other. Without enough of
+    them nothing is called a copy.
+    """
+
+    def __init__(self, known: Known, folder: Path):
+        self.known, self.folder = known, folder
+        self.reference = Reference(known.thumbnails)
+        self.threshold = (
+            calibrate_ratio(self.reference, known.controls, COPY_RATE)
+            if known.controls
+            else leave_one_out(self.reference)
+        )
+        """Ratio below which an image is a copy; None when too few images could tell."""
+
+    def nearest(self, sampled: Sequence[tuple[str, str]]) -> dict[str, NearestImage]:
+        """Return the nearest training image by path, for pairs of prompt and path in the folder."""
+        hits = self.reference.nearest([_read(self.folder / path) for _, path in sampled])
+        captions, threshold = self.known.captions, self.threshold
+        return {
+            path: NearestImage(
+                path=_save_copy(self.known, hit.index, self.folder),
+                caption=captions[hit.index],
+                similarity=1 - hit.distance,
+                ratio=hit.ratio,
+                is_own=captions[hit.index] == prompt,
+                copied=None if threshold is None else hit.ratio < threshold,
+            )
+            for (prompt, path), hit in zip(sampled, hits, strict=True)
+        }
 
 
 def compare(
@@ -62,10 +98,6 @@ def compare(
     bars: Bars,
 ) -> Comparison:
     """Find the training image nearest to every generated one, and which of them are copies.
-
-    A copy is nearer to one training image alone than all but `COPY_RATE` of images that are no
-    copies: the demo's controls, or else the training images among each other. Without enough of
-    them nothing is called a copy.
 
     Args:
         config: Of the audit.
@@ -126,52 +158,35 @@ def _compare(
     config: AuditConfig, inputs: Inputs, plan: Sequence[Sampled], job: Job, bars: Bars
 ) -> dict[str, Any]:
     """Return everything that a continued job must not compute again, as JSON values."""
-    known = _known_images(config, inputs, bars) if plan else None
+    known = known_images(config.model, inputs.prompts, bars) if plan else None
     if known is None or len(known.thumbnails) < 2:
         return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0}
-    reference = Reference(known.thumbnails)
-    threshold = (
-        calibrate_ratio(reference, known.controls, COPY_RATE)
-        if known.controls
-        else leave_one_out(reference)
+    comparer = Comparer(known, job.folder)
+    nearest = comparer.nearest(
+        [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
     )
-    paths = [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
-    hits = reference.nearest([_read(job.folder / path) for _, path in paths])
-    nearest = {}
-    for (prompt, path), hit in zip(paths, hits, strict=True):
-        nearest[path] = asdict(
-            NearestImage(
-                path=_save_copy(known, hit.index, job.folder),
-                caption=known.captions[hit.index],
-                similarity=1 - hit.distance,
-                ratio=hit.ratio,
-                is_own=known.captions[hit.index] == prompt,
-                copied=None if threshold is None else hit.ratio < threshold,
-            )
-        )
     return {
-        "nearest": nearest,
-        "copies": sorted({values["path"] for values in nearest.values()}),
-        "threshold": threshold,
+        "nearest": {path: asdict(image) for path, image in nearest.items()},
+        "copies": sorted({image.path for image in nearest.values()}),
+        "threshold": comparer.threshold,
         "training_images": len(known.thumbnails),
     }
 
 
-def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | None:
+def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
     """Return the demo's training images, or those beside the user's captions."""
-    if config.model == DEMO:
+    if model == DEMO:
         from .. import demo
         from ..demo.data import build_renderings
 
         captions = demo.captions()
         texts = [captions[r.caption].text for r in build_renderings(list(captions))]
-        return _Known(
+        return Known(
             thumbnails=list(demo.training_images()),
             captions=texts,
             paths=[None] * len(texts),
             controls=demo.control_images(),
         )
-    prompts = inputs.prompts
     pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
              for path in images]  # fmt: skip
     if not pairs:
@@ -188,7 +203,7 @@ def _known_images(config: AuditConfig, inputs: Inputs, bars: Bars) -> _Known | N
             bar.update(1)
     finally:
         bar.close()
-    return _Known(thumbnails=[image for *_, image in small], captions=[text for text, *_ in small],
+    return Known(thumbnails=[image for *_, image in small], captions=[text for text, *_ in small],
                   paths=[path for _, path, _ in small])  # fmt: skip
 
 
@@ -209,7 +224,7 @@ def _read(path: Path) -> "Image":
         ) from error
 
 
-def _save_copy(known: _Known, index: int, folder: Path) -> str:
+def _save_copy(known: Known, index: int, folder: Path) -> str:
     """Write the training image for the report, and return its path in the folder."""
     name = f"images/training-{index:05d}.png"
     if not (folder / name).is_file():

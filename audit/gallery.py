@@ -1,37 +1,32 @@
 """The cards of a report: one prompt with its words, its pictures and their nearest neighbours."""
 
-import base64
 import math
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
+from .pages import FOLD, Embedder, safe, svg_uri
 from .wording import number
 
 if TYPE_CHECKING:
     from .result import AuditEntry, AuditResult, GeneratedImage
 
-FOLD = 240
-"""Characters of a prompt that are shown before it folds."""
 CARDS = 60
 """Flagged prompts that are shown in full, highest score first."""
-SIDE = 384
-"""Pixels of the longer side of an embedded picture, at most."""
 WORDS = 16
 """Words whose numbers are listed, strongest first."""
 
 
-def gallery(result: "AuditResult", folder: Path, safe: type) -> dict[str, Any]:
+def gallery(result: "AuditResult", folder: Path) -> dict[str, Any]:
     """Return the cards of flagged prompts and of the sample of the others."""
-    flagged, embed = result.flagged, _Embedder(folder)
+    flagged, embed = result.flagged, Embedder(folder)
     threshold = result.calibration.threshold
-    cards = [_card(entry, threshold, embed, safe) for entry in flagged[:CARDS]]
+    cards = [_card(entry, threshold, embed) for entry in flagged[:CARDS]]
     others = [entry for entry in result.entries if entry.images and not entry.memorized]
     return {
         "cards": cards,
         "cards_left": len(flagged) - len(cards),
-        "samples": [_card(entry, threshold, embed, safe) for entry in others],
+        "samples": [_card(entry, threshold, embed) for entry in others],
         "truth_known": any(image.nearest for entry in flagged for image in entry.images),
     }
 
@@ -49,7 +44,7 @@ def _trace_figure(entry: "AuditEntry", threshold: float) -> dict[str, Any] | Non
     return {"uri": light, "sources": [{"media": media, "uri": dark}]}
 
 
-def _card(entry: "AuditEntry", threshold: float, embed: "_Embedder", safe: type) -> dict[str, Any]:
+def _card(entry: "AuditEntry", threshold: float, embed: Embedder) -> dict[str, Any]:
     """Return what one card shows; text still unescaped, except the coloured prompt."""
     known, copied = entry.explanation, [i.nearest.copied for i in entry.images if i.nearest]
     hits, words = sum(bool(value) for value in copied), []
@@ -79,7 +74,7 @@ def _card(entry: "AuditEntry", threshold: float, embed: "_Embedder", safe: type)
     }  # fmt: skip
 
 
-def _tiles(entry: "AuditEntry", embed: "_Embedder") -> list[dict[str, Any]]:
+def _tiles(entry: "AuditEntry", embed: Embedder) -> list[dict[str, Any]]:
     """Return generated pictures, each group before its nearest training picture, and the map."""
     groups: dict[tuple[str | None, str], list[GeneratedImage]] = {}
     for image in entry.images:
@@ -105,51 +100,10 @@ def _tiles(entry: "AuditEntry", embed: "_Embedder") -> list[dict[str, Any]]:
     return tiles
 
 
-def _generated_tile(image: "GeneratedImage", embed: "_Embedder") -> dict[str, Any]:
+def _generated_tile(image: "GeneratedImage", embed: Embedder) -> dict[str, Any]:
     text, nearest = f"seed {image.seed}", image.nearest
     if nearest:
         text += f", similarity {number(nearest.similarity, 2)}"
         text += ": a copy" if nearest.copied else ""
     return {"uri": embed(image.path), "truth": False, "title": "made by the model", "text": text,
             "alt": f"Picture made by the model from this prompt, seed {image.seed}"}  # fmt: skip
-
-
-class _Embedder:
-    """Pictures of one folder as data URIs, each read once."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder.resolve()
-        self._known: dict[str, str | None] = {}
-
-    def __call__(self, name: str | None) -> str | None:
-        """Return the picture as a data URI, None when there is none in the folder."""
-        if name is None:
-            return None
-        if name not in self._known:
-            self._known[name] = self._read(name)
-        return self._known[name]
-
-    def _read(self, name: str) -> str | None:
-        from PIL import Image, UnidentifiedImageError
-
-        path = (self._folder / name).resolve()
-        if not path.is_relative_to(self._folder) or not path.is_file():
-            return None
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError):
-            return None
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        stream = BytesIO()
-        image.save(stream, "webp", quality=88, method=4)
-        return data_uri("image/webp", stream.getvalue())
-
-
-def svg_uri(svg: str) -> str:
-    """Return an SVG as a data URI."""
-    return data_uri("image/svg+xml", svg.encode())
-
-
-def data_uri(kind: str, data: bytes) -> str:
-    """Return bytes of a media type as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,23 +1,17 @@
 """The page an audit ends with: one HTML file that needs nothing else, safe to open and to send."""
 
-import base64
-import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
-from ..shared.dependencies import require
 from ..shared.storage import write_text
-from .gallery import FOLD, gallery, svg_uri
-from .wording import between, chance, facts, headline, lead, number, percent, reproduce, shown
+from .gallery import gallery
+from .pages import render_page, svg_uri
+from .wording import facts, headline, lead, number, reproduce
 
 if TYPE_CHECKING:
     from .result import AuditResult
-
-TEMPLATES = Path(__file__).parent / "templates"
-LONGEST = 100_000
-"""Characters of a prompt that are shown when it is unfolded."""
 
 
 def write_report(result: "AuditResult", folder: Path) -> Path:
@@ -38,40 +32,17 @@ def write_report(result: "AuditResult", folder: Path) -> Path:
 
 def render_report(result: "AuditResult", folder: Path) -> str:
     """Return the report as HTML, the same text for the same result and pictures."""
-    jinja2 = require("jinja2", purpose="The report", extra="reports")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "shown": shown, "number": number, "percent": percent, "between": between, "chance": chance
-    }  # fmt: skip
-    css = (TEMPLATES / "report.css").read_text("utf-8") + pictures.heatmap_css()
-    js = (TEMPLATES / "report.js").read_text("utf-8")
-    safe = jinja2.utils.markupsafe.Markup
-    page = environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        script="report.js",
+        style=pictures.heatmap_css(),
         **_verdict(result),
-        **gallery(result, folder, safe),
+        **gallery(result, folder),
         **_figures(result),
         rows=sorted(result.entries, key=lambda entry: (-entry.score, entry.index)),
         facts=facts(result),
         command=reproduce(result),
-        fold=FOLD,
-        longest=LONGEST,
-        css=safe(css),
-        js=safe(js),
-        # The browser runs and applies nothing but these two texts, whatever a prompt contains.
-        css_hash=_source_hash(css),
-        js_hash=_source_hash(js),
     )
-    return page
-
-
-def _source_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _verdict(result: "AuditResult") -> dict[str, Any]:

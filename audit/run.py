@@ -28,9 +28,10 @@ from .explain import draw_maps, explain_flagged, to_words
 from .generation import Sampled, generate_images, plan_images, unfinished
 from .inputs import Inputs, read_inputs
 from .job import Job, check_folder, content_key, holds, open_job
-from .measure import Bars, Measured, measure, silent
+from .measure import Bars, Measured, silent
 from .result import AuditEntry, AuditResult, GeneratedImage, WordSignificance, dumps
-from .subject import Facts, Subject
+from .scoring import Scoring
+from .subject import Subject
 from .summary import settings, summarize, versions
 
 __all__ = ["AuditConfig", "AuditEntry", "AuditResult", "run_audit"]
@@ -118,6 +119,7 @@ class _Audit:
         self.config, self.inputs, self.subject = config, inputs, subject
         self.job, self.key, self.bars = job, key, bars
         self.prompts = inputs.prompts.prompts
+        self.scoring = Scoring(config, inputs, subject, job, key, bars)
         self.timings: dict[str, float] = {}
 
     def run(self) -> AuditResult:
@@ -126,9 +128,9 @@ class _Audit:
         with self._timed("load"):
             facts = self.subject.facts(self.job.journal("model"), self.config.detection)
         with self._timed("controls"):
-            calibration, caveat = self._calibrate(facts)
+            calibration, caveat = self.scoring.calibrate(facts)
         with self._timed("detection"):
-            measured = self._detect(facts, calibration)
+            measured = self.scoring.detect(facts, calibration)
         scores = measured.detection.scores
         flags = calibration.flags(scores).tolist()
         with self._timed("explanation"):
@@ -160,40 +162,6 @@ class _Audit:
         )  # fmt: skip
         write_folder(result)
         return result
-
-    def _calibrate(self, facts: Facts) -> tuple[Calibration, str]:
-        """Return the calibration and what must be said about it."""
-        config, controls = self.config, self.inputs.controls
-        if config.calibration:
-            calibration = Calibration.load(config.calibration)
-            caveat = calibration.check(self.subject.fingerprint, facts.settings, force=config.force)
-            return calibration, caveat
-        measured = self._measure("controls", controls, facts, None)
-        return Calibration.from_controls(
-            measured.detection,
-            model=self.subject.fingerprint,
-            settings=facts.settings,
-            name=self.inputs.controls_name,
-            false_positive_rate=config.false_positive_rate,
-        ), ""
-
-    def _detect(self, facts: Facts, calibration: Calibration) -> Measured:
-        sequentially = calibration if self.config.sequential else None
-        return self._measure("detection", self.prompts, facts, sequentially)
-
-    def _measure(
-        self, name: str, prompts: tuple[str, ...], facts: Facts, sequentially: Calibration | None
-    ) -> Measured:
-        journal = self.job.journal(name)
-        known = sum(content_key(self.key, prompt) in journal for prompt in prompts)
-        bar = self.bars(name, len(prompts), known, "prompt")
-        try:
-            return measure(
-                self.subject, facts, prompts, self.config.detection, journal,
-                job_key=self.key, sequentially=sequentially, bar=bar,
-            )  # fmt: skip
-        finally:
-            bar.close()
 
     def _generate(self, plan: list[Sampled]) -> None:
         missing = unfinished(plan, self.job, self.key)

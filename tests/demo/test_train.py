@@ -1,10 +1,12 @@
 """The training of the demo: it runs, continues after a stop, and writes what readers expect."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ TINY = train.TrainConfig(
 )
 
 
-def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None) -> dict:
+def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None, config=TINY) -> dict:
     """Train U-Net and text encoder on noise, interrupted before step `stop_at` if given."""
     torch.manual_seed(0)
     _, text_encoder, unet = networks.build_networks(64)
@@ -35,7 +37,7 @@ def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None) -> dic
         rate = train.rate
         monkeypatch.setattr(train, "rate", interrupted)
     average = train.train_denoiser(
-        text_encoder, unet, latents, tokens, captions, renderings, TINY, work
+        text_encoder, unet, latents, tokens, captions, renderings, config, work
     )
     return average.state_dict()
 
@@ -72,6 +74,37 @@ def test_learning_rate_rises_stays_and_ends_at_zero():
     assert rates[0] == pytest.approx(0.01)
     assert rates[100:749] == [1.0] * 649
     assert rates[-1] == pytest.approx(1 / 250)
+
+
+def test_random_captions_are_one_to_eight_tokens_between_start_and_end():
+    start, end = 62, 63
+    like = torch.tensor([start, 5, 6, end, end, end, end, end, end, end, end, end])
+    lengths = set()
+    for seed in range(200):
+        caption = train.random_caption(np.random.default_rng(seed), like)
+        assert caption.shape == like.shape
+        assert caption[0] == start
+        words = int((caption[1:] != end).sum())
+        lengths.add(words)
+        assert (caption[1 : 1 + words] < start).all()
+        assert (caption[1 + words :] == end).all()
+    assert lengths == set(range(1, 9))
+    assert like.tolist()[1:4] == [5, 6, end]  # the caption itself stays
+
+
+def test_only_learnt_samples_lose_their_caption_to_noise(tmp_path, monkeypatch):
+    seen = []
+
+    def spied(rng, like):
+        seen.append(int(like[1]))
+        return random_caption(rng, like)
+
+    random_caption = train.random_caption
+    monkeypatch.setattr(train, "random_caption", spied)
+    denoiser_after(tmp_path, config=dataclasses.replace(TINY, caption_noise=1.0))
+    third = torch.randint(0, 64, (4, 77), generator=torch.Generator().manual_seed(2))[2:, 1]
+    assert len(seen) == TINY.steps
+    assert set(seen) <= set(third.tolist())  # the learnt caption, or the empty one
 
 
 def test_work_of_another_training_is_not_mixed_in(tmp_path):
