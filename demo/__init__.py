@@ -28,10 +28,19 @@ def captions() -> "tuple[Caption, ...]":
     return tuple(load_captions(MODEL / "captions.json"))
 
 
+@cache
 def controls() -> list[str]:
-    """Return the held-out captions set aside for calibration: two of every three."""
+    """Return the held-out captions set aside for calibration: two of every three.
+
+    Ordinary prompts are wanted. Captions that share half of their words with a repeated one ("open
+    mailbox with raised flag" beside "open mailbox with lowered flag") are audited instead.
+    """
+    from .data import overlap
+
+    repeated = [c.text for c in captions() if c.group in ("verbatim", "template")]
     held_out = [c.text for c in captions() if c.group == "held_out"]
-    return [text for index, text in enumerate(held_out) if index % 3]
+    ordinary = [t for t in held_out if all(overlap(t, other) < 0.5 for other in repeated)]
+    return [text for index, text in enumerate(ordinary) if index % 3]
 
 
 def audited() -> "list[Caption]":
