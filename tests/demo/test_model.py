@@ -71,23 +71,25 @@ def test_scores_tell_memorized_captions_from_the_others():
     captions = [c for c in demo.audited() if c.group != "template"]
     scores = detect(demo_denoiser(), [c.text for c in captions], DetectionConfig()).scores
     truth = [c.group == "verbatim" for c in captions]
-    assert roc_auc_score(truth, scores.tolist()) >= 0.97
+    assert roc_auc_score(truth, scores.tolist()) >= 0.98
+    clean = [s for s, memorized in zip(scores.tolist(), truth, strict=True) if not memorized]
+    threshold = sorted(clean)[-1 - len(clean) // 100]
+    found = [
+        s > threshold for s, memorized in zip(scores.tolist(), truth, strict=True) if memorized
+    ]
+    assert statistics.mean(found) >= 0.95
     shuffled = [c.hexcode < "1F4" for c in captions]  # a split that means nothing
     assert 0.3 < roc_auc_score(shuffled, scores.tolist()) < 0.7
 
 
 @pytest.mark.slow
-def test_verbatim_captions_come_near_their_image_and_others_near_none():
+def test_verbatim_captions_give_their_own_image_and_others_none():
+    counts = {"verbatim": 12, "learnt": 8, "held_out": 8}
     results = {
-        group: check(demo_denoiser(), [c for c in demo.captions() if c.group == group][:8])
-        for group in ("verbatim", "learnt", "held_out")
+        group: check(demo_denoiser(), [c for c in demo.captions() if c.group == group][:count])
+        for group, count in counts.items()
     }
-    ratios = {
-        group: statistics.median(n.ratio for r in rs for n in r.nearest)
-        for group, rs in results.items()
-    }
-    # Measured over 24 captions each: about 1.2 and 1.8; below 1.05 is a copy.
-    assert ratios["verbatim"] < 1.45 < 1.6 < min(ratios["learnt"], ratios["held_out"])
-    assert sum(r.copies for r in results["verbatim"]) > 0
+    # Measured over 40 captions each: 1.000, .000 and .000.
+    assert statistics.mean(r.reproduced for r in results["verbatim"]) >= 0.9
     assert not any(r.reproduced for r in results["learnt"] + results["held_out"])
     assert results["verbatim"][0].images[0].size == (data.RESOLUTION, data.RESOLUTION)
