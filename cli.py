@@ -32,6 +32,7 @@ from .options import (
 from .terminal import FAILED, answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
+    from .audit.subject import Subject
     from .shared.detection import DetectionConfig
 
 NOTHING_FOUND, FOUND = 0, 3
@@ -57,6 +58,14 @@ def _detection(seeds: int, steps: int, batch_size: int | None) -> "DetectionConf
     return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=batch_size)
 
 
+def _subject(options: dict[str, Any]) -> "Subject":
+    """Return the model that the options of a command name, which are its locals."""
+    from .audit.subject import Subject
+
+    names = ("model", "lora", "device", "dtype", "revision", "resolution")
+    return Subject(config=options["model_config"], **{name: options[name] for name in names})
+
+
 @app.command(epilog=EXIT_CODES)
 def audit(
     model: Model = "demo",
@@ -72,6 +81,14 @@ def audit(
     seeds: Seeds = 4,
     steps: Steps = 1,
     false_positive_rate: Rate = 0.01,
+    explain: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Flagged prompts that are explained, highest score first; default: all.",
+        ),
+    ] = None,
     images_per_prompt: Annotated[
         int, typer.Option(min=0, help="Images of each flagged prompt; 0: no images at all.")
     ] = 2,
@@ -103,10 +120,10 @@ def audit(
             model=model, lora=lora, prompts=tuple(prompts or ()), controls=controls,
             calibration=calibration, force=force, output=output, overwrite=overwrite,
             detection=_detection(seeds, steps, batch_size), sequential=fast,
-            false_positive_rate=false_positive_rate, images_per_prompt=images_per_prompt,
-            flagged_pictured=flagged_pictured, sample=sample, device=device, dtype=dtype,
-            revision=revision, model_config=model_config, resolution=resolution,
-            generation_steps=generation_steps,
+            false_positive_rate=false_positive_rate, explain=explain,
+            images_per_prompt=images_per_prompt, flagged_pictured=flagged_pictured, sample=sample,
+            generation_steps=generation_steps, revision=revision, model_config=model_config,
+            resolution=resolution, device=device, dtype=dtype,
         )  # fmt: skip
         result = run_audit(config, bar)
     if as_json:
@@ -148,13 +165,11 @@ def detect(
     """Score prompts. A verdict needs --calibration; without one there are only numbers."""
     with answering(as_json=as_json, debug=debug):
         from .audit.parts import score_prompts
-        from .audit.subject import Subject
 
         rows = score_prompts(
-            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
-                    resolution=resolution, config=model_config),
-            files=prompts or (), texts=prompt or (), config=_detection(seeds, steps, batch_size),
-            calibration=calibration, force=force, sequential=fast, output=output, bars=bar,
+            _subject(locals()), files=prompts or (), texts=prompt or (),
+            config=_detection(seeds, steps, batch_size), calibration=calibration, force=force,
+            sequential=fast, output=output, bars=bar,
         )  # fmt: skip
     found = any(row["memorized"] for row in rows)
     if as_json:
@@ -198,12 +213,10 @@ def explain(
     """Show which words of a prompt carry its score, and what happens without them."""
     with answering(as_json=as_json, debug=debug):
         from .audit.parts import explain_prompts
-        from .audit.subject import Subject
 
         rows = explain_prompts(
-            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
-                    resolution=resolution, config=model_config), files=prompts or (),
-            texts=prompt or (), seeds=seeds, steps=steps, output=output, bars=bar,
+            _subject(locals()), files=prompts or (), texts=prompt or (), seeds=seeds, steps=steps,
+            output=output, bars=bar,
         )  # fmt: skip
     if as_json:
         print_json({"schema_version": 1, "results": rows})
@@ -239,13 +252,10 @@ def calibrate(
     """Score ordinary prompts on a model and keep the threshold that follows from them."""
     with answering(as_json=as_json, debug=debug):
         from .audit.parts import make_calibration
-        from .audit.subject import Subject
 
         made = make_calibration(
-            Subject(model, lora=lora, device=device, dtype=dtype, revision=revision,
-                    resolution=resolution, config=model_config), controls=controls,
-            config=_detection(seeds, steps, batch_size), rate=false_positive_rate, output=output,
-            bars=bar,
+            _subject(locals()), controls=controls, config=_detection(seeds, steps, batch_size),
+            rate=false_positive_rate, output=output, bars=bar,
         )  # fmt: skip
     if as_json:
         print_json(made | {"output": str(output)})

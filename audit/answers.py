@@ -5,6 +5,7 @@ from typing import Any
 
 from ..shared.pictures import visible
 from .result import AuditResult, finite
+from .wording import counted
 
 SHOWN = 20
 
@@ -41,8 +42,9 @@ def audit_verdict(result: AuditResult) -> str:
     """Return the closing sentences: counts, certainty, caveats, where to look."""
     summary, share = result.summary, result.summary["flagged_rate"]
     calibration = summary["calibration"]
+    are = "is" if 1 in (share["hits"], share["n"]) else "are"
     lines = [
-        f"{share['hits']} of {share['n']} prompts are above the threshold "
+        f"{share['hits']} of {counted(share['n'], 'prompt', 'prompts')} {are} above the threshold "
         f"{calibration['threshold']:.4g} ({share['rate']:.1%}, 95 % interval {share['low']:.1%} to "
         f"{share['high']:.1%}); {summary['expected_by_chance']:.1f} are expected there by chance, "
         f"so many or more with probability {summary['chance_p_value']:.2g}."
@@ -52,8 +54,12 @@ def audit_verdict(result: AuditResult) -> str:
     similarity = summary["similarity"]
     if similarity and similarity["copies"]:
         copies = similarity["copies"]
-        lines.append(f"{copies['hits']} of {copies['n']} images generated for them are copies of a "
-                     "training image.")  # fmt: skip
+        images = counted(copies["n"], "image", "images")
+        them = "it" if share["hits"] == 1 else "them"
+        are = "is a copy" if 1 in (copies["hits"], copies["n"]) else "are copies"
+        lines.append(
+            f"{copies['hits']} of {images} generated for {them} {are} of a training image."
+        )
     lines += [f"Caveat: {caveat}" for caveat in summary["caveats"]]
     lines.append(f"Report: {result.folder / 'report.html'}")
     return "\n".join(map(visible, lines))

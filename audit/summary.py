@@ -12,6 +12,7 @@ from ..shared.calibration import CONFIDENCE, Calibration, clopper_pearson
 from .config import AuditConfig
 from .inputs import Inputs
 from .result import SCHEMA_VERSION, AuditEntry, ModelInfo
+from .wording import counted
 
 PACKAGES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 FOUND, NOTHING_FOUND = "found", "nothing_found"
@@ -130,18 +131,18 @@ def _groups(entries: Sequence[AuditEntry]) -> dict[str, Any]:
 
 def _warnings(inputs: Inputs, entries: Sequence[AuditEntry]) -> list[str]:
     found = []
-    if inputs.prompts.empty:
-        found.append(f"{inputs.prompts.empty} empty prompts were left out.")
-    if inputs.prompts.duplicates:
-        found.append(f"{inputs.prompts.duplicates} repeated prompts were merged with their first.")
+    if empty := inputs.prompts.empty:
+        found.append(f"{counted(empty, 'empty prompt was', 'empty prompts were')} left out.")
+    if duplicates := inputs.prompts.duplicates:
+        were = counted(duplicates, "repeated prompt was", "repeated prompts were")
+        found.append(f"{were} merged with {'its' if duplicates == 1 else 'their'} first.")
     if shared := len(set(inputs.prompts.prompts) & set(inputs.controls)):
-        found.append(
-            f"{shared} control prompts are audited as well: the threshold may be too high."
-        )
+        are = counted(shared, "control prompt is", "control prompts are")
+        found.append(f"{are} audited as well: the threshold may be too high.")
     for entry in entries:
-        if entry.cut:
+        if n := len(entry.cut.split()):
             found.append(
                 f"Prompt {entry.index} is too long for the text encoder: its last "
-                f"{len(entry.cut.split())} words are not read, from {entry.cut[:40]!r} on."
+                f"{'word is' if n == 1 else f'{n} words are'} not read, from {entry.cut[:40]!r} on."
             )
     return found

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
@@ -24,13 +25,12 @@ def headline(rate: dict[str, Any], chance_p_value: float) -> str:
         rate: `flagged_rate` of summary.json.
         chance_p_value: Probability of so many flags if no prompt were memorized.
     """
-    hits, n = rate["hits"], rate["n"]
-    prompts = "prompt" if n == 1 else "prompts"
+    hits, prompts = rate["hits"], counted(rate["n"], "prompt", "prompts")
     if hits == 0:
-        return f"None of {n} {prompts} scored above the threshold"
+        return f"None of {prompts} scored above the threshold"
     if chance_p_value > CHANCE:
-        return f"{hits} of {n} {prompts} scored above the threshold, as chance alone might bring"
-    return f"{hits} of {n} {prompts} {'looks' if hits == 1 else 'look'} memorized"
+        return f"{hits} of {prompts} scored above the threshold, as chance alone might bring"
+    return f"{hits} of {prompts} {'looks' if hits == 1 else 'look'} memorized"
 
 
 def lead(result: "AuditResult") -> list[str]:
@@ -39,8 +39,9 @@ def lead(result: "AuditResult") -> list[str]:
     expected = _about(summary["expected_by_chance"])
     if rate["hits"] == 0:
         return [
-            "That is no proof that the model has memorized nothing: only these prompts were looked "
-            "at, and with these settings."
+            "That is no proof that the model has memorized nothing: only "
+            f"{'this prompt was' if rate['n'] == 1 else 'these prompts were'} looked at, and with "
+            "these settings."
         ]
     if summary["chance_p_value"] > CHANCE:
         lines = [
@@ -50,15 +51,23 @@ def lead(result: "AuditResult") -> list[str]:
     else:
         ordinary = percent(1 - summary["calibration"]["false_positive_rate"])
         lines = [
-            f"They steer the model more strongly than {ordinary} of ordinary prompts do. By chance "
-            f"alone {expected} of {rate['n']} would be flagged."
+            f"{'It steers' if rate['hits'] == 1 else 'They steer'} the model more strongly than "
+            f"{ordinary} of ordinary prompts do. By chance alone {expected} of {rate['n']} would "
+            "be flagged."
         ]
     if copies := (summary["similarity"] or {}).get("copies"):
         lines.append(
-            f"Of {copies['n']} pictures made from flagged prompts and compared with the training "
-            f"pictures, {copies['hits']} came out as copies. Look at them below."
+            f"Of {counted(copies['n'], 'picture', 'pictures')} made from flagged prompts and "
+            "compared with the training pictures, "
+            f"{counted(copies['hits'], 'came out as a copy', 'came out as copies')}. "
+            "Look at them below."
         )
     return lines
+
+
+def counted(n: int, one: str, many: str) -> str:
+    """Return `n` before the words that fit it: `one` for exactly 1, `many` for all else."""
+    return f"{n} {one if n == 1 else many}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -123,7 +132,10 @@ def facts(result: "AuditResult") -> list[tuple[str, str]]:
 
 
 def reproduce(result: "AuditResult") -> str:
-    """Return the command line of this audit, with file names in place of whole paths."""
+    """Return the command line of this audit, with file names in place of whole paths.
+
+    Left out are defaults and what changes no result: device, batch size, where and how to write.
+    """
     config, detection = result.config, result.config.detection
     words = ["unmemorize", "audit"]
     if config.model != "demo":
@@ -131,14 +143,19 @@ def reproduce(result: "AuditResult") -> str:
     options: list[tuple[str, Any, Any]] = [
         ("lora", result.model.lora, None),
         *(("prompts", path.name, None) for path in config.prompts),
-        ("controls", config.controls, ""),
+        ("controls", config.controls and Path(config.controls).name, ""),
         ("calibration", config.calibration and config.calibration.name, None),
         ("false-positive-rate", config.false_positive_rate, 0.01),
         ("seeds", len(detection.seeds), 4),
         ("steps", detection.steps, 1),
+        ("explain", config.explain, None),
         ("images-per-prompt", config.images_per_prompt, 2),
         ("flagged-pictured", config.flagged_pictured, 24),
         ("sample", config.sample, 8),
+        ("generation-steps", config.generation_steps, 30),
+        ("revision", config.revision, None),
+        ("model-config", config.model_config and config.model_config.name, None),
+        ("resolution", config.resolution, None),
         ("dtype", config.dtype, None),
     ]
     for name, value, default in options:

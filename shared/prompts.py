@@ -102,9 +102,11 @@ def clean(prompts: Iterable[Prompt]) -> PromptSet:
         else:
             empty += 1
     if empty:
-        logger.warning("%d of %d prompts are empty and left out.", empty, read)
+        noun, verb = "prompt" if read == 1 else "prompts", "is" if empty == 1 else "are"
+        logger.warning("%d of %d %s %s empty and left out.", empty, read, noun, verb)
     if duplicates := read - empty - len(merged):
-        logger.warning("%d prompts repeat an earlier one and are merged with it.", duplicates)
+        one, many = "prompt repeats an earlier one and is", "prompts repeat an earlier one and are"
+        logger.warning("%d %s merged with it.", duplicates, one if duplicates == 1 else many)
     return PromptSet(
         prompts=tuple(merged),
         sources=tuple(tuple(p.source for p in group) for group in merged.values()),

@@ -24,6 +24,10 @@ from unmemorize.shared.prompts import PromptSet
 
 SHAPE = (4, 16, 16)
 GROUPS = ("verbatim", "template", "learnt")
+HOSTILE = (
+    "</style></script><img src=x onerror=alert(1)>\"'`{{7*7}}<script>alert(2)</script>"
+    "\x00\x1b\u202e"
+)
 
 
 def calibrate(rng: np.random.Generator, steps: int, name: str) -> Calibration:

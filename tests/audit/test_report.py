@@ -1,21 +1,13 @@
 import base64
 import dataclasses
 import hashlib
-import json
 import re
 from html.parser import HTMLParser
 
-import jsonschema
 import pytest
-from fake_result import make_result
-from unmemorize.audit import wording
-from unmemorize.audit.report import TEMPLATES, render_report, write_report
-from unmemorize.audit.result import dumps
+from fake_result import HOSTILE, make_result
+from unmemorize.audit.report import render_report, write_report
 
-HOSTILE = (
-    "</style></script><img src=x onerror=alert(1)>\"'`{{7*7}}<script>alert(2)</script>"
-    "\x00\x1b\u202e"
-)
 VOID = {"meta", "img", "input", "br", "source"}
 
 
@@ -94,16 +86,6 @@ def test_never_calls_anything_safe(result, tmp_path):
         assert not re.search(r"\b(safe|harmless model|no memorization|proves)\b", text)
         assert "planted" not in text
         assert "can still bring a training picture back" in text
-
-
-def test_headline_follows_the_counts_and_chance():
-    def headline(hits: int, chance: float = 1e-9) -> str:
-        return wording.headline({"hits": hits, "n": 40}, chance)
-
-    assert headline(0, 1.0) == "None of 40 prompts scored above the threshold"
-    assert headline(1) == "1 of 40 prompts looks memorized"
-    assert headline(6) == "6 of 40 prompts look memorized"
-    assert headline(1, 0.33).endswith("scored above the threshold, as chance alone might bring")
 
 
 def test_nothing_found_still_makes_a_page(tmp_path):
@@ -257,58 +239,3 @@ def test_unknown_similarity_is_not_counted(result):
     assert "came out as copies" not in text
     none = Reader(render_report(with_summary(result, similarity=None), result.folder)).text
     assert "Copies among" not in none
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"),
-    [(0.0, "0"), (1.0, "100"), (0.084, "8.4"), (0.5, "50"), (0.01, "1"), (0.996, "99.6"),
-     (0.0001, "0.01"), (0.99995, "over 99.9"), (0.0996, "10")],
-)  # fmt: skip
-def test_percent(rate, text):
-    assert wording.percent(rate).split("\u00a0")[0].removesuffix(".0") == text
-
-
-def test_numbers():
-    shown = [wording.number(v) for v in (3.14159, 12.0, 0.00662, 1234.5678, 2e-7, float("nan"))]
-    assert shown == ["3.14", "12", "0.00662", "1.23e+03", "2.0e-7", "\u2013"]
-    assert wording.chance(1e-12) == "below 0.0001"
-    assert wording.between(0.012, 0.09) == "1.2 to 9\u00a0%"
-
-
-def test_command_names_files_without_their_folders(result, tmp_path):
-    config = dataclasses.replace(
-        result.config, model="m", prompts=(tmp_path / "my captions.txt",), false_positive_rate=0.05
-    )
-    command = wording.reproduce(dataclasses.replace(result, config=config))
-    assert str(tmp_path) not in command
-    assert "--prompts 'my captions.txt'" in command
-    assert "--false-positive-rate 0.05" in command
-
-
-def schema() -> dict:
-    return json.loads((TEMPLATES.parent / "summary.schema.json").read_text("utf-8"))
-
-
-def test_schema_is_a_schema_and_fits_the_summary(result, tmp_path):
-    jsonschema.Draft202012Validator.check_schema(schema())
-    for some in (
-        result,
-        make_result(tmp_path, hits=0, demo=False),
-        make_result(tmp_path, text=HOSTILE),
-    ):
-        jsonschema.validate(json.loads(dumps(some.summary)), schema())
-
-
-@pytest.mark.parametrize("name", ["verdict", "flagged_rate", "calibration", "caveats"])
-def test_schema_misses_what_is_missing(result, name):
-    summary = json.loads(dumps(result.summary))
-    del summary[name]
-    with pytest.raises(jsonschema.ValidationError, match=name):
-        jsonschema.validate(summary, schema())
-
-
-def test_schema_names_every_field_that_is_written(result):
-    known = schema()["properties"]
-    assert set(result.summary) == set(known)
-    for name in ("counts", "calibration", "model"):
-        assert set(result.summary[name]) == set(known[name]["properties"])

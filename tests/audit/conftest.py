@@ -1,0 +1,81 @@
+"""A small audit on the demo model, run once for all tests that look at it or continue it."""
+
+import pytest
+from tiny_audit import LONG, MARKUP
+from unmemorize import demo
+from unmemorize.audit import subject
+from unmemorize.audit.config import AuditConfig
+from unmemorize.audit.run import run_audit
+from unmemorize.shared.detection import DetectionConfig
+from unmemorize.shared.diffusers_adapter import PipelineDenoiser
+
+
+@pytest.fixture(scope="session")
+def captions() -> dict[str, list[str]]:
+    groups = {}
+    for caption in demo.captions():
+        groups.setdefault(caption.group, []).append(caption.text)
+    return groups
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, captions):
+    """Prompts (with a duplicate, an empty, a strange and an endless one) and controls."""
+    folder = tmp_path_factory.mktemp("inputs")
+    first = captions["verbatim"][:5]
+    prompts = [*first, first[0], "", *captions["learnt"][:4], MARKUP, LONG]
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    controls = captions["held_out"][:12]
+    (folder / "controls.txt").write_text("\n".join(controls), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(files, tmp_path_factory) -> AuditConfig:
+    return AuditConfig(
+        model=str(demo.MODEL),
+        prompts=(files / "prompts.txt",),
+        controls=str(files / "controls.txt"),
+        output=tmp_path_factory.mktemp("audit") / "out",
+        detection=DetectionConfig(seeds=(0, 1)),
+        false_positive_rate=0.25,
+        flagged_pictured=2,
+        sample=1,
+        generation_steps=2,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def result(config):
+    return run_audit(config)
+
+
+@pytest.fixture(scope="session")
+def denoiser(config):
+    """The demo model, loaded once for all tests that only count loads."""
+    return subject.Subject(config.model, device="cpu").denoiser
+
+
+@pytest.fixture
+def work(monkeypatch, denoiser) -> dict[str, int]:
+    """Counts models loaded, rows denoised and images generated."""
+    counts = {"loads": 0, "rows": 0, "images": 0}
+    denoise, generate = PipelineDenoiser.denoise, PipelineDenoiser.generate
+
+    def counted_load(*args, **kwargs):
+        counts["loads"] += 1
+        return denoiser
+
+    def counted_denoise(self, x, sigma, cond):
+        counts["rows"] += len(x)
+        return denoise(self, x, sigma, cond)
+
+    def counted_generate(self, prompts, seeds, **kwargs):
+        counts["images"] += len(seeds)
+        return generate(self, prompts, seeds, **kwargs)
+
+    monkeypatch.setattr(subject, "load_denoiser", counted_load)
+    monkeypatch.setattr(PipelineDenoiser, "denoise", counted_denoise)
+    monkeypatch.setattr(PipelineDenoiser, "generate", counted_generate)
+    return counts
