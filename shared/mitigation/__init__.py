@@ -1,0 +1,48 @@
+"""Every published way of mitigating while sampling, behind one interface."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from .attention import AttractionRepulsion
+from .delayed_guidance import DelayedGuidance
+from .embedding import EmbeddingOptimisation
+from .initial_noise import InitialNoise
+from .method import Method
+from .neighbour import NearestNeighbour
+from .random_words import RandomInsertion
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        EmbeddingOptimisation,
+        DelayedGuidance,
+        InitialNoise,
+        AttractionRepulsion,
+        NearestNeighbour,
+        RandomInsertion,
+    )
+}
+"""By the name that users give."""
+
+
+def make_method(name: str, **settings: Any) -> Method:
+    """Return a method by name.
+
+    Args:
+        name: One of `METHODS`.
+        **settings: Fields of its class.
+
+    Raises:
+        ValueError: There is no such method or setting, one is missing, or a value makes no sense.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}; choose one of {', '.join(METHODS)}.")
+    known = {field.name: field for field in fields(METHODS[name])}
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise ValueError(
+            f"Method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
+        )
+    needed = {name for name, field in known.items() if field.default is MISSING}
+    if missing := sorted(needed - settings.keys()):
+        raise ValueError(f"Method {name!r} needs {', '.join(missing)}.")
+    return METHODS[name](**settings)

@@ -1,0 +1,234 @@
+"""What the methods that follow a gradient share: the target, the loop, checkpointing."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Conditioning, Denoiser
+from ..explanation import ROWS_OF_A_GRADIENT
+from ..trajectory import PredictionError, automatic_rows
+from .method import Mitigation, Start
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+"""What diffusers sets on the parts of a network."""
+
+
+class Optimised(Mitigation):
+    """A change of the start that was searched for, and what the search measured."""
+
+    def __init__(
+        self,
+        *,
+        before: Tensor,
+        after: Tensor,
+        iterations: Tensor,
+        cond: Conditioning | None = None,
+        x: Tensor | None = None,
+    ):
+        super().__init__(cond=cond, x=x)
+        self.before = before
+        """[image] |D| at the start's noise, L2 norm, float64 on the CPU."""
+        self.after = after
+        """[image] the same of what is kept."""
+        self.iterations = iterations
+        """[image] optimizer steps that were made."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Descent:
+    """Where a descent of |D| ended, per row."""
+
+    rows: Tensor
+    """[row ...] the best that were measured."""
+    before: Tensor
+    """[row] |D|, float64 on the CPU."""
+    after: Tensor
+    """[row] |D| of `rows`, at most `before`."""
+    iterations: Tensor
+    """[row] optimizer steps that were made."""
+
+
+def check_descent(
+    learning_rate: float, target: float | None, target_quantile: float, batch_size: int | None
+) -> None:
+    """Raise ValueError unless the settings of a descent make sense."""
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"`learning_rate` must be above 0, got {learning_rate}.")
+    if target is not None and not target >= 0:
+        raise ValueError(f"`target` must be at least 0, got {target}.")
+    if not 0 <= target_quantile <= 1:
+        raise ValueError(f"`target_quantile` must lie in 0..1, got {target_quantile}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+
+def find_target(start: Start, target: float | None, target_quantile: float) -> float:
+    """Return the |D| at which a row may stop (L2 norm, latent units).
+
+    Args:
+        start: The run; its calibration is asked when there is no target.
+        target: Already in these units.
+        target_quantile: Of the control prompts' scores at single seeds, 0..1.
+
+    Raises:
+        ValueError: There is neither a target nor a calibration of the first step.
+    """
+    if target is not None:
+        return target
+    calibration = start.calibration
+    if calibration is None:
+        raise ValueError(
+            "There is no calibration to take a target from: make one for this model with "
+            "`unmemorize calibrate`, or give `target` as an L2 norm of the text noise."
+        )
+    if (steps := calibration.settings.get("steps", 1)) != 1:
+        raise ValueError(
+            f"The calibration averages {steps} steps, the target is for the first alone: "
+            "calibrate with one step, or give `target` as an L2 norm of the text noise."
+        )
+    return calibration.seed_scores.flatten().quantile(target_quantile).item()
+
+
+def descend(
+    rows: Sequence[Tensor],
+    magnitude: Callable[[list[int], Tensor], Tensor],
+    *,
+    target: float,
+    learning_rate: float,
+    iterations: int,
+    denoiser: Denoiser,
+    keep_norm: bool = False,
+) -> Descent:
+    """Lower each row's |D| by AdamW until it reaches the target, and keep the best.
+
+    Rows know nothing of each other: AdamW works element by element, and a row that is there is not
+    computed any more.
+
+    Args:
+        rows: Starting points, in float32 or wider.
+        magnitude: Of the rows named first, stacked second, [row]; NaN is an error.
+        target: A row at or below it stops.
+        learning_rate: Of AdamW, whose other settings are torch's defaults, as in the papers.
+        iterations: Optimizer steps at most; there is one more evaluation than steps.
+        denoiser: Says what the network computes in.
+        keep_norm: Scale each row back to the L2 norm it came with, after every step.
+
+    Raises:
+        PredictionError: |D| is not finite.
+    """
+    # float16 ends at 6e-8; a power of two keeps small gradients from vanishing on their way back.
+    scale = 256.0 if denoiser.dtype == torch.float16 else 1.0
+    leaves = [row.detach().clone().requires_grad_() for row in rows]
+    norms = [leaf.detach().norm() for leaf in leaves]
+    optimizer = torch.optim.AdamW(leaves, lr=learning_rate)
+    best, before, after = [leaf.detach().clone() for leaf in leaves], [], [math.inf] * len(leaves)
+    steps, active = [0] * len(leaves), list(range(len(leaves)))
+    for iteration in range(iterations + 1):
+        with torch.set_grad_enabled(iteration < iterations):
+            measured = magnitude(active, torch.stack([leaves[i] for i in active]))
+        values = measured.tolist()
+        if not all(map(math.isfinite, values)):
+            raise not_finite(f"after {iteration} optimizer steps", denoiser)
+        before = before or values
+        for i, value in zip(active, values, strict=True):
+            if value < after[i]:
+                after[i], best[i] = value, leaves[i].detach().clone()
+        above = [place for place, value in enumerate(values) if value > target]
+        active = [active[place] for place in above]
+        if iteration == iterations or not active:
+            break
+        gradients = torch.autograd.grad(scale * measured[above].sum(), [leaves[i] for i in active])
+        for i, gradient in zip(active, gradients, strict=True):
+            leaves[i].grad = gradient / scale
+            steps[i] += 1
+        optimizer.step()
+        optimizer.zero_grad()  # rows without a gradient are passed over
+        if keep_norm:
+            with torch.no_grad():
+                for i in active:
+                    leaves[i] *= norms[i] / leaves[i].norm()
+    return Descent(
+        rows=torch.stack(best),
+        before=torch.tensor(before, dtype=torch.float64),
+        after=torch.tensor(after, dtype=torch.float64),
+        iterations=torch.tensor(steps),
+    )
+
+
+def not_finite(when: str, denoiser: Denoiser) -> PredictionError:
+    """Return the error for a text noise that is NaN or infinite."""
+    hint = " Try bfloat16 or float32." if denoiser.dtype == torch.float16 else ""
+    return PredictionError(
+        f"The text noise is not finite {when} (in {denoiser.dtype}): the prediction or its "
+        f"gradient overflowed.{hint}"
+    )
+
+
+def joined(parts: Sequence[Descent]) -> Descent:
+    """Return descents of different rows as one."""
+    return Descent(
+        rows=torch.cat([part.rows for part in parts]),
+        before=torch.cat([part.before for part in parts]),
+        after=torch.cat([part.after for part in parts]),
+        iterations=torch.cat([part.iterations for part in parts]),
+    )
+
+
+def batches(denoiser: Denoiser, rows: int, batch_size: int | None) -> Iterator[slice]:
+    """Yield slices of so many rows as one pass with its gradient should have."""
+    size = batch_size or max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
+    for first in range(0, rows, size):
+        yield slice(first, first + size)
+
+
+def detached(cond: Conditioning) -> Conditioning:
+    """Return a copy that is no part of a graph and no inference tensor, which autograd refuses."""
+    pooled = None if cond.pooled is None else cond.pooled.detach().clone()
+    return replace(cond, embeddings=cond.embeddings.detach().clone(), pooled=pooled)
+
+
+@contextmanager
+def gradients(network: nn.Module | None, *, checkpointing: bool = False) -> Iterator[None]:
+    """Allow gradients whatever the caller has switched off, but none of the weights.
+
+    Args:
+        network: Its weights stay out of the graph, which then holds fewer activations; what they
+            required is put back. None leaves the network alone.
+        checkpointing: Recompute activations on the way back, as diffusers networks can, which costs
+            a forward pass and saves most of the memory; the network's own choice is put back.
+    """
+    with ExitStack() as undo:
+        for parameter in [] if network is None else network.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        if checkpointing:
+            for module in network.modules():
+                undo.callback(_put_back, module, _choice(module))
+            network.enable_gradient_checkpointing()
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        yield
+
+
+def check_checkpointing(network: nn.Module | None) -> None:
+    """Raise ValueError unless the network can recompute its activations."""
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        given = "the host gave no network" if network is None else "this network cannot"
+        raise ValueError(
+            f"`checkpointing` needs a network of diffusers, {given}: switch it off, or use a "
+            "smaller `batch_size`."
+        )
+
+
+def _choice(module: nn.Module) -> dict:
+    return {name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)}
+
+
+def _put_back(module: nn.Module, choice: dict) -> None:
+    for name in CHECKPOINTING:
+        vars(module).pop(name, None)
+    vars(module).update(choice)
