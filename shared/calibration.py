@@ -139,6 +139,22 @@ class Calibration:
         """Return the controls' scores, smallest first."""
         return self.seed_scores.nanmean(1).sort().values
 
+    def threshold_for(self, seeds: int) -> float:
+        """Return the threshold of scores that are means over the first `seeds` seeds alone.
+
+        The order statistic of `from_controls` at the same rate; with all seeds it is `threshold`.
+
+        Raises:
+            ValueError: The controls were not scored at so many seeds.
+        """
+        scores = self.seed_scores
+        if not 1 <= seeds <= scores.shape[1]:
+            raise ValueError(
+                f"`seeds` must be between 1 and {scores.shape[1]}, the seeds of this calibration, "
+                f"got {seeds}. Calibrate with more seeds to probe with more."
+            )
+        return _threshold(scores[:, :seeds].mean(1), self.false_positive_rate)
+
     def p_values(self, scores: Tensor | Sequence[float]) -> Float[Tensor, " prompt"]:
         """Return per score (1 + number of controls at least as high) / (controls + 1), in 0..1."""
         scores, controls = torch.as_tensor(scores, dtype=torch.float64), self.sorted_scores

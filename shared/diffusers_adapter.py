@@ -13,6 +13,7 @@ from .arrays import Float
 from .denoiser import Conditioning, Token
 from .flow_families import Flux, family_of
 from .lora import has_lora, lora_disabled
+from .predictions import x0_from_output
 from .quiet import no_progress_bar, quiet
 from .tokens import Reading, read, split_words
 
@@ -34,12 +35,13 @@ class PipelineDenoiser:
     The pipeline stays the user's: nothing of it is changed. Its scheduler is only read.
     """
 
-    def __init__(self, pipeline: Any, *, resolution: int | None = None):
+    def __init__(self, pipeline: Any, *, resolution: int | tuple[int, int] | None = None):
         """Wrap a pipeline.
 
         Args:
             pipeline: A diffusers text-to-image pipeline, on its device and in its dtype.
-            resolution: Side of the images in pixels; None for what the model was made for.
+            resolution: Side of the images in pixels, or height and width; None for what the model
+                was made for.
         """
         self.pipeline = pipeline
         self.family = family_of(pipeline)(pipeline, resolution)
@@ -161,9 +163,7 @@ class PipelineDenoiser:
         scale = self.schedule.latent_scale(level)
         timestep = self.schedule.timestep(level).to(self.device)
         output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
-        if self.parametrization == "v_prediction":
-            return x / scale**2 - level / scale * output
-        return x - level * output  # noise, or velocity of a flow
+        return x0_from_output(self.parametrization, x, level, output)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, " row channel height width"]) -> Tensor:

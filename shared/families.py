@@ -19,11 +19,13 @@ class Family:
 
     network_name: ClassVar[str] = "unet"
     guidance_distilled: ClassVar[bool] = False
+    timestep_unit: ClassVar[float] = 1.0
+    """Training timesteps in one unit of what the network is told."""
 
-    def __init__(self, pipeline: Any, resolution: int | None):
+    def __init__(self, pipeline: Any, resolution: int | tuple[int, int] | None):
         self.pipeline = pipeline
-        size = self._pixels() if resolution is None else (resolution, resolution)
-        self.height, self.width = self._check(size)
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        self.height, self.width = self._check(self._pixels() if size is None else size)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -72,6 +74,14 @@ class Family:
     def readers(self) -> list[tuple[Any, int]]:
         """Return tokenizer (None: zeros stand there) and positions, in the embeddings' order."""
         return [(self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)]
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Return latents [row *latent] in the shape the network reads and answers in."""
+        return latents
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return latents [row *latent] from the network's shape."""
+        return packed
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """Return the network's output [row *latent] for latents in the scheduler's own scale."""

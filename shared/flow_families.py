@@ -67,6 +67,7 @@ class Flux(StableDiffusion3):
     """Flux: packed latents, T5 tokens, CLIP's pooled text, guidance distilled into the network."""
 
     guidance_distilled = True
+    timestep_unit = 1000.0
     t5_length = 512
     max_shift = 1.15
     from_one = True
@@ -95,16 +96,25 @@ class Flux(StableDiffusion3):
         """Return T5's tokenizer: the embeddings hold no CLIP tokens."""
         return [(self.pipeline.tokenizer_2, self.t5_length)]
 
+    def pack(self, latents: Tensor) -> Tensor:
+        """Return 2 x 2 patches [row patch value] of latents [row *latent]."""
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return latents [row *latent] of patches [row patch value]."""
+        pipeline = self.pipeline
+        return pipeline._unpack_latents(packed, self.height, self.width, pipeline.vae_scale_factor)
+
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """Return velocity [row *latent]."""
-        rows, channels, height, width = latents.shape
+        rows, _, height, width = latents.shape
         device, dtype = latents.device, latents.dtype
         pipeline, guided = self.pipeline, self.network.config.guidance_embeds
         ids = pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, device, dtype)
         guidance = torch.full([rows], self.guidance_embedding, device=device) if guided else None
         output = self.network(
-            hidden_states=pipeline._pack_latents(latents, rows, channels, height, width),
-            timestep=timestep.expand(rows).to(dtype) / 1000,
+            hidden_states=self.pack(latents),
+            timestep=timestep.expand(rows).to(dtype) / self.timestep_unit,
             guidance=guidance,
             pooled_projections=cond.pooled,
             encoder_hidden_states=cond.embeddings,
@@ -112,7 +122,7 @@ class Flux(StableDiffusion3):
             img_ids=ids,
             return_dict=False,
         )[0]
-        return pipeline._unpack_latents(output, self.height, self.width, pipeline.vae_scale_factor)
+        return self.unpack(output)
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -1,15 +1,15 @@
 """Scores of images while they are sampled, from predictions that guidance computes anyway."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .families import Family, StableDiffusion
-from .flow_families import family_of
+from .families import StableDiffusion
+from .pipeline_runs import Follower, Texts, prediction_of, watching
 from .schedules import DiscreteSchedule
 
 NO_GUIDANCE = (
@@ -81,88 +81,51 @@ def observe(pipeline: Any) -> Iterator[Record]:
     """Read scores from ordinary calls of `pipeline` inside the block.
 
     Nothing is added to the computation but a norm per step; images are bit-identical. Afterwards
-    the pipeline carries no trace of the observer, also when a call or the block fails.
+    the pipeline carries no trace of the observer, also when a call or the block fails. Around a
+    guard it reads what the network answers, inside one what the guard makes of it.
     """
-    observer = _Observer(pipeline, family_of(pipeline))
-    with ExitStack() as undo:
-        undo.enter_context(_wrapped(pipeline, "encode_prompt", observer.on_encode))
-        undo.enter_context(_wrapped(pipeline, "progress_bar", observer.on_start))
+    observer = _Observer(pipeline)
+    with observer.following():
         network = getattr(pipeline, observer.family.network_name)
         handle = network.register_forward_hook(observer.on_forward, with_kwargs=True)
-        undo.callback(handle.remove)
-        yield observer.record
+        try:
+            yield observer.record
+        finally:
+            handle.remove()
 
 
-@contextmanager
-def _wrapped(owner: Any, name: str, tell: Callable[..., None]) -> Iterator[None]:
-    """Call `tell` with the arguments of each call of a method of this one object."""
-    own, original = name in vars(owner), getattr(owner, name)
+class _Observer(Follower):
+    """Measures each network call of a pipeline's runs."""
 
-    def method(*args: Any, **kwargs: Any) -> Any:
-        tell(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    vars(owner)[name] = method
-    try:
-        yield
-    finally:
-        if own:
-            vars(owner)[name] = original
-        else:
-            vars(owner).pop(name, None)
-
-
-class _Observer:
-    """Follows a pipeline through encoding, the start of its loop, and each network call."""
-
-    def __init__(self, pipeline: Any, family: type[Family]):
-        self.pipeline, self.family = pipeline, family
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
         self.record = Record()
-        self.texts: list[dict[str, Any]] = []
+        self.run: ObservedRun | None = None
         self.separate = False
-        self.discrete = issubclass(family, StableDiffusion)
 
-    def on_encode(self, *args: Any, **kwargs: Any) -> None:
-        """Remember the texts: the last argument names differ, the first is the prompt."""
-        text = dict(kwargs)
-        if args:
-            text["prompt"] = args[0]
-        if len(args) > 4 and self.family is StableDiffusion:
-            text["negative_prompt"] = args[4]
-            text.setdefault("negative_prompt_embeds", args[6] if len(args) > 6 else None)
-        self.texts.append(text)
-
-    def on_start(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a run: the pipeline opens its progress bar once, before its loop."""
-        first = self.texts[0] if self.texts else {}
-        negative = first.get("negative_prompt")
-        embedded = first.get("negative_prompt_embeds") is not None
-        # Flux encodes a second time for the negative prompt, and calls the network twice a step.
-        self.separate = self.family.guidance_distilled and len(self.texts) > 1
-        if self.separate:
-            negative = self.texts[1].get("prompt")
-            embedded = self.texts[1].get("prompt_embeds") is not None
-        self.texts = []
-        zeros = bool(self.pipeline.config.get("force_zeros_for_empty_prompt"))
-        default = "zeros" if zeros and negative is None else "empty prompt"
-        given = _as_tuple(negative)
-        self.record.runs.append(
-            ObservedRun(
-                prompts=_as_tuple(first.get("prompt")),
-                negatives=given,
-                negatives_are="embeddings" if embedded else "prompts" if any(given) else default,
-            )
+    def on_start(self, texts: Texts) -> None:
+        """Begin a run."""
+        self.separate = texts.separate
+        self.run = ObservedRun(
+            prompts=texts.prompts, negatives=texts.negatives, negatives_are=texts.negatives_are
         )
-        if self.discrete and self.pipeline.scheduler.config.prediction_type == "v_prediction":
-            self.record.runs[-1]._schedule = DiscreteSchedule(self.pipeline.scheduler.config)
+        config = self.pipeline.scheduler.config
+        discrete = issubclass(self.family, StableDiffusion)
+        if discrete and config.prediction_type == "v_prediction":
+            self.run._schedule = DiscreteSchedule(config)
+        self.record.runs.append(self.run)
+
+    def on_end(self) -> None:
+        """End it: later calls of the network are another pipeline's."""
+        self.run = None
 
     @torch.no_grad()
     def on_forward(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         """Measure one network call; returns None, so the output stays what it is."""
-        if not self.record.runs or kwargs.get("skip_layers"):
+        run = self.run
+        if run is None or not watching() or kwargs.get("skip_layers"):
             return
-        run = self.record.runs[-1]
-        prediction = output[0] if isinstance(output, tuple) else output.sample
+        prediction = prediction_of(output)
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         if self.separate:
             if run._waiting is None:
@@ -179,7 +142,3 @@ class _Observer:
         run._norms.append((cond.float() - uncond.float()).flatten(1).norm(dim=1))
         # Read later: a device must not be waited for inside somebody's sampling loop.
         run._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
-
-
-def _as_tuple(texts: Any) -> tuple[str, ...]:
-    return () if texts is None else (texts,) if isinstance(texts, str) else tuple(texts)

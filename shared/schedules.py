@@ -21,6 +21,12 @@ class Schedule(Protocol):
     def timestep(self, sigma: float) -> Tensor:
         """Return the scalar the network reads at `sigma`."""
 
+    def sigma(self, timestep: float) -> float:
+        """Return the noise level of a training timestep, between two levels also."""
+
+    def percent(self, timestep: float) -> float:
+        """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
+
     def latent_scale(self, sigma: float) -> float:
         """Return x / latents, where latents are what the pipeline keeps at `sigma`."""
 
@@ -55,6 +61,14 @@ class DiscreteSchedule:
     def timestep(self, sigma: float) -> Tensor:
         """Return the training timestep whose level is nearest in the logarithm."""
         return (self.table.log() - np.log(max(sigma, 1e-12))).abs().argmin()
+
+    def sigma(self, timestep: float) -> float:
+        """Return the noise level of a training timestep, as k-diffusion interpolates it."""
+        return float(np.exp(np.interp(timestep, range(len(self.table)), self.table.log().numpy())))
+
+    def percent(self, timestep: float) -> float:
+        """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
+        return 1 - timestep / (len(self.table) - 1)
 
     def latent_scale(self, sigma: float) -> float:
         """Return sqrt(1 + sigma^2): the pipeline keeps latents at unit variance."""
@@ -97,6 +111,14 @@ class FlowSchedule:
     def timestep(self, sigma: float) -> Tensor:
         """Return sigma in units of training timesteps."""
         return torch.tensor(sigma * self.scheduler.config.num_train_timesteps, dtype=torch.float32)
+
+    def sigma(self, timestep: float) -> float:
+        """Return the noise level of a training timestep."""
+        return timestep / self.scheduler.config.num_train_timesteps
+
+    def percent(self, timestep: float) -> float:
+        """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
+        return 1 - self.sigma(timestep)
 
     def latent_scale(self, sigma: float) -> float:
         """Return 1: x is what the pipeline keeps."""

@@ -232,3 +232,23 @@ def test_settings_are_everything_that_moves_a_score():
     assert settings_of(toy, DetectionConfig(cond_scale=5.0)) == settings_of(toy, DetectionConfig())
     toy.dtype = torch.float16
     assert settings_of(toy, DetectionConfig(steps=2)) != base
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    drawn=st.integers(1, 5),
+    rate=st.sampled_from([0.01, 0.05, 0.37]),
+)
+def test_threshold_of_the_first_seeds_is_that_of_a_calibration_of_them(seed, drawn, rate):
+    controls = normal(120, 5, seed=seed).exp()
+    calibration = calibrate(controls, rate)
+    assert calibration.threshold_for(drawn) == calibrate(controls[:, :drawn], rate).threshold
+    assert calibration.threshold_for(5) == calibration.threshold
+    assert calibration.threshold_for(1) != calibration.threshold
+
+
+@pytest.mark.parametrize("seeds", [0, 3, -1])
+def test_threshold_of_seeds_that_were_not_drawn(seeds):
+    with pytest.raises(ValueError, match="`seeds` must be between 1 and 2, the seeds of"):
+        calibrate(normal(120, 2)).threshold_for(seeds)

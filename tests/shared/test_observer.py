@@ -1,5 +1,6 @@
 """The observer reads scores, changes no image, and leaves nothing behind."""
 
+from inspect import signature
 from itertools import pairwise
 
 import pytest
@@ -165,6 +166,33 @@ def test_flux_is_measurable_with_true_guidance_only():
         ]
     expected = (text_noise_norm(*rows) / sigma).double()
     torch.testing.assert_close(record.runs[1].l2[:, 0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_user_encodes_inside_is_no_part_of_the_next_run():
+    pipeline = tiny.flux()
+    with observe(pipeline) as record:
+        pipeline.encode_prompt(["a sea"], None)
+        run(pipeline)
+    assert record.runs[0].prompts == tuple(PROMPTS)
+    assert "guides itself" in record.runs[0].reason
+
+
+def test_another_pipeline_on_the_same_network_is_no_run():
+    pipeline = tiny.stable_diffusion()
+    other = type(pipeline)(**pipeline.components, requires_safety_checker=False)
+    with observe(pipeline) as record:
+        run(pipeline)
+        run(other)
+    assert record.runs[0].l2.shape == (2, STEPS)
+
+
+def test_the_signatures_of_wrapped_methods_stay():
+    """Pipelines ask which arguments a method takes."""
+    pipeline = tiny.stable_diffusion()
+    names = ("encode_prompt", "check_inputs", "progress_bar")
+    before = [signature(getattr(pipeline, name)) for name in names]
+    with observe(pipeline):
+        assert [signature(getattr(pipeline, name)) for name in names] == before
 
 
 def test_a_pipeline_that_is_not_supported_is_refused_untouched():

@@ -1,0 +1,147 @@
+"""Whether a method acts on a prompt: decided by a calibrated probe, or ordered.
+
+The probe scores a prompt as the calibration scored its controls: from the calibration's own seeds,
+at its own noise levels. The first step of the run itself would cost nothing, but schedulers start
+at different noise levels and scores move with them; a threshold holds where it was calibrated.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..calibration import Calibration, settings_of
+from ..denoiser import Conditioning, Denoiser
+from ..detection import DetectionConfig
+from ..trajectory import Run
+
+MODES = ("calibrated", "always", "never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """When a method acts on a prompt."""
+
+    mode: str = "calibrated"
+    """On prompts that score above the threshold, on every prompt, or on none."""
+    calibration: Calibration | None = None
+    """Of the model at hand; with it, scores are recorded in every mode."""
+    seeds: int = 1
+    """Starting noises of the probe, the first of the calibration's; the threshold is that of the
+    controls at the same seeds. Each costs one network row per prompt and calibrated step."""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"The gate must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.mode == "calibrated" and self.calibration is None:
+            raise ValueError(
+                "A calibrated gate needs a calibration: make one for this model with `unmemorize "
+                "calibrate` and give it as `calibration`, or set the gate to 'always'."
+            )
+        if self.calibration is not None:
+            self.calibration.threshold_for(self.seeds)
+
+    @property
+    def threshold(self) -> float | None:
+        """Return what scores of the probe are compared with (L2 norm, latent units)."""
+        return None if self.calibration is None else self.calibration.threshold_for(self.seeds)
+
+    @property
+    def config(self) -> DetectionConfig:
+        """Return what the calibration measured; without one, what detection does by default."""
+        if self.calibration is None:
+            return DetectionConfig()
+        settings = self.calibration.settings
+        config = DetectionConfig(
+            seeds=tuple(settings["seeds"]),
+            steps=settings["steps"],
+            schedule_steps=settings["schedule_steps"],
+        )
+        scale = settings["cond_scale"]  # None where guidance had no say
+        return config if scale is None else replace(config, cond_scale=scale)
+
+    def check(self, denoiser: Denoiser, *, model: str | None = None, force: bool = False) -> str:
+        """Make sure that the calibration fits, and return a caveat when it does not but may.
+
+        Args:
+            denoiser: The network, at the calibration's resolution.
+            model: Sha256 of its weights; None takes the calibration's word for the model.
+            force: Go on all the same.
+
+        Raises:
+            CalibrationMismatch: It does not fit; names every differing field.
+        """
+        if self.calibration is None:
+            return ""
+        model = self.calibration.model if model is None else model
+        return self.calibration.check(model, settings_of(denoiser, self.config), force=force)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the gate says about one row."""
+
+    fired: bool
+    """The method acts."""
+    score: float | None
+    """Of the probe, L2 norm in latent units; None without a calibration."""
+
+
+class Probe:
+    """A gate at work on one model, which must stay as it is; nothing is computed twice."""
+
+    def __init__(self, gate: Gate, denoiser: Denoiser):
+        self.gate, self.denoiser = gate, denoiser
+        self.sigma = denoiser.sigmas(gate.config.schedule_steps)[0]
+        """Noise level of the first measured step."""
+        self._run: Run | None = None
+        self._scores: dict[bytes, float] = {}
+
+    def decide(self, cond: Conditioning, prompts: Sequence[str] = ()) -> tuple[Decision, ...]:
+        """Return what to do, one decision per row.
+
+        Args:
+            cond: As the network reads it; rows that repeat are probed once.
+            prompts: Where known, one per row, to name them in errors.
+
+        Raises:
+            PredictionError: A prediction is NaN or infinite; names the prompt.
+        """
+        mode, scores = self.gate.mode, self.scores(cond, prompts)
+        if scores is None:
+            return (Decision(fired=mode == "always", score=None),) * len(cond)
+        threshold = self.gate.threshold
+        return tuple(
+            Decision(fired=mode == "always" or (mode == "calibrated" and s > threshold), score=s)
+            for s in scores
+        )
+
+    def scores(self, cond: Conditioning, prompts: Sequence[str] = ()) -> tuple[float, ...] | None:
+        """Return the score of each row (mean |D| over seeds and steps); None if not calibrated."""
+        if self.gate.calibration is None:
+            return None
+        keys = [_content(cond, row) for row in range(len(cond))]
+        new = {key: row for row, key in enumerate(keys) if key not in self._scores}
+        if new:
+            rows, seeds = list(new.values()), self.gate.seeds
+            if self._run is None:
+                config = self.gate.config
+                self._run = Run(self.denoiser, replace(config, seeds=config.seeds[:seeds]))
+            texts = prompts or ["given as embeddings"] * len(cond)
+            every = [row for row in rows for _ in range(seeds)]
+            traces = self._run.traces(texts, cond, every, [*range(seeds)] * len(rows))
+            means = traces.mean(1).view(len(rows), seeds).mean(1)
+            self._scores.update(zip(new, means.tolist(), strict=True))
+        return tuple(self._scores[key] for key in keys)
+
+
+def _content(cond: Conditioning, row: int) -> bytes:
+    """Return what tells one row's values from another's."""
+    digest = hashlib.sha256()
+    for tensor in (cond.embeddings, cond.pooled):
+        if tensor is not None:
+            values = tensor[row].detach().cpu().contiguous()
+            digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.digest()

@@ -1,0 +1,118 @@
+"""One call of a diffusers network, read by meaning, cut to rows, and replaced in part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITIONS = ("sample", "timestep", "encoder_hidden_states")
+"""Arguments of U-Nets that may come without a name; pipelines name those of transformers."""
+OF_ALL_ROWS = ("txt_ids", "img_ids")
+"""Tensors without rows (Flux)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCall:
+    """Arguments of one call; replacing makes new ones, the caller's stay as they are."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def latents(self) -> Tensor:
+        """Return what the network reads, one row per row of the batch."""
+        return self._get(self._latents_name)
+
+    @property
+    def timestep(self) -> float:
+        """Return what the network is told, in its own units; waits for the device."""
+        timestep = self._get("timestep")
+        return float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Return the text, [row token width]."""
+        return self._get("encoder_hidden_states")
+
+    @property
+    def pooled(self) -> Tensor | None:
+        """Return the pooled text [row width]; None where the network reads none."""
+        if "pooled_projections" in self.kwargs:
+            return self.kwargs["pooled_projections"]
+        return (self.kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Return height and width of the latents, unpacked."""
+        ids = self.kwargs.get("img_ids")
+        if ids is None:
+            return tuple(self.latents.shape[-2:])
+        # Flux numbers the patches of 2 x 2 by row and column.
+        return tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+
+    def replaced(
+        self,
+        rows: Sequence[int],
+        *,
+        latents: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> "NetworkCall":
+        """Return the call with other values at `rows`, in its own dtypes."""
+        call = self
+        if latents is not None:
+            call = call._set(self._latents_name, written(self.latents, rows, latents))
+        if embeddings is not None:
+            call = call._set("encoder_hidden_states", written(self.embeddings, rows, embeddings))
+        if pooled is not None and self.pooled is not None:
+            values = written(self.pooled, rows, pooled)
+            if "pooled_projections" in self.kwargs:
+                call = call._set("pooled_projections", values)
+            else:
+                added = {**self.kwargs["added_cond_kwargs"], "text_embeds": values}
+                call = call._set("added_cond_kwargs", added)
+        return call
+
+    def only(self, rows: Sequence[int]) -> "NetworkCall":
+        """Return the call for these rows alone."""
+        batch = len(self.latents)
+        return NetworkCall(
+            args=_cut(self.args, list(rows), batch),
+            kwargs={
+                name: value if name in OF_ALL_ROWS else _cut(value, list(rows), batch)
+                for name, value in self.kwargs.items()
+            },
+        )
+
+    @property
+    def _latents_name(self) -> str:
+        return "hidden_states" if "hidden_states" in self.kwargs else "sample"
+
+    def _get(self, name: str) -> Any:
+        return self.kwargs[name] if name in self.kwargs else self.args[POSITIONS.index(name)]
+
+    def _set(self, name: str, value: Any) -> "NetworkCall":
+        if name in self.kwargs:
+            return replace(self, kwargs={**self.kwargs, name: value})
+        at = POSITIONS.index(name)
+        return replace(self, args=(*self.args[:at], value, *self.args[at + 1 :]))
+
+
+def written(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
+    """Return a copy of `tensor` with `values` at `rows`, in its own dtype and on its device."""
+    tensor = tensor.clone()
+    tensor[list(rows)] = values.to(tensor)
+    return tensor
+
+
+def _cut(value: Any, rows: list[int], batch: int) -> Any:
+    """Return `value` with every tensor in it that has a row per row of the batch cut to `rows`."""
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {name: _cut(inner, rows, batch) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut(inner, rows, batch) for inner in value)
+    return value

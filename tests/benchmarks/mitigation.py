@@ -1,0 +1,285 @@
+"""What each way of mitigating buys and costs on the demo model: ``make bench NAME=mitigation``.
+
+Draws captions of every group as they are and with each method always on, keeps the pictures in
+--work (killed anywhere, it continues), and judges them afterwards; the gate's decisions then give
+the gated figures, as an image on which a method does not act is bit-identical. Needs npm for the
+other vendors' drawings.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from unmemorize import demo
+from unmemorize.audit.sscd import Sscd, similarity
+from unmemorize.demo import data
+from unmemorize.demo.check import Judge
+from unmemorize.shared.calibration import Calibration, clopper_pearson, settings_of
+from unmemorize.shared.detection import DetectionConfig, detect
+from unmemorize.shared.guard import guard
+from unmemorize.shared.mitigation import METHODS, make_method
+from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.models import load_denoiser, model_fingerprint
+from unmemorize.shared.storage import Journal, replace_atomically
+
+NONE = "none"
+STEPS, COND_SCALE = 30, 7.5
+SEEDS = (0, 1, 2, 3)
+DRAWINGS = ("noto", "twemoji")
+"""Vendors whose drawings show the caption without being the training image."""
+GROUND = "#808080"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The pictures of one caption, drawn one way."""
+
+    caption: data.Caption
+    images: list[Image.Image]
+    seconds: float
+    """Per image."""
+    score: float | None
+    """Of the gate's probe."""
+
+
+def encode_training_images(denoiser) -> torch.Tensor:
+    """Return the latents [image 4 16 16] of the repeated images, as nearest neighbours need."""
+    repeated = [c.text for c in demo.captions() if c.group in ("verbatim", "template")]
+    pixels = [np.array(demo.training_image(text)) for text in repeated]
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vae = denoiser.pipeline.vae
+    with torch.inference_mode():
+        return vae.encode(batch).latent_dist.mode() * vae.config.scaling_factor
+
+
+def ways(denoiser) -> dict[str, Callable]:
+    """Return, by name, what makes each method; sampling as usual comes first."""
+    made: dict[str, Callable] = {NONE: lambda: None}
+    latents = encode_training_images(denoiser)
+    for name in METHODS:
+        given = {"latents": latents} if name == "neighbour" else {}
+        made[name] = lambda name=name, given=given: make_method(name, **given)
+    return made
+
+
+class Studio:
+    """Draws captions one way after the other and keeps what is drawn."""
+
+    def __init__(self, denoiser, calibration: Calibration, folder: Path):
+        self.denoiser, self.calibration, self.folder = denoiser, calibration, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(folder / "drawn.jsonl")
+
+    def draw(self, way: str, method, caption: data.Caption) -> Drawn:
+        """Return the pictures of a caption, from the folder when they are there."""
+        key = f"{way}/{caption.hexcode}"
+        paths = [self.folder / f"{way}-{caption.hexcode}-{seed}.png" for seed in SEEDS]
+        if key not in self.journal or not all(path.exists() for path in paths):
+            sampling = nullcontext() if method is None else guard(
+                self.denoiser.pipeline, method=method, calibration=self.calibration, gate="always"
+            )  # fmt: skip
+            start = time.perf_counter()
+            with sampling as record:
+                images = self.denoiser.generate(
+                    [caption.text] * len(SEEDS), SEEDS, STEPS, COND_SCALE
+                )
+            seconds = (time.perf_counter() - start) / len(SEEDS)
+            for path, image in zip(paths, images, strict=True):
+                with replace_atomically(path) as part:
+                    image.save(part, format="PNG")
+            score = record.runs[-1].images[0].score_before if record else None
+            self.journal.put(key, {"seconds": seconds, "score": score})
+        kept = self.journal.get(key)
+        images = [Image.open(path).convert("RGB") for path in paths]
+        return Drawn(caption=caption, images=images, **kept)
+
+
+class Critic:
+    """Says how near pictures are to the training image, and to the caption's other drawings."""
+
+    def __init__(self, art: data.Art):
+        self.art, self.sscd, self.judge = art, Sscd(), Judge()
+        captions = demo.captions()
+        self.drawings = {
+            vendor: self.sscd.embed([self._drawing(c, vendor) for c in captions])
+            for vendor in DRAWINGS
+        }
+        self.row = {caption.text: index for index, caption in enumerate(captions)}
+
+    def _drawing(self, caption: data.Caption, vendor: str) -> Image.Image:
+        image = Image.new("RGB", (data.RESOLUTION, data.RESOLUTION), GROUND)
+        drawing = self.art.drawing(caption.hexcode, vendor).resize((96, 96))
+        image.paste(drawing, (16, 16), drawing)
+        return image
+
+    def judge_all(self, drawn: Sequence[Drawn]) -> Iterator[dict[str, float | None]]:
+        """Yield the figures of each caption, means over its seeds."""
+        for one in drawn:
+            embedded = self.sscd.embed(one.images)
+            own = demo.training_image(one.caption.text)
+            near = None if own is None else similarity(embedded, self.sscd.embed([own])).mean()
+            yield {
+                "reproduced": self.judge.check(one.caption, one.images).reproduced,
+                "similarity": None if near is None else float(near),
+                "fidelity": self.fidelity(embedded, one.caption),
+            }
+
+    def fidelity(self, embedded: torch.Tensor, caption: data.Caption) -> float:
+        """Return the share of other captions' drawings that are less similar, .5 is chance."""
+        shares = []
+        for drawings in self.drawings.values():
+            near = similarity(embedded, drawings)
+            own = near[:, self.row[caption.text]].unsqueeze(1)
+            shares.append(((near < own).sum(1) / (near.shape[1] - 1)).mean().item())
+        return statistics.mean(shares)
+
+
+def gated(way: list[Drawn], plain: list[Drawn], threshold: float) -> list[Drawn]:
+    """Return what a calibrated gate lets out: the method's pictures above the threshold only."""
+    return [
+        acted if acted.score > threshold else usual for acted, usual in zip(way, plain, strict=True)
+    ]
+
+
+def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:
+    """Draw and judge all methods and groups, print the table, and plot it."""
+    studio = Studio(denoiser, calibration, work / model_fingerprint(demo.MODEL)[:12])
+    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))))
+    threshold, made = calibration.threshold_for(1), ways(denoiser)
+    header = f"{'method':<22}{'group':<10}{'reproduced':>12}{'95 % interval':>17}"
+    header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}"
+    print(f"\n{header}   (seconds: always on, relative to none)")
+    for group in data.GROUPS:
+        captions = [c for c in demo.audited() if c.group == group][:count]
+        plain: list[Drawn] = []
+        for way, make in made.items():
+            bar = tqdm(captions, f"{group}: {way}", leave=False)
+            always = [studio.draw(way, make(), caption) for caption in bar]
+            if way == NONE:
+                plain = always
+            through = always if way == NONE else gated(always, plain, threshold)
+            for suffix, drawn in (("", through), (".always", always)):
+                if way != NONE or not suffix:
+                    line = figures(critic, drawn, plain, always)
+                    bench |= {f"mitigation.{way}.{group}{suffix}.{k}": v for k, v in line.items()}
+                    low, high = clopper_pearson(round(line["reproduced"] * len(drawn)), len(drawn))
+                    near = "" if line["similarity"] is None else f"{line['similarity']:.3f}"
+                    print(f"{way + suffix:<22}{group:<10}{line['reproduced']:>12.3f}"
+                          f"{f'{low:.3f} to {high:.3f}':>17}{near:>12}{line['fidelity']:>10.3f}"
+                          f"{line['change']:>8.3f}{line['seconds']:>9.2f}")  # fmt: skip
+
+
+def figures(
+    critic: Critic, drawn: list[Drawn], plain: list[Drawn], timed: list[Drawn]
+) -> dict[str, float | None]:
+    """Return the means of one line of the table."""
+    judged = list(critic.judge_all(drawn))
+    near = [one["similarity"] for one in judged if one["similarity"] is not None]
+    change = [
+        (np.asarray(a, np.float32) / 255 - np.asarray(b, np.float32) / 255).std()
+        for one, usual in zip(drawn, plain, strict=True)
+        for a, b in zip(one.images, usual.images, strict=True)
+    ]
+    return {
+        "reproduced": statistics.mean(one["reproduced"] for one in judged),
+        "similarity": statistics.mean(near) if near else None,
+        "fidelity": statistics.mean(one["fidelity"] for one in judged),
+        "change": float(np.mean(change)),
+        "seconds": statistics.median(
+            a.seconds / b.seconds for a, b in zip(timed, plain, strict=True)
+        ),
+    }
+
+
+def measure_gate(denoiser, calibration, bench: dict) -> None:
+    """Print what the gate costs a clean prompt."""
+    prompts = [c.text for c in demo.audited() if c.group == "learnt"][:12]
+    method = make_method("delayed_guidance")
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for index, prompt in enumerate([prompts[0], *prompts, *prompts]):
+        guarded = index % 4 in (1, 2)
+        sampling = guard(denoiser.pipeline, method=method, calibration=calibration)
+        with sampling if guarded else nullcontext():
+            start = time.perf_counter()
+            denoiser.generate([prompt], [0], STEPS, COND_SCALE)
+            if index:
+                times[guarded].append(time.perf_counter() - start)
+    ratio = statistics.median(times[True]) / statistics.median(times[False])
+    bench["mitigation.gate_over_clean_sampling"] = ratio
+
+
+def measure_embedding(denoiser, bench: dict) -> None:
+    """Print how much faster one conditional pass with gradient is than back-propagating both."""
+    sigma = denoiser.sigmas(50)[0]
+    x, cond = denoiser.initial_noise(SEEDS, sigma), denoiser.encode(["a drawing"])[[0] * 4]
+    empty = denoiser.unconditional()[[0] * 4]
+
+    def ours() -> None:
+        with torch.no_grad():
+            x0_uncond = denoiser.denoise(x, sigma, empty)
+        optimise_embedding(denoiser, cond, x, sigma, x0_uncond, 0.0, iterations=5, batch_size=4)
+
+    def both_rows() -> None:
+        leaf = cond.embeddings.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([leaf], lr=0.05)
+        both = torch.cat([x, x])
+        for _ in range(5):
+            rows = type(cond)(embeddings=torch.cat([empty.embeddings, leaf]))
+            uncond, text = denoiser.denoise(both, sigma, rows).chunk(2)
+            loss = ((uncond - text) / sigma).flatten(1).norm(dim=1).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    ratios = []
+    for _ in range(6):
+        times = []
+        for work in (both_rows, ours):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    bench["mitigation.embedding_speedup"] = statistics.median(ratios[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the chosen parts, print the tables and write bench.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ("table", "gate", "embedding")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--captions", type=int, default=24, help="captions of each group")
+    parser.add_argument("--work", type=Path, default=Path("build/bench-mitigation"))
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    args = parser.parse_args(argv)
+    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
+    denoiser = load_denoiser(demo.MODEL)
+    config = DetectionConfig()
+    calibration = Calibration.from_controls(
+        detect(denoiser, demo.controls(), config), model=model_fingerprint(demo.MODEL),
+        settings=settings_of(denoiser, config), name="held-out captions",
+    )  # fmt: skip
+    for part, work in (
+        ("table", lambda: measure_table(denoiser, calibration, args.work, args.captions, bench)),
+        ("gate", lambda: measure_gate(denoiser, calibration, bench)),
+        ("embedding", lambda: measure_embedding(denoiser, bench)),
+    ):
+        if part in args.only:
+            work()
+            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
+    print("\n| figure | value |\n|---|---|")
+    for key, value in sorted(bench.items()):
+        if key.startswith("mitigation.") and key.count(".") == 1:
+            print(f"| {key} | {value:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
