@@ -1,4 +1,4 @@
-"""The command line: audit, detect, explain, calibrate, demo, doctor.
+"""The command line: audit, detect, explain, mitigate, calibrate, demo, doctor.
 
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
@@ -229,6 +229,70 @@ def explain(
              f"{after[word]['score_before']:.4g})" if word in after else ""]
             for word, value in pairs
         ])  # fmt: skip
+
+
+@app.command(epilog=EXIT_CODES)
+def mitigate(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    prompt: Texts = None,
+    lora: Lora = None,
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="embedding, delayed_guidance, …; repeatable; `all` compares all. "
+            "Default: embedding."
+        ),
+    ] = None,
+    gate: Annotated[
+        str, typer.Option(help="calibrated (acts above the threshold only), always, never.")
+    ] = "calibrated",
+    images: Annotated[int, typer.Option(min=1, help="Images of each prompt and method.")] = 4,
+    advice: Annotated[bool, typer.Option(help="Also search for a better wording.")] = True,
+    controls: Controls = "",
+    calibration: CalibrationFile = None,
+    force: Force = False,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("unmemorize-mitigation"),
+    overwrite: Annotated[bool, typer.Option(help="Replace another job in the folder.")] = False,
+    false_positive_rate: Rate = 0.01,
+    generation_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")] = 30,
+    revision: Revision = None,
+    model_config: ModelConfig = None,
+    resolution: Resolution = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Sample prompts as they are and mitigated, from the same seeds, and write a page of both.
+
+    Without prompts, a few captions of the demo. Interrupted, the same command continues.
+    """
+    with answering(as_json=as_json, debug=debug):
+        from .audit.config import AuditConfig
+        from .audit.mitigation import run_mitigation
+        from .audit.trials import MitigationConfig
+
+        audit = AuditConfig(
+            model=model, lora=lora, prompts=tuple(prompts or ()), controls=controls,
+            calibration=calibration, force=force, output=output, overwrite=overwrite,
+            false_positive_rate=false_positive_rate, generation_steps=generation_steps,
+            device=device, dtype=dtype, revision=revision, model_config=model_config,
+            resolution=resolution,
+        )  # fmt: skip
+        result = run_mitigation(
+            MitigationConfig(audit=audit, texts=tuple(prompt or ()), methods=tuple(method or ()),
+                             gate=gate, images=images, advise=advice), bar,
+        )  # fmt: skip
+    if as_json:
+        print_json(result.summary | {"output": str(output)})
+    else:
+        from .audit.mitigation_page import method_rows
+
+        columns = ["method", "acted on", "copies", "time per image"]
+        print_table("Same seeds, with and without", columns, method_rows(result))
+        typer.echo(f"The page: {output / 'mitigation.html'}")
+    raise typer.Exit(FOUND if result.summary["memorized"] else NOTHING_FOUND)
 
 
 @app.command()

@@ -23,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 """By the name that users give."""
+DEFAULT = EmbeddingOptimisation.name
+"""What acts where nobody chose."""
 
 
 def make_method(name: str, **settings: Any) -> Method:

@@ -324,7 +324,7 @@ def test_levels_between_timesteps_are_those_of_the_scheduler():
     scheduler.set_timesteps(7)
     schedule = PipelineDenoiser(pipeline).schedule
     found = [schedule.sigma(float(timestep)) for timestep in scheduler.timesteps]
-    torch.testing.assert_close(torch.tensor(found), scheduler.sigmas[:-1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(found), scheduler.sigmas[:-1], rtol=1e-5, atol=0)
     assert any(float(timestep) % 1 for timestep in scheduler.timesteps)
 
 

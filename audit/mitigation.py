@@ -1,0 +1,316 @@
+"""Sample prompts as they are and mitigated, side by side: the work of `unmemorize mitigate`.
+
+    result = run_mitigation(MitigationConfig(audit=AuditConfig(model="models/mine"),
+                                             texts=("a caption",), methods=("delayed_guidance",)))
+
+Like an audit it keeps a journal: killed anywhere, the same call continues.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..shared.advice import advise
+from ..shared.calibration import Calibration
+from ..shared.guard import guard
+from ..shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
+from ..shared.prompts import Prompt, clean, read_prompts
+from ..shared.storage import replace_atomically, write_text
+from .comparison import Comparer, known_images
+from .config import DEMO
+from .inputs import BUNDLED_CONTROLS, Inputs, read_controls
+from .job import Job, check_folder, content_key, open_job
+from .measure import Bars, silent
+from .result import GeneratedImage, NearestImage, dumps
+from .run import job_identity
+from .scoring import Scoring
+from .subject import Facts, Subject
+from .summary import rate, settings, versions
+from .trials import (
+    SCHEMA_VERSION,
+    UNMITIGATED,
+    MitigationConfig,
+    MitigationEntry,
+    MitigationResult,
+    Rewording,
+    Trial,
+)
+
+DEMO_PROMPTS = {"verbatim": 4, "template": 2, "learnt": 2}
+"""Captions per group that the demo shows when no prompt is named."""
+SHOWN_EDITS = 6
+"""Edits of a prompt that are kept, best first."""
+
+
+def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationResult:
+    """Sample prompts with and without each method and write pictures, scores and a page.
+
+    Args:
+        config: What to sample and where to write.
+        bars: Makes the progress bars.
+
+    Raises:
+        ValueError: A method or gate of that name does not exist, or no prompts were named.
+        ModelError: The model or LoRA cannot be used.
+        FolderTaken: The output folder holds something else.
+        StorageError: Nothing can be written; what was finished is kept.
+        NotEnoughControls: The controls cannot support the false-positive rate.
+    """
+    config = replace(config, methods=chosen_methods(config.methods))
+    audit = config.audit
+    inputs = read_mitigation_inputs(config)
+    subject = Subject(
+        audit.model, lora=audit.lora, device=audit.device, dtype=audit.dtype,
+        revision=audit.revision, resolution=audit.resolution, config=audit.model_config,
+    )  # fmt: skip
+    identity = {
+        "work": "mitigation",
+        **job_identity(audit, inputs, subject),
+        "methods": list(config.methods),
+        "gate": config.gate,
+        "images": config.images,
+        "advise": config.advise,
+    }
+    check_folder(audit.output, identity, overwrite=audit.overwrite)
+    with open_job(audit.output, identity, overwrite=audit.overwrite) as job:
+        return _Mitigation(config, inputs, subject, job, content_key(identity), bars).run()
+
+
+def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the methods to compare: the default for none, every one that needs nothing for "all".
+
+    Raises:
+        ValueError: There is no method of that name, or it needs what a command line cannot give.
+    """
+    if "all" in names:
+        return tuple(name for name in METHODS if name != NearestNeighbour.name)
+    for name in names:
+        make_method(name)
+    return tuple(dict.fromkeys(names)) or (DEFAULT,)
+
+
+def read_mitigation_inputs(config: MitigationConfig) -> Inputs:
+    """Return the prompts and controls; without prompts, some captions of the demo.
+
+    Raises:
+        ValueError: No prompts were named for a model of the user's own.
+        PromptError: A file is missing, of another kind, or holds no prompts.
+    """
+    audit = config.audit
+    prompts = [Prompt(text=text, source="command line") for text in config.texts]
+    prompts += [prompt for path in audit.prompts for prompt in read_prompts(path)]
+    if not prompts and audit.model == DEMO:
+        prompts = [Prompt(text=text, source="demo") for text in _demo_prompts()]
+    found = clean(prompts)
+    if not found.prompts:
+        raise ValueError("No prompts were named. Give --prompt TEXT or --prompts FILE.")
+    name = audit.controls or (DEMO if audit.model == DEMO else BUNDLED_CONTROLS[0])
+    return Inputs(
+        prompts=found,
+        groups=(None,) * len(found.prompts),
+        controls_name=Path(name).name,
+        controls=() if audit.calibration else tuple(read_controls(name)),
+    )
+
+
+def _demo_prompts() -> list[str]:
+    from .. import demo
+
+    return [
+        caption.text
+        for group, count in DEMO_PROMPTS.items()
+        for caption in [c for c in demo.captions() if c.group == group][:count]
+    ]
+
+
+class _Mitigation:
+    """The phases of one job, in order."""
+
+    def __init__(
+        self, config: MitigationConfig, inputs: Inputs, subject: Subject, job: Job, key: str,
+        bars: Bars,
+    ):  # fmt: skip
+        self.config, self.inputs, self.subject = config, inputs, subject
+        self.job, self.key, self.bars = job, key, bars
+        self.ways = (UNMITIGATED, *config.methods)
+        self.seeds = tuple(range(config.images))
+
+    def run(self) -> MitigationResult:
+        """Work through all phases and write the folder."""
+        facts = self.subject.facts(self.job.journal("model"), self.config.audit.detection)
+        scoring = Scoring(
+            self.config.audit, self.inputs, self.subject, self.job, self.key, self.bars
+        )
+        calibration, caveat = scoring.calibrate(facts)
+        scores = scoring.detect(facts, calibration).detection.scores
+        prompts, flags = self.inputs.prompts.prompts, calibration.flags(scores).tolist()
+        trials = self._sample(prompts, calibration)
+        nearest, compared = self._compare(prompts, trials)
+        rewordings = self._reword(prompts, flags, calibration)
+        entries = tuple(
+            MitigationEntry(
+                index=index, prompt=prompt, score=score, memorized=flag,
+                trials=tuple(with_nearest(trial, nearest) for trial in trials[index]),
+                rewordings=rewordings.get(index, ()),
+            )
+            for index, (prompt, score, flag) in enumerate(
+                zip(prompts, scores.tolist(), flags, strict=True)
+            )
+        )  # fmt: skip
+        result = MitigationResult(
+            config=self.config, calibration=calibration, entries=entries,
+            summary=summarize(self.config, facts, calibration, entries, caveat, compared),
+            folder=self.job.folder,
+        )  # fmt: skip
+        write_folder(result)
+        return result
+
+    def _sample(self, prompts: Sequence[str], calibration: Calibration) -> list[list[Trial]]:
+        """Sample every prompt every way; each trial is stored as soon as it is finished."""
+        journal = self.job.journal("trials")
+        keys = {
+            (index, way): content_key(self.key, prompt, way)
+            for index, prompt in enumerate(prompts) for way in self.ways
+        }  # fmt: skip
+        stored = {place: self._stored(journal.get(key)) for place, key in keys.items()}
+        missing = [place for place, trial in stored.items() if trial is None]
+        count = len(self.seeds)
+        bar = self.bars("images", len(keys) * count, (len(keys) - len(missing)) * count, "image")
+        try:
+            for index, way in missing:
+                trial = self._trial(index, prompts[index], way, calibration)
+                journal.put(keys[index, way], asdict(trial))
+                stored[index, way] = trial
+                bar.update(count)
+        finally:
+            bar.close()
+        return [[stored[index, way] for way in self.ways] for index in range(len(prompts))]
+
+    def _stored(self, values: dict[str, Any] | None) -> Trial | None:
+        """Return a finished trial, None when it is none or its pictures are gone."""
+        if values is None:
+            return None
+        images = tuple(GeneratedImage(**image) for image in values["images"])
+        if not all((self.job.folder / image.path).is_file() for image in images):
+            return None
+        return Trial(**values | {"images": images})
+
+    def _trial(self, index: int, prompt: str, way: str, calibration: Calibration) -> Trial:
+        denoiser, audit = self.subject.denoiser, self.config.audit
+        sampling = nullcontext()
+        if way != UNMITIGATED:
+            sampling = guard(
+                denoiser.pipeline, method=make_method(way), calibration=calibration,
+                gate=self.config.gate, force=audit.force,
+            )  # fmt: skip
+        start = time.perf_counter()
+        with sampling as record:
+            pictures = denoiser.generate(
+                [prompt] * len(self.seeds), list(self.seeds),
+                steps=audit.generation_steps, cond_scale=audit.detection.cond_scale,
+            )  # fmt: skip
+        seconds = (time.perf_counter() - start) / len(self.seeds)
+        guarded = record.runs[-1].images if record else ()
+        after = [image.score_after for image in guarded if image.score_after is not None]
+        images = []
+        for seed, picture in zip(self.seeds, pictures, strict=True):
+            path = f"images/{index:05d}-{way}-seed{seed}.png"
+            with replace_atomically(self.job.folder / path) as part:
+                picture.save(part, format="PNG")
+            images.append(GeneratedImage(path=path, seed=seed, nearest=None))
+        return Trial(
+            method=way, acted=any(image.fired for image in guarded), seconds=seconds,
+            score_after=statistics.mean(after) if after else None, images=tuple(images),
+        )  # fmt: skip
+
+    def _compare(
+        self, prompts: Sequence[str], trials: Sequence[Sequence[Trial]]
+    ) -> tuple[dict[str, NearestImage], bool]:
+        """Return the training image nearest to each picture, and whether copies can be told."""
+        known = known_images(self.config.audit.model, self.inputs.prompts, self.bars)
+        if known is None or len(known.thumbnails) < 2:
+            return {}, False
+        comparer = Comparer(known, self.job.folder)
+        pairs = [(prompt, image.path) for prompt, ways in zip(prompts, trials, strict=True)
+                 for trial in ways for image in trial.images]  # fmt: skip
+        return comparer.nearest(pairs), comparer.threshold is not None
+
+    def _reword(
+        self, prompts: Sequence[str], flags: Sequence[bool], calibration: Calibration
+    ) -> dict[int, tuple[Rewording, ...]]:
+        """Return verified edits of the prompts above the threshold."""
+        if not self.config.advise:
+            return {}
+        journal, found = self.job.journal("advice"), {}
+        chosen = [index for index, flag in enumerate(flags) if flag]
+        bar = self.bars("advice", len(chosen), 0, "prompt")
+        try:
+            for index in chosen:
+                key = content_key(self.key, prompts[index])
+                if key not in journal:
+                    advice = advise(
+                        self.subject.denoiser, prompts[index], calibration.threshold,
+                        self.config.audit.detection,
+                    )  # fmt: skip
+                    journal.put(key, [
+                        {"prompt": e.prompt, "edit": e.kind, "score": e.score_after,
+                         "under_threshold": e.under_threshold}
+                        for e in advice.candidates[:SHOWN_EDITS]
+                    ])  # fmt: skip
+                found[index] = tuple(Rewording(**values) for values in journal.get(key))
+                bar.update(1)
+        finally:
+            bar.close()
+        return found
+
+
+def with_nearest(trial: Trial, nearest: Mapping[str, NearestImage]) -> Trial:
+    """Return the trial with what its pictures resemble."""
+    images = tuple(replace(image, nearest=nearest.get(image.path)) for image in trial.images)
+    return replace(trial, images=images)
+
+
+def summarize(
+    config: MitigationConfig, facts: Facts, calibration: Calibration,
+    entries: Sequence[MitigationEntry], caveat: str, compared: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return summary.json: per method, how many prompts it acted on, what it cost and left."""
+    methods = {}
+    for number, way in enumerate((UNMITIGATED, *config.methods)):
+        trials = [entry.trials[number] for entry in entries]
+        copied = [image.nearest.copied for trial in trials for image in trial.images
+                  if image.nearest]  # fmt: skip
+        methods[way] = {
+            "acted_on": sum(trial.acted for trial in trials),
+            "copies": rate(sum(map(bool, copied)), len(copied)) if compared else None,
+            "seconds_per_image": statistics.median(trial.seconds for trial in trials),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": asdict(facts.info),
+        "prompts": len(entries),
+        "memorized": sum(entry.memorized for entry in entries),
+        "gate": config.gate,
+        "images": config.images,
+        "threshold": calibration.threshold,
+        "methods": methods,
+        "settings": settings(config.audit),
+        "caveats": [*facts.caveats, *filter(None, [caveat])],
+        "versions": versions(),
+    }
+
+
+def write_folder(result: MitigationResult) -> None:
+    """Write results.jsonl, summary.json, the contact sheets and the page, each whole or not."""
+    from .mitigation_page import write_page, write_sheets
+
+    folder = result.folder
+    write_text(folder / "results.jsonl", "".join(e.to_json() + "\n" for e in result.entries))
+    result.calibration.save(folder / "calibration.json")
+    write_sheets(result, folder)
+    write_page(result, folder)
+    write_text(folder / "summary.json", dumps(result.summary, indent=1) + "\n")
