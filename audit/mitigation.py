@@ -259,7 +259,9 @@ class _Mitigation:
                     journal.put(key, [
                         {"prompt": e.prompt, "edit": e.kind, "score": e.score_after,
                          "under_threshold": e.under_threshold}
-                        for e in advice.candidates[:SHOWN_EDITS]
+                        for e in sorted(advice.candidates, key=lambda e: not e.under_threshold)[
+                            :SHOWN_EDITS
+                        ]
                     ])  # fmt: skip
                 found[index] = tuple(Rewording(**values) for values in journal.get(key))
                 bar.update(1)

@@ -68,7 +68,6 @@ def guard(
         if isinstance(other, PipelineGuard) and other.pipeline is pipeline:
             raise ValueError("The pipeline is guarded already: leave that block first.")
     with ExitStack() as undo:
-        undo.callback(guarding.on_end)
         undo.enter_context(guarding.following())
         before = network.register_forward_pre_hook(guarding.before, with_kwargs=True)
         undo.callback(before.remove)

@@ -50,7 +50,6 @@ class PipelineGuard(Follower):
 
     def on_start(self, texts: Texts) -> None:
         """Begin a run."""
-        self.on_end()
         self.texts, self.undecided = texts, True
         self.record.runs.append(GuardedRun())
 

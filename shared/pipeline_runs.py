@@ -19,13 +19,13 @@ _WATCHING: ContextVar[bool] = ContextVar("watching", default=True)
 
 
 def watching() -> bool:
-    """Return whether what happens belongs to the runs of followed pipelines."""
+    """Return whether calls of the network belong to the runs of followed pipelines."""
     return _WATCHING.get()
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Use a followed pipeline's parts for something else: what happens inside is no run's."""
+    """Call a followed pipeline's network for something else: inside, no call is a run's."""
     token = _WATCHING.set(False)
     try:
         yield
@@ -91,8 +91,7 @@ class Follower:
         """Forget what was encoded before: a call of the pipeline begins by checking its inputs."""
 
         def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            if watching():
-                self._encoded = []
+            self._encoded = []
             return original(*args, **kwargs)
 
         return check_inputs
@@ -101,14 +100,13 @@ class Follower:
         """Remember the texts: the last argument names differ, the first is the prompt."""
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            if watching():
-                text = dict(kwargs)
-                if args:
-                    text["prompt"] = args[0]
-                if len(args) > 4 and self.family is StableDiffusion:
-                    text["negative_prompt"] = args[4]
-                    text.setdefault("negative_prompt_embeds", args[6] if len(args) > 6 else None)
-                self._encoded.append(text)
+            text = dict(kwargs)
+            if args:
+                text["prompt"] = args[0]
+            if len(args) > 4 and self.family is StableDiffusion:
+                text["negative_prompt"] = args[4]
+                text.setdefault("negative_prompt_embeds", args[6] if len(args) > 6 else None)
+            self._encoded.append(text)
             return original(*args, **kwargs)
 
         return encode_prompt
@@ -117,8 +115,7 @@ class Follower:
         """Begin and end a run: the pipeline opens its progress bar once, around its loop."""
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
-            bar = original(*args, **kwargs)
-            return self._loop(bar) if watching() else bar
+            return self._loop(original(*args, **kwargs))
 
         return progress_bar
 
