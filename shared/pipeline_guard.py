@@ -155,7 +155,7 @@ class PipelineGuard(Follower):
     @cached_property
     def empty(self) -> Conditioning:
         """What guidance moves away from by default."""
-        with unwatched(), torch.inference_mode(False):
+        with torch.inference_mode(False):
             return self.denoiser.unconditional()
 
     def _denoiser(self, size: tuple[int, int]) -> PipelineDenoiser:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .families import Family, StableDiffusion
 from .flow_families import family_of
 
-Method = Callable[..., Any]
+Function = Callable[..., Any]
 
 _WATCHING: ContextVar[bool] = ContextVar("watching", default=True)
 
@@ -34,7 +34,7 @@ def unwatched() -> Iterator[None]:
 
 
 @contextmanager
-def patched(owner: Any, name: str, wrap: Callable[[Method], Method]) -> Iterator[None]:
+def patched(owner: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
     """Put `wrap` around a method of this one object; its signature can still be asked for."""
     own, original = name in vars(owner), getattr(owner, name)
     try:
@@ -87,7 +87,7 @@ class Follower:
                 undo.enter_context(patched(self.pipeline, name, wrap))
             yield
 
-    def _around_check(self, original: Method) -> Method:
+    def _around_check(self, original: Function) -> Function:
         """Forget what was encoded before: a call of the pipeline begins by checking its inputs."""
 
         def check_inputs(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Follower:
 
         return check_inputs
 
-    def _around_encode(self, original: Method) -> Method:
+    def _around_encode(self, original: Function) -> Function:
         """Remember the texts: the last argument names differ, the first is the prompt."""
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class Follower:
 
         return encode_prompt
 
-    def _around_loop(self, original: Method) -> Method:
+    def _around_loop(self, original: Function) -> Function:
         """Begin and end a run: the pipeline opens its progress bar once, around its loop."""
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
