@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -32,6 +33,7 @@ from .options import (
 from .terminal import FAILED, answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
+    from .audit.config import AuditConfig
     from .audit.subject import Subject
     from .shared.detection import DetectionConfig
 
@@ -64,6 +66,15 @@ def _subject(options: dict[str, Any]) -> "Subject":
 
     names = ("model", "lora", "device", "dtype", "revision", "resolution")
     return Subject(config=options["model_config"], **{name: options[name] for name in names})
+
+
+def _audit_config(options: dict[str, Any], **settings: Any) -> "AuditConfig":
+    """Return the settings of an audit that the options of a command name, which are its locals."""
+    from .audit.config import AuditConfig
+
+    named = {field.name: options[field.name] for field in fields(AuditConfig)
+             if field.name in options}  # fmt: skip
+    return AuditConfig(**named | {"prompts": tuple(options["prompts"] or ())} | settings)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -113,18 +124,11 @@ def audit(
     where it stopped; with other settings it asks for another folder.
     """
     with answering(as_json=as_json, debug=debug):
-        from .audit.config import AuditConfig
         from .audit.run import run_audit
 
-        config = AuditConfig(
-            model=model, lora=lora, prompts=tuple(prompts or ()), controls=controls,
-            calibration=calibration, force=force, output=output, overwrite=overwrite,
-            detection=_detection(seeds, steps, batch_size), sequential=fast,
-            false_positive_rate=false_positive_rate, explain=explain,
-            images_per_prompt=images_per_prompt, flagged_pictured=flagged_pictured, sample=sample,
-            generation_steps=generation_steps, revision=revision, model_config=model_config,
-            resolution=resolution, device=device, dtype=dtype,
-        )  # fmt: skip
+        config = _audit_config(
+            locals(), sequential=fast, detection=_detection(seeds, steps, batch_size)
+        )
         result = run_audit(config, bar)
     if as_json:
         from .audit.answers import audit_document
@@ -269,21 +273,14 @@ def mitigate(
     Without prompts, a few captions of the demo. Interrupted, the same command continues.
     """
     with answering(as_json=as_json, debug=debug):
-        from .audit.config import AuditConfig
         from .audit.mitigation import run_mitigation
         from .audit.trials import MitigationConfig
 
-        audit = AuditConfig(
-            model=model, lora=lora, prompts=tuple(prompts or ()), controls=controls,
-            calibration=calibration, force=force, output=output, overwrite=overwrite,
-            false_positive_rate=false_positive_rate, generation_steps=generation_steps,
-            device=device, dtype=dtype, revision=revision, model_config=model_config,
-            resolution=resolution,
+        config = MitigationConfig(
+            audit=_audit_config(locals()), texts=tuple(prompt or ()), methods=tuple(method or ()),
+            gate=gate, images=images, advise=advice,
         )  # fmt: skip
-        result = run_mitigation(
-            MitigationConfig(audit=audit, texts=tuple(prompt or ()), methods=tuple(method or ()),
-                             gate=gate, images=images, advise=advice), bar,
-        )  # fmt: skip
+        result = run_mitigation(config, bar)
     if as_json:
         print_json(result.summary | {"output": str(output)})
     else:

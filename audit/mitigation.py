@@ -11,18 +11,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from ..shared.advice import advise
 from ..shared.calibration import Calibration
 from ..shared.guard import guard
 from ..shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
-from ..shared.prompts import Prompt, clean, read_prompts
 from ..shared.storage import replace_atomically, write_text
 from .comparison import Comparer, known_images
-from .config import DEMO
-from .inputs import BUNDLED_CONTROLS, Inputs, read_controls
+from .inputs import Inputs, read_inputs
 from .job import Job, check_folder, content_key, open_job
 from .measure import Bars, silent
 from .result import GeneratedImage, NearestImage, dumps
@@ -55,6 +52,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
 
     Raises:
         ValueError: A method or gate of that name does not exist, or no prompts were named.
+        PromptError: Prompts or controls cannot be read.
         ModelError: The model or LoRA cannot be used.
         FolderTaken: The output folder holds something else.
         StorageError: Nothing can be written; what was finished is kept.
@@ -62,11 +60,8 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
     """
     config = replace(config, methods=chosen_methods(config.methods))
     audit = config.audit
-    inputs = read_mitigation_inputs(config)
-    subject = Subject(
-        audit.model, lora=audit.lora, device=audit.device, dtype=audit.dtype,
-        revision=audit.revision, resolution=audit.resolution, config=audit.model_config,
-    )  # fmt: skip
+    inputs = read_inputs(audit, config.texts, DEMO_PROMPTS)
+    subject = Subject.of(audit)
     identity = {
         "work": "mitigation",
         **job_identity(audit, inputs, subject),
@@ -91,40 +86,6 @@ def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         make_method(name)
     return tuple(dict.fromkeys(names)) or (DEFAULT,)
-
-
-def read_mitigation_inputs(config: MitigationConfig) -> Inputs:
-    """Return the prompts and controls; without prompts, some captions of the demo.
-
-    Raises:
-        ValueError: No prompts were named for a model of the user's own.
-        PromptError: A file is missing, of another kind, or holds no prompts.
-    """
-    audit = config.audit
-    prompts = [Prompt(text=text, source="command line") for text in config.texts]
-    prompts += [prompt for path in audit.prompts for prompt in read_prompts(path)]
-    if not prompts and audit.model == DEMO:
-        prompts = [Prompt(text=text, source="demo") for text in _demo_prompts()]
-    found = clean(prompts)
-    if not found.prompts:
-        raise ValueError("No prompts were named. Give --prompt TEXT or --prompts FILE.")
-    name = audit.controls or (DEMO if audit.model == DEMO else BUNDLED_CONTROLS[0])
-    return Inputs(
-        prompts=found,
-        groups=(None,) * len(found.prompts),
-        controls_name=Path(name).name,
-        controls=() if audit.calibration else tuple(read_controls(name)),
-    )
-
-
-def _demo_prompts() -> list[str]:
-    from .. import demo
-
-    return [
-        caption.text
-        for group, count in DEMO_PROMPTS.items()
-        for caption in [c for c in demo.captions() if c.group == group][:count]
-    ]
 
 
 class _Mitigation:
@@ -308,11 +269,11 @@ def summarize(
 
 def write_folder(result: MitigationResult) -> None:
     """Write results.jsonl, summary.json, the contact sheets and the page, each whole or not."""
-    from .mitigation_page import write_page, write_sheets
+    from .mitigation_page import render_mitigation, write_sheets
 
     folder = result.folder
     write_text(folder / "results.jsonl", "".join(e.to_json() + "\n" for e in result.entries))
     result.calibration.save(folder / "calibration.json")
     write_sheets(result, folder)
-    write_page(result, folder)
+    write_text(folder / "mitigation.html", render_mitigation(result, folder))
     write_text(folder / "summary.json", dumps(result.summary, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shared.storage import replace_atomically, write_text
+from ..shared.storage import replace_atomically
 from .pages import Embedder, render_page
 from .trials import UNMITIGATED
 from .wording import MISSING, number
@@ -17,20 +17,12 @@ LABEL = 24
 """Pixels of the line above each row."""
 
 
-def write_page(result: "MitigationResult", folder: Path) -> Path:
-    """Write `mitigation.html` into `folder` and return its path.
+def render_mitigation(result: "MitigationResult", folder: Path) -> str:
+    """Return the page as HTML, the same text for the same result and pictures.
 
     Raises:
         ImportError: The extra `reports` is not installed.
-        StorageError: The page cannot be written.
     """
-    path = folder / "mitigation.html"
-    write_text(path, render_mitigation(result, folder))
-    return path
-
-
-def render_mitigation(result: "MitigationResult", folder: Path) -> str:
-    """Return the page as HTML, the same text for the same result and pictures."""
     embed = Embedder(folder)
     return render_page(
         "mitigation.html.j2",

@@ -10,32 +10,15 @@ from ..shared.calibration import Calibration
 from ..shared.detection import DetectionConfig
 from ..shared.explanation import explain as explain_prompt
 from ..shared.pictures import prompt_heatmap_html, prompt_heatmap_png
-from ..shared.prompts import Prompt, clean, read_prompts
 from ..shared.storage import Journal, replace_atomically, write_text
 from .config import DEMO
 from .explain import to_values
-from .inputs import BUNDLED_CONTROLS, demo_prompts, read_controls
+from .inputs import BUNDLED_CONTROLS, read_controls, read_named
 from .job import content_key
 from .measure import Bars, Measured, measure
 from .result import dumps, finite
 from .subject import Facts, Subject
 from .summary import versions
-
-
-def named_prompts(subject: Subject, files: Sequence[Path], texts: Sequence[str]) -> tuple[str, ...]:
-    """Return distinct prompts from files and the command line; none for the demo means its own.
-
-    Raises:
-        ValueError: There are none.
-    """
-    prompts = [Prompt(text=text, source="command line") for text in texts]
-    prompts += [prompt for path in files for prompt in read_prompts(path)]
-    if not prompts and subject.is_demo:
-        prompts = demo_prompts()
-    found = clean(prompts).prompts
-    if not found:
-        raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
-    return found
 
 
 def score_prompts(
@@ -63,7 +46,7 @@ def score_prompts(
         output: JSON lines; work is kept beside it until it is finished.
         bars: Makes the progress bar.
     """
-    prompts = named_prompts(subject, files, texts)
+    prompts = read_named(files, texts, demo=subject.is_demo).prompts
     if sequential and calibration is None:
         raise ValueError("Stopping early needs a threshold: give --calibration FILE, made by "
                          "`unmemorize calibrate`, or leave --fast out.")  # fmt: skip
@@ -113,7 +96,7 @@ def explain_prompts(
     """Return which words carry each prompt's score; write coloured prompts into `output`."""
     if not files and not texts:
         raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
-    prompts = named_prompts(subject, files, texts)
+    prompts = read_named(files, texts, demo=subject.is_demo).prompts
     config = DetectionConfig(seeds=tuple(range(seeds)), steps=steps)
     rows, bar = [], bars("explanation", len(prompts), 0, "prompt")
     try:

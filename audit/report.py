@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
-from ..shared.storage import write_text
 from .gallery import gallery
 from .pages import render_page, svg_uri
 from .wording import facts, headline, lead, number, reproduce
@@ -14,24 +13,16 @@ if TYPE_CHECKING:
     from .result import AuditResult
 
 
-def write_report(result: "AuditResult", folder: Path) -> Path:
-    """Write `report.html` into `folder` and return its path.
+def render_report(result: "AuditResult", folder: Path) -> str:
+    """Return the report as HTML, the same text for the same result and pictures.
 
     Args:
-        result: What the audit found; its pictures are read from `folder`.
-        folder: The output folder of the audit.
+        result: What the audit found.
+        folder: With its pictures.
 
     Raises:
         ImportError: The extra `reports` is not installed.
-        StorageError: The page cannot be written.
     """
-    path = folder / "report.html"
-    write_text(path, render_report(result, folder))
-    return path
-
-
-def render_report(result: "AuditResult", folder: Path) -> str:
-    """Return the report as HTML, the same text for the same result and pictures."""
     return render_page(
         "report.html.j2",
         script="report.js",

@@ -56,10 +56,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
         if not has(module):
             require(module, purpose="An audit", extra="reports")
     inputs = read_inputs(config)
-    subject = Subject(
-        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
-        revision=config.revision, resolution=config.resolution, config=config.model_config,
-    )  # fmt: skip
+    subject = Subject.of(config)
     identity = job_identity(config, inputs, subject)
     check_folder(config.output, identity, overwrite=config.overwrite)
     if not holds(config.output, identity):
@@ -215,10 +212,10 @@ class _Audit:
 
 def write_folder(result: AuditResult) -> None:
     """Write results.jsonl, summary.json, calibration.json and the report, each whole or not."""
-    from .report import write_report
+    from .report import render_report
 
     folder = result.folder
     write_text(folder / "results.jsonl", "".join(e.to_json() + "\n" for e in result.entries))
     result.calibration.save(folder / "calibration.json")
-    write_report(result, folder)
+    write_text(folder / "report.html", render_report(result, folder))
     write_text(folder / "summary.json", dumps(result.summary, indent=1) + "\n")

@@ -12,7 +12,7 @@ from ..shared.detection import DetectionConfig
 from ..shared.models import load_denoiser, model_fingerprint
 from ..shared.storage import Journal
 from ..shared.trajectory import automatic_rows
-from .config import DEMO
+from .config import DEMO, AuditConfig
 from .result import ModelInfo
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class Subject:
         self.name = (
             "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
         )
+
+    @classmethod
+    def of(cls, config: AuditConfig) -> "Subject":
+        """Return the model that the settings of an audit name."""
+        return cls(
+            config.model, lora=config.lora, device=config.device, dtype=config.dtype,
+            revision=config.revision, resolution=config.resolution, config=config.model_config,
+        )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:

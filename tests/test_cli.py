@@ -35,6 +35,8 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def audit(files, package_env):
     """Function that starts an audit in a process of its own."""
+    # Shells let background jobs ignore Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(output: Path, *more: str) -> subprocess.Popen:
         command = [

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from fake_result import HOSTILE, make_result
-from unmemorize.audit.report import render_report, write_report
+from unmemorize.audit.report import render_report
 
 VOID = {"meta", "img", "input", "br", "source"}
 
@@ -118,8 +118,7 @@ def test_hostile_words_add_no_element_and_no_attribute(tmp_path):
 def test_hostile_page_is_well_formed(tmp_path):
     prompts = ["\ud800 lone", "مرحبا \u202e", "写真 🦊", "a\nb\tc", "x" * 5000, HOSTILE] + ["p"] * 8
     result = make_result(tmp_path, prompts, text=HOSTILE)
-    path = write_report(result, tmp_path)
-    read = Reader(path.read_text("utf-8"))
+    read = Reader(render_report(result, tmp_path))
     assert read.open == []
     assert "<U+D800> lone" in read.text
     assert "a␊b␉c" in read.text

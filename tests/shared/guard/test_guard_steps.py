@@ -22,9 +22,9 @@ from guards import (
 from unmemorize.shared.denoiser import concatenate
 from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.guard import guard
+from unmemorize.shared.guard.network_call import NetworkCall
 from unmemorize.shared.metrics import text_noise_norm
 from unmemorize.shared.mitigation.method import Mitigation
-from unmemorize.shared.network_call import NetworkCall
 from unmemorize.shared.observer import observe
 from unmemorize.shared.predictions import output_from_x0, x0_from_output
 

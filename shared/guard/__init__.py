@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from .calibration import Calibration
-from .guard_record import GuardedImage, GuardedRun, GuardRecord
-from .mitigation.gate import Gate
-from .mitigation.method import Method
+from ..calibration import Calibration
+from ..mitigation.gate import Gate
+from ..mitigation.method import Method
 from .pipeline_guard import GuidanceIsOff, PipelineGuard
+from .record import GuardedImage, GuardedRun, GuardRecord
 
 __all__ = ["GuardRecord", "GuardedImage", "GuardedRun", "GuidanceIsOff", "guard"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Calibration
-from .denoiser import Conditioning
-from .diffusers_adapter import PipelineDenoiser
-from .metrics import text_noise_norm
-from .mitigation.method import Method, Mitigation, Start, Step
+from ..calibration import Calibration
+from ..denoiser import Conditioning
+from ..diffusers_adapter import PipelineDenoiser
+from ..metrics import text_noise_norm
+from ..mitigation.method import Method, Mitigation, Start, Step
+from ..pipeline_runs import argument_of, patched, prediction_of, unwatched
+from ..predictions import output_from_x0, x0_from_output
 from .network_call import NetworkCall, written
-from .pipeline_runs import argument_of, patched, prediction_of, unwatched
-from .predictions import output_from_x0, x0_from_output
 
 
 class MitigatedRun:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration
-from .denoiser import Conditioning
-from .diffusers_adapter import PipelineDenoiser
-from .guard_record import GuardedImage, GuardedRun, GuardRecord
-from .metrics import text_noise_norm
+from ..calibration import Calibration
+from ..denoiser import Conditioning
+from ..diffusers_adapter import PipelineDenoiser
+from ..metrics import text_noise_norm
+from ..mitigation.gate import Gate, Probe
+from ..mitigation.method import Method, Start
+from ..pipeline_runs import Follower, Texts, unwatched, watching
 from .mitigated_run import MitigatedRun
-from .mitigation.gate import Gate, Probe
-from .mitigation.method import Method, Start
 from .network_call import NetworkCall
-from .pipeline_runs import Follower, Texts, unwatched, watching
+from .record import GuardedImage, GuardedRun, GuardRecord
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
