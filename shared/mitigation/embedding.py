@@ -12,6 +12,7 @@ from torch import nn
 from ..arrays import Float, Tensor
 from ..denoiser import Conditioning, Denoiser
 from ..metrics import text_noise_norm
+from .constants import Constants
 from .method import Method, Start
 from .optimisation import (
     Descent,
@@ -98,8 +99,9 @@ def optimise_embedding(
     """Return each row's best embedding, |D| before and after, and the optimizer steps made.
 
     x is fixed, so its unconditional prediction is given and needs no graph: a row costs one
-    conditional forward and backward pass per iteration and one more forward pass. The first token
-    is the same for every prompt and stays bit for bit, as does a row at or below the target.
+    conditional forward and backward pass per iteration and one more forward pass, all without the
+    parts of the network that come before the text. The first token is the same for every prompt and
+    stays bit for bit, as does a row at or below the target.
 
     Args:
         denoiser: The network.
@@ -111,8 +113,8 @@ def optimise_embedding(
         learning_rate: Of AdamW.
         iterations: Optimizer steps at most.
         batch_size: Rows of one pass; None chooses by device and latent size.
-        network: That of `denoiser`, so that its weights need not be in the graph; None where it
-            cannot be had costs memory.
+        network: That of `denoiser`, so that its weights need not be in the graph and its constant
+            parts are computed once; None where it cannot be had costs memory and time.
         checkpointing: Recompute the activations of `network` instead of keeping them.
 
     Raises:
@@ -125,16 +127,20 @@ def optimise_embedding(
     with gradients(network, checkpointing=checkpointing):
         cond, x, sigma = detached(cond), x.detach().clone(), sigma.detach().clone()
         x0_uncond = x0_uncond.detach().clone()
+        constants = Constants(None if checkpointing else network)
         for batch in batches(denoiser, len(x), batch_size):
             here, at, base = cond[batch], x[batch], x0_uncond[batch]
             kind = here.embeddings.dtype
 
-            def magnitude(rows: list[int], rest: Tensor, here=here, at=at, base=base) -> Tensor:
+            def magnitude(
+                rows: list[int], rest: Tensor, here=here, at=at, base=base, batch=batch.start
+            ) -> Tensor:
                 first = here.embeddings[rows, :1]
                 embeddings = torch.cat([first, rest.to(first.dtype)], dim=1)
-                x0_cond = denoiser.denoise(
-                    at[rows], sigma, replace(here[rows], embeddings=embeddings)
-                )
+                with constants.of((batch, *rows)):
+                    x0_cond = denoiser.denoise(
+                        at[rows], sigma, replace(here[rows], embeddings=embeddings)
+                    )
                 return text_noise_norm(x0_cond, base[rows]) / sigma
 
             descent = descend(

@@ -1,0 +1,92 @@
+"""Parts of a network that an optimisation leaves alone, computed once.
+
+A search over embeddings calls the network again and again with the same noise and noise level. All
+that comes before the text enters is the same each time: the time embedding, the first convolutions,
+the first self-attention. Autograd knows which parts these are.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Constants:
+    """Outputs of a network's modules that do not depend on what is searched for.
+
+    Only for calls in which nothing requires a gradient but what is searched for, weights included.
+    """
+
+    def __init__(self, network: nn.Module | None):
+        self.network = network
+        """None computes everything each time."""
+        self._key: Hashable = None
+        self._outputs: dict[nn.Module, Any] = {}
+
+    @contextmanager
+    def of(self, key: Hashable) -> Iterator[None]:
+        """Let the network use what it computed before under the same key.
+
+        Args:
+            key: Equal for calls that differ in nothing but what is searched for.
+        """
+        if self.network is None:
+            yield
+        elif key == self._key:
+            with self._answering():
+                yield
+        elif torch.is_grad_enabled():
+            self._key, self._outputs = None, {}
+            with self._listening() as heard:
+                yield
+            self._key, self._outputs = key, heard
+        else:  # without a graph everything would look constant
+            yield
+
+    @contextmanager
+    def _listening(self) -> Iterator[dict[nn.Module, Any]]:
+        """Note outputs without gradient of modules that are called once; afterwards the dict."""
+        calls: Counter[nn.Module] = Counter()
+        heard: dict[nn.Module, tuple[Any, list[int]]] = {}
+
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
+            calls[module] += 1
+            tensors = _tensors(output)
+            if tensors and not any(tensor.requires_grad for tensor in tensors):
+                heard[module] = output, [tensor._version for tensor in tensors]
+
+        found: dict[nn.Module, Any] = {}
+        with ExitStack() as undo:
+            for module in self.network.modules():
+                undo.callback(module.register_forward_hook(listen).remove)
+            yield found
+        inside: set[nn.Module] = set()
+        for module in self.network.modules():  # outer modules first
+            if module in inside or module not in heard or calls[module] > 1:
+                continue
+            output, versions = heard[module]
+            # Who writes into an output would find it written the next time.
+            if [tensor._version for tensor in _tensors(output)] == versions:
+                found[module] = output
+                inside |= set(module.modules())
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Let the modules return what they returned before."""
+        with ExitStack() as undo:
+            for module, output in self._outputs.items():
+                if "forward" in vars(module):  # someone else's, for instance to save memory
+                    undo.callback(vars(module).__setitem__, "forward", vars(module)["forward"])
+                else:
+                    undo.callback(vars(module).pop, "forward")
+                vars(module)["forward"] = lambda *args, output=output, **kwargs: output
+            yield
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a module's output, none where it holds anything else."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return list(parts) if all(isinstance(part, Tensor) for part in parts) else []
