@@ -253,6 +253,14 @@ def mitigate(
     ] = "calibrated",
     images: Annotated[int, typer.Option(min=1, help="Images of each prompt and method.")] = 4,
     advice: Annotated[bool, typer.Option(help="Also search for a better wording.")] = True,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also seek known training images of prompts above the threshold with optimised "
+            "embeddings: are they still in the model?",
+        ),
+    ] = False,
     controls: Controls = "",
     calibration: CalibrationFile = None,
     force: Force = False,
@@ -278,7 +286,7 @@ def mitigate(
 
         config = MitigationConfig(
             audit=_audit_config(locals()), texts=tuple(prompt or ()), methods=tuple(method or ()),
-            gate=gate, images=images, advise=advice,
+            gate=gate, images=images, advise=advice, probe=probe,
         )  # fmt: skip
         result = run_mitigation(config, bar)
     if as_json:

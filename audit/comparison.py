@@ -51,6 +51,7 @@ class Known:
     paths: list[Path | None]
     controls: "Sequence[Image]" = ()
     """Images like the training images but not among them."""
+    is_demo: bool = False
 
 
 class Comparer:
@@ -70,6 +71,15 @@ class Comparer:
             else leave_one_out(self.reference)
         )
         """Ratio below which an image is a copy; None when too few images could tell."""
+
+    def training_image(self, prompt: str) -> "Image | None":
+        """Return the training image of a caption in full size; None when it is not known."""
+        for caption, path in zip(self.known.captions, self.known.paths, strict=True):
+            if caption == prompt and path is not None:
+                return _read(path)
+        from .. import demo
+
+        return demo.training_image(prompt) if self.known.is_demo else None
 
     def nearest(self, sampled: Sequence[tuple[str, str]]) -> dict[str, NearestImage]:
         """Return the nearest training image by path, for pairs of prompt and path in the folder."""
@@ -186,6 +196,7 @@ def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
             captions=texts,
             paths=[None] * len(texts),
             controls=demo.control_images(),
+            is_demo=True,
         )
     pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
              for path in images]  # fmt: skip

@@ -17,23 +17,25 @@ from ..shared.advice import advise
 from ..shared.calibration import Calibration
 from ..shared.guard import guard
 from ..shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
-from ..shared.storage import replace_atomically, write_text
+from ..shared.storage import replace_atomically
 from .comparison import Comparer, known_images
 from .inputs import Inputs, read_inputs
 from .job import Job, check_folder, content_key, open_job
 from .measure import Bars, silent
-from .result import GeneratedImage, NearestImage, dumps
+from .mitigation_folder import summarize, write_folder
+from .probing import probe_prompt
+from .result import GeneratedImage, NearestImage
 from .run import job_identity
 from .scoring import Scoring
-from .subject import Facts, Subject
-from .summary import rate, settings, versions
+from .subject import Subject
 from .trials import (
-    SCHEMA_VERSION,
     UNMITIGATED,
     MitigationConfig,
     MitigationEntry,
     MitigationResult,
+    Probed,
     Rewording,
+    Sought,
     Trial,
 )
 
@@ -69,6 +71,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         "gate": config.gate,
         "images": config.images,
         "advise": config.advise,
+        "probe": config.probe,
     }
     check_folder(audit.output, identity, overwrite=audit.overwrite)
     with open_job(audit.output, identity, overwrite=audit.overwrite) as job:
@@ -110,13 +113,18 @@ class _Mitigation:
         scores = scoring.detect(facts, calibration).detection.scores
         prompts, flags = self.inputs.prompts.prompts, calibration.flags(scores).tolist()
         trials = self._sample(prompts, calibration)
-        nearest, compared = self._compare(prompts, trials)
+        known = known_images(self.config.audit.model, self.inputs.prompts, self.bars)
+        comparer = None
+        if known is not None and len(known.thumbnails) > 1:
+            comparer = Comparer(known, self.job.folder)
+        nearest = self._compare(prompts, trials, comparer)
         rewordings = self._reword(prompts, flags, calibration)
+        residuals = self._probe(prompts, flags, comparer)
         entries = tuple(
             MitigationEntry(
                 index=index, prompt=prompt, score=score, memorized=flag,
                 trials=tuple(with_nearest(trial, nearest) for trial in trials[index]),
-                rewordings=rewordings.get(index, ()),
+                rewordings=rewordings.get(index, ()), residual=residuals.get(index),
             )
             for index, (prompt, score, flag) in enumerate(
                 zip(prompts, scores.tolist(), flags, strict=True)
@@ -124,7 +132,8 @@ class _Mitigation:
         )  # fmt: skip
         result = MitigationResult(
             config=self.config, calibration=calibration, entries=entries,
-            summary=summarize(self.config, facts, calibration, entries, caveat, compared),
+            summary=summarize(self.config, facts, calibration, entries, caveat,
+                              comparer is not None and comparer.threshold is not None),
             folder=self.job.folder,
         )  # fmt: skip
         write_folder(result)
@@ -189,16 +198,37 @@ class _Mitigation:
         )  # fmt: skip
 
     def _compare(
-        self, prompts: Sequence[str], trials: Sequence[Sequence[Trial]]
-    ) -> tuple[dict[str, NearestImage], bool]:
-        """Return the training image nearest to each picture, and whether copies can be told."""
-        known = known_images(self.config.audit.model, self.inputs.prompts, self.bars)
-        if known is None or len(known.thumbnails) < 2:
-            return {}, False
-        comparer = Comparer(known, self.job.folder)
+        self, prompts: Sequence[str], trials: Sequence[Sequence[Trial]], comparer: Comparer | None
+    ) -> dict[str, NearestImage]:
+        """Return the training image nearest to each picture; none where none are known."""
         pairs = [(prompt, image.path) for prompt, ways in zip(prompts, trials, strict=True)
                  for trial in ways for image in trial.images]  # fmt: skip
-        return comparer.nearest(pairs), comparer.threshold is not None
+        return comparer.nearest(pairs) if comparer else {}
+
+    def _probe(
+        self, prompts: Sequence[str], flags: Sequence[bool], comparer: Comparer | None
+    ) -> dict[int, Probed]:
+        """Return what the residual probe finds for prompts above the threshold."""
+        chosen = [index for index, flag in enumerate(flags) if flag]
+        if not self.config.probe or comparer is None:
+            return {}
+        journal, found = self.job.journal("residual"), {}
+        bar = self.bars("residual probe", len(chosen), 0, "prompt")
+        try:
+            for index in chosen:
+                if (key := content_key(self.key, prompts[index])) not in journal:
+                    probed = probe_prompt(
+                        self.subject.denoiser, comparer, self.config.audit, prompts[index],
+                        self.seeds, f"{index:05d}",
+                    )  # fmt: skip
+                    journal.put(key, probed and asdict(probed))
+                if kept := journal.get(key):
+                    sought = {name: Sought(**one) if one else None for name, one in kept.items()}
+                    found[index] = Probed(**sought)
+                bar.update(1)
+        finally:
+            bar.close()
+        return found
 
     def _reword(
         self, prompts: Sequence[str], flags: Sequence[bool], calibration: Calibration
@@ -235,45 +265,3 @@ def with_nearest(trial: Trial, nearest: Mapping[str, NearestImage]) -> Trial:
     """Return the trial with what its pictures resemble."""
     images = tuple(replace(image, nearest=nearest.get(image.path)) for image in trial.images)
     return replace(trial, images=images)
-
-
-def summarize(
-    config: MitigationConfig, facts: Facts, calibration: Calibration,
-    entries: Sequence[MitigationEntry], caveat: str, compared: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Return summary.json: per method, how many prompts it acted on, what it cost and left."""
-    methods = {}
-    for number, way in enumerate((UNMITIGATED, *config.methods)):
-        trials = [entry.trials[number] for entry in entries]
-        copied = [image.nearest.copied for trial in trials for image in trial.images
-                  if image.nearest]  # fmt: skip
-        methods[way] = {
-            "acted_on": sum(trial.acted for trial in trials),
-            "copies": rate(sum(map(bool, copied)), len(copied)) if compared else None,
-            "seconds_per_image": statistics.median(trial.seconds for trial in trials),
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": asdict(facts.info),
-        "prompts": len(entries),
-        "memorized": sum(entry.memorized for entry in entries),
-        "gate": config.gate,
-        "images": config.images,
-        "threshold": calibration.threshold,
-        "methods": methods,
-        "settings": settings(config.audit),
-        "caveats": [*facts.caveats, *filter(None, [caveat])],
-        "versions": versions(),
-    }
-
-
-def write_folder(result: MitigationResult) -> None:
-    """Write results.jsonl, summary.json, the contact sheets and the page, each whole or not."""
-    from .mitigation_page import render_mitigation, write_sheets
-
-    folder = result.folder
-    write_text(folder / "results.jsonl", "".join(e.to_json() + "\n" for e in result.entries))
-    result.calibration.save(folder / "calibration.json")
-    write_sheets(result, folder)
-    write_text(folder / "mitigation.html", render_mitigation(result, folder))
-    write_text(folder / "summary.json", dumps(result.summary, indent=1) + "\n")

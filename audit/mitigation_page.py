@@ -32,6 +32,7 @@ def render_mitigation(result: "MitigationResult", folder: Path) -> str:
         headline=headline(result),
         cards=[_card(entry, result, embed) for entry in result.entries],
         methods=_methods(result),
+        probed=any(entry.residual for entry in result.entries),
     )
 
 
@@ -82,6 +83,7 @@ def _card(entry: "MitigationEntry", result: "MitigationResult", embed: Embedder)
         "rewordings": entry.rewordings,
         "truth": _truth(entry, embed),
         "rows": [_row(trial, embed) for trial in entry.trials],
+        "residual": _residual(entry, embed),
     }
 
 
@@ -101,6 +103,35 @@ def _row(trial: "Trial", embed: Embedder) -> dict[str, Any]:
             for image in trial.images
         ],
     }  # fmt: skip
+
+
+def _residual(entry: "MitigationEntry", embed: Embedder) -> list[dict[str, Any]]:
+    """Return what came of optimised embeddings: one row for the training image, one for its mirror.
+
+    Without a mirror image to compare with, the row says so itself.
+    """
+    if entry.residual is None:
+        return []
+    rows = []
+    for what, sought in (
+        ("its training picture", entry.residual.training),
+        ("the mirror image, never trained on", entry.residual.mirror),
+    ):
+        if sought is None:
+            rows.append({"what": f"{what}: the picture is its own, so there is no control",
+                         "copies": "", "hot": False, "tiles": []})  # fmt: skip
+            continue
+        known = [copied for copied in sought.copied if copied is not None]
+        rows.append({
+            "what": what,
+            "copies": f"{sum(known)} of {len(known)} copied" if known else "",
+            "hot": any(known),
+            "tiles": [
+                {"uri": embed(path), "alt": f"towards {what}", "copied": bool(copied)}
+                for path, copied in zip(sought.images, sought.copied, strict=True)
+            ],
+        })  # fmt: skip
+    return rows
 
 
 def _truth(entry: "MitigationEntry", embed: Embedder) -> dict[str, Any] | None:

@@ -32,6 +32,8 @@ class MitigationConfig:
     """Of each prompt and method, one a seed."""
     advise: bool = True
     """Also search for the smallest edits that bring the score under the threshold."""
+    probe: bool = False
+    """Also seek the training images of prompts above the threshold with optimised embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,29 @@ class Rewording:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sought:
+    """An image that an embedding was optimised towards, and what was sampled with it."""
+
+    loss_before: float
+    """Mean squared error of the predicted noise per element, with the empty prompt."""
+    loss_after: float
+    """The same with the optimised embedding."""
+    images: tuple[str, ...]
+    """Pictures sampled with it, one a seed."""
+    copied: tuple[bool | None, ...]
+    """Per picture, whether it is a copy of the image; None where too few images could tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """Whether a training image still comes out without its prompt."""
+
+    training: Sought
+    mirror: Sought | None
+    """The mirror image, never trained on; None where it is a training image as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MitigationEntry:
     """One prompt: a line of results.jsonl."""
 
@@ -72,6 +97,8 @@ class MitigationEntry:
     trials: tuple[Trial, ...]
     """Sampling as usual first."""
     rewordings: tuple[Rewording, ...]
+    residual: Probed | None = None
+    """Of prompts above the threshold whose training image is known, when it was asked for."""
 
     def to_json(self) -> str:
         """Return the line of results.jsonl."""

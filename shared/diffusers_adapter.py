@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .arrays import Float
+from .autoencoder import decode, encode
 from .denoiser import Conditioning, Token
 from .flow_families import Flux, family_of
 from .lora import has_lora, lora_disabled
@@ -165,21 +166,19 @@ class PipelineDenoiser:
         output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
         return x0_from_output(self.parametrization, x, level, output)
 
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, " row channel height width"]) -> Tensor:
-        """Return images [row 3 height width] in 0 .. 1 of clean latents."""
-        vae = self.pipeline.vae
-        scaling, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-        with _safe_dtype(vae):
-            latents = latents.to(self.device, vae.dtype)
-            mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-            if mean is not None and std is not None:
-                mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
-                latents = latents * std / scaling + mean
-            else:
-                latents = latents / scaling + shift
-            images = vae.decode(latents, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Tensor:
+        """Return images [row 3 height width] in 0..1 of clean latents."""
+        return decode(self.pipeline.vae, latents)
+
+    def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
+        """Return clean latents of pictures, each resized to the network's own size."""
+        import numpy as np
+
+        height, width = self.resolution
+        pixels = [np.asarray(image.convert("RGB").resize((width, height))) for image in images]
+        return encode(
+            self.pipeline.vae, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        )
 
     @torch.no_grad()
     def generate(
@@ -217,20 +216,6 @@ class PipelineDenoiser:
 
 def _as_typed(text: str, tokenizer: Any) -> str:
     return text
-
-
-@contextmanager
-def _safe_dtype(vae: Any) -> Iterator[None]:
-    """Run an autoencoder that overflows in fp16 (SDXL's) in float32."""
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
-    try:
-        if upcast:
-            vae.to(torch.float32)
-        yield
-    finally:
-        if upcast:
-            vae.to(dtype)
 
 
 @contextmanager
