@@ -1,34 +1,33 @@
 """Generated images against the training images, where those are known."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..shared.prompts import PromptSet
-from ..shared.storage import replace_atomically
-from .config import DEMO, AuditConfig
+from .config import AuditConfig
 from .generation import Sampled
 from .inputs import Inputs
 from .job import Job, content_key
-from .measure import Bars
+from .measure import Bars, silent
 from .result import NearestImage
-from .similarity import ALPHA, NEIGHBOURS, SIDE, Reference, calibrate_ratio
+from .similarity import (
+    ALPHA,
+    NEIGHBOURS,
+    PIXELS,
+    Features,
+    Reference,
+    calibrate_ratio,
+    sscd_features,
+)
+from .sscd import has_sscd
 from .summary import rate
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
+from .training_images import ImageFiles, Known, known_images, read_image
 
 COPY_RATE = 0.01
 """Share of images that are no copies but this near to one training image alone."""
-SHOWN_SIDE = 256
-"""Pixels of the copies of training images that a report shows."""
-METHOD = f"pixels: root mean square difference of {SIDE} x {SIDE} thumbnails"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +41,6 @@ class Comparison:
     caveats: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """Training images: small ones to compare with, and how to get a larger one to show."""
-
-    thumbnails: "list[Image]"
-    captions: list[str]
-    paths: list[Path | None]
-    controls: "Sequence[Image]" = ()
-    """Images like the training images but not among them."""
-    is_demo: bool = False
-
-
 class Comparer:
     """Finds the training image nearest to a generated one, and says which are copies.
 
@@ -62,9 +49,25 @@ class Comparer:
     them nothing is called a copy.
     """
 
-    def __init__(self, known: Known, folder: Path):
+    def __init__(
+        self, known: Known, folder: Path, bars: Bars = silent, features: Features | None = None
+    ):
+        """Read all training images.
+
+        Args:
+            known: The training images.
+            folder: Of the job.
+            bars: Makes the progress bar.
+            features: What images are compared by; None chooses, see `best_features`.
+        """
         self.known, self.folder = known, folder
-        self.reference = Reference(known.thumbnails)
+        features = features or best_features(known)
+        images = known.thumbnails if features is PIXELS else ImageFiles(known.paths)
+        bar = bars("copies", len(images), 0, "image")
+        try:
+            self.reference = Reference(images, features, progress=bar.update)
+        finally:
+            bar.close()
         self.threshold = (
             calibrate_ratio(self.reference, known.controls, COPY_RATE)
             if known.controls
@@ -72,24 +75,15 @@ class Comparer:
         )
         """Ratio below which an image is a copy; None when too few images could tell."""
 
-    def training_image(self, prompt: str) -> "Image | None":
-        """Return the training image of a caption in full size; None when it is not known."""
-        for caption, path in zip(self.known.captions, self.known.paths, strict=True):
-            if caption == prompt and path is not None:
-                return _read(path)
-        from .. import demo
-
-        return demo.training_image(prompt) if self.known.is_demo else None
-
     def nearest(self, sampled: Sequence[tuple[str, str]]) -> dict[str, NearestImage]:
         """Return the nearest training image by path, for pairs of prompt and path in the folder."""
-        hits = self.reference.nearest([_read(self.folder / path) for _, path in sampled])
+        hits = self.reference.nearest([read_image(self.folder / path) for _, path in sampled])
         captions, threshold = self.known.captions, self.threshold
         return {
             path: NearestImage(
-                path=_save_copy(self.known, hit.index, self.folder),
+                path=self.known.save_copy(hit.index, self.folder),
                 caption=captions[hit.index],
-                similarity=1 - hit.distance,
+                similarity=hit.similarity,
                 ratio=hit.ratio,
                 is_own=captions[hit.index] == prompt,
                 copied=None if threshold is None else hit.ratio < threshold,
@@ -118,7 +112,9 @@ def compare(
         job_key: Stands for model and settings.
         bars: Makes the progress bar.
     """
-    journal, key = job.journal("similarity"), content_key(job_key, [asdict(s) for s in plan])
+    # Installed or not, SSCD must not be mistaken for pixels by a continued job.
+    key = content_key(job_key, [asdict(s) for s in plan], has_sscd())
+    journal = job.journal("similarity")
     stored = journal.get(key)
     if stored is None or not all((job.folder / name).is_file() for name in stored["copies"]):
         stored = _compare(config, inputs, plan, job, bars)
@@ -137,7 +133,7 @@ def compare(
     return Comparison(
         nearest=nearest,
         summary={
-            "method": METHOD,
+            "method": stored["method"],
             "training_images": stored["training_images"],
             "threshold": threshold,
             "copies": None if threshold is None else rate(sum(map(bool, copied)), len(copied)),
@@ -170,8 +166,8 @@ def _compare(
     """Return everything that a continued job must not compute again, as JSON values."""
     known = known_images(config.model, inputs.prompts, bars) if plan else None
     if known is None or len(known.thumbnails) < 2:
-        return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0}
-    comparer = Comparer(known, job.folder)
+        return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0, "method": ""}
+    comparer = Comparer(known, job.folder, bars)
     nearest = comparer.nearest(
         [(sampled.prompt, sampled.path(seed)) for sampled in plan for seed in sampled.seeds]
     )
@@ -180,73 +176,13 @@ def _compare(
         "copies": sorted({image.path for image in nearest.values()}),
         "threshold": comparer.threshold,
         "training_images": len(known.thumbnails),
+        "method": comparer.reference.features.name,
     }
 
 
-def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
-    """Return the demo's training images, or those beside the user's captions."""
-    if model == DEMO:
-        from .. import demo
-        from ..demo.data import build_renderings
+def best_features(known: Known) -> Features:
+    """Return SSCD for image files where it is installed, else pixels.
 
-        captions = demo.captions()
-        texts = [captions[r.caption].text for r in build_renderings(list(captions))]
-        return Known(
-            thumbnails=list(demo.training_images()),
-            captions=texts,
-            paths=[None] * len(texts),
-            controls=demo.control_images(),
-            is_demo=True,
-        )
-    pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
-             for path in images]  # fmt: skip
-    if not pairs:
-        return None
-    from PIL.Image import Resampling
-
-    bar, small = bars("training images", len(pairs), 0, "image"), []
-    try:
-        for text, path in pairs:
-            try:
-                small.append((text, path, _read(path).resize((SIDE, SIDE), Resampling.BOX)))
-            except ValueError as error:
-                logger.warning("%s", error)
-            bar.update(1)
-    finally:
-        bar.close()
-    return Known(thumbnails=[image for *_, image in small], captions=[text for text, *_ in small],
-                  paths=[path for _, path, _ in small])  # fmt: skip
-
-
-def _read(path: Path) -> "Image":
-    """Return an image file as RGB.
-
-    Raises:
-        ValueError: It is none; names it.
+    The demo's training images are small drawings, which pixels tell apart better.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable image and is left out of the comparison ({error})."
-        ) from error
-
-
-def _save_copy(known: Known, index: int, folder: Path) -> str:
-    """Write the training image for the report, and return its path in the folder."""
-    name = f"images/training-{index:05d}.png"
-    if not (folder / name).is_file():
-        path = known.paths[index]
-        if path is None:
-            from .. import demo
-
-            image = demo.training_image(known.captions[index]) or known.thumbnails[index]
-        else:
-            image = _read(path)
-            image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        with replace_atomically(folder / name) as part:
-            image.save(part, format="PNG")
-    return name
+    return sscd_features() if all(known.paths) and has_sscd() else PIXELS

@@ -18,7 +18,7 @@ from ..shared.calibration import Calibration
 from ..shared.guard import guard
 from ..shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
 from ..shared.storage import replace_atomically
-from .comparison import Comparer, known_images
+from .comparison import Comparer
 from .inputs import Inputs, read_inputs
 from .job import Job, check_folder, content_key, open_job
 from .measure import Bars, silent
@@ -28,6 +28,7 @@ from .result import GeneratedImage, NearestImage
 from .run import job_identity
 from .scoring import Scoring
 from .subject import Subject
+from .training_images import known_images
 from .trials import (
     UNMITIGATED,
     MitigationConfig,
@@ -116,7 +117,7 @@ class _Mitigation:
         known = known_images(self.config.audit.model, self.inputs.prompts, self.bars)
         comparer = None
         if known is not None and len(known.thumbnails) > 1:
-            comparer = Comparer(known, self.job.folder)
+            comparer = Comparer(known, self.job.folder, self.bars)
         nearest = self._compare(prompts, trials, comparer)
         rewordings = self._reword(prompts, flags, calibration)
         residuals = self._probe(prompts, flags, comparer)

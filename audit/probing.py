@@ -19,7 +19,7 @@ from ..shared.residual import probe
 from ..shared.storage import replace_atomically
 from .comparison import Comparer
 from .config import AuditConfig
-from .similarity import Reference
+from .similarity import PIXELS, Reference
 from .trials import Probed, Sought
 
 if TYPE_CHECKING:
@@ -55,13 +55,16 @@ def probe_prompt(
         seeds: Of the pictures sampled with what was found.
         name: Start of the pictures' names.
     """
-    found = comparer.training_image(prompt)
+    found = comparer.known.image(prompt)
     if found is None:
         return None
     from PIL import ImageOps
 
     image, mirrored = found, ImageOps.mirror(found)
-    known, limit = comparer.known, comparer.threshold
+    known = comparer.known
+    if comparer.reference.features is not PIXELS:  # SSCD knows mirror images again
+        comparer = Comparer(known, comparer.folder, features=PIXELS)
+    limit = comparer.threshold
     own = {i for i, caption in enumerate(known.captions) if caption == prompt}
     seek = _Search(denoiser, config, comparer.folder, tuple(seeds), limit)
     training = seek(image, comparer.reference, own, f"{name}-residual")

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image, ImageOps
 from unmemorize import demo
 from unmemorize.audit import probing
-from unmemorize.audit.comparison import Comparer, known_images
+from unmemorize.audit.comparison import Comparer
 from unmemorize.audit.config import DEMO, AuditConfig
 from unmemorize.audit.measure import silent
+from unmemorize.audit.training_images import known_images
 from unmemorize.shared.prompts import PromptSet
 
 

@@ -27,7 +27,7 @@ def test_nearest_matches_a_loop():
         order = np.argsort(distances)
         assert found.index == order[0]
         rms = np.sqrt(((small - pixels[order[0]]) ** 2).mean())
-        assert found.distance == pytest.approx(rms, rel=1e-4)
+        assert 1 - found.similarity == pytest.approx(rms, rel=1e-4)
         among = np.mean([distances[i] for i in order[:NEIGHBOURS]])
         assert found.ratio == pytest.approx(distances[order[0]] / (ALPHA * among), rel=1e-4)
 
