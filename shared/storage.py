@@ -133,6 +133,10 @@ class Journal:
         """Return the value stored under `key`."""
         return self._values.get(key, default)
 
+    def values(self) -> list[Any]:
+        """Return what is stored, in the order in which the keys first came."""
+        return list(self._values.values())
+
     def put(self, key: str, value: Any) -> None:
         """Store one result durably before returning."""
         self.put_all({key: value})

@@ -22,7 +22,7 @@ NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache_
 DATA = {
     "audit": ("templates", "*.schema.json"),
     "demo": ("README.md", "images", "model"),
-    "shared": ("controls",),
+    "shared": ("controls", "training/templates.txt"),
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]
@@ -129,38 +129,6 @@ def test_tests_pass_in_a_clone_of_any_name(clone):
     ]
     out = run([*command, "-k", "only_what_they_may or imports_nothing"], cwd=clone)
     assert "6 passed" in out
-
-
-LOAD_AS_COMFYUI_DOES = """
-import asyncio, importlib.util, logging, sys
-path = sys.argv[1]
-name = path.replace(".", "_x_")
-spec = importlib.util.spec_from_file_location(name, path + "/__init__.py")
-sys.modules[name] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert not hasattr(module, "NODE_CLASS_MAPPINGS"), "ComfyUI would ignore the entry point"
-from comfy_api.latest import ComfyExtension
-extension = asyncio.run(module.comfy_entrypoint())
-assert isinstance(extension, ComfyExtension)
-nodes = asyncio.run(extension.get_node_list())
-assert isinstance(nodes, list)
-print(len(nodes), "nodes")
-"""
-
-
-def test_clone_loads_the_way_comfyui_does(clone, tmp_path):
-    """With the two names ComfyUI gives a pack; nothing but the way of loading is under test."""
-    api = tmp_path / "comfy_api"
-    api.mkdir()
-    (api / "__init__.py").touch()
-    (api / "latest.py").write_text("class ComfyExtension: ...\nclass io:\n  class ComfyNode: ...\n")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_AS_COMFYUI_DOES, str(clone)],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    # ComfyUI says nothing about a pack without nodes, so the pack itself must.
-    assert ("no ComfyUI nodes yet" in done.stderr) == (done.stdout.strip() == "0 nodes")
 
 
 def test_extras_named_in_messages_exist(root, project):
