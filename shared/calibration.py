@@ -177,6 +177,17 @@ class Calibration:
         """Return which scores lie above the threshold, bool [prompt]."""
         return torch.as_tensor(scores, dtype=torch.float64) > self.threshold
 
+    def differences(self, model: str, settings: dict) -> str:
+        """Return every field that differs with both values, "" when the calibration fits."""
+        pairs = {"model": (self.model, model)}
+        for key in sorted(self.settings.keys() | settings.keys()):
+            pairs[key] = (self.settings.get(key), settings.get(key))
+        return "; ".join(
+            f"{name}: calibrated {calibrated}, now {now}"
+            for name, (calibrated, now) in pairs.items()
+            if calibrated != now
+        )
+
     def check(self, model: str, settings: dict, *, force: bool = False) -> str:
         """Make sure that the calibration is for this model and these settings.
 
@@ -186,14 +197,7 @@ class Calibration:
         Raises:
             CalibrationMismatch: It is not; names every differing field with both values.
         """
-        pairs = {"model": (self.model, model)}
-        for key in sorted(self.settings.keys() | settings.keys()):
-            pairs[key] = (self.settings.get(key), settings.get(key))
-        differing = "; ".join(
-            f"{name}: calibrated {calibrated}, now {now}"
-            for name, (calibrated, now) in pairs.items()
-            if calibrated != now
-        )
+        differing = self.differences(model, settings)
         if not differing:
             return ""
         if force:

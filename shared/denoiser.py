@@ -34,6 +34,8 @@ class Conditioning:
     """Per prompt, its words as typed, in order; `Token.word` indexes them."""
     cut: tuple[str, ...] = ()
     """Per prompt, the end that did not fit the text encoder, empty when all of it did."""
+    sources: tuple[str, ...] = ()
+    """Per prompt, the host's name for what goes with it besides the embeddings, if it needs one."""
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -52,6 +54,7 @@ class Conditioning:
             tokens=pick(self.tokens),
             words=pick(self.words),
             cut=pick(self.cut),
+            sources=pick(self.sources),
         )
 
 
@@ -63,6 +66,7 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         tokens=sum((part.tokens for part in parts), ()),
         words=sum((part.words for part in parts), ()),
         cut=sum((part.cut for part in parts), ()),
+        sources=sum((part.sources for part in parts), ()),
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,17 +90,17 @@ def explain(
     cond = _detached(denoiser.encode([prompt]))
     tokens, words = (cond.tokens or ((),))[0], (cond.words or ((),))[0]
     significance, heat = _significance(denoiser, prompt, cond, config)
-    per_word = merge_into_words(tokens, significance, len(words))
-    top = sorted(range(len(words)), key=lambda i: -per_word[i])[:occlude]
-    return Explanation(
+    explanation = Explanation(
         prompt=prompt,
         words=words,
-        significance=tuple(per_word),
+        significance=tuple(merge_into_words(tokens, significance, len(words))),
         tokens=tokens,
         token_significance=tuple(significance),
-        occlusions=_occlude(denoiser, prompt, words, [i for i in top if per_word[i] > 0], config),
+        occlusions=(),
         difference_map=heat,
     )
+    shorter = shortened(explanation, occlude)
+    return replace(explanation, occlusions=leave_out(denoiser, explanation, shorter, config))
 
 
 def merge_into_words(
@@ -129,6 +129,43 @@ def without_word(prompt: str, words: Sequence[str], index: int) -> str:
     if after[:1].isspace():
         return before + after[1:]
     return before[:-1] + after if before[-1:].isspace() else before + after
+
+
+def shortened(explanation: Explanation, most: int) -> dict[int, str]:
+    """Return the prompt without one word, by that word's index, for the most significant words."""
+    prompt, words, significance = explanation.prompt, explanation.words, explanation.significance
+    top = sorted(range(len(words)), key=lambda i: -significance[i])[:most]
+    return {i: without_word(prompt, words, i) for i in top if significance[i] > 0}
+
+
+def leave_out(
+    denoiser: Denoiser,
+    explanation: Explanation,
+    shorter: Mapping[int, str],
+    config: DetectionConfig,
+) -> tuple[Occlusion, ...]:
+    """Score the prompt and its versions without one word, in one run.
+
+    Args:
+        denoiser: The network.
+        explanation: Of the prompt.
+        shorter: From `shortened`.
+        config: Seeds and steps, as in the explanation.
+
+    Returns:
+        Greatest fall of the score first.
+    """
+    if not shorter:
+        return ()
+    detection: Detection = detect(denoiser, [explanation.prompt, *shorter.values()], config)
+    before, *after = detection.scores.tolist()
+    occlusions = [
+        Occlusion(
+            word=explanation.words[i], index=i, prompt=text, score_before=before, score_after=score
+        )
+        for (i, text), score in zip(shorter.items(), after, strict=True)
+    ]
+    return tuple(sorted(occlusions, key=lambda occlusion: occlusion.score_after))
 
 
 def _significance(
@@ -183,22 +220,6 @@ def _gradients(
         if step + 1 < config.steps:
             x = guided_step(x, x0_uncond, x0_cond, sigma, sigmas[step + 1], cond_scale)
     return torch.stack(gradients, 1), heat
-
-
-def _occlude(
-    denoiser: Denoiser, prompt: str, words: Sequence[str], top: list[int], config: DetectionConfig
-) -> tuple[Occlusion, ...]:
-    """Score the prompt and its versions without one word, in one run."""
-    if not top:
-        return ()
-    shorter = [without_word(prompt, words, index) for index in top]
-    detection: Detection = detect(denoiser, [prompt, *shorter], config)
-    before, *after = detection.scores.tolist()
-    occlusions = [
-        Occlusion(word=words[i], index=i, prompt=text, score_before=before, score_after=score)
-        for i, text, score in zip(top, shorter, after, strict=True)
-    ]
-    return tuple(sorted(occlusions, key=lambda occlusion: occlusion.score_after))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ __all__ = [
     "prompt_heatmap_png",
     "score_distribution_figure",
     "score_trace_figure",
+    "unit_map",
     "visible",
     "word_levels",
 ]
@@ -151,18 +152,22 @@ def overlay_map(image: "Image", values: Any, *, strength: float = 0.85) -> "Imag
     """
     from PIL import Image
 
-    array = np.nan_to_num(np.asarray(values, dtype=np.float32))
-    if array.ndim != 2:
-        raise ValueError(f"`values` must be [height width], got shape {tuple(array.shape)}.")
-    low, high = np.percentile(array, [1, 99])
-    unit = ((array - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(array)
-    resized = Image.fromarray(unit).resize(image.size, Image.Resampling.BICUBIC)
+    resized = Image.fromarray(unit_map(values)).resize(image.size, Image.Resampling.BICUBIC)
     unit = np.asarray(resized).clip(0, 1)[..., None]
     stops = np.linspace(0, 1, len(_HEAT))
     heat = np.concatenate([np.interp(unit, stops, _HEAT[:, c]) for c in range(3)], axis=-1)
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * 0.75
     alpha = strength * unit**0.7
     return Image.fromarray((grey * (1 - alpha) + heat * alpha).round().astype(np.uint8))
+
+
+def unit_map(values: Any) -> np.ndarray:
+    """Return a map [height width] scaled to 0 .. 1 between its own 1st and 99th percentile."""
+    array = np.nan_to_num(np.asarray(values, dtype=np.float32))
+    if array.ndim != 2:
+        raise ValueError(f"`values` must be [height width], got shape {tuple(array.shape)}.")
+    low, high = np.percentile(array, [1, 99])
+    return ((array - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(array)
 
 
 def _check_pairs(words: Sequence[str], significance: Sequence[float]) -> None:

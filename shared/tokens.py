@@ -25,13 +25,14 @@ def split_words(prompt: str) -> tuple[str, ...]:
     return tuple(prompt.split())
 
 
-def _show(piece: str) -> str:
+def show(piece: str) -> str:
+    """Return a piece of a vocabulary without its marks of a word's start or end."""
     for mark in WORD_MARKS:
         piece = piece.replace(mark, "")
     return piece
 
 
-def _words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int | None]:
+def words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int | None]:
     """Return the word of each piece by counting characters, for text the tokenizer rewrote."""
     if not words:  # white space that the tokenizer reads as pieces
         return [None] * len(pieces)
@@ -45,7 +46,7 @@ def _words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int | 
         while word < len(words) - 1 and position >= ends[word]:
             word += 1
         owners.append(word)
-        position += len(_show(piece))
+        position += len(show(piece))
     return owners
 
 
@@ -72,7 +73,7 @@ def read(
     each = tokenizer(parts, add_special_tokens=False).input_ids if parts else []
     owners: list[int | None] = [index for index, pieces in enumerate(each) for _ in pieces]
     if [piece for pieces in each for piece in pieces] != list(whole):
-        owners = _words_by_length(tokenizer.convert_ids_to_tokens(whole), words)
+        owners = words_by_length(tokenizer.convert_ids_to_tokens(whole), words)
     room = max(0, length - special)
     first_cut = owners[room] if words and len(owners) > room else len(words)
     padded = tokenizer(
@@ -81,5 +82,5 @@ def read(
     shown = tokenizer.convert_ids_to_tokens(padded)
     placed = [None] * start + owners[:room]
     placed += [None] * (length - len(placed))
-    tokens = tuple(Token(text=_show(t), word=w) for t, w in zip(shown, placed, strict=True))
+    tokens = tuple(Token(text=show(t), word=w) for t, w in zip(shown, placed, strict=True))
     return Reading(tokens=tokens, first_cut=first_cut)

@@ -6,10 +6,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
 _FIRST = ("DejaVuSans.", "NotoSans-Regular", "LiberationSans-Regular", "segoeui.", "Arial.")
@@ -111,6 +112,39 @@ def _width(word: str, size: int) -> float:
     return sum((_font(file, size).getlength(text) for text, file in _runs(word)), 0.0)
 
 
+def fitting(text: str, size: int, room: int) -> str:
+    """Return `text`, or as much of it as fits into `room` pixels with an ellipsis."""
+    if _width(text, size) <= room:
+        return text
+    return _split(text, size, room - round(_width("…", size)))[0].rstrip() + "…"
+
+
+def write(
+    draw: "ImageDraw",
+    place: tuple[float | int, float | int],
+    text: str,
+    *,
+    size: int,
+    fill: str,
+    anchor: Literal["left", "middle", "right"] = "left",
+) -> None:
+    """Draw one line of text, its base line through `place`.
+
+    Args:
+        draw: Of the picture.
+        place: Pixels from the left and the top.
+        text: Printable; scripts that no font can draw appear as their code points.
+        size: Of the letters, pixels.
+        fill: Colour, #rrggbb.
+        anchor: Which point of the line lies at `place`.
+    """
+    start = place[0] - _width(text, size) * {"left": 0, "middle": 0.5, "right": 1}[anchor]
+    for piece, file in _runs(text):
+        font = _font(file, size)
+        draw.text((start, place[1]), piece, font=font, fill=fill, anchor="ls")
+        start += font.getlength(piece)
+
+
 def draw_words(
     words: Sequence[str], colors: Sequence[str], *, page: str, ink: str, width: int, size: int
 ) -> "Image":
@@ -141,9 +175,5 @@ def draw_words(
     draw = ImageDraw.Draw(image)
     for part, color, left, top, length in placed:
         draw.rounded_rectangle([left, top, left + length, top + round(1.45 * size)], 4, fill=color)
-        start, base = left + pad, top + round(1.1 * size)
-        for text, file in _runs(part):
-            font = _font(file, size)
-            draw.text((start, base), text, font=font, fill=ink, anchor="ls")
-            start += font.getlength(text)
+        write(draw, (left + pad, top + round(1.1 * size)), part, size=size, fill=ink)
     return image
