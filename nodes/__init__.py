@@ -1,20 +1,32 @@
 """ComfyUI nodes: widgets in, one call of `shared`, sockets out. No maths."""
 
-import logging
-
 from comfy_api.latest import ComfyExtension, io
 
-NODES: list[type[io.ComfyNode]] = []
+from .calibrate import Calibrate
+from .calibration_files import add_folder
+from .detect import DetectMemorization
+from .heatmap import TokenHeatmap
+from .load_calibration import LoadCalibration
+from .load_demo import LoadDemoModel
+from .lora_check import LoraCheck
+from .watch import MemorizationReport, MemorizationWatch
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadDemoModel,
+    MemorizationWatch,
+    MemorizationReport,
+    DetectMemorization,
+    TokenHeatmap,
+    Calibrate,
+    LoadCalibration,
+    LoraCheck,
+]
 
 
 class PackExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Return the node classes; ComfyUI itself says nothing about a pack without any."""
-        if not NODES:
-            logging.getLogger(__name__).warning(
-                "Unmemorize has no ComfyUI nodes yet: nothing was added to the menus. "
-                "Its command line works: python -m unmemorize --help"
-            )
+        """Return the node classes."""
+        add_folder()  # ComfyUI before 0.16 never calls `on_load`
         return NODES

@@ -1,0 +1,103 @@
+"""Node: what a LoRA does to the scores of its training captions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..shared.controls import CONTROLS, load_controls
+from ..shared.prompts import Prompt as Caption
+from ..shared.prompts import clean, read_prompts
+from ..shared.score_changes import LoraScores, draw_score_changes
+from .comfy_denoiser import Prompt
+from .measuring import config_of, encoded, latent_input, scores, seed_inputs
+from .pictures import to_image
+from .schema import schema
+
+
+class LoraCheck(io.ComfyNode):
+    """Scores with the LoRA minus scores without, per caption."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return schema(
+            node_id="UnmemorizeLoraCheck",
+            display_name="LoRA Check",
+            description=(
+                "Scores of a LoRA's training captions with the LoRA minus without it. A caption "
+                "whose score rises far more than that of ordinary prompts may be memorized."
+            ),
+            search_aliases=["lora memorization check", "unmemorize lora", "lora overfitting"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Without the LoRA."),
+                io.Clip.Input("clip", tooltip="Without the LoRA."),
+                io.Model.Input("model_with_lora", tooltip="The same model after Load LoRA."),
+                io.Clip.Input("clip_with_lora", tooltip="The same text encoder after Load LoRA."),
+                latent_input(),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="",
+                    placeholder="training captions, one a line",
+                    tooltip="Training captions, one a line.",
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="Training folder with captions as .txt beside the images or in "
+                    "metadata.jsonl or .csv; read in addition. Empty: none.",
+                ),
+                io.Int.Input(
+                    "controls", default=20, min=0, max=250,
+                    tooltip="Bundled ordinary prompts to compare with, 0 to 250: they show what "
+                    "the LoRA does to every prompt.",
+                ),
+                *seed_inputs(),
+            ],
+            outputs=[
+                io.Image.Output("table", tooltip="Greatest increases first, 640 pixels wide."),
+                io.String.Output("report", tooltip="The result in words, a line per caption."),
+                io.String.Output("data", tooltip="The same as JSON."),
+                io.Float.Output(
+                    "increase", tooltip="Mean over the captions, L2 norm in latent units."
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        model_with_lora: Any,
+        clip_with_lora: Any,
+        latent: dict,
+        captions: str,
+        folder: str,
+        controls: int,
+        seeds: int,
+        steps: int,
+    ) -> io.NodeOutput:
+        """Measure without and with the LoRA."""
+        config = config_of(seeds, steps)
+        read = [Caption(text=line, source="typed") for line in captions.splitlines()]
+        read += read_prompts(Path(folder)) if folder.strip() else []
+        own = clean([caption for caption in read if caption.text.strip()]).prompts
+        if not own:
+            raise ValueError("There are no captions: type some, or give a training folder.")
+        others = [text for text in load_controls(CONTROLS[0]) if text not in own][:controls]
+        texts = [*own, *others]
+        sides = []
+        for network, encoder in ((model, clip), (model_with_lora, clip_with_lora)):
+            prompts = {text: Prompt(entries=encoded(encoder, text)) for text in texts}
+            found, _ = scores(network, prompts, encoded(encoder, ""), latent, config)
+            sides.append(found.scores.tolist())
+        result = LoraScores.of(texts, *sides, captions=len(own))
+        image = to_image(draw_score_changes(result))
+        data = json.dumps(result.as_json(), ensure_ascii=False)
+        return io.NodeOutput(
+            image, str(result), data, result.mean_increase, ui=ui.PreviewImage(image, cls=cls)
+        )

@@ -1,0 +1,192 @@
+"""Nodes: scores from ordinary sampling, and what they say."""
+
+import logging
+import math
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..shared.calibration import Calibration
+from ..shared.run_wording import metadata, report
+from ..shared.step_chart import draw_note, draw_step_chart
+from ..shared.watched_runs import WatchRecord, judge
+from .pictures import to_image
+from .schema import CalibrationSocket, RecordSocket, schema
+from .watching import latent_id, watch
+
+log = logging.getLogger(__name__)
+
+STRANGER = (
+    "this latent was not made by a sampler of the watched model. Connect the LATENT of the sampler "
+    "that the MODEL of Memorization Watch leads to"
+)
+
+
+class MemorizationWatch(io.ComfyNode):
+    """Looks on while any sampler samples; changes no image."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return schema(
+            node_id="UnmemorizeWatch",
+            display_name="Memorization Watch",
+            description=(
+                "Put it between the model and any sampler. It reads how strongly the prompt steers "
+                "each step from predictions that guidance computes anyway: no extra work, the very "
+                "same images. Memorization Report shows the result."
+            ),
+            search_aliases=[
+                "detect memorization",
+                "memorisation",
+                "training image copy",
+                "monitor",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="With its LoRAs; the sampler gets the output."),
+                io.Boolean.Input(
+                    "measure_anyway",
+                    default=False,
+                    tooltip=(
+                        "For cfg 1, BasicGuider and guidance-distilled models, which never ask for "
+                        "the negative prompt: ask for it. Costs one more pass of the network per "
+                        "step, up to twice the time. Without effect where cfg is above 1."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip=(
+                        "Encoded empty text. Only needed to measure anyway with a guider that has "
+                        "no negative prompt, such as BasicGuider."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output("watched", display_name="model", tooltip="For the sampler."),
+                RecordSocket.Output("record", tooltip="For Memorization Report."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: object, measure_anyway: bool, negative: list | None = None
+    ) -> io.NodeOutput:
+        """Attach the wrappers."""
+        return io.NodeOutput(*watch(model, measure_anyway=measure_anyway, empty=negative))
+
+
+class MemorizationReport(io.ComfyNode):
+    """Shows what the watch wrote down about the run that made a latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return schema(
+            node_id="UnmemorizeReport",
+            display_name="Memorization Report",
+            description=(
+                "Score per sampling step of each image of the batch and, with a calibration, which "
+                "of them looks memorized."
+            ),
+            search_aliases=["memorisation report", "memorization score", "verdict"],
+            is_output_node=True,
+            hidden=[io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            inputs=[
+                RecordSocket.Input("record", tooltip="From Memorization Watch."),
+                io.Latent.Input(
+                    "latent", tooltip="From the sampler: says which run to report, and that it ran."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip=(
+                        "Sampling steps to average the score over, counted from the noisiest, 1 to "
+                        "1000. A connected calibration decides instead."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "save_score",
+                    default=False,
+                    tooltip=(
+                        "Write the result into the metadata of images saved downstream, under "
+                        "`unmemorize` and this node's id. Decode the latent that leaves this node, "
+                        "so that it runs before the saving; it then runs every time."
+                    ),
+                ),
+                CalibrationSocket.Input(
+                    "calibration", optional=True, tooltip="Of this model; without it, no verdict."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("reported", display_name="latent", tooltip="As it came in."),
+                io.Image.Output("chart", tooltip="Score per step, 640 pixels wide."),
+                io.String.Output("report", tooltip="The result in words."),
+                io.Float.Output(
+                    "score",
+                    tooltip=(
+                        "Highest of the batch: L2 norm in latent units, from 0; NaN where nothing "
+                        "could be measured."
+                    ),
+                ),
+                io.Boolean.Output(
+                    "memorized",
+                    tooltip="Whether any image is above the threshold; false without calibration.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls,
+        record: object = None,
+        latent: object = None,
+        steps: int = 1,
+        save_score: bool = False,
+        calibration: object = None,
+    ) -> float:
+        """Run again for every prompt when its metadata is to be written."""
+        # A new object each time: ComfyUI finds `math.nan` identical to itself in its cache.
+        return float("nan") if save_score else 0.0
+
+    @classmethod
+    def execute(
+        cls,
+        record: WatchRecord,
+        latent: dict,
+        steps: int,
+        save_score: bool,
+        calibration: Calibration | None = None,
+    ) -> io.NodeOutput:
+        """Find the run, judge and draw it."""
+        run = record.find(latent_id(latent["samples"]))
+        if run is None or not run.traces.numel():
+            text = f"Not measurable in this run: {run.reason if run else STRANGER}."
+            image = to_image(draw_note(text))
+            return cls._output(latent, image, text, math.nan, False)
+        known = calibration is not None and record.model is not None
+        model = record.model() if known else None
+        verdict = judge(run, calibration, steps=steps, model=model)
+        if save_score:
+            cls._save(metadata(verdict))
+        text = report(verdict, calibration, run.extra_passes)
+        highest = max(image.score for image in verdict.images)
+        image = to_image(draw_step_chart(run, verdict))
+        return cls._output(latent, image, text, highest, verdict.hits > 0)
+
+    @classmethod
+    def _save(cls, result: dict) -> None:
+        """Put a result where nodes that save images find it, beside those of other reports."""
+        if cls.hidden.extra_pnginfo is None:
+            log.warning("The score is not saved: this prompt has no `extra_pnginfo` to put it in.")
+            return
+        cls.hidden.extra_pnginfo.setdefault("unmemorize", {})[cls.hidden.unique_id] = result
+
+    @classmethod
+    def _output(
+        cls, latent: dict, image: torch.Tensor, text: str, score: float, memorized: bool
+    ) -> io.NodeOutput:
+        preview = ui.PreviewImage(image, cls=cls)
+        return io.NodeOutput(latent, image, text, score, memorized, ui=preview)

@@ -1,0 +1,123 @@
+"""Figures of the ComfyUI nodes on the demo model: ``make bench NAME=comfyui``.
+
+Prints a table and writes bench.json. Overheads are of processor time within this one run, so that
+other programs on the machine do not count.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "nodes"))
+from comfyui import ComfyUI, make_base, missing, pack  # noqa: E402  in the folder added above
+from comfyui_trees import VERSIONS, tree  # noqa: E402
+
+PAIRS, STEPS, IMPORTS = 8, 20, 3
+IMPORT = """
+import asyncio, os, sys, time
+folder, tree, pack, base = sys.argv[1:]
+sys.path.insert(0, folder)
+from cpu_torch import tolerate_cpu_torch
+tolerate_cpu_torch()
+sys.path[0] = tree
+os.chdir(tree)
+sys.argv = ["main.py", "--cpu", "--base-directory", base]
+import comfy.options
+comfy.options.enable_args_parsing()
+import utils.install_util
+import nodes
+asyncio.run(nodes.init_builtin_extra_nodes())
+start = time.process_time()
+assert asyncio.run(nodes.load_custom_node(pack, module_parent="custom_nodes"))
+print(time.process_time() - start)
+"""
+
+
+def watched_and_plain(pairs: int, steps: int) -> dict:
+    """Sample in turns with and without the watch; return seconds of each run, and if images differ.
+
+    Runs inside ComfyUI. One image of 128 pixels on a small network: the watch costs the same on
+    large ones, where a step takes longer.
+    """
+    import nodes as comfyui_nodes
+
+    model, clip, _ = pack("nodes.demo_model").load_model()
+    watched, _ = pack("nodes.watching").watch(model)
+    times: dict[str, list[float]] = {"plain": [], "watched": []}
+    images = {}
+    with torch.inference_mode():
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a cat", "")
+        )
+        for turn in range(2 * pairs + 2):
+            name = ("plain", "watched")[turn % 2]
+            start = time.process_time()
+            images[name] = comfyui_nodes.common_ksampler(
+                watched if turn % 2 else model, turn // 2, steps, 7.5, "euler", "normal",
+                positive, negative, {"samples": torch.zeros(1, 4, 16, 16)},
+            )[0]["samples"]  # fmt: skip
+            if turn >= 2:  # the first pair loads the model
+                times[name].append(time.process_time() - start)
+            if turn % 2 and not torch.equal(images["plain"], images["watched"]):
+                return {**times, "identical": False}
+    return {**times, "identical": True}
+
+
+def import_seconds(version: str, base: Path) -> float:
+    """Return the processor time that ComfyUI takes to load the pack in a fresh process, median."""
+    folder, loaded = ROOT / "tests" / "nodes", make_base(base)
+    command = [sys.executable, "-c", IMPORT, folder, tree(version), loaded, base]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(IMPORTS)
+    ]
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
+
+
+def measure(version: str, base: Path) -> dict[str, float | bool]:
+    """Return the figures of one version."""
+    comfy = ComfyUI(version, base / "watch")
+    try:
+        found = comfy.call(watched_and_plain, PAIRS, STEPS)
+    finally:
+        comfy.close()
+    # The quickest runs: whatever else the machine does only adds.
+    plain, watched = (min(found[name]) for name in ("plain", "watched"))
+    return {
+        "comfyui.watch_overhead": watched / plain - 1,
+        "comfyui.bit_identical": found["identical"],
+        "comfyui.import_seconds": import_seconds(version, base / "import"),
+    }
+
+
+def main() -> None:
+    """Measure every version that is there, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=VERSIONS, help="one version of ComfyUI")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    arguments = parser.parse_args()
+    figures = {}
+    print("ComfyUI   watch overhead   bit-identical   import")
+    for version in [arguments.only] if arguments.only else VERSIONS:
+        if reason := missing(version):
+            sys.exit(reason)
+        with tempfile.TemporaryDirectory() as base:
+            figures[version] = row = measure(version, Path(base))
+        print(
+            f"{version:8} {100 * row['comfyui.watch_overhead']:14.2f} % "
+            f"{row['comfyui.bit_identical']!s:>14} {row['comfyui.import_seconds']:8.2f} s"
+        )
+    machine = {"machine": platform.platform(), "torch": torch.__version__}
+    arguments.output.write_text(json.dumps({"comfyui": figures, **machine}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

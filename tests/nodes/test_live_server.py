@@ -1,0 +1,89 @@
+"""One live server: what it serves of the pack, runs over HTTP, Cancel, two prompts at once."""
+
+import json
+import time
+import urllib.parse
+
+import psutil
+import pytest
+from comfyui import PACK_FOLDER, node
+from comfyui_server import messages
+from demo_side import caption
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+def graph(seed: int, steps: int = 2) -> dict:
+    return {
+        "1": node("UnmemorizeLoadDemoModel"),
+        "2": node("CLIPTextEncode", text=caption(), clip=["1", 1]),
+        "3": node("CLIPTextEncode", text="", clip=["1", 1]),
+        "4": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+        "watch": node("UnmemorizeWatch", model=["1", 0], measure_anyway=False),
+        "sampler": node(
+            "KSampler", model=["watch", 0], positive=["2", 0], negative=["3", 0],
+            latent_image=["4", 0], seed=seed, steps=steps, cfg=5.0, sampler_name="euler",
+            scheduler="normal", denoise=1.0,
+        ),
+        "report": node("UnmemorizeReport", record=["watch", 1], latent=["sampler", 0], steps=1,
+                       save_score=False),
+        "text": node("PreviewAny", source=["report", 2]),
+    }  # fmt: skip
+
+
+def text(entry: dict) -> str:
+    return entry["outputs"]["text"]["text"][0]
+
+
+def test_help_pages_translations_and_examples_are_served(server, root):
+    page = server.get(f"/extensions/{PACK_FOLDER}/docs/UnmemorizeWatch.md").decode()
+    assert page == (root / "web" / "docs" / "UnmemorizeWatch.md").read_text("utf-8")
+    german = json.loads(server.get("/i18n"))["de"]["nodeDefs"]
+    assert german["UnmemorizeWatch"]["display_name"] == "Memorieren beobachten"
+    assert "watch_and_report" in json.loads(server.get("/workflow_templates"))[PACK_FOLDER]
+
+
+def test_a_run_shows_its_chart_and_repeats_from_the_cache(server):
+    (first,) = server.run(graph(seed=1))
+    assert "execution_success" in messages(first)
+    (shown,) = first["outputs"]["report"]["images"]
+    assert server.get("/view?" + urllib.parse.urlencode(shown)).startswith(b"\x89PNG")
+    ran = []
+    (again,) = server.run(graph(seed=1), on_event=lambda kind, data: ran.append((kind, data)))
+    assert text(again) == text(first)
+    assert not [data for kind, data in ran if kind == "progress"]
+
+
+def test_two_prompts_at_once_each_report_their_own_run(server):
+    alone = [text(server.run(graph(seed=seed))[0]) for seed in (11, 12)]
+    assert alone[0] != alone[1]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert [text(entry) for entry in server.run(graph(seed=11), graph(seed=12))] == alone
+
+
+def test_cancel_stops_within_a_step_and_leaves_the_model_as_it_was(server):
+    before = text(server.run(graph(seed=21))[0])
+    times = {}
+
+    def cancel(kind: str, data: dict) -> None:
+        if kind == "progress" and data["value"] == 3:
+            server.post("/interrupt", {})
+            times["asked"] = time.monotonic()
+        elif kind == "progress" and "asked" in times:
+            times["steps after"] = times.get("steps after", 0) + 1
+
+    (entry,) = server.run(graph(seed=21, steps=400), on_event=cancel)
+    assert "execution_interrupted" in messages(entry)
+    assert times.get("steps after", 0) <= 2  # one that was under way, one already announced
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert text(server.run(graph(seed=21))[0]) == before
+
+
+def test_fifty_runs_do_not_grow(server):
+    process = psutil.Process(server.process.pid)
+    for seed in range(10):  # allocators and caches reach their size
+        server.run(graph(seed=100 + seed, steps=1))
+    before = process.memory_info().rss
+    for seed in range(50):
+        server.run(graph(seed=200 + seed, steps=1))
+    assert process.memory_info().rss - before < 30e6
