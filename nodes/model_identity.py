@@ -55,15 +55,9 @@ def _update(total: Any, value: Any) -> None:
 
 
 def settings(denoiser: ModelDenoiser, config: DetectionConfig) -> dict:
-    """Return what moves a score besides the weights, as `settings_of` and what ComfyUI adds.
-
-    The noise levels follow ModelSampling nodes, the negative is whatever is connected.
-    """
-    levels = denoiser.sigmas(config.schedule_steps)[: config.steps].tolist()
-    return settings_of(denoiser, config) | {
-        "sigmas": [float(f"{level:.5g}") for level in levels],
-        "negative": digest(denoiser.unconditional().embeddings)[:16],
-    }
+    """Return what moves a score besides the weights: the negative is whatever is connected."""
+    negative = digest(denoiser.unconditional().embeddings)[:16]
+    return settings_of(denoiser, config) | {"negative": negative}
 
 
 def digest(value: Any) -> str:

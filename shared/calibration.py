@@ -47,6 +47,7 @@ def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[
 
 def settings_of(denoiser: Denoiser, config: DetectionConfig) -> dict:
     """Return everything besides the weights that moves a score, as plain JSON values."""
+    levels = denoiser.sigmas(config.schedule_steps)[: config.steps].tolist()
     return {
         "parametrization": denoiser.parametrization,
         "latent_shape": list(denoiser.latent_shape),
@@ -54,6 +55,8 @@ def settings_of(denoiser: Denoiser, config: DetectionConfig) -> dict:
         "seeds": list(config.seeds),
         "steps": config.steps,
         "schedule_steps": config.schedule_steps,
+        # Schedulers of one model may begin at different levels.
+        "sigmas": [float(f"{level:.5g}") for level in levels],
         # The first step is measured before guidance acts.
         "cond_scale": config.cond_scale if config.steps > 1 else None,
     }

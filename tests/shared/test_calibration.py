@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from unmemorize.shared.calibration import (
     settings_of,
 )
 from unmemorize.shared.detection import Detection, DetectionConfig
+from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 
 SETTINGS = {"dtype": "float32", "seeds": [0, 1], "steps": 1}
 
@@ -232,6 +234,16 @@ def test_settings_are_everything_that_moves_a_score():
     assert settings_of(toy, DetectionConfig(cond_scale=5.0)) == settings_of(toy, DetectionConfig())
     toy.dtype = torch.float16
     assert settings_of(toy, DetectionConfig(steps=2)) != base
+
+
+def test_another_first_noise_level_is_another_setting():
+    pipelines = [tiny.stable_diffusion(beta_end=end) for end in (0.012, 0.012, 0.014)]
+    first, same, other = (
+        settings_of(PipelineDenoiser(pipeline), DetectionConfig()) for pipeline in pipelines
+    )
+    assert first == same
+    assert {key for key in first if first[key] != other[key]} == {"sigmas"}
+    assert len(first["sigmas"]) == 1
 
 
 @settings(max_examples=30, deadline=None)
