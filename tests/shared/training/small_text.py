@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from unmemorize.shared.training.concept import Concept
+from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.shared.training.text_states import TextStates
 
 WIDTH, COMMON, POSITIONS = 64, 16, 20
@@ -21,6 +22,10 @@ CAPTIONS = [
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def subspace_of(width: int = 24, rank: int = 5, seed: int = 7) -> ConceptSubspace:
+    return ConceptSubspace(basis=torch.linalg.qr(seeded(width, rank, seed=seed)).Q)
 
 
 AXES = torch.linalg.qr(seeded(WIDTH, WIDTH)).Q.T
