@@ -179,19 +179,10 @@ def detect(
     if as_json:
         print_json({"schema_version": 1, "results": rows})
     else:
-        columns = ["score", "per element", "p", "memorized", "prompt"]
-        print_table("Text-conditional magnitude (L2, latent units), highest first", columns, [
-            [f"{r['score']:.4g}", f"{r['score_per_element']:.4g}", _cell(r["p_value"]),
-             _cell(r["memorized"]), r["prompt"][:300]]
-            for r in sorted(rows, key=lambda r: -r["score"])
-        ])  # fmt: skip
+        from .audit.answers import scores_table
+
+        print_table(*scores_table(rows))
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else f"{value:.3g}"
 
 
 @app.command()
@@ -225,14 +216,10 @@ def explain(
     if as_json:
         print_json({"schema_version": 1, "results": rows})
         return
+    from .audit.answers import words_table
+
     for row in rows:
-        pairs = sorted(zip(row["words"], row["significance"], strict=True), key=lambda p: -p[1])
-        after = {o["word"]: o for o in row["occlusions"]}
-        print_table(row["prompt"][:300], ["word", "significance", "score without it"], [
-            [word, f"{value:.4g}", f"{after[word]['score_after']:.4g} (of "
-             f"{after[word]['score_before']:.4g})" if word in after else ""]
-            for word, value in pairs
-        ])  # fmt: skip
+        print_table(*words_table(row))
 
 
 @app.command(epilog=EXIT_CODES)

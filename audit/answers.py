@@ -1,5 +1,6 @@
-"""What the command prints about a finished audit."""
+"""What the commands print: tables, verdicts, one JSON document."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,10 @@ from .result import AuditResult, finite
 from .wording import counted
 
 SHOWN = 20
+LONGEST = 300
+"""Characters of a prompt."""
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, columns and rows."""
 
 
 def audit_document(result: AuditResult) -> dict[str, Any]:
@@ -21,8 +26,8 @@ def audit_document(result: AuditResult) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def audit_table(result: AuditResult) -> tuple[str, list[str], list[list[str]]]:
-    """Return title, columns and rows of the highest flagged prompts."""
+def audit_table(result: AuditResult) -> Table:
+    """Return the highest flagged prompts."""
     rows = []
     for entry in result.flagged[:SHOWN]:
         known = entry.explanation
@@ -63,3 +68,30 @@ def audit_verdict(result: AuditResult) -> str:
     lines += [f"Caveat: {caveat}" for caveat in summary["caveats"]]
     lines.append(f"Report: {result.folder / 'report.html'}")
     return "\n".join(map(visible, lines))
+
+
+def scores_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what `detect` found, highest score first."""
+    columns = ["score", "per element", "p", "memorized", "prompt"]
+    return "Text-conditional magnitude (L2, latent units), highest first", columns, [
+        [f"{r['score']:.4g}", f"{r['score_per_element']:.4g}", _cell(r["p_value"]),
+         _cell(r["memorized"]), r["prompt"][:LONGEST]]
+        for r in sorted(rows, key=lambda r: -r["score"])
+    ]  # fmt: skip
+
+
+def words_table(row: Mapping[str, Any]) -> Table:
+    """Return what `explain` found about one prompt, most significant word first."""
+    pairs = sorted(zip(row["words"], row["significance"], strict=True), key=lambda p: -p[1])
+    left_out = {occlusion["word"]: occlusion for occlusion in row["occlusions"]}
+    return row["prompt"][:LONGEST], ["word", "significance", "score without it"], [
+        [word, f"{value:.4g}", f"{left_out[word]['score_after']:.4g} (of "
+         f"{left_out[word]['score_before']:.4g})" if word in left_out else ""]
+        for word, value in pairs
+    ]  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:.3g}"
