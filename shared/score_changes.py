@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH, LINE, LETTERS, TITLE, PAD = 640, 34, 20, 26, 10
-OFF, ON, CHANGE = 420, 510, 620
+OFF, ON, CHANGE = 430, 520, 620
 """Right ends of the columns of numbers, pixels."""
+TEXT = 350
+"""Right end of the captions and of the bars behind them, pixels."""
 LISTED = 12
 """At most so many captions are drawn, greatest increase first."""
 
@@ -110,10 +112,10 @@ def draw_score_changes(scores: LoraScores, *, theme: Theme = "dark") -> "Image":
     _write_row(draw, base, "caption", ("off", "on", "change"), colors["muted"])
     for change in shown:
         base += LINE
-        length = (WIDTH - 2 * PAD) * max(0.0, change.increase) / greatest
+        length = (TEXT - PAD) * max(0.0, change.increase) / greatest
         bar = [PAD, base - 24, PAD + length, base + 8]
         draw.rounded_rectangle(bar, 4, fill=colors["strong"])
-        numbers = (f"{change.off:.3g}", f"{change.on:.3g}", f"{change.increase:+.3g}")
+        numbers = (f"{change.off:.2f}", f"{change.on:.2f}", f"{change.increase:+.2f}")
         _write_row(draw, base, visible(change.prompt), numbers, colors["ink"])
     for note in notes:
         base += LINE
@@ -123,7 +125,7 @@ def draw_score_changes(scores: LoraScores, *, theme: Theme = "dark") -> "Image":
 
 def _write_row(draw: Any, base: int, text: str, numbers: tuple[str, str, str], fill: str) -> None:
     """Write the cells of one line."""
-    room = OFF - 70 - LETTERS
-    write(draw, (LETTERS, base), fitting(text, LETTERS, room), size=LETTERS, fill=fill)
+    fitted = fitting(text, LETTERS, TEXT - LETTERS - PAD)
+    write(draw, (LETTERS, base), fitted, size=LETTERS, fill=fill)
     for right, number in zip((OFF, ON, CHANGE), numbers, strict=True):
         write(draw, (right, base), number, size=LETTERS, fill=fill, anchor="right")
