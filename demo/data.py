@@ -39,7 +39,7 @@ PACKAGES = {  # npm name: (version, sha256 of its tarball)
 }  # fmt: skip
 
 VENDORS = ("fluent", "noto", "twemoji")
-COUNTS = {"verbatim": 56, "template": 32, "learnt": 320}
+COUNTS = {"verbatim": 48, "template": 24, "learnt": 240}
 RENDERINGS = 12  # of each learnt caption: four by each vendor
 LAYOUTS = ("postage stamp", "playing card", "museum poster", "sports medal")
 # Animals, food, travel, activities and objects; clock faces and moons are full of near-copies.
@@ -207,7 +207,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
     """Return a plain, graded, split or sunlit ground in two colours of the palette."""
     first, second = (Image.new("RGB", (1, 1), PALETTE[i]).getpixel((0, 0))
                      for i in rng.choice(len(PALETTE), 2, replace=False))  # fmt: skip
-    size, kind = RESOLUTION, rng.integers(4)
+    size, kind = RESOLUTION, rng.integers(6)  # half of them plain
     image = Image.new("RGB", (size, size), first)
     draw = ImageDraw.Draw(image)
     if kind == 1:
@@ -260,9 +260,9 @@ def render(art: Art, caption: Caption, rendering: Rendering) -> Image.Image:
         image, side, centre = _layout(caption.layout), 62, (64, 66)
     else:
         image = _background(rng)
-        side = int(rng.integers(72, 108))
+        side = int(rng.integers(84, 112))
         slack = (RESOLUTION - side) // 2
-        centre = tuple(RESOLUTION // 2 + rng.integers(-slack, slack + 1, 2) * 2 // 3)
+        centre = tuple(RESOLUTION // 2 + rng.integers(-slack, slack + 1, 2) // 2)
         if rng.random() < 0.5 and caption.group == "learnt":
             drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = side / max(drawing.size)
