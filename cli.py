@@ -1,4 +1,4 @@
-"""The command line: audit, detect, explain, mitigate, calibrate, demo, doctor.
+"""The command line: audit, detect, explain, mitigate, calibrate, concept, demo, doctor.
 
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from . import cli_concept
 from .options import (
     Batch,
     CalibrationFile,
@@ -52,6 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+app.add_typer(cli_concept.app, name="concept")
 
 
 def _detection(seeds: int, steps: int, batch_size: int | None) -> "DetectionConfig":

@@ -70,6 +70,10 @@ class DiscreteSchedule:
         """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
         return 1 - timestep / (len(self.table) - 1)
 
+    def signal(self) -> Tensor:
+        """Return sqrt(abar) of every training timestep, [timestep] float64: what an image keeps."""
+        return (1 + self.table**2).rsqrt()
+
     def latent_scale(self, sigma: float) -> float:
         """Return sqrt(1 + sigma^2): the pipeline keeps latents at unit variance."""
         return (1 + sigma**2) ** 0.5

@@ -1,6 +1,5 @@
 """A concept in words: its names in many sentences, each with a twin that does not mean it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -74,12 +73,27 @@ class Concept:
 
     def is_named_in(self, caption: str) -> bool:
         """Return whether a caption holds one of the names as words of its own."""
-        words = _bare_words(caption)
-        for name in map(_bare_words, self.names):
-            starts = range(len(words) - len(name) + 1)
-            if name and any(words[start : start + len(name)] == name for start in starts):
-                return True
-        return False
+        return self._named_words(caption) is not None
+
+    def pair_of(self, prompt: str) -> PromptPair | None:
+        """Return a prompt with the twin that says the neutral word instead; None without a name."""
+        named = self._named_words(prompt)
+        if named is None:
+            return None
+        words, neutral = split_words(prompt), split_words(self.neutral)
+        twin = " ".join([*words[: named.start], *neutral, *words[named.stop :]])
+        other = range(named.start, named.start + len(neutral))
+        return PromptPair(prompt=prompt, twin=twin, subject=named, twin_subject=other)
+
+    def _named_words(self, text: str) -> range | None:
+        """Return where the first name stands, the longest of those that start there."""
+        words = [_bare(word) for word in split_words(text)]
+        names = [tuple(map(_bare, split_words(name))) for name in self.names]
+        for start in range(len(words)):
+            for name in sorted(names, key=len, reverse=True):
+                if any(name) and tuple(words[start : start + len(name)]) == name:
+                    return range(start, start + len(name))
+        return None
 
 
 def _pair(template: str, name: str, neutral: str) -> PromptPair:
@@ -93,7 +107,6 @@ def _pair(template: str, name: str, neutral: str) -> PromptPair:
     )
 
 
-def _bare_words(text: str) -> Sequence[str]:
-    """Return the words in lower case without the punctuation around them."""
-    stripped = (word.strip(".,;:!?()[]\"'").lower() for word in split_words(text))
-    return [word for word in stripped if word]
+def _bare(word: str) -> str:
+    """Return a word in lower case without the punctuation around it."""
+    return word.strip(".,;:!?()[]\"'").lower()

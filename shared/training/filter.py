@@ -12,6 +12,7 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..metrics import per_element, text_noise_norm
+from .recall import Recall
 from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
 
@@ -37,6 +38,7 @@ class MemorizationFilter:
         unit: Unit = "rms",
         log: SampleLog | None = None,
         gather: Gather = alone,
+        recall: Recall | None = None,
     ):
         """Set up the filter.
 
@@ -48,20 +50,31 @@ class MemorizationFilter:
                 resolution, or "l2", the paper's norm, which grows with it.
             log: Where each decision is written, one file per process.
             gather: Needed with several processes, whose batches must be of one size.
+            recall: Leaves out the extra pass on most visits; None measures always. Each process
+                remembers the samples that it saw.
         """
         for name, value, known in (("action", action, Action), ("unit", unit, Unit)):
             if value not in get_args(known):
                 raise ValueError(f"`{name}` must be one of {get_args(known)}, got {value!r}.")
         self.threshold, self.action, self.unit = threshold, action, unit
-        self.log, self.gather = log, gather
+        self.log, self.gather, self.recall = log, gather, recall
         self.calls = self.seen = self.flagged = 0
         """Calls of `weigh`, and over all processes the samples seen and at or above threshold."""
+        self.latest = 0.0
+        """Mean score of the last call, over all processes."""
+
+    def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
+        """Return which samples of a step need the extra pass, [sample] of booleans."""
+        if self.recall is None:
+            return torch.ones(len(samples), dtype=torch.bool)
+        places = timesteps.cpu().double()
+        return self.recall.due(samples, places, self.threshold.at(places))
 
     @torch.no_grad()
     def weigh(
         self,
         cond: Float[Tensor, " sample *latent"],
-        uncond: Float[Tensor, " sample *latent"],
+        uncond: Float[Tensor, " due *latent"],
         *,
         timesteps: Tensor,
         samples: Sequence[Sample],
@@ -75,7 +88,7 @@ class MemorizationFilter:
 
         Args:
             cond: The network's output in training, noise or velocity.
-            uncond: On the empty prompt, otherwise the same input.
+            uncond: On the empty prompt, otherwise the same input; only of those that are `due`.
             timesteps: [sample], integer or not, in the units of the threshold's bins.
             samples: Which they are.
             scale: Factor per sample from output to noise; None is 1. For v-prediction it is
@@ -83,10 +96,16 @@ class MemorizationFilter:
         """
         if len(samples) != len(cond):
             raise ValueError(f"`samples` must name all {len(cond)}, got {len(samples)}.")
+        due = self.due(samples, timesteps)
+        if len(uncond) != due.sum():
+            raise ValueError(f"`uncond` must hold the {int(due.sum())} due, got {len(uncond)}.")
         # The CPU decides: the same numbers on every device, and no half precision.
-        scores = text_noise_norm(cond.detach(), uncond).cpu().double()
+        measured = cond.detach() if due.all() else cond.detach()[due.to(cond.device)]
+        scores = text_noise_norm(measured, uncond).cpu().double()
         scores = per_element(scores, cond.shape[1:]) if self.unit == "rms" else scores
-        scores = scores if scale is None else scores * scale.cpu().double()
+        scores = scores if scale is None else scores * scale.cpu().double()[due]
+        if self.recall is not None:
+            scores = self.recall.complete(samples, timesteps.cpu().double(), due, scores)
         own = torch.stack([timesteps.cpu().double(), scores], dim=1)
         everyone = self.gather(own)
         limits = self.threshold.at(own[:, 0])
@@ -97,6 +116,7 @@ class MemorizationFilter:
         self.seen += len(everyone)
         self.flagged += int((everyone[:, 1] >= limits_of_all).sum())
         self.calls += 1
+        self.latest = float(everyone[:, 1].mean())
         self.threshold.learn(everyone[:, 0], everyone[:, 1])
         weights = remaining * len(everyone) / total if total else remaining
         return weights.to(cond.device, torch.promote_types(cond.dtype, torch.float32))
@@ -124,12 +144,15 @@ class MemorizationFilter:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data."""
         counts = {"calls": self.calls, "seen": self.seen, "flagged": self.flagged}
-        return counts | {"threshold": self.threshold.state_dict()}
+        recalled = {} if self.recall is None else {"recall": self.recall.state_dict()}
+        return counts | {"threshold": self.threshold.state_dict()} | recalled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; records of steps done again replace the old ones."""
         self.calls, self.seen, self.flagged = state["calls"], state["seen"], state["flagged"]
         self.threshold.load_state_dict(state["threshold"])
+        if self.recall is not None and "recall" in state:
+            self.recall.load_state_dict(state["recall"])
 
 
 def gate_gradient(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..lora_files import FACTORS, check_pairs
 from ..weights import ModelError, check_finite, name_some, read_header
 
-TEXT_FED = r"attn2[._](processor\.)?to_[kv]$"
-"""Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL."""
+TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"
+"""Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL, and the
+entry layer of SD3 and Flux, which trainers leave alone unless it is asked for."""
 TEXT_ENCODER = r"(^|\.)(lora_te\d?_|text_encoder(_\d)?\.|text_model\.)"
 """Parameters of a text encoder, in the names of trainers."""
 DOWN = re.compile(r"\.(?:lora_down|lora_A|lora\.down)(?:\.[^.]+)?\.weight$")

@@ -6,18 +6,20 @@ do it: A starts at random values, and Adam's scaling of single entries leaves th
 So A is projected at the start, its gradient before clipping, and A again after every step.
 
 What it does not give: text outside span(V) still reaches the LoRA, and layers that read no text
-can still learn the look. What the base model knows stays.
+can still learn the look, unless they have subspaces of their own. What the base model knows stays.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .layer_subspaces import LayerSubspaces
 from .lora_factors import saved_factors
-from .subspace import ConceptSubspace, remove
+from .stacked import Stacked
+from .subspace import ConceptSubspace
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -28,16 +30,12 @@ TOLERANCES = {
 """Largest |A V| / |A| by the factors' dtype: what rounding leaves."""
 
 
-BLOCK = 2**22
-"""Most elements of one product: its copies in float64 take 100 MB."""
-
-
 class ProjectionFailed(RuntimeError):
     """The factors do not stand outside the subspace, or no step was projected."""
 
 
 class Projection:
-    """Projects the down factors of text-fed layers, all of one width in one product.
+    """Projects the down factors of LoRA layers, those that read alike in one product.
 
     Use `attached` where an optimizer of torch does the steps; else call `project_weights` at the
     start and `after_step` after each step. In both cases call `project_gradients` before the
@@ -45,44 +43,44 @@ class Projection:
     optimizer's switch to evaluation.
     """
 
-    def __init__(self, factors: Mapping[str, Tensor], subspaces: Iterable[ConceptSubspace]):
+    def __init__(
+        self,
+        factors: Mapping[str, Tensor],
+        subspaces: Iterable[ConceptSubspace],
+        *,
+        layers: LayerSubspaces | None = None,
+    ):
         """Take the factors as they are; nothing is projected yet.
 
         Args:
             factors: By module, [rank width] or [rank width *kernel], as `text_factors` gives them.
             subspaces: One per input width.
+            layers: Subspaces of single layers, in place of those of their width.
 
         Raises:
-            ValueError: Widths do not match, or a dtype is not a floating one.
+            ValueError: Widths or names do not match, or a dtype is not a floating one.
         """
-        subspaces = list(subspaces)
-        by_width = {subspace.width: subspace for subspace in subspaces}
-        if len(by_width) < len(subspaces):
-            raise ValueError("`subspaces` must have different widths; join concepts in one.")
         for name, factor in factors.items():
-            if factor.shape[1] not in by_width:
-                raise ValueError(
-                    f"{name} reads states of width {factor.shape[1]}; there are subspaces for "
-                    f"{sorted(by_width)}. Were they built with another model?"
-                )
             if factor.dtype not in TOLERANCES:
                 raise ValueError(f"{name} is trained in {factor.dtype}, which is not supported.")
         self.factors = dict(factors)
-        self._subspaces = by_width
-        self._bases: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        # Scripts that train in half precision widen the factors before they save them.
+        self._dtypes = _dtypes(factors)
+        self._bases = _bases(self.factors, subspaces, layers)
+        self._stacked = Stacked(self._bases)
         self.steps = 0
         """Optimizer steps after which the weights were projected."""
 
     @torch.no_grad()
     def project_weights(self) -> None:
         """Replace every factor A by A (I - V V^T)."""
-        self._project(list(self.factors.values()))
+        self._stacked.project(self.factors)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Project the gradients: after unscaling, before clipping. Twice does no harm."""
-        factors = self.factors.values()
-        self._project([factor.grad for factor in factors if factor.grad is not None])
+        named = self.factors.items()
+        self._stacked.project({name: f.grad for name, f in named if f.grad is not None})
 
     def after_step(self, *_: object) -> None:
         """Project the weights and count the step; an optimizer's post hook, or called by hand."""
@@ -109,7 +107,7 @@ class Projection:
 
     def residuals(self) -> dict[str, float]:
         """Return |A V| / |A| of every factor (Frobenius norms, 0 to 1)."""
-        return residuals(self.factors, self._subspaces.values())
+        return _residuals(self.factors, self._bases)
 
     def check(self) -> float:
         """Return the largest residual at the end of a training.
@@ -119,79 +117,102 @@ class Projection:
         """
         if not self.steps:
             raise ProjectionFailed("No optimizer step was projected: the hooks never ran.")
-        return check(self.factors, self._subspaces.values())
+        return _check(self.factors, self._bases, self._dtypes)
 
     def _before_step(self, *_: object) -> None:
         self.project_gradients()
 
-    def _project(self, tensors: Sequence[Tensor]) -> None:
-        """Project tensors along axis 1 in place, stacked by width, device and dtype."""
-        stacks: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            if self._subspaces[tensor.shape[1]].rank:  # nothing to remove changes no bit
-                key = (tensor.shape[1], tensor.device, tensor.dtype)
-                stacks.setdefault(key, []).append(tensor.movedim(1, -1))
-        for key, views in stacks.items():
-            rows = torch.cat([view.reshape(-1, key[0]) for view in views])
-            basis = self._basis(key)
-            blocks = rows.split(max(1, BLOCK // key[0]))
-            clear = [remove(block.to(basis.dtype), basis).to(rows.dtype) for block in blocks]
-            parts = torch.cat(clear).split([view.numel() // key[0] for view in views])
-            shaped = [part.view(view.shape) for part, view in zip(parts, views, strict=True)]
-            torch._foreach_copy_(views, shaped)
-
-    def _basis(self, key: tuple[int, torch.device, torch.dtype]) -> Tensor:
-        """Return V on a device, in the dtype to compute in."""
-        width, device, _ = key
-        if key not in self._bases:
-            # Trainers switch on TF32 and autocast, which would leave 1e-3; float64 is exempt from
-            # both. Apple's GPUs have neither.
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            self._bases[key] = self._subspaces[width].basis.to(device, wide)
-        return self._bases[key]
-
 
 def residuals(
-    factors: Mapping[str, Tensor], subspaces: Iterable[ConceptSubspace]
+    factors: Mapping[str, Tensor],
+    subspaces: Iterable[ConceptSubspace],
+    layers: LayerSubspaces | None = None,
 ) -> dict[str, float]:
     """Return |A V| / |A| of down factors, computed in float64 (Frobenius norms, 0 to 1).
 
     Raises:
-        ValueError: There is no subspace of a factor's width.
+        ValueError: There is no subspace for a factor.
     """
-    bases = {subspace.width: subspace.basis for subspace in subspaces}
-    found = {}
-    for name, factor in factors.items():
-        if factor.shape[1] not in bases:
-            raise ValueError(f"{name} reads states of width {factor.shape[1]}, not {list(bases)}.")
-        rows = factor.detach().double().cpu().movedim(1, -1)
-        length = rows.norm()
-        found[name] = float((rows @ bases[rows.shape[-1]]).norm() / length) if length else 0.0
-    return found
+    return _residuals(factors, _bases(factors, subspaces, layers))
 
 
-def check(factors: Mapping[str, Tensor], subspaces: Iterable[ConceptSubspace]) -> float:
+def check(
+    factors: Mapping[str, Tensor],
+    subspaces: Iterable[ConceptSubspace],
+    layers: LayerSubspaces | None = None,
+) -> float:
     """Return the largest |A V| / |A| of down factors.
 
     Raises:
         ProjectionFailed: It is larger than what rounding to the factors' dtype leaves.
     """
-    found = residuals(factors, subspaces)
-    faults = [name for name in found if not found[name] <= TOLERANCES[factors[name].dtype]]
-    worst = max(found.values())
-    if faults:
-        raise ProjectionFailed(
-            f"{len(faults)} of {len(found)} text-fed factors reach into the prohibited subspace, "
-            f"up to |A V| / |A| = {worst:.1e}; first {sorted(faults)[0]}."
-        )
-    return worst
+    return _check(factors, _bases(factors, subspaces, layers), _dtypes(factors))
 
 
-def check_file(path: Path, subspaces: Iterable[ConceptSubspace]) -> float:
+def check_file(
+    path: Path, subspaces: Iterable[ConceptSubspace], layers: LayerSubspaces | None = None
+) -> float:
     """Return the largest |A V| / |A| in a saved LoRA of kohya, PEFT or diffusers.
 
     Raises:
         ModelError: The file is no whole LoRA, changes a text encoder, or reads no text.
+        ValueError: It lacks one of the layers.
         ProjectionFailed: A factor reaches into the subspace.
     """
-    return check(saved_factors(path), subspaces)
+    text = saved_factors(path) if layers is None or subspaces else {}
+    every = saved_factors(path, text_fed="") if layers is not None else {}
+    own = layers.of(every) if layers is not None else {}
+    return check(text | {name: every[name] for name in own}, subspaces, layers)
+
+
+def _bases(
+    factors: Mapping[str, Tensor],
+    subspaces: Iterable[ConceptSubspace],
+    layers: LayerSubspaces | None,
+) -> dict[str, Tensor]:
+    """Return the basis of each factor: its layer's own, else that of its width."""
+    subspaces = list(subspaces)
+    by_width = {subspace.width: subspace.basis for subspace in subspaces}
+    if len(by_width) < len(subspaces):
+        raise ValueError("`subspaces` must have different widths; join concepts in one.")
+    bases = layers.of(factors) if layers is not None else {}
+    for name, factor in factors.items():
+        width = factor.shape[1]
+        if name not in bases and width not in by_width:
+            raise ValueError(
+                f"{name} reads states of width {width}; there are subspaces for "
+                f"{sorted(by_width)}. Were they built with another model?"
+            )
+        basis = bases.setdefault(name, by_width.get(width))
+        if len(basis) != width:
+            raise ValueError(
+                f"{name} reads inputs of width {width}, its subspace is for {len(basis)}."
+            )
+    return bases
+
+
+def _residuals(factors: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, float]:
+    found = {}
+    for name, factor in factors.items():
+        rows = factor.detach().double().cpu().movedim(1, -1)
+        length = rows.norm()
+        found[name] = float((rows @ bases[name]).norm() / length) if length else 0.0
+    return found
+
+
+def _dtypes(factors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    return {name: factor.dtype for name, factor in factors.items()}
+
+
+def _check(
+    factors: Mapping[str, Tensor], bases: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> float:
+    found = _residuals(factors, bases)
+    faults = [name for name in found if not found[name] <= TOLERANCES[dtypes[name]]]
+    worst = max(found.values())
+    if faults:
+        raise ProjectionFailed(
+            f"{len(faults)} of {len(found)} projected factors reach into the prohibited subspace, "
+            f"up to |A V| / |A| = {worst:.1e}; first {sorted(faults)[0]}."
+        )
+    return worst

@@ -82,7 +82,7 @@ class ConceptSubspace:
             basis = file.get_tensor(KEY)
         check_finite({KEY: basis}, str(path))
         try:
-            subspace = cls(basis=basis, provenance=json.loads(header))
+            subspace = cls(basis=basis, provenance=provenance_in(header))
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
         if width not in (None, subspace.width):
@@ -93,8 +93,23 @@ class ConceptSubspace:
         return subspace
 
 
+def provenance_in(header: str) -> dict[str, Any]:
+    """Return the provenance that a file's header holds.
+
+    Raises:
+        ValueError: It is not JSON, or not an object.
+    """
+    provenance = json.loads(header)
+    if not isinstance(provenance, dict):
+        raise ValueError(f"its provenance is {header[:20]!r}, not an object.")
+    return provenance
+
+
 def remove(
-    x: Float[Tensor, " *batch width"], basis: Float[Tensor, "width rank"]
+    x: Float[Tensor, " *batch width"], basis: Float[Tensor, " *stack width rank"]
 ) -> Float[Tensor, " *batch width"]:
-    """Return x (I - V V^T), what is left of `x` outside the span of `basis`."""
+    """Return x (I - V V^T), what is left of `x` outside the span of `basis`.
+
+    Several bases, [stack width rank], are for as many slices of x, [stack row width].
+    """
     return x - (x @ basis) @ basis.mT

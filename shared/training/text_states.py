@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,6 +53,15 @@ def text_path_of(denoiser: Denoiser, encoders: tuple[int, ...] = ()) -> TextPath
         return TextStates(states=cond.embeddings.detach(), words=words, encoders=encoders)
 
     return encode
+
+
+def encoders_of(pipeline: Any) -> tuple[int, ...]:
+    """Return the widths of the encoders that a diffusers pipeline joins, empty unless it does."""
+    parts = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    # SD3 and Flux have several encoders too, but put T5's states elsewhere than beside CLIP's.
+    if not hasattr(pipeline, "unet") or None in parts:
+        return ()
+    return tuple(part.config.hidden_size for part in parts)
 
 
 def in_batches(text_path: TextPath, prompts: Sequence[str]) -> Iterable[TextStates]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_text import AXES, CAPTIONS, COMMON, FIRST, QUIX, WIDTH, ZORBO, seeded, text_path
 from toy import ToyDenoiser
-from unmemorize.shared.training.concept import Concept, load_templates
+from unmemorize.shared.training.concept import Concept, PromptPair, load_templates
 from unmemorize.shared.training.fitting import ConceptNotSeparable, fit_subspace
 from unmemorize.shared.training.subspace import ConceptSubspace, remove
 from unmemorize.shared.training.text_states import TextStates, differences, text_path_of
@@ -18,39 +18,40 @@ def projector(basis: torch.Tensor) -> torch.Tensor:
     return basis @ basis.T
 
 
-def slow_basis(concept: Concept, captions: list[str]) -> torch.Tensor:
-    """Methods 4.3, one token after another, with full decompositions of the stacked rows."""
+def slow_basis(concept: Concept, captions: list[str], price: float = 2.0) -> torch.Tensor:
+    """The definition, one token after another: where the concept is worth its price."""
     pairs = concept.pairs(held_out=False)
-    retained = []
+    gram, totals = torch.zeros(2, WIDTH, WIDTH, dtype=torch.float64), [0.0, 0.0]
     for prompt in [*captions, *dict.fromkeys(pair.twin for pair in pairs)]:
         encoded = text_path([prompt])
         words = len(prompt.split())
         padding = len(encoded.states[0]) - words - 2
         for place, state in enumerate(encoded.states[0]):
-            unit = state / state.norm()
-            retained.append(unit / math.sqrt(padding) if place > words + 1 else unit)
-    _, values, directions = torch.linalg.svd(torch.stack(retained), full_matrices=False)
-    kept, energy = [], 0.0
-    for value, direction in zip(values, directions, strict=True):
-        kept.append(direction)
-        energy += float(value) ** 2
-        if energy >= 0.95 * float((values**2).sum()):
-            break
-    rows = []
+            group, weight = int(place > 0), 1 / padding if place > words + 1 else 1.0
+            gram[group] += weight * torch.outer(state, state) / state.norm() ** 2
+            totals[group] += weight
+    change, total = torch.zeros(WIDTH, WIDTH, dtype=torch.float64), 0.0
     for pair in pairs:
         ours, twin = text_path([pair.prompt]).states[0], text_path([pair.twin]).states[0]
         mean = sum(twin[1 + word] for word in pair.twin_subject) / len(pair.twin_subject)
-        rows += [ours[1 + word] - mean for word in pair.subject]
+        rows = [ours[1 + word] - mean for word in pair.subject]
         end, twin_end = 1 + len(pair.prompt.split()), 1 + len(pair.twin.split())
         rows.append(ours[end] - twin[twin_end])
         padding = range(max(end, twin_end) + 1, len(ours))
         rows += [(ours[p] - twin[p]) / math.sqrt(len(padding)) for p in padding]
-    for index in range(len(rows)):
-        for direction in kept:
-            rows[index] = rows[index] - (rows[index] @ direction) * direction
-    _, values, directions = torch.linalg.svd(torch.stack(rows), full_matrices=False)
-    shares = [float((values[: k + 1] ** 2).sum() / (values**2).sum()) for k in range(len(values))]
-    return directions[: min(16, next(k for k, s in enumerate(shares) if s >= 0.95) + 1)].T
+        for row in rows:
+            change += torch.outer(row, row)
+            total += float(row @ row)
+    values, vectors = torch.linalg.eigh(
+        change / total - price * (gram[0] / totals[0] + gram[1] / totals[1])
+    )
+    chosen, reached = [], 0.0
+    for place in range(WIDTH - 1, -1, -1):
+        if values[place] <= 0 or reached >= 0.95 or len(chosen) == 16:
+            break
+        chosen.append(vectors[:, place])
+        reached += float(chosen[-1] @ (change / total) @ chosen[-1])
+    return torch.stack(chosen, dim=1)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +75,15 @@ def test_planted_directions_are_inside_and_what_every_prompt_needs_is_not():
     assert subspace.provenance["collateral"] <= 0.05
 
 
-def test_without_what_is_retained_other_text_would_be_lost():
-    def collateral(energy: float) -> float:
-        concept = Concept(names=("house", "tree"), neutral="thing")
-        subspace = fit_subspace(
-            text_path, [concept], CAPTIONS, retained_energy=energy, energy=1.0, force=True
-        )
-        return subspace.provenance["collateral"]
+def test_without_a_price_other_text_would_be_lost():
+    concept = Concept(names=("house", "tree"), neutral="thing")
 
-    assert collateral(0.95) < 0.5 * collateral(0.0)
+    def taken(price: float) -> float:
+        made = fit_subspace(text_path, [concept], CAPTIONS, price=price, energy=1.0, force=True)
+        return made.provenance["collateral"]
+
+    assert taken(0.0) > taken(2.0) > taken(8.0)
+    assert taken(8.0) < 0.3 * taken(0.0)
 
 
 def test_joined_concepts_hold_each_and_nothing_twice():
@@ -117,6 +118,25 @@ def test_captions_that_name_the_concept_are_not_retained():
     assert not ZORBO.is_named_in("a zorbos thing")
 
 
+def test_a_prompt_that_names_the_concept_has_a_twin():
+    concept = Concept(names=("zorb", "Big Zorb"), neutral="a thing")
+    pair = concept.pair_of("one (big zorb), at night")
+    assert pair == PromptPair(
+        prompt="one (big zorb), at night", twin="one a thing at night",
+        subject=range(1, 3), twin_subject=range(1, 3),
+    )  # fmt: skip
+    assert concept.pair_of("zorb").twin == "a thing"
+    assert concept.pair_of("a big zorbos thing") is None
+
+
+def test_a_name_that_is_read_as_its_neutral_word_is_an_error():
+    def deaf(prompts):
+        return text_path([prompt.replace("quix", "thing") for prompt in prompts])
+
+    with pytest.raises(ConceptNotSeparable, match="reads 'quix' exactly as 'thing'"):
+        fit_subspace(deaf, [QUIX], CAPTIONS, force=True)
+
+
 def test_cap_bounds_the_rank_and_a_missed_concept_is_refused():
     assert fit_subspace(text_path, [ZORBO], CAPTIONS, cap=1, force=True).rank == 1
     with pytest.raises(ConceptNotSeparable, match="of 'zorbo' lies outside"):
@@ -125,10 +145,11 @@ def test_cap_bounds_the_rank_and_a_missed_concept_is_refused():
 
 def test_common_words_are_refused_unless_forced():
     concept = Concept(names=("house", "tree"), neutral="thing")
-    with pytest.raises(ConceptNotSeparable, match="or force it"):
+    with pytest.raises(ConceptNotSeparable, match="No subspace of this text encoder, of any rank"):
         fit_subspace(text_path, [concept], CAPTIONS)
     forced = fit_subspace(text_path, [concept], CAPTIONS, force=True)
     assert not forced.provenance["accepted"]
+    assert forced.provenance["not_separable"] == ["house"]
 
 
 def test_padding_counts_as_one_row():

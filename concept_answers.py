@@ -1,0 +1,84 @@
+"""What `unmemorize concept` prints: tables, one JSON document."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .shared.training.examination import Examination
+    from .shared.training.subspace import ConceptSubspace
+
+Layers = Mapping[str, Mapping[str, Any]]
+"""By layer of a LoRA: `share`, |A V| / |A|, and whether it is `within` what rounding leaves."""
+
+
+def document(subspace: "ConceptSubspace") -> dict[str, Any]:
+    """Return everything a subspace says of itself."""
+    size = {"schema_version": 1, "width": subspace.width, "rank": subspace.rank}
+    return size | dict(subspace.provenance)
+
+
+def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
+    """Return the lines of a subspace's table."""
+    made = subspace.provenance
+    rows = [("dimensions", f"{subspace.rank} of {subspace.width}")]
+    parts = zip(made.get("concepts", ()), made.get("ranks", ()), made.get("residuals", ()),
+                strict=False)  # fmt: skip
+    for concept, rank, missed in parts:
+        rows.append((
+            concept["names"][0],
+            f"{', '.join(concept['names'])} against {concept['neutral']}: {rank} dimensions, "
+            f"{missed:.1%} of it outside{_limit(made, 'residual')}",
+        ))  # fmt: skip
+    if "collateral" in made:
+        rows.append(("other text inside", f"{made['collateral']:.1%}{_limit(made, 'collateral')}"))
+    for name in made.get("not_separable", ()):
+        rows.append(("not separable", f"{name}: no subspace of this text encoder would pass"))
+    for key in ("captions", "settings"):
+        if key in made:
+            rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))
+    if "templates" in made:
+        rows.append(("templates", str(len(made["templates"]))))
+    if "accepted" in made:
+        rows.append(("accepted", "yes" if made["accepted"] else "NO, it was forced"))
+    return rows
+
+
+def _limit(made: Mapping[str, Any], name: str) -> str:
+    limits = made.get("limits", {})
+    return f" (at most {limits[name]:.0%})" if name in limits else ""
+
+
+def findings(found: "Examination", read: Layers) -> dict[str, Any]:
+    """Return the one JSON document of `test`."""
+    from dataclasses import asdict
+
+    return {
+        "schema_version": 1,
+        "residuals": dict(found.residuals),
+        "collateral": found.collateral,
+        "within": found.within,
+        "prompts": [asdict(each) | {"within": each.within} for each in found.prompts],
+        "lora": read,
+    }
+
+
+def tables(found: "Examination", read: Layers) -> list[tuple]:
+    """Return the tables of `test`."""
+    from .shared.training.acceptance import COLLATERAL, RESIDUAL
+
+    rows = [(f"{name} outside", f"{share:.1%}", f"{RESIDUAL:.0%}")
+            for name, share in found.residuals.items()]  # fmt: skip
+    rows.append(("other text inside", f"{found.collateral:.1%}", f"{COLLATERAL:.0%}"))
+    found_tables = [("Held-out sentences and captions", ["what", "share", "at most"], rows)]
+    if found.prompts:
+        lines = [
+            (each.prompt, f"{each.named} outside" if each.named else "inside", f"{each.share:.1%}")
+            for each in found.prompts
+        ]
+        found_tables.append(("Prompts", ["prompt", "what", "share"], lines))
+    if read:
+        layers = [(layer, f"{each['share']:.1e}", "yes" if each["within"] else "NO")
+                  for layer, each in read.items()]  # fmt: skip
+        columns = ["layer", "|A V| / |A|", "rounding only"]
+        found_tables.append(("What the LoRA reads of the subspace", columns, layers))
+    return found_tables

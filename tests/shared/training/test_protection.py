@@ -1,0 +1,265 @@
+"""Both methods over whole trainings: what they keep, what they leave alone, and how they end."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_text import CAPTIONS, WIDTH, ZORBO, seeded, text_path
+from torch import nn
+from unmemorize.shared.training.projection import ProjectionFailed
+from unmemorize.shared.training.protection import Protection, ProtectionFailed
+from unmemorize.shared.training.sample_log import Sample, read_records
+from unmemorize.shared.training.settings import (
+    FilterSettings,
+    ProjectionSettings,
+    ProtectionSettings,
+)
+from unmemorize.shared.training.subspace import ConceptSubspace
+
+STEPS, BATCH, RANK = 12, 4, 3
+PROJECTION = ProjectionSettings(concepts=(ZORBO,))
+
+
+class Lora(nn.Module):
+    """Plain LoRA on a layer that reads text."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.lora_down, self.lora_up = nn.Module(), nn.Module()
+        down = seeded(RANK, WIDTH, seed=seed, dtype=torch.float32)
+        self.lora_down.weight = nn.Parameter(down)
+        self.lora_up.weight = nn.Parameter(torch.zeros(5, RANK))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.lora_down.weight.T @ self.lora_up.weight.T
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn2_to_k, self.attn2_to_v = Lora(1), Lora(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn2_to_k(x).tanh() + self.attn2_to_v(x)
+
+
+class Training:
+    """What a trainer does, in its order; each step has its own random input."""
+
+    def __init__(self, settings: ProtectionSettings, output: Path, **kwargs):
+        self.network = Network()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.02)
+        self.protection = Protection(settings, output=output, **kwargs)
+        self.protection.fit(text_path, CAPTIONS)
+        self.protection.protect(self.network)
+        self.done = 0
+
+    def run(self, steps: int) -> "Training":
+        self.protection.start()
+        for _ in range(steps):
+            self.done += 1
+            x = seeded(BATCH, WIDTH, seed=100 + self.done, dtype=torch.float32)
+            target = seeded(BATCH, 5, seed=200 + self.done, dtype=torch.float32)
+            losses = (self.network(x) - target).square().mean(1)
+            if self.protection.filter:
+                losses = losses * self.weights()
+            losses.mean().backward()
+            self.protection.before_clip()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimizer.step()
+            self.protection.after_step()
+            self.optimizer.zero_grad()
+        return self
+
+    def weights(self) -> torch.Tensor:
+        """Image 0 is the one whose text moves it most."""
+        size = torch.tensor([4.0, 1.0, 1.0, 1.0]).view(-1, 1, 1, 1)
+        cond = size * seeded(BATCH, 4, 2, 2, seed=300 + self.done, dtype=torch.float32).abs()
+        return self.protection.weigh(
+            cond, torch.zeros_like(cond), timesteps=torch.full((BATCH,), 500),
+            samples=[Sample(file=f"{row}.png", caption=f"caption {row}") for row in range(BATCH)],
+        )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        self.protection.before_save()
+        tensors = {
+            f"lora_unet_{k}": v.detach().clone() for k, v in self.network.state_dict().items()
+        }
+        save_file(tensors, path, metadata=self.protection.metadata())
+        self.protection.after_save(path)
+
+    def state(self) -> dict:
+        """Everything a checkpoint of the trainer's keeps."""
+        plain = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        told = json.loads(json.dumps(self.protection.state_dict(), allow_nan=False))
+        return {"torch": torch.load(_saved(plain), weights_only=True), "told": told}
+
+    def load(self, state: dict, done: int) -> "Training":
+        self.network.load_state_dict(state["torch"]["network"])
+        self.optimizer.load_state_dict(state["torch"]["optimizer"])
+        self.protection.load_state_dict(state["told"])
+        self.done = done
+        return self
+
+
+def _saved(value: dict):
+    import io
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def same_weights(one: Training, other: Training) -> bool:
+    pairs = zip(one.network.parameters(), other.network.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@torch.no_grad()
+def inside(training: Training, basis: torch.Tensor) -> float:
+    """Largest |B A V| / |B A| of the text-fed layers, in float64."""
+    layers = [training.network.attn2_to_k, training.network.attn2_to_v]
+    deltas = [layer.lora_up.weight.double() @ layer.lora_down.weight.double() for layer in layers]
+    return max(float((delta @ basis).norm() / delta.norm()) for delta in deltas)
+
+
+def filtering(**settings) -> ProtectionSettings:
+    return ProtectionSettings(filter=FilterSettings(**settings))
+
+
+def test_training_stays_off_the_subspace_and_a_plain_one_does_not(tmp_path):
+    settings = ProtectionSettings(projection=PROJECTION)
+    kept = Training(settings, tmp_path / "kept").run(STEPS)
+    plain = Training(ProtectionSettings(), tmp_path / "plain").run(STEPS)
+    basis = kept.protection.subspace.basis
+    assert inside(kept, basis) < 1e-6
+    assert inside(plain, basis) > 0.1
+    kept.save(tmp_path / "kept.safetensors")
+    kept.protection.finish()
+    told = json.loads(kept.protection.metadata()["unmemorize.projection"])
+    assert (told["modules"], told["steps"], told["accepted"]) == (2, STEPS, True)
+    assert told["concepts"] == [{"names": ["zorbo", "big zorb"], "neutral": "thing"}]
+    assert told["residual"] < 1e-6
+    assert kept.protection.scalars() == {"unmemorize/residual": told["residual"]}
+
+
+@pytest.mark.parametrize("empty", [ProtectionSettings(), filtering(), filtering(limit=1e9)])
+def test_what_changes_nothing_changes_no_bit(tmp_path, empty):
+    plain = Training(ProtectionSettings(), tmp_path / "plain").run(STEPS)
+    assert same_weights(plain, Training(empty, tmp_path / "empty").run(STEPS))
+    assert not same_weights(plain, Training(filtering(limit=1.5), tmp_path / "other").run(STEPS))
+
+
+def test_an_empty_subspace_changes_no_bit_and_passes_the_checks(tmp_path):
+    file = tmp_path / "empty.safetensors"
+    ConceptSubspace.empty(WIDTH).save(file)
+    settings = ProtectionSettings(projection=ProjectionSettings(file=file))
+    empty = Training(settings, tmp_path / "empty").run(STEPS)
+    assert same_weights(empty, Training(ProtectionSettings(), tmp_path / "plain").run(STEPS))
+    empty.save(tmp_path / "lora.safetensors")
+    empty.protection.finish()
+
+
+def test_nothing_asked_leaves_nothing(tmp_path):
+    plain = Training(ProtectionSettings(), tmp_path / "lora").run(2)
+    plain.save(tmp_path / "lora.safetensors")
+    plain.protection.finish()
+    assert not plain.protection.scalars()
+    assert not plain.protection.metadata()
+    assert not plain.protection.state_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_everything_left_out_leaves_the_up_factors_at_zero(tmp_path):
+    made = Training(filtering(limit=0.0), tmp_path / "lora").run(STEPS)
+    assert not made.network.attn2_to_k.lora_up.weight.any()
+    assert made.protection.scalars()["unmemorize/filtered_share"] == 1.0
+
+
+@pytest.mark.parametrize("cut", [1, 7])
+@pytest.mark.parametrize("asked", [filtering(quantile=0.75), filtering(limit=1.5)])
+def test_resumed_is_as_if_never_interrupted(tmp_path, asked, cut):
+    settings = ProtectionSettings(projection=PROJECTION, filter=asked.filter)
+    whole = Training(settings, tmp_path / "whole").run(40)
+    first = Training(settings, tmp_path / "cut").run(cut)
+    state = first.state()
+    first.run(3)  # lost by the interruption
+    resumed = Training(settings, tmp_path / "cut").load(state, cut).run(40 - cut)
+    assert same_weights(whole, resumed)
+    for training in (whole, resumed):
+        training.save(tmp_path / "lora.safetensors")
+        training.protection.finish()
+    reports = [json.loads((tmp_path / f"{n}.memorized.json").read_text()) for n in ("whole", "cut")]
+    assert reports[0] == reports[1]
+    assert whole.protection.metadata() == resumed.protection.metadata()
+
+
+def test_a_new_training_does_not_continue_the_records_of_another(tmp_path):
+    for steps in (5, 2):
+        Training(filtering(), tmp_path / "lora").run(steps).protection.finish()
+        assert len(read_records([tmp_path / "lora.memorized.jsonl"])) == steps * BATCH
+
+
+def test_the_most_memorized_sample_leads_the_report_of_all_processes(tmp_path):
+    trainings = [
+        Training(filtering(limit=1.5), tmp_path / "lora.safetensors", process=p, processes=2).run(5)
+        for p in (0, 1)
+    ]
+    trainings[1].protection.flush()
+    trainings[0].protection.finish()
+    report = json.loads((tmp_path / "lora.memorized.json").read_text())
+    assert [sample["visits"] for sample in report["samples"]] == [10] * BATCH
+    assert report["samples"][0]["file"] == "0.png"
+    assert report["samples"][0]["flagged"] > 5 > report["samples"][1]["flagged"]
+    assert (report["threshold"], report["action"], report["seen"]) == ("1.5", "drop", 20)
+    text = (tmp_path / "lora.memorized.txt").read_text().splitlines()
+    assert text[3].endswith("0.png")
+
+
+def test_a_training_that_never_stepped_fails_at_the_end(tmp_path):
+    settings = ProtectionSettings(projection=PROJECTION, filter=FilterSettings())
+    idle = Training(settings, tmp_path / "lora")
+    idle.protection.start()
+    with pytest.raises(ProtectionFailed, match=r"No optimizer step.*saw no sample") as caught:
+        idle.protection.finish()
+    assert "not what was asked for" in str(caught.value)
+    unbound = Protection(ProtectionSettings(projection=PROJECTION), output=tmp_path / "lora")
+    with pytest.raises(ProtectionFailed, match="No LoRA was ever given"):
+        unbound.finish()
+
+
+def test_weights_that_someone_else_wrote_are_found_in_the_file(tmp_path):
+    made = Training(ProtectionSettings(projection=PROJECTION), tmp_path / "lora").run(2)
+    made.save(tmp_path / "lora.safetensors")
+    with torch.no_grad():
+        made.network.attn2_to_v.lora_down.weight.add_(0.1)
+    tensors = {f"lora_unet_{k}": v for k, v in made.network.state_dict().items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ProjectionFailed, match="1 of 2"):
+        made.protection.after_save(tmp_path / "other.safetensors")
+    with pytest.raises(ProtectionFailed, match="1 of 2"):
+        made.protection.finish()
+    made.save(tmp_path / "lora.safetensors")  # saving projects, whatever was written before
+    made.protection.finish()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ProjectionSettings(), "either `concepts` or `file`"),
+        (lambda: ProjectionSettings(concepts=(ZORBO,), file=Path("a")), "either `concepts`"),
+        (lambda: ProjectionSettings(concepts=(ZORBO,), energy=0.0), "`energy` must be"),
+        (lambda: ProjectionSettings(concepts=(ZORBO,), cap=0), "`cap` must be"),
+        (lambda: FilterSettings(limit=1.0, quantile=0.5), "either `limit` or `quantile`"),
+        (lambda: FilterSettings(limit=-1.0), "at least 0"),
+        (lambda: FilterSettings(limit=math.nan), "at least 0"),
+        (lambda: FilterSettings(quantile=1.0), "between 0 and 1"),
+    ],
+)
+def test_settings_refuse_nonsense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
