@@ -1,0 +1,71 @@
+"""Projection in sd-scripts: what is saved, resumed and refused."""
+
+import json
+
+import pytest
+from kohya_lora import CONCEPT, header, largest_share, protect, same_tensors
+from unmemorize.shared.training.subspace import ConceptSubspace
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("changed", "tolerance"),
+    [
+        ({"optimizer_type": "AdamW", "scale_weight_norms": 1.0}, 1e-6),
+        ({"optimizer_type": "Adafactor", "lr_scheduler": "constant"}, 1e-6),
+        ({"mixed_precision": "bf16", "save_precision": "bf16", "full_bf16": True}, 1e-3),
+        ({"save_precision": "fp16", "network_weights": "PLAIN", "dim_from_weights": True}, 1e-3),
+    ],
+    ids=["AdamW", "Adafactor", "bf16", "from a LoRA that knows the concept"],
+)
+def test_the_saved_lora_is_off_the_subspace(train, plain, concept, changed, tolerance):
+    changed = {key: str(plain) if value == "PLAIN" else value for key, value in changed.items()}
+    sizes = () if "dim_from_weights" in changed else ("conv_dim=2", "conv_alpha=1")
+    asked = protect(f"project_concepts={concept}", *sizes)
+    path = train(f"kept {len(str(changed))}", *asked.pop("extra"), **(changed | asked))
+    assert largest_share(path, ConceptSubspace.load(concept).basis) < tolerance
+    assert not same_tensors(path, plain)
+
+
+def test_a_resumed_training_goes_on_counting_and_projecting(train, room, checkout, concept):
+    """After the first of three epochs. sd-scripts itself draws other noise then than uninterrupted.
+
+    test_kohya.py shows on a trainer that resumes exactly that ours does, too.
+    """
+    if "--skip_until_initial_step" not in (checkout / "train_network.py").read_text("utf-8"):
+        pytest.skip("this version of sd-scripts does not resume at a step")
+    asked = protect(f"project_concepts={concept}", "mem_filter=0.3")
+    extra = asked.pop("extra")
+    steps = {"max_train_steps": 18, "save_every_n_epochs": 1, "save_state": True}
+    whole = train("whole", *extra, **steps, **asked)
+    again = train(
+        "again", *extra, **steps, **asked, skip_until_initial_step=True,
+        resume=str(room / "whole" / "lora-000001-state"),
+    )  # fmt: skip
+    for key, count in (("unmemorize.filter", "seen"), ("unmemorize.projection", "steps")):
+        one, other = (json.loads(header(path)[key])[count] for path in (whole, again))
+        assert one == other
+    assert largest_share(again, ConceptSubspace.load(concept).basis) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pairs", "changed", "message"),
+    [
+        ([f"project_concepts={CONCEPT}"], {"network_train_unet_only": None},
+         "add --network_train_unet_only"),
+        ([f"project_concepts={CONCEPT}"], {"save_model_as": "ckpt"},
+         "use --save_model_as safetensors"),
+        ([f"project_concepts={CONCEPT}"], {}, "or force it"),
+        (["project_concepts=FILE", "base_module=networks.dylora"], {}, "not a plain pair"),
+        (["project_concept=sushi"], {}, "`project_concept` is not an option"),
+        (["mem_filter=high"], {}, "--mem_filter cannot be 'high'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_before_the_first_step(
+    train, concept, pairs, changed, message
+):
+    asked = protect(*(pair.replace("FILE", str(concept)) for pair in pairs))
+    said = train("refused", *asked.pop("extra"), fails=True, **(changed | asked))
+    assert message in said
+    assert "steps:" not in said

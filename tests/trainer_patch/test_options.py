@@ -1,0 +1,117 @@
+"""The options mean the same on the command line, in TOML and as key=value strings."""
+
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+from unmemorize.shared.training.concept import Concept
+from unmemorize.shared.training.settings import (
+    FilterSettings,
+    ProjectionSettings,
+    ProtectionSettings,
+)
+from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.trainer_patch.options import (
+    NAMES,
+    OptionError,
+    add_options,
+    parse_concepts,
+    refuse_unknown,
+    settings_from,
+)
+
+MOUSE = Concept(names=("mickey mouse", "mickey"), neutral="a character")
+PIKACHU = Concept(names=("pikachu",), neutral="an animal")
+TEXT = "mickey mouse, mickey -> a character; pikachu -> an animal"
+ASKED = ProtectionSettings(
+    projection=ProjectionSettings(concepts=(MOUSE, PIKACHU), energy=0.9, cap=8, force=True),
+    filter=FilterSettings(quantile=0.95, action="downweight", report=Path("out/ranked.v1.json")),
+)
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_three_ways_say_the_same():
+    line = parsed(
+        "--project_concepts", TEXT, "--project_energy", "0.9", "--project_cap=8",
+        "--project_force", "--mem_filter", "q0.95", "--mem_filter_action", "downweight",
+        "--mem_filter_report", "out/ranked.v1",
+    )  # fmt: skip
+    toml = {
+        "project_concepts": TEXT, "project_energy": 0.9, "project_cap": 8, "project_force": True,
+        "mem_filter": "q0.95", "mem_filter_action": "downweight",
+        "mem_filter_report": "out/ranked.v1.json", "learning_rate": 1e-4,
+    }  # fmt: skip
+    strings = {key: str(value).lower() for key, value in toml.items()}
+    for given in (vars(line), toml, strings):
+        assert settings_from(given) == ASKED
+
+
+def test_not_given_is_off():
+    nothing = settings_from(vars(parsed()))
+    assert nothing == ProtectionSettings()
+    assert not nothing
+    assert not settings_from({"mem_filter": "off", "project_concepts": ""})
+    assert not settings_from({"mem_filter": False, "project_force": False})
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("0", 0.0), (0, 0.0), (0.05, 0.05), ("inf", math.inf), ("1e-3", 1e-3)]
+)
+def test_numbers_are_absolute_thresholds_and_zero_is_one_of_them(text, limit):
+    assert settings_from({"mem_filter": text}).filter == FilterSettings(limit=limit)
+
+
+def test_a_saved_subspace_is_named_by_its_file(tmp_path):
+    path = tmp_path / "mouse.safetensors"
+    with pytest.raises(OptionError, match="there is no file"):
+        settings_from({"project_concepts": str(path)})
+    ConceptSubspace.empty(8).save(path)
+    assert settings_from({"project_concepts": str(path)}).projection.file == path
+    with pytest.raises(OptionError, match="--project_cap does nothing"):
+        settings_from({"project_concepts": str(path), "project_cap": 4})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"project_concepts": "mickey"}, r"no neutral word.*mickey -> a character"),
+        ({"project_concepts": "mickey ->"}, "no neutral word"),
+        ({"project_concepts": "-> a thing"}, "`names` must hold"),
+        ({"project_concepts": "a -> A"}, r"must differ.*--project_concepts"),
+        ({"project_concepts": TEXT, "project_energy": "2"}, "`energy` must be"),
+        ({"project_concepts": TEXT, "project_cap": "1.5"}, "--project_cap cannot be '1.5'"),
+        ({"project_concepts": TEXT, "project_force": "maybe"}, "must be true or false"),
+        ({"project_force": True}, "does nothing without --project_concepts"),
+        ({"mem_filter_report": "x"}, "does nothing without --mem_filter"),
+        ({"mem_filter": "95%"}, "--mem_filter cannot be '95%'"),
+        ({"mem_filter": "q95"}, "`quantile` must be"),
+        ({"mem_filter": "-1"}, "at least 0"),
+        ({"mem_filter": "1", "mem_filter_action": "stop"}, "--mem_filter_action is one of"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given, message):
+    with pytest.raises(OptionError, match=message):
+        settings_from(given)
+
+
+def test_names_spelt_wrongly_are_refused():
+    refuse_unknown(dict.fromkeys(NAMES) | {"conv_dim": "4"})
+    with pytest.raises(OptionError, match="`project_concept` is not an option"):
+        refuse_unknown({"project_concept": TEXT})
+
+
+def test_concepts_are_split_at_semicolons():
+    assert parse_concepts(TEXT + "; ") == (MOUSE, PIKACHU)
+
+
+def test_help_shows_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in NAMES)

@@ -1,0 +1,114 @@
+"""The memorization filter on a network of diffusers: hooks around its own forward pass.
+
+Whatever loss a script computes from the prediction, no gradient reaches it from samples that are
+left out. The prediction keeps its value, so the loss that is shown keeps its meaning.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..shared.training.filter import gate_gradient
+from ..shared.training.lora_factors import UnsupportedTraining
+from ..shared.training.protection import Protection
+from ..shared.training.replay import RandomState, aside
+from ..shared.training.sample_log import Sample
+from .diffusers_text import TEXT, EmptyPrompt
+
+Samples = Callable[[], Sequence[Sample]]
+"""Who is in the batch of the forward pass that runs now; empty when that is not known."""
+
+
+class Gate:
+    """Runs the network once more on the empty prompt and gates the gradient of its prediction."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        protection: Protection,
+        empty: EmptyPrompt,
+        samples: Samples,
+        *,
+        prior_preservation: bool = False,
+    ):
+        """Set up; `attached` puts the hooks on.
+
+        Args:
+            network: Of diffusers, that is trained.
+            protection: With a filter.
+            empty: In place of the prompts.
+            samples: Asked in each step.
+            prior_preservation: The second half of each batch are class images that the model
+                made itself; they are neither looked at nor left out.
+        """
+        self.network, self.protection, self.empty = network, protection, empty
+        self.samples, self.prior_preservation = samples, prior_preservation
+        self._signature = inspect.signature(type(network).forward)
+        self._before: RandomState | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Gate every forward pass with gradient, for as long as the block lasts."""
+        before = self.network.register_forward_pre_hook(self._remember)
+        after = self.network.register_forward_hook(self._gate, with_kwargs=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _remember(self, network: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled():
+            self._before = RandomState.now(network.device)
+
+    def _gate(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return the output with its gradient gated; None leaves it as it is."""
+        prediction = output[0]
+        if not (torch.is_grad_enabled() and prediction.requires_grad):
+            return None  # sampling for validation
+        call = self._call(args, kwargs)
+        # Not `network(...)`, which would come back to this hook.
+        with aside(self._before):
+            other = network.forward(**self.empty.in_place_of_prompt(call))[0]
+        rows = len(prediction) // (2 if self.prior_preservation else 1)
+        timesteps = self.empty.timesteps(call, rows)
+        weights = self.protection.weigh(
+            prediction[:rows],
+            other[:rows],
+            timesteps=timesteps,
+            samples=self._samples(call[TEXT], rows),
+            scale=self.empty.scale(timesteps),
+        )
+        gated = gate_gradient(
+            prediction, torch.cat([weights, weights.new_ones(len(prediction) - rows)])
+        )
+        if gated is prediction:
+            return None
+        return (gated, *output[1:]) if isinstance(output, tuple) else type(output)(gated)
+
+    def _call(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Return the arguments of the forward pass by name."""
+        bound = self._signature.bind(self.network, *args, **kwargs).arguments
+        bound.pop("self")
+        return {**bound, **bound.pop("kwargs", {})}
+
+    def _samples(self, text: Tensor, rows: int) -> Sequence[Sample]:
+        """Return who is in the batch, by the text alone where nothing else is known."""
+        known = self.samples()
+        if known and len(known) != rows:
+            raise UnsupportedTraining(
+                f"The network is called with {rows} samples, the batch holds {len(known)}."
+            )
+        # One row of text may stand for all.
+        return known or [Sample(file=f"text {_hash(text[row % len(text)])}") for row in range(rows)]
+
+
+def _hash(text: Tensor) -> str:
+    """Return twelve digits that tell one encoded caption from another."""
+    content = text.detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:12]

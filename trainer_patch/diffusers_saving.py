@@ -1,0 +1,91 @@
+"""Protected trainings on disk: the header of the saved LoRA, and what a checkpoint adds."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..shared.storage import replace_atomically, write_text
+from ..shared.training.lora_factors import factors_of
+from ..shared.training.projection import Projection, ProjectionFailed, check
+from ..shared.training.protection import Protection
+from ..shared.training.subspace import ConceptSubspace
+from .diffusers_wrapping import Function, wrapped
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""How diffusers names a LoRA unless it is told otherwise."""
+STATE = "unmemorize.json"
+"""In a checkpoint's folder."""
+
+
+def stamp(path: Path, protection: Protection) -> None:
+    """Write into a saved LoRA's header how it was trained, project it in its own precision, check.
+
+    Raises:
+        ProjectionFailed: One of its factors reaches into the subspace.
+        ModelError: It is no LoRA whose text side can be checked.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if protection.projection:
+        _project_rounding(factors_of(tensors, source=str(path)), protection.subspace)
+    with replace_atomically(path) as part:
+        save_file(tensors, part, metadata=metadata | protection.metadata())
+    protection.after_save(path)
+
+
+def _project_rounding(factors: Mapping[str, Tensor], subspace: ConceptSubspace) -> None:
+    """Project saved factors in place, where they are wider than those that were trained.
+
+    A script that trains in half precision and saves in single leaves half precision's rounding in
+    the file. The trained factors themselves are checked by `Protection.finish`.
+    """
+    try:
+        check(factors, [subspace])
+    except ProjectionFailed:
+        Projection(factors, [subspace]).project_weights()
+
+
+def save_progress(protection: Protection, folder: Path) -> None:
+    """Put what a resumed training needs into a checkpoint's folder."""
+    write_text(folder / STATE, json.dumps(protection.state_dict()))
+
+
+def load_progress(protection: Protection, folder: Path) -> None:
+    """Continue from a checkpoint whose weights are loaded, also of an unprotected training."""
+    state = folder / STATE
+    if state.is_file():
+        protection.load_state_dict(json.loads(state.read_text("utf-8")))
+    else:
+        logger.warning("%s is not there: the checkpoint's training was not protected.", state)
+        protection.start()
+
+
+@contextmanager
+def saving_hooks(protection: Callable[[], Protection | None]) -> Iterator[None]:
+    """Stamp and check every LoRA that diffusers writes."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    def write(original: Function) -> Function:
+        def write_lora_layers(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            call = inspect.signature(original).bind(*args, **kwargs).arguments
+            if (found := protection()) and call["safe_serialization"]:
+                stamp(Path(call["save_directory"]) / (call["weight_name"] or WEIGHTS), found)
+            return result
+
+        return write_lora_layers
+
+    with wrapped(LoraBaseMixin, "write_lora_layers", write):
+        yield

@@ -1,0 +1,198 @@
+"""The options that every trainer gets: on the command line, in TOML, and as `key=value` strings."""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ..shared.training.concept import Concept
+from ..shared.training.filter import Action
+from ..shared.training.settings import FilterSettings, ProjectionSettings, ProtectionSettings
+
+PREFIXES = ("project_", "mem_filter")
+"""How all of the names begin."""
+ARROW = "->"
+"""Between a concept's names and its neutral word."""
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class OptionError(ValueError):
+    """An option cannot be understood; the message says what to type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option, called `--name` on the command line and `name` elsewhere."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    """None for a switch."""
+
+
+OPTIONS = (
+    Option(
+        name="project_concepts",
+        metavar="CONCEPTS",
+        help="keep the LoRA's text side off these concepts, exactly. Names and synonyms, an arrow, "
+        'and a neutral word for the same kind of thing: "mickey mouse, mickey -> a character"; '
+        "several concepts are joined by a semicolon. Or the .safetensors file of a saved subspace. "
+        "Other layers can still learn the look, and what the base model knows stays.",
+    ),
+    Option(
+        name="project_energy",
+        metavar="SHARE",
+        help="share of each concept's energy that its subspace covers, 0 to 1 (0.95)",
+    ),
+    Option(
+        name="project_cap",
+        metavar="N",
+        help="most dimensions per concept (16; 32 for text states of width 2048 and more)",
+    ),
+    Option(
+        name="project_force",
+        help="train although the subspace fails its test on held-out sentences",
+    ),
+    Option(
+        name="mem_filter",
+        metavar="THRESHOLD",
+        help="leave samples out of the loss while they are being memorized: a quantile for each "
+        "range of timesteps (q0.95 passes 95 of 100), or an absolute RMS magnitude (0.05); inf "
+        "only records. One more forward pass without gradient in each step.",
+    ),
+    Option(
+        name="mem_filter_action",
+        metavar="|".join(get_args(Action)),
+        help="what happens to such a sample: left out of the loss, weighed down to threshold / "
+        "score, or only logged (drop)",
+    ),
+    Option(
+        name="mem_filter_report",
+        metavar="FILE",
+        help="ranked list of the most memorized samples, .json (next to the LoRA); a .txt to read "
+        "and every decision as .jsonl stand beside it",
+    ),
+)
+NAMES = tuple(option.name for option in OPTIONS)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a trainer's parser; `settings_from(vars(args))` reads them."""
+    group = parser.add_argument_group("unmemorize")
+    for option in OPTIONS:
+        kind = {"action": "store_true"} if option.metavar is None else {"metavar": option.metavar}
+        # Strings: the same text means the same on the command line, in TOML and as key=value.
+        group.add_argument(f"--{option.name}", help=option.help, **kind)
+
+
+def refuse_unknown(names: Mapping[str, Any]) -> None:
+    """Raise OptionError for a name that begins like ours and is none: a typing error.
+
+    Where a host passes any key on, an option spelt wrongly would silently not be there.
+    """
+    unknown = [name for name in names if name.startswith(PREFIXES) and name not in NAMES]
+    if unknown:
+        raise OptionError(f"`{unknown[0]}` is not an option; there are {', '.join(NAMES)}.")
+
+
+def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
+    """Return what the options ask for.
+
+    Args:
+        values: By name; other names are ignored. Strings, or what TOML has: numbers and booleans.
+            None, an empty string and False are not given.
+
+    Raises:
+        OptionError: A value cannot be understood, or options do not go together.
+    """
+    texts = {
+        name: str(values[name]).strip()
+        for name in NAMES
+        if values.get(name) is not None and values[name] is not False
+    }
+    given = {name: text for name, text in texts.items() if text}
+    for prefix, needed in zip(PREFIXES, ("project_concepts", "mem_filter"), strict=True):
+        idle = [name for name in given if name.startswith(prefix) and needed not in given]
+        if idle:
+            raise OptionError(f"--{idle[0]} does nothing without --{needed}.")
+    try:
+        return ProtectionSettings(projection=_projection(given), filter=_filter(given))
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{error} (from {', '.join(f'--{name}' for name in given)})") from error
+
+
+def parse_concepts(text: str) -> tuple[Concept, ...]:
+    """Return the concepts of "name, synonym -> neutral word; ...".
+
+    Raises:
+        OptionError: A concept has no name or no neutral word.
+    """
+    concepts = []
+    for part in filter(str.strip, text.split(";")):
+        names, arrow, neutral = part.partition(ARROW)
+        if not arrow or not neutral.strip():
+            raise OptionError(
+                f"{part.strip()!r} has no neutral word: what the same sentence would say of any "
+                f'other such thing. Type: --project_concepts "{names.strip()} -> a character"'
+            )
+        listed = tuple(name.strip() for name in names.split(",") if name.strip())
+        concepts.append(Concept(names=listed, neutral=neutral.strip()))
+    return tuple(concepts)
+
+
+def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
+    text = given.get("project_concepts")
+    if text is None:
+        return None
+    saved = text.endswith(".safetensors")
+    if saved and not Path(text).is_file():
+        raise OptionError(f"--project_concepts: there is no file {text}.")
+    if saved and (idle := {"project_energy", "project_cap", "project_force"} & given.keys()):
+        raise OptionError(f"--{min(idle)} does nothing to a subspace that is already built.")
+    return ProjectionSettings(
+        concepts=() if saved else parse_concepts(text),
+        file=Path(text) if saved else None,
+        energy=_number(given, "project_energy", float, 0.95),
+        cap=_number(given, "project_cap", int, None),
+        force=_switch(given, "project_force"),
+    )
+
+
+def _filter(given: Mapping[str, str]) -> FilterSettings | None:
+    text = given.get("mem_filter", "off")
+    if text.lower() in OFF and text != "0":
+        return None
+    quantile = text.lower().startswith("q")
+    number = _number({"mem_filter": text[quantile:]}, "mem_filter", float, None)
+    action = given.get("mem_filter_action", "drop")
+    if action not in get_args(Action):
+        raise OptionError(f"--mem_filter_action is one of {get_args(Action)}, got {action!r}.")
+    report = given.get("mem_filter_report")
+    return FilterSettings(
+        limit=math.inf if quantile else number,
+        quantile=number if quantile else None,
+        action=action,
+        report=Path(f"{report.removesuffix('.json')}.json") if report else None,
+    )
+
+
+def _number(
+    given: Mapping[str, str], name: str, kind: Callable[[str], Any], default: float | None
+) -> Any:
+    """Return the number of an option."""
+    try:
+        return kind(given[name]) if name in given else default
+    except ValueError as error:
+        raise OptionError(f"--{name} cannot be {given[name]!r}: see --help.") from error
+
+
+def _switch(given: Mapping[str, str], name: str) -> bool:
+    """Return whether a switch is on."""
+    text = given.get(name, "off").lower()
+    if text not in ON + OFF:
+        raise OptionError(f"--{name} must be true or false, got {given[name]!r}.")
+    return text in ON
