@@ -5,10 +5,13 @@ from comfy_api.latest import ComfyExtension, io
 from .calibrate import Calibrate
 from .calibration_files import add_folder
 from .detect import DetectMemorization
+from .guard import MemorizationGuard
 from .heatmap import TokenHeatmap
 from .load_calibration import LoadCalibration
-from .load_demo import LoadDemoModel
+from .load_demo import LoadDemoModel, add_lora_folder
 from .lora_check import LoraCheck
+from .mitigate import MitigateMemorization
+from .switch import MemorizationSwitch
 from .watch import MemorizationReport, MemorizationWatch
 
 NODES: list[type[io.ComfyNode]] = [
@@ -20,6 +23,9 @@ NODES: list[type[io.ComfyNode]] = [
     Calibrate,
     LoadCalibration,
     LoraCheck,
+    MitigateMemorization,
+    MemorizationGuard,
+    MemorizationSwitch,
 ]
 
 
@@ -29,4 +35,5 @@ class PackExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
         add_folder()  # ComfyUI before 0.16 never calls `on_load`
+        add_lora_folder()
         return NODES

@@ -12,7 +12,7 @@ from ..shared.controls import CONTROLS, load_controls
 from ..shared.storage import Journal
 from . import calibration_files
 from .comfy_denoiser import Prompt
-from .measuring import config_of, encoded, latent_input, scores, seed_inputs
+from .measuring import config_of, encoded, latent_input, model_input, scores, seed_inputs
 from .model_identity import digest, weights_sha256
 from .noise_levels import noise_levels
 from .schema import CalibrationSocket, schema
@@ -35,7 +35,7 @@ class Calibrate(io.ComfyNode):
             search_aliases=["unmemorize calibrate", "memorization threshold", "control prompts"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRA, as you sample with it."),
+                model_input(),
                 io.Clip.Input("clip", tooltip="Encodes the control prompts."),
                 latent_input(),
                 io.String.Input(

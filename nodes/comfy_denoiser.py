@@ -1,17 +1,18 @@
 """A MODEL of ComfyUI with CONDITIONINGs as a `Denoiser`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
 import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import torch
 
 from ..shared.arrays import Float, Tensor
 from ..shared.denoiser import Conditioning, Token
-from .differentiable import normal
+from .differentiable import differentiable, normal, writes_in_place
+from .live_progress import OnPrediction
 from .noise_levels import noise_levels, parametrization_of
 
 NEGATIVE = "\0negative"
@@ -47,7 +48,7 @@ class ModelDenoiser:
         prompts: Mapping[str, Prompt],
         model_options: dict,
         noise: Tensor,
-        progress: comfy.utils.ProgressBar,
+        on_prediction: OnPrediction,
     ):
         """Wrap a guider inside its call of the sampler.
 
@@ -56,8 +57,9 @@ class ModelDenoiser:
             prompts: By name, as `encode` will be asked for them.
             model_options: Of this sampling run.
             noise: [row *latent] on the device of the network.
-            progress: Advanced by the rows of each forward pass.
+            on_prediction: Called with x and the x0-prediction after each forward pass.
         """
+        self._made_from = guider, prompts, model_options, noise, on_prediction
         self.network, self.sampling = guider.inner_model, guider.inner_model.model_sampling
         self.parametrization = parametrization_of(self.sampling)
         self.latent_shape = tuple(noise.shape[1:])
@@ -67,11 +69,21 @@ class ModelDenoiser:
         self.guidance_distilled = (
             bool(config.get("guidance_embed")) or config.get("image_model") == "flux"
         )
-        self._prompts, self._options, self._progress = prompts, model_options, progress
+        self._prompts, self._options, self._on_prediction = prompts, model_options, on_prediction
         self._conds = {
             name: [_normal_cond(cond) for cond in guider.conds[key]]
             for name, key in guider_keys(prompts).items()
         }
+
+    @contextmanager
+    def with_gradients(self) -> Iterator["ModelDenoiser"]:
+        """Yield the same for a block in which inference mode is off and gradients flow.
+
+        This one must rest meanwhile: nothing in the block may go back to inference mode.
+        """
+        guider, _, options, *_ = self._made_from
+        with differentiable(self.network, in_place=writes_in_place(guider, options)):
+            yield ModelDenoiser(*self._made_from)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the prompts of these names; shorter embeddings are padded with zeros."""
@@ -109,9 +121,11 @@ class ModelDenoiser:
             )
             for seed in seeds
         ]
-        flow = self.parametrization == "flow"
-        scale = 1.0 if flow else (1 + float(sigma) ** 2) ** 0.5
-        return torch.stack(rows).float().to(self.device) * scale
+        return torch.stack(rows).float().to(self.device) * self.noise_scale(sigma)
+
+    def noise_scale(self, sigma: Tensor) -> float:
+        """Return the standard deviation of pure noise where sampling starts at `sigma`."""
+        return 1.0 if self.parametrization == "flow" else (1 + float(sigma) ** 2) ** 0.5
 
     def denoise(
         self, x: Float[Tensor, " row *latent"], sigma: Tensor, cond: Conditioning
@@ -133,11 +147,11 @@ class ModelDenoiser:
             part = slice(start, start + len(list(rows)))
             level = torch.full((part.stop - start,), float(sigma), device=x.device)
             conds = self._with_embeddings(source, cond.embeddings[part])
-            predictions = comfy.samplers.calc_cond_batch(
+            (x0,) = comfy.samplers.calc_cond_batch(
                 self.network, [conds], x[part], level, self._options
             )
-            parts += predictions
-            self._progress.update(len(level))
+            parts.append(x0)
+            self._on_prediction(x[part], x0)
             start = part.stop
         return torch.cat(parts)
 

@@ -7,9 +7,18 @@ from comfy_api.latest import io
 
 from ..shared.detection import Detection
 from .comfy_denoiser import Prompt, share_negative
-from .measuring import caveat_of, config_of, latent_input, negative_input, scores, seed_inputs
+from .measuring import (
+    calibration_input,
+    caveat_of,
+    config_of,
+    latent_input,
+    model_input,
+    negative_input,
+    scores,
+    seed_inputs,
+)
 from .model_identity import weights_sha256
-from .schema import CalibrationSocket, schema
+from .schema import schema
 
 NO_VERDICT = (
     "No verdict: a score alone does not say whether a prompt is memorized. Connect a calibration "
@@ -34,18 +43,14 @@ class DetectMemorization(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRA, as you sample with it."),
+                model_input(),
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt, or a list of prompts: each gets a score."
                 ),
                 negative_input(),
                 latent_input(),
                 *seed_inputs(),
-                CalibrationSocket.Input(
-                    "calibration",
-                    optional=True,
-                    tooltip="Of this very model and these settings; no verdict without it.",
-                ),
+                calibration_input(),
                 io.Boolean.Input(
                     "force",
                     default=False,

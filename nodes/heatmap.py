@@ -12,7 +12,15 @@ from ..shared.arrays import Float, Tensor
 from ..shared.explanation import Explanation, explain, leave_out, shortened
 from ..shared.pictures import prompt_heatmap_png, unit_map
 from .comfy_denoiser import Prompt
-from .measuring import config_of, encoded, forward_rows, latent_input, negative_input, seed_inputs
+from .measuring import (
+    config_of,
+    encoded,
+    forward_rows,
+    latent_input,
+    model_input,
+    negative_input,
+    seed_inputs,
+)
 from .pictures import to_image
 from .prompt_words import PromptWords, read_words
 from .sampling_work import with_denoiser
@@ -39,7 +47,7 @@ class TokenHeatmap(io.ComfyNode):
             search_aliases=["unmemorize heatmap", "token attribution", "trigger words"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRA, as you sample with it."),
+                model_input(),
                 io.Clip.Input("clip", tooltip="Text encoder of the model."),
                 io.String.Input(
                     "text",

@@ -1,9 +1,19 @@
 """Node: the bundled demo model."""
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import io
 
 from .demo_model import load_model
 from .schema import schema
+
+LORAS = Path(__file__).resolve().parent.parent / "example_workflows" / "loras"
+
+
+def add_lora_folder() -> None:
+    """Let Load LoRA find the LoRA of the demo model, after those of the user."""
+    folder_paths.add_model_folder_path("loras", str(LORAS))
 
 
 class LoadDemoModel(io.ComfyNode):

@@ -12,6 +12,12 @@ from ..shared.detection import Detection, DetectionConfig, OnResult, detect
 from .comfy_denoiser import ModelDenoiser, Prompt
 from .model_identity import settings
 from .sampling_work import ROWS, with_denoiser
+from .schema import CalibrationSocket
+
+
+def model_input() -> io.Model.Input:
+    """Return the input of the model that is measured."""
+    return io.Model.Input("model", tooltip="With its LoRA, as you sample with it.")
 
 
 def latent_input() -> io.Latent.Input:
@@ -29,6 +35,15 @@ def negative_input() -> io.Conditioning.Input:
         "negative",
         tooltip="What the score is measured against: an empty text; for SDXL an empty text through "
         "ConditioningZeroOut to compare with the command line. Other negatives change the score.",
+    )
+
+
+def calibration_input() -> CalibrationSocket.Input:
+    """Return the input of what turns scores into verdicts."""
+    return CalibrationSocket.Input(
+        "calibration",
+        optional=True,
+        tooltip="Of this very model and these settings; no verdict without it.",
     )
 
 

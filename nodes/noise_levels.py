@@ -1,5 +1,6 @@
 """What a MODEL of ComfyUI predicts, and the noise levels it is measured at."""
 
+import math
 from typing import Any
 
 import comfy.model_sampling
@@ -50,3 +51,16 @@ def noise_levels(sampling: Any, steps: int) -> Float[Tensor, " level"]:
         raise ValueError(f"`steps` must be between 1 and {len(table)}, got {steps}.")
     timesteps = torch.arange(steps - 1, -1, -1) * (len(table) // steps) + 1
     return torch.cat([table[timesteps.clamp(max=len(table) - 1)], table[:1]]).float().clone()
+
+
+def percent_of(sampling: Any, sigma: float) -> float:
+    """Return the share of the noise schedule that is behind, 0 at pure noise, 1 at the image.
+
+    Args:
+        sampling: The model_sampling of a MODEL.
+        sigma: Noise level, above 0.
+    """
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return 1 - sigma
+    levels = sampling.sigmas.log()
+    return 1 - float((levels - math.log(sigma)).abs().argmin()) / (len(levels) - 1)

@@ -1,19 +1,19 @@
 """Work on a MODEL done where ComfyUI samples, so that ComfyUI loads, patches and prepares it."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..shared.detection import DetectionConfig
 from .comfy_denoiser import NEGATIVE, ModelDenoiser, Prompt, guider_keys
-from .differentiable import differentiable
+from .differentiable import differentiable, writes_in_place
+from .live_progress import OnPrediction, live_progress
 from .noise_levels import noise_levels, parametrization_of
 
 Result = TypeVar("Result")
@@ -63,7 +63,7 @@ def with_denoiser(
     guider = comfy.samplers.CFGGuider(model.clone())
     guider.inner_set_conds({key: conds[name] for name, key in guider_keys(prompts).items()})
     levels = noise_levels(sampling, DetectionConfig().schedule_steps)
-    sampler = _Work(work, prompts, forward_rows, gradients)
+    sampler = _Work(work, prompts, live_progress(model, forward_rows), gradients)
     guider.sample(noise, noise.clone(), sampler, levels, disable_pbar=True, seed=0)
     return sampler.result
 
@@ -72,18 +72,20 @@ class _Work(comfy.samplers.Sampler):
     """Does any work on a network that ComfyUI has loaded, patched and prepared for sampling."""
 
     def __init__(self, work: Callable[[ModelDenoiser], Any], prompts: Mapping[str, Prompt],
-                 forward_rows: int, gradients: bool):  # fmt: skip
+                 on_prediction: OnPrediction, gradients: bool):  # fmt: skip
         self.work, self.prompts, self.gradients = work, prompts, gradients
-        self.forward_rows, self.result = forward_rows, None
+        self.on_prediction, self.result = on_prediction, None
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
                latent_image: Any = None, denoise_mask: Any = None,
                disable_pbar: bool = False) -> Tensor:  # fmt: skip
         """Do the work; the latent returned is not used."""
-        progress = comfy.utils.ProgressBar(self.forward_rows)
-        with differentiable(guider.inner_model) if self.gradients else nullcontext():
-            denoiser = ModelDenoiser(
-                guider, self.prompts, extra_args["model_options"], noise, progress
+        options = extra_args["model_options"]
+        with ExitStack() as undo:
+            if self.gradients:
+                in_place = writes_in_place(guider, options)
+                undo.enter_context(differentiable(guider.inner_model, in_place=in_place))
+            self.result = self.work(
+                ModelDenoiser(guider, self.prompts, options, noise, self.on_prediction)
             )
-            self.result = self.work(denoiser)
         return torch.zeros_like(noise)

@@ -7,11 +7,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..shared.calibration import Calibration
-from ..shared.run_wording import metadata, report
+from ..shared.run_wording import guard_lines, metadata, report
 from ..shared.step_chart import draw_note, draw_step_chart
 from ..shared.watched_runs import WatchRecord, judge
+from .measuring import calibration_input
 from .pictures import to_image
-from .schema import CalibrationSocket, RecordSocket, schema
+from .schema import RecordSocket, schema
 from .watching import latent_id, watch
 
 log = logging.getLogger(__name__)
@@ -116,9 +117,7 @@ class MemorizationReport(io.ComfyNode):
                         "so that it runs before the saving; it then runs every time."
                     ),
                 ),
-                CalibrationSocket.Input(
-                    "calibration", optional=True, tooltip="Of this model; without it, no verdict."
-                ),
+                calibration_input(),
             ],
             outputs=[
                 io.Latent.Output("reported", display_name="latent", tooltip="As it came in."),
@@ -165,13 +164,15 @@ class MemorizationReport(io.ComfyNode):
         if run is None or not run.traces.numel():
             text = f"Not measurable in this run: {run.reason if run else STRANGER}."
             image = to_image(draw_note(text))
+            text = "\n".join([text, *guard_lines(run.guarded if run else ())])
             return cls._output(latent, image, text, math.nan, False)
         known = calibration is not None and record.model is not None
         model = record.model() if known else None
         verdict = judge(run, calibration, steps=steps, model=model)
         if save_score:
             cls._save(metadata(verdict))
-        text = report(verdict, calibration, run.extra_passes)
+        told = report(verdict, calibration, run.extra_passes)
+        text = "\n".join([told, *guard_lines(run.guarded)])
         highest = max(image.score for image in verdict.images)
         image = to_image(draw_step_chart(run, verdict))
         return cls._output(latent, image, text, highest, verdict.hits > 0)

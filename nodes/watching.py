@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
 
+from ..shared.guard.record import GuardedImage
 from ..shared.watched_runs import WatchedRun, WatchRecord
 from .model_identity import weights_sha256
 
@@ -41,7 +42,11 @@ def latent_id(samples: torch.Tensor) -> str:
 
 
 def watch(
-    model: ModelPatcher, *, measure_anyway: bool = False, empty: list | None = None
+    model: ModelPatcher,
+    *,
+    measure_anyway: bool = False,
+    empty: list | None = None,
+    guarded: Callable[[], tuple[GuardedImage, ...]] = tuple,
 ) -> tuple[ModelPatcher, WatchRecord]:
     """Return a clone of a model and the record that its sampling runs will fill.
 
@@ -50,6 +55,7 @@ def watch(
         measure_anyway: Where guidance does not ask for the negative prompt, ask for it: one more
             pass of the network per step, and the same images.
         empty: CONDITIONING that stands in where the guider has no negative prompt at all.
+        guarded: Returns what a guard decided about the images of the run that has just ended.
     """
     watched = model.clone()
     record = WatchRecord(model=lambda: weights_sha256(watched))
@@ -66,7 +72,7 @@ def watch(
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
         try:
             latent = executor(noise, image, sampler, sigmas, *args, **kwargs)
-            run.latent_id = latent_id(latent)
+            run.latent_id, run.guarded = latent_id(latent), guarded()
             record.start(run)
             return latent
         finally:
@@ -78,7 +84,7 @@ def watch(
         predictions = executor(network, conds, x, sigma, options)
         if run is None:
             return predictions
-        positive, negative = (_place(guider.conds.get(k), conds) for k in ("positive", "negative"))
+        positive, negative = (place(guider.conds.get(k), conds) for k in ("positive", "negative"))
         if positive is not None and negative is not None:
             run.add(predictions[positive], predictions[negative], sigma)
         elif positive is not None and len(conds) > 1 and conds[1 - positive] is None:
@@ -95,7 +101,7 @@ def watch(
     return watched, record
 
 
-def _place(prompt: Any, conds: Sequence) -> int | None:
+def place(prompt: Any, conds: Sequence) -> int | None:
     """Return where the guider's own prompt stands among those asked for.
 
     By identity: attention guidance and its like ask again with lists of their own.

@@ -1,6 +1,9 @@
 """The result of a watched run in words, and as data for the metadata of its images."""
 
+from collections.abc import Sequence
+
 from .calibration import Calibration
+from .guard.record import GuardedImage
 from .watched_runs import RunVerdict
 
 NO_CALIBRATION = "A verdict needs a calibration of this model."
@@ -45,6 +48,20 @@ def report(verdict: RunVerdict, calibration: Calibration | None, extra_passes: i
     if extra_passes:
         lines.append(f"Measured anyway: {extra_passes} additional passes of the network.")
     return "\n".join(lines)
+
+
+def guard_lines(images: Sequence[GuardedImage]) -> list[str]:
+    """Return what a guard decided about each image of a run, one line each."""
+    lines = []
+    for number, image in enumerate(images, 1):
+        acted = f"acted by {image.method}" if image.fired else "did not act"
+        parts = [f"image {number}", f"guard {acted}"]
+        if image.score_before is not None:
+            parts.append(f"prompt scores {image.score_before:.3g}, threshold {image.threshold:.3g}")
+        if image.noise_before is not None:
+            parts.append(f"initial noise {image.noise_before:.3g} to {image.noise_after:.3g}")
+        lines.append("  ·  ".join(parts))
+    return lines
 
 
 def metadata(verdict: RunVerdict) -> dict:

@@ -41,9 +41,11 @@ def draw_step_chart(run: WatchedRun, verdict: RunVerdict, *, theme: Theme = "dar
 
     colors = THEMES[theme]
     order = sorted(range(len(verdict.images)), key=lambda i: -verdict.images[i].score)
-    rows = min(len(order), LISTED) + (len(order) > LISTED) + len(_notes(verdict))
+    before = [image.noise_before for image in run.guarded if image.noise_before is not None]
+    notes = _notes(verdict, guarded=bool(before))
+    rows = min(len(order), LISTED) + (len(order) > LISTED) + len(notes)
     height = TOP + PLOT_HEIGHT + BOTTOM + LINE * rows + 24
-    plot = _Plot(run.traces.numpy(), verdict, colors)
+    plot = _Plot(run.traces.numpy(), verdict, colors, before)
 
     image = Image.new("RGB", (WIDTH * _FINE, height * _FINE), colors["page"])
     plot.draw_shapes(ImageDraw.Draw(image))
@@ -61,7 +63,7 @@ def draw_step_chart(run: WatchedRun, verdict: RunVerdict, *, theme: Theme = "dar
         more = f"and {len(order) - LISTED} more with lower scores"
         write(draw, (LETTERS, base), more, size=LETTERS, fill=colors["muted"])
         base += LINE
-    for note in _notes(verdict):
+    for note in notes:
         write(draw, (LETTERS, base), note, size=SMALL, fill=colors["muted"])
         base += LINE
     return image
@@ -76,19 +78,28 @@ def draw_note(text: str, *, theme: Theme = "dark") -> "Image":
     )
 
 
-def _notes(verdict: RunVerdict) -> list[str]:
+def _notes(verdict: RunVerdict, *, guarded: bool) -> list[str]:
     """Return what stands below the images, short enough for one line each."""
+    notes = ["Rings: with the noise that the guard replaced."] if guarded else []
     if verdict.threshold is None:
-        return [NO_CALIBRATION]
-    return ["The calibration does not fit; see the report text."] if verdict.caveats else []
+        notes.append(NO_CALIBRATION)
+    elif verdict.caveats:
+        notes.append("The calibration does not fit; see the report text.")
+    return notes
 
 
 class _Plot:
     """The part of the picture with axes."""
 
-    def __init__(self, traces: np.ndarray, verdict: RunVerdict, colors: dict[str, str]):
-        self.traces, self.verdict, self.colors = traces, verdict, colors
-        marks = (verdict.threshold or 0.0, *(verdict.controls or ()))
+    def __init__(
+        self,
+        traces: np.ndarray,
+        verdict: RunVerdict,
+        colors: dict[str, str],
+        before: Sequence[float],
+    ):
+        self.traces, self.verdict, self.colors, self.before = traces, verdict, colors, before
+        marks = (verdict.threshold or 0.0, *(verdict.controls or ()), *before)
         highest = max(float(traces.max()), *marks) or 1.0
         self.unit = _nice(highest / 4)
         self.top = self.unit * math.ceil(highest * 1.02 / self.unit)
@@ -127,6 +138,10 @@ class _Plot:
             for x, y in points[: verdict.steps]:
                 dot = [x - 6, y - 6, x + 6, y + 6]
                 draw.ellipse([side * _FINE for side in dot], fill=color)
+        for score in self.before:
+            x, y = self.x(1), self.y(score)
+            ring = [side * _FINE for side in (x - 8, y - 8, x + 8, y + 8)]
+            draw.ellipse(ring, outline=colors["ink"], width=8)
         if verdict.threshold is not None:
             y = self.y(verdict.threshold)
             for left, right, height in (

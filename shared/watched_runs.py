@@ -7,6 +7,7 @@ import torch
 
 from .arrays import Float, Tensor
 from .calibration import Calibration
+from .guard.record import GuardedImage
 from .metrics import per_element, text_noise_norm
 
 KEPT_RUNS = 16
@@ -26,6 +27,8 @@ class WatchedRun:
     """Of the latent it returned; empty until it has."""
     extra_passes: int = 0
     """Predictions that were computed for the measurement alone."""
+    guarded: tuple[GuardedImage, ...] = ()
+    """What a guard decided about each image; empty when there was none."""
     reason: str = "the sampler stopped before its first step"
     """Why there are no scores; of no meaning when there are."""
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)

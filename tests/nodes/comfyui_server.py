@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300
+PREVIEW = struct.pack(">II", 1, 1)
+"""What a binary message starts with: a picture of a preview, as JPEG."""
 
 
 class Server:
@@ -50,7 +53,7 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read()
 
-    def post(self, path: str, content: dict) -> bytes:
+    def post(self, path: str, content: Any) -> bytes:
         """Send JSON."""
         body, headers = json.dumps(content).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, body, headers)
@@ -58,32 +61,43 @@ class Server:
             return answer.read()
 
     def run(
-        self, *graphs: dict, on_event: Callable[[str, dict], None] = lambda kind, data: None
+        self,
+        *graphs: dict,
+        on_event: Callable[[str, Any], None] = lambda kind, data: None,
+        previews: str = "none",
     ) -> list[dict]:
         """Post graphs at once and follow them to their ends.
+
+        Args:
+            graphs: As ``POST /prompt`` takes them.
+            on_event: Called with the kind and the data of each message; pictures of previews come
+                as "preview" with the bytes of a JPEG.
+            previews: The user's setting: "none", "latent2rgb" or "taesd".
 
         Returns:
             Per graph its entry of ``/history``: outputs, and the messages of its status.
         """
-        return asyncio.run(self._run(graphs, on_event))
+        return asyncio.run(self._run(graphs, on_event, previews))
 
-    async def _run(self, graphs: tuple[dict, ...], on_event: Callable) -> list[dict]:
+    async def _run(self, graphs: tuple, on_event: Callable, previews: str) -> list[dict]:
         import aiohttp
 
         async with (
             aiohttp.ClientSession() as session,
             session.ws_connect(f"{self.url}/ws?clientId=test", max_msg_size=0) as line,
         ):
-            prompts = [
-                json.loads(self.post("/prompt", {
-                    "prompt": graph, "client_id": "test", "extra_data": {"extra_pnginfo": {}}
-                }))["prompt_id"]
-                for graph in graphs
-            ]  # fmt: skip
+            common = {
+                "client_id": "test",
+                "extra_data": {"extra_pnginfo": {}, "preview_method": previews},
+            }
+            answers = [self.post("/prompt", common | {"prompt": graph}) for graph in graphs]
+            prompts = [json.loads(answer)["prompt_id"] for answer in answers]
             waiting = set(prompts)
             while waiting:
                 message = await line.receive(timeout=START_SECONDS)
-                if message.type != aiohttp.WSMsgType.TEXT:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    if message.data.startswith(PREVIEW):
+                        await asyncio.to_thread(on_event, "preview", message.data[len(PREVIEW) :])
                     continue
                 event = json.loads(message.data)
                 kind, data = event["type"], event["data"]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from comfyui import newest
 from workflows import EXAMPLES, as_graph
@@ -27,12 +28,56 @@ def test_it_has_a_picture_and_needs_no_download(comfy, path):
     assert "CheckpointLoaderSimple" not in types
 
 
-@pytest.mark.parametrize("comfy", ["0.3.75", "0.30.0"], indirect=True)
+OLDEST_AND_NEWEST = pytest.mark.parametrize("comfy", ["0.3.75", "0.30.0"], indirect=True)
+
+
+def load(comfy, root, name: str) -> dict:
+    """Return the graph of an example."""
+    text = (root / "example_workflows" / f"{name}.json").read_text("utf-8")
+    return comfy.call(graph_of, text)
+
+
+def of_type(graph: dict, kind: str) -> list[str]:
+    return [i for i, entry in graph.items() if entry["class_type"] == kind]
+
+
+@OLDEST_AND_NEWEST
 def test_watch_and_report_tells_the_memorized_prompt_from_the_other(comfy, root):
-    text = (root / "example_workflows" / "watch_and_report.json").read_text("utf-8")
-    graph = comfy.call(graph_of, text)
-    reports = [i for i, entry in graph.items() if entry["class_type"] == "UnmemorizeReport"]
+    graph = load(comfy, root, "watch_and_report")
+    reports = of_type(graph, "UnmemorizeReport")
     run = comfy.run(graph, keep={i: [i, 4] for i in reports}, extra={"extra_pnginfo": {}})
     assert [run[i] for i in reports] == [True, False]
-    saved = [i for i, entry in graph.items() if entry["class_type"] == "SaveImage"]
+    saved = of_type(graph, "SaveImage")
     assert [len(run.ui[i]["images"]) for i in saved] == [3, 3]
+
+
+@OLDEST_AND_NEWEST
+def test_heatmap_lights_the_image_where_the_prompt_dictates(comfy, root):
+    graph = load(comfy, root, "heatmap")
+    (heatmap,), (shown,) = of_type(graph, "UnmemorizeTokenHeatmap"), of_type(graph, "VAEDecode")
+    (lit,) = of_type(graph, "ImageCompositeMasked")
+    links = {"where": [heatmap, 1], "data": [heatmap, 3], "image": [shown, 0], "lit": [lit, 0]}
+    run = comfy.run(graph, keep=links)
+    where = run["where"][0, ..., None]
+    expected = run["image"][0] * (where + (1 - where) * 0.15)
+    np.testing.assert_allclose(run["lit"][0], expected, atol=2e-3)
+    assert where.min() < 0.2
+    assert where.max() > 0.9
+    data = json.loads(run["data"])
+    assert min(word["significance"] for word in data["words"]) > 0
+    before, after = (data["left_out"][0][f"score_{when}"] for when in ("before", "after"))
+    assert after < 0.8 * before
+
+
+@OLDEST_AND_NEWEST
+def test_lora_check_finds_the_captions_that_were_memorized(comfy, root):
+    graph = load(comfy, root, "lora_check")
+    (check,), images = of_type(graph, "UnmemorizeLoraCheck"), of_type(graph, "VAEDecode")
+    run = comfy.run(graph, keep={"data": [check, 2]} | {i: [i, 0] for i in images})
+    data = json.loads(run["data"])
+    greatest = max(control["increase"] for control in data["controls"])
+    assert len(data["captions"]) == 3
+    assert data["mean_increase"] > greatest
+    # With the LoRA, whatever the seed, the same picture.
+    spread = [run[i].std(0).mean() for i in images]
+    assert spread[1] < 0.5 * spread[0]

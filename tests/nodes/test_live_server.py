@@ -1,5 +1,6 @@
 """One live server: what it serves of the pack, runs over HTTP, Cancel, two prompts at once."""
 
+import io
 import json
 import time
 import urllib.parse
@@ -9,8 +10,24 @@ import pytest
 from comfyui import PACK_FOLDER, node
 from comfyui_server import messages
 from demo_side import caption
+from PIL import Image
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+MEASURING = {
+    "UnmemorizeDetect": (0, {"positive": ["2", 0], "negative": ["3", 0]}),
+    "UnmemorizeTokenHeatmap": (
+        2, {"clip": ["1", 1], "text": caption(), "negative": ["3", 0], "most": 2}
+    ),
+    "UnmemorizeCalibrate": (
+        1, {"clip": ["1", 1], "name": "live", "controls": "art", "false_positive_rate": 0.5,
+            "prompts": "a cat\na dog\na hat"},
+    ),
+    "UnmemorizeLoraCheck": (
+        1, {"clip": ["1", 1], "model_with_lora": ["1", 0], "clip_with_lora": ["1", 1],
+            "captions": caption(), "folder": "", "controls": 1},
+    ),
+}  # fmt: skip
+"""Long nodes: which output is the report, and inputs."""
 
 
 def graph(seed: int, steps: int = 2) -> dict:
@@ -29,6 +46,15 @@ def graph(seed: int, steps: int = 2) -> dict:
                        save_score=False),
         "text": node("PreviewAny", source=["report", 2]),
     }  # fmt: skip
+
+
+def measuring(name: str, seeds: int) -> dict:
+    """Return a graph with one long node."""
+    report, inputs = MEASURING[name]
+    common = {"model": ["1", 0], "latent": ["4", 0], "seeds": seeds, "steps": 1}
+    given = {key: graph(0)[key] for key in ("1", "2", "3", "4")}
+    shown = node("PreviewAny", source=["long", report])
+    return given | {"long": node(name, **common, **inputs), "text": shown}
 
 
 def text(entry: dict) -> str:
@@ -77,6 +103,43 @@ def test_cancel_stops_within_a_step_and_leaves_the_model_as_it_was(server):
     assert times.get("steps after", 0) <= 2  # one that was under way, one already announced
     server.post("/free", {"unload_models": True, "free_memory": True})
     assert text(server.run(graph(seed=21))[0]) == before
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_cancel_stops_every_long_node_and_leaves_the_model_as_it_was(server, name):
+    before = text(server.run(measuring(name, seeds=1))[0])
+    told = []
+
+    def cancel(kind: str, data: object) -> None:
+        if kind == "progress":
+            told.append(data["value"])
+            server.post("/interrupt", {})
+
+    (entry,) = server.run(measuring(name, seeds=64), on_event=cancel)
+    assert "execution_interrupted" in messages(entry)
+    assert told[-1] <= 4 * 3  # the pass that was under way, and one already announced
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert text(server.run(measuring(name, seeds=1))[0]) == before
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_previews_arrive_where_the_user_wants_them(server, name):
+    pictures, told = [], []
+
+    def collect(kind: str, data: object) -> None:
+        if kind == "preview":
+            pictures.append(Image.open(io.BytesIO(data)))
+        elif kind == "progress":
+            told.append(data["value"])
+
+    server.run(measuring(name, seeds=2), on_event=collect)
+    assert told
+    assert not pictures
+    told.clear()
+    server.run(measuring(name, seeds=3), on_event=collect, previews="latent2rgb")
+    assert len(pictures) == len(told) >= 2
+    assert {picture.size for picture in pictures} == {(512, 512)}
+    assert len({picture.tobytes() for picture in pictures}) >= 2
 
 
 def test_fifty_runs_do_not_grow(server):

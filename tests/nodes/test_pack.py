@@ -6,7 +6,7 @@ import pytest
 from comfyui import newest, pack
 
 pytestmark = pytest.mark.comfy
-TITLE = 20  # characters that fit a node's title at its default width
+TITLE = 21  # characters that fit a node's title at its default width
 
 
 def nodes() -> dict:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from runs_to_watch import calibration, run
+from unmemorize.shared.guard.record import GuardedImage
 from unmemorize.shared.plots import THEMES
 from unmemorize.shared.step_chart import LISTED, WIDTH, draw_note, draw_step_chart
 from unmemorize.shared.watched_runs import judge
@@ -50,3 +51,15 @@ def test_a_note_holds_its_text():
     short, long = (draw_note("not measurable " * n) for n in (1, 40))
     assert long.height > short.height
     assert pixels(long, THEMES["dark"]["ink"]) > 2 * pixels(short, THEMES["dark"]["ink"]) > 0
+
+
+def test_the_score_before_a_guard_replaced_the_noise_is_a_ring():
+    image = GuardedImage(
+        prompt=None, fired=True, threshold=2.0, score_before=5.0, noise_before=6.0,
+        noise_after=1.5, method="initial_noise",
+    )  # fmt: skip
+    plain, guarded = run([9.0]), run([9.0], guarded=(image,))
+    without, ringed = (draw_step_chart(r, judge(r, calibration())) for r in (plain, guarded))
+    assert ringed.height > without.height  # a line that says what rings are
+    plots = [np.asarray(picture.crop((0, 0, WIDTH, 480))) for picture in (without, ringed)]
+    assert 100 < (plots[0] != plots[1]).any(2).sum() < 1000  # a ring, and nothing else

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from runs_to_watch import SHAPE, add, calibration, run
-from unmemorize.shared.run_wording import headline, image_line, metadata, report
+from unmemorize.shared.guard.record import GuardedImage
+from unmemorize.shared.run_wording import guard_lines, headline, image_line, metadata, report
 from unmemorize.shared.watched_runs import KEPT_RUNS, WatchedRun, WatchRecord, judge
 
 
@@ -91,3 +92,16 @@ def test_wording_follows_the_numbers():
     assert "120 controls (made up)" in report(some, cal, 0)
     assert "7 additional passes" in report(judge(run([9.0])), None, 7)
     assert metadata(some)["memorized"] == [True, False]
+
+
+def test_what_a_guard_decided_is_told_image_by_image():
+    shut = GuardedImage(prompt=None, fired=False, threshold=2.0, score_before=1.25)
+    acted = GuardedImage(
+        prompt=None, fired=True, threshold=None, score_before=None, noise_before=9.0,
+        noise_after=1.5, method="initial_noise",
+    )  # fmt: skip
+    assert guard_lines([shut, acted]) == [
+        "image 1  ·  guard did not act  ·  prompt scores 1.25, threshold 2",
+        "image 2  ·  guard acted by initial_noise  ·  initial noise 9 to 1.5",
+    ]
+    assert guard_lines(run([1.0]).guarded) == []

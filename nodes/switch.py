@@ -1,0 +1,47 @@
+"""Node: sample again only where it is needed."""
+
+from comfy_api.latest import io
+
+from .schema import schema
+
+
+class MemorizationSwitch(io.ComfyNode):
+    """One of two latents; what leads to the other one does not run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return schema(
+            node_id="UnmemorizeSwitch",
+            display_name="Memorization Switch",
+            description=(
+                "Passes on the second latent if the first looks memorized. What makes the second "
+                "one runs only then."
+            ),
+            search_aliases=["unmemorize switch", "lazy switch", "resample if memorized"],
+            inputs=[
+                io.Boolean.Input(
+                    "memorized", force_input=True, tooltip="From Memorization Report."
+                ),
+                io.Latent.Input("ordinary", lazy=True, tooltip="Passed on if not memorized."),
+                io.Latent.Input(
+                    "mitigated", lazy=True, tooltip="Passed on if memorized; made only then."
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", tooltip="One of the two, as it came.")],
+        )
+
+    @classmethod
+    def check_lazy_status(
+        cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
+    ) -> list[str]:
+        """Ask for the one latent that is passed on."""
+        name, latent = ("mitigated", mitigated) if memorized else ("ordinary", ordinary)
+        return [name] if latent is None else []
+
+    @classmethod
+    def execute(
+        cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
+    ) -> io.NodeOutput:
+        """Pass on a latent."""
+        return io.NodeOutput(mitigated if memorized else ordinary)

@@ -1,0 +1,68 @@
+"""ComfyUI's web page in a browser: opened, a saved workflow shown in it, and run."""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from comfyui import PACK_FOLDER
+
+START, RUN = 120_000, 300_000  # milliseconds
+# `app` is there while the page still loads a workflow of its own, which would replace ours. The
+# spinner turns until that is done.
+READY = "() => window.app?.extensionManager?.spinner === false"
+NODES = """() => app.graph._nodes.map(node => ({
+    type: node.type, id: String(node.id), known: node.constructor.nodeData !== undefined,
+    images: (node.imgs ?? []).map(image => image.naturalWidth),
+}))"""
+IDLE = """async () => {
+    const queue = await (await fetch('/queue')).json();
+    return queue.queue_running.length + queue.queue_pending.length === 0;
+}"""
+
+DRAWN = """async () => {
+    const runs = Object.values(await (await fetch('/history')).json());
+    const outputs = Object.values(runs.at(-1)?.outputs ?? {});
+    const drawn = app.graph._nodes.filter(node => node.imgs?.length);
+    return drawn.length >= outputs.filter(output => output.images?.length).length;
+}"""
+
+
+def open_page(browser: Any, url: str, faults: list[str]) -> Any:
+    """Return a Playwright page that has started; what it requests from elsewhere is refused.
+
+    Args:
+        browser: Of Playwright.
+        url: Of the server.
+        faults: What this pack does wrong on the page is added here.
+    """
+    page = browser.new_page(viewport={"width": 1600, "height": 1200})
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda m: faults.append(m.text) if _is_ours(m.text, m.type) else None)
+    host = urlparse(url).netloc
+    page.route(lambda url: urlparse(url).netloc not in (host, ""), lambda route: route.abort())
+    page.goto(url)
+    page.wait_for_function(READY, timeout=START)
+    return page
+
+
+def _is_ours(text: str, kind: str) -> bool:
+    return kind == "error" and ("nmemorize" in text or PACK_FOLDER in text)
+
+
+def open_workflow(page: Any, path: Path) -> list[dict]:
+    """Open a saved workflow, as its menu entry does, and return its nodes."""
+    workflow = json.loads(path.read_text("utf-8"))
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    nodes = page.evaluate(NODES)
+    saved = {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    assert {node["id"]: node["type"] for node in nodes} == saved
+    return nodes
+
+
+def run(page: Any) -> list[dict]:
+    """Run the workflow until its pictures are shown, and return its nodes."""
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    page.wait_for_function(IDLE, timeout=RUN)
+    page.wait_for_function(DRAWN, timeout=START)
+    return page.evaluate(NODES)
