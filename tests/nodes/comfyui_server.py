@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ class Server:
         Returns:
             Per graph its entry of ``/history``: outputs, and the messages of its status.
         """
-        return asyncio.run(self._run(graphs, on_event, previews))
+        # In a thread: Playwright keeps a loop running in this one, once a test has used a browser.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._run(graphs, on_event, previews)).result()
 
     async def _run(self, graphs: tuple, on_event: Callable, previews: str) -> list[dict]:
         import aiohttp

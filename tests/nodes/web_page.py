@@ -15,11 +15,8 @@ NODES = """() => app.graph._nodes.map(node => ({
     type: node.type, id: String(node.id), known: node.constructor.nodeData !== undefined,
     images: (node.imgs ?? []).map(image => image.naturalWidth),
 }))"""
-IDLE = """async () => {
-    const queue = await (await fetch('/queue')).json();
-    return queue.queue_running.length + queue.queue_pending.length === 0;
-}"""
-
+RUNS = "async () => Object.keys(await (await fetch('/history')).json()).length"
+"""How many runs are over."""
 DRAWN = """async () => {
     const runs = Object.values(await (await fetch('/history')).json());
     const outputs = Object.values(runs.at(-1)?.outputs ?? {});
@@ -62,7 +59,8 @@ def open_workflow(page: Any, path: Path) -> list[dict]:
 
 def run(page: Any) -> list[dict]:
     """Run the workflow until its pictures are shown, and return its nodes."""
+    before = page.evaluate(RUNS)
     page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_function(IDLE, timeout=RUN)
+    page.wait_for_function(f"async before => await ({RUNS})() > before", arg=before, timeout=RUN)
     page.wait_for_function(DRAWN, timeout=START)
     return page.evaluate(NODES)
