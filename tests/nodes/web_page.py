@@ -1,6 +1,8 @@
 """ComfyUI's web page in a browser: opened, a saved workflow shown in it, and run."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -61,6 +63,14 @@ def run(page: Any) -> list[dict]:
     """Run the workflow until its pictures are shown, and return its nodes."""
     before = page.evaluate(RUNS)
     page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_function(f"async before => await ({RUNS})() > before", arg=before, timeout=RUN)
-    page.wait_for_function(DRAWN, timeout=START)
+    _wait_until(lambda: page.evaluate(RUNS) > before, RUN)
+    _wait_until(lambda: page.evaluate(DRAWN), START)
     return page.evaluate(NODES)
+
+
+def _wait_until(condition: Callable[[], bool], timeout: int) -> None:
+    """Ask again and again: Playwright's own waiting takes an unfinished promise for a yes."""
+    end = time.monotonic() + timeout / 1000
+    while not condition():
+        assert time.monotonic() < end, "the workflow did not come to its end"
+        time.sleep(0.1)
