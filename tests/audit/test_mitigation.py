@@ -22,7 +22,7 @@ def mitigation(config, captions, tmp_path_factory) -> MitigationConfig:
             output=tmp_path_factory.mktemp("mitigation") / "out",
             false_positive_rate=0.08,
         ),
-        texts=(captions["verbatim"][0], captions["learnt"][0], MARKUP),
+        texts=(captions["verbatim"][0], captions["held_out"][12], MARKUP),
         methods=("embedding", "random_words"),
         images=1,
     )
@@ -39,26 +39,26 @@ def picture(result, image):
 
 
 def test_acts_above_the_threshold_and_leaves_the_rest_bit_by_bit(done):
-    memorized, learnt, _ = done.entries
+    memorized, ordinary, _ = done.entries
     assert memorized.memorized
-    assert not learnt.memorized
+    assert not ordinary.memorized
     for entry in done.entries:
         usual = picture(done, entry.trials[0].images[0])
         for trial in entry.trials[1:]:
             difference = ImageChops.difference(usual, picture(done, trial.images[0]))
             assert (difference.getbbox() is not None) == trial.acted
     assert all(trial.acted for trial in memorized.trials[1:])
-    assert not any(trial.acted for trial in learnt.trials)
+    assert not any(trial.acted for trial in ordinary.trials)
     embedding = memorized.trials[1]
     assert embedding.score_after < done.calibration.threshold < memorized.score
 
 
 def test_rewordings_are_verified_and_only_for_what_is_above(done):
-    memorized, learnt, _ = done.entries
+    memorized, ordinary, _ = done.entries
     assert any(edit.under_threshold for edit in memorized.rewordings)
     for edit in memorized.rewordings:
         assert edit.under_threshold == (edit.score <= done.calibration.threshold)
-    assert learnt.rewordings == ()
+    assert ordinary.rewordings == ()
 
 
 def test_everything_is_written_and_escaped(done):
