@@ -45,9 +45,8 @@ def fit_subspace(
     A direction is the concept's when it holds more of what the concept changes, as a share, than
     `price` times what it holds of the retained text: see `contrast`. At the default price the two
     acceptance limits weigh the same. (An earlier way, to remove the directions of 95 % of the
-    retained energy first and to take the SVD of the rest, missed .91 to .93 of five concepts in the
-    states of all-MiniLM-L6-v2, where this one misses .05 to .10 at a collateral of .02 to .04:
-    `make bench NAME=trainers ARGS="--only subspace"`.)
+    retained energy first and to take the SVD of the rest, misses most of a concept in the states of
+    a real sentence encoder: `make bench NAME=trainers ARGS="--only subspace"` measures both.)
 
     Encoders that are joined along the width are first brought to the same scale, else the larger
     one would decide alone.
