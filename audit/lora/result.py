@@ -1,0 +1,268 @@
+"""What the audit of a LoRA found: plain frozen values, from which all that is written is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Verdict = Literal["verbatim", "template", "near", "none"]
+"""A training image comes back; only its layout; closer than controls are; nothing of the kind."""
+Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
+"""How a generation was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A share with its 95 % Clopper-Pearson interval."""
+
+    count: int
+    total: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingImage:
+    """One image of the training folder."""
+
+    name: str
+    """Relative to the folder, with forward slashes."""
+    sha256: str
+    caption: str
+    """Empty when there is none."""
+    repeats: int
+    """Times the trainer shows it in an epoch."""
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    held_out: bool = False
+    """Not trained on: a control of the same subject."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The images a LoRA was trained on, as found in a folder."""
+
+    folder: Path
+    layout: Literal["kohya", "metadata", "plain"]
+    """`10_name class` folders; a metadata file; images with or without caption files."""
+    images: tuple[TrainingImage, ...]
+    """Sorted by name; held-out ones come last."""
+    trigger: str
+    """The word that stands for what is taught, empty when none is known."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateGroup:
+    """Images of the training set that are near-duplicates of each other."""
+
+    images: tuple[int, ...]
+    """Positions in the training set, two or more."""
+    exact: bool
+    """All have the same bytes."""
+    similarity: float
+    """Lowest cosine within the group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFacts:
+    """What a LoRA file is and says of itself."""
+
+    name: str
+    """File name."""
+    sha256: str
+    dialect: Literal["kohya", "peft", "diffusers", "lycoris"]
+    kinds: tuple[str, ...]
+    """lora, locon, loha, lokr, dora: what its modules are."""
+    rank: int | None
+    """Largest rank; None where a kind has none."""
+    modules: int
+    epoch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    images: int | None = None
+    """Training images times repeats, as the header says."""
+    base_name: str | None = None
+    """Of the model it was trained on."""
+    base_hash: str | None = None
+    """As the trainer wrote it."""
+    says: tuple[str, ...] = ()
+    """Sentences: the header against the folder and the base model; what differs comes first."""
+    warnings: tuple[str, ...] = ()
+    """Those of `says` that a user must act on, such as another base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One generated image."""
+
+    path: str
+    """Relative to the output folder."""
+    prompt: str
+    asked: Asked
+    source: int | None
+    """Training image whose caption or paraphrase was asked for."""
+    seed: int
+    lora: bool
+    """False: the same prompt and seed with the LoRA off, a control."""
+    nearest: int
+    """Training image that is most similar."""
+    similarity: float
+    """Cosine to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptScore:
+    """How strongly a prompt drives the prediction."""
+
+    prompt: str
+    asked: Asked
+    source: int | None
+    on: float
+    """Mean L2 norm of the text-conditional noise with the LoRA, latent units."""
+    off: float
+    """Without it; `on - off` is the LoRA's part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageVerdict:
+    """Whether one training image comes back."""
+
+    image: int
+    """Position in the training set."""
+    verdict: Verdict
+    similarity: float
+    """Cosine of the most similar generation."""
+    control: float
+    """The same with the LoRA off."""
+    ceiling: float
+    """Cosine of the image and its own autoencoder round trip: what can be reached at most."""
+    generation: int | None
+    """Position of the most similar generation."""
+    attracted: int
+    """Generations to which this image is the nearest of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clique:
+    """Generations of the extraction attack that agree with each other."""
+
+    size: int
+    member: str
+    """Path of the one nearest to the mean."""
+    nearest: int
+    """Training image most similar to it."""
+    similarity: float
+    extracted: bool
+    """Similar enough to count as that image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """The extraction attack from base to LoRA (FineXtract)."""
+
+    generations: int
+    guidance: float
+    """w of e_base(0) + w (e_lora(c) - e_base(0))."""
+    cliques: tuple[Clique, ...]
+    """Largest first."""
+    extracted: Rate
+    """Distinct training images brought out, of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPoint:
+    """One saved epoch."""
+
+    name: str
+    epoch: int
+    score: float
+    """Mean LoRA-on minus LoRA-off score of the captions."""
+    similarity: float
+    """Mean over the training images of the most similar generation's cosine."""
+    reproduced: Rate
+    """Training images that come back verbatim."""
+    inside: bool
+    """Within what controls do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """From which similarity on a verdict is given, and what carries it."""
+
+    verbatim: float | None
+    """None: too few controls."""
+    near: float | None
+    method: str
+    """How they were made, a sentence."""
+    controls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositiveControl:
+    """The demo model's planted duplicates, measured in the same run by the same instrument."""
+
+    found: Rate
+    """Planted images that it found."""
+    works: bool
+    detail: str
+    """A sentence: what was asked of it and what came out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """What may be said of the whole LoRA."""
+
+    text: str
+    """A sentence, or why none can be given and what would be needed."""
+    given: bool
+    """False: refused."""
+    reproduced: Rate
+    """Training images judged verbatim."""
+    controls: Rate
+    """The same of controls: LoRA off, or held-out images."""
+    p_value: float | None
+    """One-sided Fisher's exact test of the two; None when refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Something that makes images come back, and what to do about it."""
+
+    kind: Literal["duplicates", "captions", "repeats", "epochs", "rank"]
+    evidence: str
+    """What was found, a sentence with numbers."""
+    change: str
+    """What to do, a sentence with numbers."""
+    flags: str = ""
+    """Training options that would prevent it, to be typed; empty when there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraAudit:
+    """Everything the page shows and the files hold."""
+
+    model: str
+    model_fingerprint: str
+    """sha256 over the weights of the base model, LoRA left out."""
+    lora: LoraFacts
+    training: TrainingSet
+    duplicates: tuple[DuplicateGroup, ...]
+    scores: tuple[PromptScore, ...]
+    generations: tuple[Generation, ...]
+    verdicts: tuple[ImageVerdict, ...]
+    """Of the images that are not held out, in their order."""
+    thresholds: Thresholds
+    headline: Headline
+    positive_control: PositiveControl
+    attack: Attack | None
+    epochs: tuple[EpochPoint, ...] = ()
+    """Rising; empty when only one file was given."""
+    best_epoch: int | None = None
+    """Position of the last epoch inside the controls' interval."""
+    causes: tuple[Cause, ...] = ()
+    words: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = ()
+    """Per flagged caption, its words with their significance."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Name and value of all that decides the result: seeds, steps, versions, features."""
+    folder: Path = Path()
+    """Output folder; holds the pictures and `similarity.npz` (`matrix` [generation image])."""
