@@ -81,6 +81,7 @@ def build_networks(vocabulary: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
         hidden_act="quick_gelu", bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
         pad_token_id=vocabulary - 1,
+        architectures=["CLIPTextModel"],  # trainers choose the encoder's class by it
     ))  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 8, block_out_channels=channels, layers_per_block=2,

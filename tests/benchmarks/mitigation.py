@@ -2,8 +2,8 @@
 
 Draws captions of every group as they are and with each method always on, keeps the pictures in
 --work (killed anywhere, it continues), and judges them afterwards; the gate's decisions then give
-the gated figures, as an image on which a method does not act is bit-identical. Needs npm for the
-other vendors' drawings.
+the gated figures, as an image on which a method does not act is bit-identical. The plot of
+similarity against fidelity stands in --work. Needs npm for the other vendors' drawings.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from unmemorize.demo.check import Judge
 from unmemorize.shared.calibration import Calibration, clopper_pearson, settings_of
 from unmemorize.shared.detection import DetectionConfig, detect
 from unmemorize.shared.guard import guard
-from unmemorize.shared.mitigation import METHODS, make_method
+from unmemorize.shared.mitigation import DEFAULT, METHODS, make_method
 from unmemorize.shared.mitigation.embedding import optimise_embedding
 from unmemorize.shared.models import load_denoiser, model_fingerprint
 from unmemorize.shared.storage import Journal, replace_atomically
@@ -156,8 +156,8 @@ def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) ->
     critic = Critic(data.Art(data.fetch(Path("build/demo/art"))))
     threshold, made = calibration.threshold_for(1), ways(denoiser)
     header = f"{'method':<22}{'group':<10}{'reproduced':>12}{'95 % interval':>17}"
-    header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}"
-    print(f"\n{header}   (seconds: always on, relative to none)")
+    header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}{'ratio':>7}"
+    print(f"\n{header}   (.always: whatever the gate says)")
     for group in data.GROUPS:
         captions = [c for c in demo.audited() if c.group == group][:count]
         plain: list[Drawn] = []
@@ -169,18 +169,43 @@ def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) ->
             through = always if way == NONE else gated(always, plain, threshold)
             for suffix, drawn in (("", through), (".always", always)):
                 if way != NONE or not suffix:
-                    line = figures(critic, drawn, plain, always)
+                    line = figures(critic, drawn, plain)
                     bench |= {f"mitigation.{way}.{group}{suffix}.{k}": v for k, v in line.items()}
                     low, high = clopper_pearson(round(line["reproduced"] * len(drawn)), len(drawn))
                     near = "" if line["similarity"] is None else f"{line['similarity']:.3f}"
                     print(f"{way + suffix:<22}{group:<10}{line['reproduced']:>12.3f}"
                           f"{f'{low:.3f} to {high:.3f}':>17}{near:>12}{line['fidelity']:>10.3f}"
-                          f"{line['change']:>8.3f}{line['seconds']:>9.2f}")  # fmt: skip
+                          f"{line['change']:>8.3f}{line['seconds']:>9.3f}{line['ratio']:>7.2f}",
+                          flush=True)  # fmt: skip
+    plot_table(bench, work / "similarity_and_fidelity.png")
 
 
-def figures(
-    critic: Critic, drawn: list[Drawn], plain: list[Drawn], timed: list[Drawn]
-) -> dict[str, float | None]:
+def plot_table(bench: dict, path: Path) -> None:
+    """Draw similarity against fidelity: one panel a group, one point a way, gated."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    groups = ("verbatim", "template")
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(9.6, 4), sharex=True, sharey=True,
+                                     layout="constrained")  # fmt: skip
+    for group, panel in zip(groups, panels, strict=True):
+        for way in (NONE, *METHODS):
+            key = f"mitigation.{way}.{group}"
+            x, y = bench[f"{key}.similarity"], bench[f"{key}.fidelity"]
+            panel.scatter(x, y, color="black" if way == NONE else None, zorder=2)
+            panel.annotate(f"{way}, {bench[f'{key}.reproduced']:.0%}", (x, y), xytext=(5, 4),
+                           textcoords="offset points", fontsize=8)  # fmt: skip
+        panel.set(title=f"{group}: share reproduced beside the name",
+                  xlabel="similarity to the training image (SSCD)")  # fmt: skip
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("fidelity to the caption (.5 is chance)")
+    figure.savefig(path, dpi=150)
+    print(f"\nThe plot: {path}")
+
+
+def figures(critic: Critic, drawn: list[Drawn], plain: list[Drawn]) -> dict[str, float | None]:
     """Return the means of one line of the table."""
     judged = list(critic.judge_all(drawn))
     near = [one["similarity"] for one in judged if one["similarity"] is not None]
@@ -194,8 +219,9 @@ def figures(
         "similarity": statistics.mean(near) if near else None,
         "fidelity": statistics.mean(one["fidelity"] for one in judged),
         "change": float(np.mean(change)),
-        "seconds": statistics.median(
-            a.seconds / b.seconds for a, b in zip(timed, plain, strict=True)
+        "seconds": statistics.median(one.seconds for one in drawn),
+        "ratio": statistics.median(
+            a.seconds / b.seconds for a, b in zip(drawn, plain, strict=True)
         ),
     }
 
@@ -265,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     args = parser.parse_args(argv)
     bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
+    bench["mitigation.default"] = DEFAULT
     denoiser = load_denoiser(demo.MODEL)
     config = DetectionConfig()
     calibration = Calibration.from_controls(
@@ -282,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n| figure | value |\n|---|---|")
     for key, value in sorted(bench.items()):
         if key.startswith("mitigation.") and key.count(".") == 1:
-            print(f"| {key} | {value:.3f} |")
+            print(f"| {key} | {value if isinstance(value, str) else f'{value:.3f}'} |")
 
 
 if __name__ == "__main__":
