@@ -10,9 +10,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,7 @@ class Critic:
     """Says how near pictures are to the training image, and to the caption's other drawings."""
 
     def __init__(self, art: data.Art):
-        self.art, self.sscd, self.judge = art, Sscd(), Judge()
+        self.art, self.sscd, self.judged = art, Sscd(), Judge()
         captions = demo.captions()
         self.drawings = {
             vendor: self.sscd.embed([self._drawing(c, vendor) for c in captions])
@@ -121,17 +121,16 @@ class Critic:
         image.paste(drawing, (16, 16), drawing)
         return image
 
-    def judge_all(self, drawn: Sequence[Drawn]) -> Iterator[dict[str, float | None]]:
-        """Yield the figures of each caption, means over its seeds."""
-        for one in drawn:
-            embedded = self.sscd.embed(one.images)
-            own = demo.training_image(one.caption.text)
-            near = None if own is None else similarity(embedded, self.sscd.embed([own])).mean()
-            yield {
-                "reproduced": self.judge.check(one.caption, one.images).reproduced,
-                "similarity": None if near is None else float(near),
-                "fidelity": self.fidelity(embedded, one.caption),
-            }
+    def judge(self, one: Drawn) -> dict[str, float | None]:
+        """Return the figures of a caption, means over its seeds."""
+        embedded = self.sscd.embed(one.images)
+        own = demo.training_image(one.caption.text)
+        near = None if own is None else similarity(embedded, self.sscd.embed([own])).mean()
+        return {
+            "reproduced": self.judged.check(one.caption, one.images).reproduced,
+            "similarity": None if near is None else float(near),
+            "fidelity": self.fidelity(embedded, one.caption),
+        }
 
     def fidelity(self, embedded: torch.Tensor, caption: data.Caption) -> float:
         """Return the share of other captions' drawings that are less similar, .5 is chance."""
@@ -159,7 +158,8 @@ def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) ->
     header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}{'ratio':>7}"
     print(f"\n{header}   (.always: whatever the gate says)")
     for group in data.GROUPS:
-        captions = [c for c in demo.audited() if c.group == group][:count]
+        number = count if group in ("verbatim", "template") else count // 2
+        captions = [c for c in demo.audited() if c.group == group][:number]
         plain: list[Drawn] = []
         for way, make in made.items():
             bar = tqdm(captions, f"{group}: {way}", leave=False)
@@ -207,7 +207,7 @@ def plot_table(bench: dict, path: Path) -> None:
 
 def figures(critic: Critic, drawn: list[Drawn], plain: list[Drawn]) -> dict[str, float | None]:
     """Return the means of one line of the table."""
-    judged = list(critic.judge_all(drawn))
+    judged = [critic.judge(one) for one in drawn]
     near = [one["similarity"] for one in judged if one["similarity"] is not None]
     change = [
         (np.asarray(a, np.float32) / 255 - np.asarray(b, np.float32) / 255).std()
@@ -223,6 +223,31 @@ def figures(critic: Critic, drawn: list[Drawn], plain: list[Drawn]) -> dict[str,
         "ratio": statistics.median(
             a.seconds / b.seconds for a, b in zip(drawn, plain, strict=True)
         ),
+    }
+
+
+def measure_gated(denoiser, calibration, work: Path, bench: dict) -> None:
+    """Print what the default changes in learnt captions through the gate: all of them are scored.
+
+    Where the gate stays shut, images are bit-identical; so only those it fires on are drawn.
+    """
+    captions = [c for c in demo.audited() if c.group == "learnt"]
+    config = replace(DetectionConfig(), seeds=DetectionConfig().seeds[:1])  # as the gate's probe
+    scores = detect(denoiser, [c.text for c in captions], config).scores
+    above = (scores > calibration.threshold_for(1)).tolist()
+    fired = [caption for caption, flag in zip(captions, above, strict=True) if flag]
+    studio = Studio(denoiser, calibration, work / model_fingerprint(demo.MODEL)[:12])
+    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))))
+    spared = [c for c in captions if c not in fired][: len(fired)]
+    usual = {
+        c.text: critic.judge(studio.draw(NONE, None, c))["fidelity"] for c in [*fired, *spared]
+    }
+    method = make_method(DEFAULT)
+    acted = {c.text: critic.judge(studio.draw(DEFAULT, method, c))["fidelity"] for c in fired}
+    change = sum(acted[text] - usual[text] for text in acted) / len(captions)
+    bench |= {
+        "mitigation.gate_fires_on_learnt": len(fired) / len(captions),
+        "mitigation.gated_fidelity_change": change / statistics.mean(usual.values()),
     }
 
 
@@ -284,9 +309,11 @@ def measure_embedding(denoiser, bench: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print the tables and write bench.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("table", "gate", "embedding")
+    parts = ("table", "gated", "gate", "embedding")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--captions", type=int, default=24, help="captions of each group")
+    parser.add_argument(
+        "--captions", type=int, default=24, help="of verbatim and template, half as many others"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/bench-mitigation"))
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     args = parser.parse_args(argv)
@@ -300,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     for part, work in (
         ("table", lambda: measure_table(denoiser, calibration, args.work, args.captions, bench)),
+        ("gated", lambda: measure_gated(denoiser, calibration, args.work, bench)),
         ("gate", lambda: measure_gate(denoiser, calibration, bench)),
         ("embedding", lambda: measure_embedding(denoiser, bench)),
     ):
