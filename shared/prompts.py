@@ -220,8 +220,7 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     """Yield the captions of a training folder: kohya sidecars, or a diffusers metadata table."""
     tables = sorted(path for name in METADATA for path in folder.rglob(name))
     for table in tables:
-        reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[table.suffix]
-        for prompt in reader(table):
+        for prompt in read_table(table):
             yield replace(prompt, source=f"{table.relative_to(folder).as_posix()}"
                                          f":{prompt.source.rpartition(':')[2]}")  # fmt: skip
     if tables:
@@ -231,12 +230,30 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
     for image in images:
-        sidecar = next(
-            (s for suffix in CAPTION_SUFFIXES if (s := image.with_suffix(suffix)).is_file()), None
-        )
-        if sidecar:
-            caption = (_lines(_text(sidecar)) or [""])[0]
-        else:  # kohya trains on the folder's name, `10_name class` without its count of repeats
-            number, _, name = image.parent.name.partition("_")
-            caption = name if number.isdecimal() else ""
+        caption = caption_of(image)
         yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
+
+
+def read_table(path: Path) -> Iterator[Prompt]:
+    """Return the rows of a metadata file of a training folder; `image` is None for absent files.
+
+    Raises:
+        PromptError: It is not a table, or a row has no column for prompts.
+    """
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
+    return reader(path)
+
+
+def caption_of(image: Path) -> str:
+    """Return what kohya's scripts train an image on: the file beside it, or its folder's name.
+
+    Raises:
+        PromptError: The file beside it is not UTF-8.
+    """
+    sidecar = next(
+        (s for suffix in CAPTION_SUFFIXES if (s := image.with_suffix(suffix)).is_file()), None
+    )
+    if sidecar:
+        return (_lines(_text(sidecar)) or [""])[0]
+    number, _, name = image.parent.name.partition("_")
+    return name if number.isdecimal() else ""

@@ -10,8 +10,8 @@ ROOMS = ("audit", "demo", "nodes", "shared", "trainer_patch")
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 TRAINERS = {"kohya_ss", "library", "lycoris", "networks", "toolkit", "train_network"}
 HEAVY = {
-    "accelerate", "diffusers", "jinja2", "matplotlib", "onnxruntime", "pandas", "peft", "PIL",
-    "pyarrow", "scipy", "sklearn", "transformers",
+    "accelerate", "diffusers", "faiss", "jinja2", "matplotlib", "onnxruntime", "pandas", "peft",
+    "PIL", "pyarrow", "scipy", "sklearn", "transformers",
 }  # fmt: skip
 BASE = ["numpy", "safetensors.torch", "torch", "tqdm.auto"]
 

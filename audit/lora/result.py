@@ -48,6 +48,8 @@ class TrainingSet:
     """Sorted by name; held-out ones come last."""
     trigger: str
     """The word that stands for what is taught, empty when none is known."""
+    held_out_folder: Path | None = None
+    """Where the held-out images lie when it is not `folder`; their names are relative to it."""
     warnings: tuple[str, ...] = ()
 
 

@@ -240,7 +240,7 @@ def broken(name: str, pipeline) -> dict[str, torch.Tensor]:
         ("unknown module", "attn7"),
         ("second encoder", "text_encoder_2"),
         ("nan", "weights with NaN or infinity .*: lora_"),
-        ("loha", "is a LoHa, not a LoRA"),
+        ("loha", "has the factors hada_w1_a, which make no LoHa and no LoKr"),
         ("alpha alone", "lora_unet_mid_block \\(no factor\\)"),
         ("empty", "the file is empty"),
         ("sdxl", "another architecture"),

@@ -1,0 +1,108 @@
+"""Near-duplicates in a training set: what most of all makes a model give images back."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...shared.arrays import Float, Tensor
+from ...shared.dependencies import require
+from .index import Index
+from .result import DuplicateGroup
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PURPOSE = "Grouping near-duplicates"
+SAMPLE = 32
+"""Images whose edits set the threshold; further ones hardly move it."""
+KEPT = 0.95
+"""Share of lightly edited copies that the threshold finds."""
+CROP = 0.04
+"""Share that a light crop takes off each side."""
+
+
+def find_duplicates(
+    rows: Float[Tensor, " image dimension"], sha256: Sequence[str], threshold: float
+) -> tuple[DuplicateGroup, ...]:
+    """Return the groups of images that are linked by similarity, the largest first.
+
+    Two images are linked when their files are equal or their cosine is at least `threshold`. A
+    group may be a chain: its `similarity` is the lowest cosine of any two members.
+
+    Args:
+        rows: Unit vectors, one an image.
+        sha256: Of the image files.
+        threshold: Cosine; see `duplicate_threshold`.
+    """
+    if len(rows) != len(sha256):
+        raise ValueError(f"{len(rows)} rows but {len(sha256)} hashes.")
+    if not len(rows):
+        return ()
+    first: dict[str, int] = {}
+    equal = [(first.setdefault(key, index), index) for index, key in enumerate(sha256)]
+    distinct = torch.tensor(list(first.values()))
+    near = distinct[Index(rows[distinct]).pairs(threshold)[0]]
+    groups = []
+    for members in _connected(len(rows), [*equal, *near.tolist()]):
+        together = rows[members] @ rows[members].T
+        groups.append(
+            DuplicateGroup(
+                images=tuple(members),
+                exact=len({sha256[member] for member in members}) == 1,
+                similarity=min(1.0, together.min().item()),
+            )
+        )
+    return tuple(sorted(groups, key=lambda group: (-len(group.images), group.images)))
+
+
+def _connected(count: int, links: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the connected components with two members or more, members rising."""
+    sparse = require("scipy.sparse", purpose=PURPOSE, extra="reports")
+    graph = require("scipy.sparse.csgraph", purpose=PURPOSE, extra="reports")
+    ends = np.asarray(links).T
+    matrix = sparse.coo_array((np.ones(len(links), dtype=bool), tuple(ends)), shape=(count, count))
+    components: dict[int, list[int]] = {}
+    for member, label in enumerate(graph.connected_components(matrix, directed=False)[1].tolist()):
+        components.setdefault(label, []).append(member)
+    return [members for members in components.values() if len(members) > 1]
+
+
+def duplicate_threshold(
+    images: "Sequence[Image]", embed: Callable[..., Float[Tensor, " image dimension"]]
+) -> float:
+    """Return the cosine from which on an image counts as a near-duplicate of another.
+
+    On flat art unrelated pictures pass the .5 that the literature calls a copy, so the images set
+    it themselves: a near-duplicate is as close as an image is to its own lightly edited copy. The
+    threshold is what `KEPT` of such copies reach: recompressed (JPEG, quality 75), shrunk to half,
+    and cropped by `CROP` on each side.
+
+    Args:
+        images: Of the training set, at least one; `SAMPLE` of them, evenly spread, are edited.
+        embed: From images to unit vectors, such as `Sscd().embed`.
+    """
+    step = max(1, len(images) // SAMPLE)
+    cosines = []
+    for index in range(0, len(images), step):
+        image = images[index].convert("RGB")
+        rows = embed([image, *_edits(image)])
+        cosines.append(rows[1:] @ rows[0])
+    return torch.quantile(torch.cat(cosines), 1 - KEPT).clamp(max=1).item()
+
+
+def _edits(image: "Image") -> "list[Image]":
+    """Return lightly edited copies of an image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75)
+    width, height = image.size
+    left, top = int(CROP * width), int(CROP * height)
+    return [
+        Image.open(file),
+        image.resize((max(1, width // 2), max(1, height // 2)), Image.Resampling.LANCZOS),
+        image.crop((left, top, width - left, height - top)),
+    ]

@@ -1,0 +1,120 @@
+"""Embeddings of images, computed once for each content and kept on disk."""
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+
+import torch
+
+from ...shared.arrays import Float, Tensor
+from ...shared.detection import Progress
+from ...shared.storage import replace_atomically
+from ..sscd import BATCH, DIMENSIONS, Sscd
+from ..training_images import ImageFiles
+
+logger = logging.getLogger(__name__)
+
+PLACE = "UNMEMORIZE_CACHE"
+"""Environment variable that names another cache folder."""
+CHUNK = 16 * BATCH
+"""Images whose rows are written together: a kill loses at most so many."""
+VERSION = 1
+"""Raised when images are read in another way: rows of before are not found again."""
+
+
+def default_folder() -> Path:
+    """Return where rows are kept: what `PLACE` names, or the platform's place for caches."""
+    if named := os.environ.get(PLACE):
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "unmemorize")
+
+
+class FeatureCache:
+    """Embeddings by the sha256 of image files, for one encoder.
+
+    Each chunk of rows is a file of its own, named for the images in it and written whole or not at
+    all. So processes may write at the same time, a kill loses one chunk, and the folder may be
+    deleted whenever nothing runs.
+    """
+
+    def __init__(self, encoder: Sscd | None = None, folder: Path | None = None):
+        """Open the cache of an encoder.
+
+        Args:
+            encoder: None for the installed one.
+            folder: Where rows are kept, 2 kB an image; None for `default_folder`.
+
+        Raises:
+            ImportError: The extra `sscd` is not installed; says what to type.
+        """
+        self._encoder = encoder or Sscd()
+        weights = _sha256(self._encoder.path)
+        self.name = f"SSCD: {self._encoder.path.name}, sha256 {weights}"
+        self._folder = (folder or default_folder()) / f"sscd-{VERSION}-{weights[:32]}"
+
+    def rows(
+        self, paths: Sequence[Path], *, progress: Progress | None = None
+    ) -> Float[Tensor, " image 512"]:
+        """Return one unit vector per image file, float32; equal files are embedded once.
+
+        Args:
+            paths: Image files.
+            progress: Called with the number of images finished since the last call.
+
+        Raises:
+            ValueError: A file is no whole image; names it.
+        """
+        keys = [_sha256(path) for path in paths]
+        found = dict(self._read(set(keys)))
+        todo = {key: path for key, path in zip(keys, paths, strict=True) if key not in found}
+        if progress is not None:
+            progress(len(keys) - len(todo))
+        for start in range(0, len(todo), CHUNK):
+            part = dict(list(todo.items())[start : start + CHUNK])
+            rows = self._encoder.embed(ImageFiles(list(part.values())), progress=progress)
+            fresh = dict(zip(part, rows, strict=True))
+            self._write(fresh)
+            found |= fresh
+        return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, DIMENSIONS)
+
+    def _read(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the rows that are kept; a file that cannot be read counts as absent."""
+        from safetensors import SafetensorError, safe_open
+
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    digests = file.get_tensor("sha256").numpy().tobytes().hex()
+                    keys = [digests[start : start + 64] for start in range(0, len(digests), 64)]
+                    rows = file.get_tensor("rows") if wanted & set(keys) else None
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s is not used: %s", path, error)
+                continue
+            if rows is not None:
+                yield from ((k, row) for k, row in zip(keys, rows, strict=True) if k in wanted)
+
+    def _write(self, rows: Mapping[str, Tensor]) -> None:
+        """Keep rows; where nothing can be written they are computed again next time."""
+        from safetensors.torch import save_file
+
+        digests = torch.tensor([list(bytes.fromhex(key)) for key in rows], dtype=torch.uint8)
+        name = hashlib.sha256(bytes(digests.flatten().tolist())).hexdigest()[:32]
+        try:
+            with replace_atomically(self._folder / f"{name}.safetensors") as part:
+                save_file({"sha256": digests, "rows": torch.stack(list(rows.values()))}, part)
+        except OSError as error:
+            logger.warning("Embeddings are not kept for next time: %s", error)
+
+
+def _sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,95 @@
+"""Near-duplicates: planted ones are found, unrelated pictures are not, chains are told."""
+
+import hashlib
+
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+from unmemorize import demo
+
+pytest.importorskip("faiss")
+
+from unmemorize.audit.lora.duplicates import duplicate_threshold, find_duplicates
+from unmemorize.audit.sscd import Sscd, has_sscd
+
+needs_sscd = pytest.mark.skipif(not has_sscd(), reason="needs the extra sscd")
+
+
+def at(*degrees: float) -> torch.Tensor:
+    angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+
+
+def keys(*names: str) -> list[str]:
+    return [hashlib.sha256(name.encode()).hexdigest() for name in names]
+
+
+def slow_groups(rows, sha256, threshold) -> set[tuple[int, ...]]:
+    """Merge sets until nothing changes: plainly right."""
+    groups = [{index} for index in range(len(rows))]
+    for a in range(len(rows)):
+        for b in range(a):
+            if sha256[a] == sha256[b] or rows[a].dot(rows[b]) >= threshold:
+                one, other = (next(g for g in groups if i in g) for i in (a, b))
+                if one is not other:
+                    groups.remove(other)
+                    one |= other
+    return {tuple(sorted(group)) for group in groups if len(group) > 1}
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
+def test_groups_are_those_of_the_slow_way(threshold):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator))
+    content = [index // 2 if index % 20 == 1 else index for index in range(60)]
+    rows, names = rows[content], map(str, content)
+    sha256 = keys(*names)
+    groups = find_duplicates(rows, sha256, threshold)
+    assert {group.images for group in groups} == slow_groups(rows, sha256, threshold)
+    assert groups
+
+
+def test_a_chain_says_how_far_apart_its_ends_are():
+    (group,) = find_duplicates(at(0, 20, 40, 120), keys(*"abcd"), 0.9)
+    assert (group.images, group.exact) == ((0, 1, 2), False)
+    assert group.similarity == pytest.approx(at(40)[0, 0].item(), abs=1e-6)
+
+
+def test_equal_files_are_exact_whatever_their_rows_say():
+    far, near = find_duplicates(at(0, 170, 90, 91, 91), keys(*"aabcc"), 0.99)
+    assert (far.images, far.exact) == ((2, 3, 4), False)
+    assert (near.images, near.exact) == ((0, 1), True)
+    assert find_duplicates(at(0, 45, 90), keys(*"abc"), 0.9) == ()
+    assert find_duplicates(torch.zeros(0, 2), [], 0.9) == ()
+
+
+def test_a_thousand_equal_files_are_one_group():
+    (group,) = find_duplicates(at(*[10] * 1000), keys(*["same"] * 1000), 0.9)
+    assert len(group.images) == 1000
+    assert group.exact
+    assert group.similarity == pytest.approx(1)
+
+
+def test_rows_and_hashes_must_match():
+    with pytest.raises(ValueError, match="2 rows but 1 hashes"):
+        find_duplicates(at(0, 1), keys("a"), 0.9)
+
+
+@needs_sscd
+def test_planted_duplicates_on_flat_art_are_found_and_nothing_else():
+    """The literature's .5 would tie unrelated drawings together here."""
+    captions = [caption.text for caption in demo.captions()]
+    art = [image for text in captions[:400:10] if (image := demo.training_image(text)) is not None]
+    planted = [
+        art[0].resize((100, 100), Image.Resampling.BICUBIC),
+        ImageEnhance.Brightness(art[1]).enhance(1.1),
+        art[2].crop((3, 3, 125, 125)),
+    ]
+    encoder = Sscd()
+    threshold = duplicate_threshold(art, encoder.embed)
+    rows, names = encoder.embed([*art, *planted]), map(str, range(len(art) + 3))
+    groups = find_duplicates(rows, keys(*names), threshold)
+    pairs = {(0, len(art)), (1, len(art) + 1), (2, len(art) + 2)}
+    assert {group.images for group in groups} == pairs
+    assert len(slow_groups(rows[: len(art)], keys(*map(str, range(len(art)))), 0.5)) > 0
+    assert 0.7 < threshold < 1
