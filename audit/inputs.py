@@ -76,7 +76,7 @@ def read_named(
 
 
 def read_controls(name: str) -> Sequence[str]:
-    """Return control prompts: a bundled list, the demo's held-out captions, or those of a file."""
+    """Return control prompts: a bundled list, the demo's own, or those of a file."""
     if name == DEMO:
         from .. import demo
 

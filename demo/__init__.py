@@ -30,17 +30,21 @@ def captions() -> "tuple[Caption, ...]":
 
 @cache
 def controls() -> list[str]:
-    """Return the held-out captions set aside for calibration: two of every three.
+    """Return the captions set aside for calibration: of the held-out and of the learnt ones.
 
-    Ordinary prompts are wanted. Captions that share half of their words with a repeated one ("open
-    mailbox with raised flag" beside "open mailbox with lowered flag") are audited instead.
+    Two of every three held-out captions, and every fourth learnt one: what the model knows from
+    many drawings scores higher than what it never saw, and an audit must not take it for memorized.
+    Held-out captions that share half of their words with a repeated one ("open mailbox with raised
+    flag" beside "open mailbox with lowered flag") are no ordinary prompts and are audited instead.
     """
     from .data import overlap
 
-    repeated = [c.text for c in captions() if c.group in ("verbatim", "template")]
-    held_out = [c.text for c in captions() if c.group == "held_out"]
-    ordinary = [t for t in held_out if all(overlap(t, other) < 0.5 for other in repeated)]
-    return [text for index, text in enumerate(ordinary) if index % 3]
+    texts: dict[str, list[str]] = {}
+    for caption in captions():
+        texts.setdefault(caption.group, []).append(caption.text)
+    repeated = [*texts["verbatim"], *texts["template"]]
+    ordinary = [t for t in texts["held_out"] if all(overlap(t, r) < 0.5 for r in repeated)]
+    return [text for index, text in enumerate(ordinary) if index % 3] + texts["learnt"][::4]
 
 
 def audited() -> "list[Caption]":

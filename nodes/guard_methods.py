@@ -67,7 +67,7 @@ def _initial_noise(
     iterations: int = 50,
     learning_rate: float = 0.01,
     target_from: str = "calibration",
-    target_quantile: float = 0.9,
+    target_quantile: float = 0.8,
     target_norm: float = 3.0,
 ) -> Method:
     target = target_settings(target_from, target_quantile, target_norm)

@@ -58,7 +58,7 @@ def target_inputs() -> list:
             "controls, or target_norm.",
         ),
         io.Float.Input(
-            "target_quantile", default=0.9, min=0.0, max=1.0, step=0.01,
+            "target_quantile", default=0.8, min=0.0, max=1.0, step=0.01,
             tooltip="Stop when no more than this share of control prompts scores lower, 0 to 1. "
             "Only with target_from calibration.",
         ),

@@ -47,7 +47,7 @@ class EmbeddingOptimisation(Method):
     target: float | None = None
     """|D| to stop at, L2 norm in latent units, at least 0 (paper: l_target, 1 to 5 on SD 1.4; the
     authors' README: 3). It depends on model and resolution; None takes `target_quantile`."""
-    target_quantile: float = 0.9
+    target_quantile: float = 0.8
     """Share of the calibration's control scores below the target, 0..1; ours, not the paper's."""
     batch_size: int | None = None
     """Rows of one pass with gradient, at least 1; None chooses by device and latent size."""

@@ -54,7 +54,7 @@ class InitialNoise(Method):
     target: float | None = None
     """Per sample: |D| to stop at, L2 norm in latent units, at least 0 (authors' README: 0.9 on
     SD 1.4). It depends on model and resolution; None takes `target_quantile`."""
-    target_quantile: float = 0.9
+    target_quantile: float = 0.8
     """Share of the calibration's control scores below the target, 0..1; ours, not the paper's."""
     gamma: float = 0.7
     """Batch: size of a step, at least 0 (authors' README: 0.7)."""
