@@ -1,16 +1,19 @@
 """`unmemorize concept`: a concept's subspace built, shown and tested before a training uses it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from . import concept_answers as answers
+from .cli_concept_pictures import knowing_pictures, layers
 from .options import Debug, Device, Dtype, Json, Model, ModelConfig, Prompts, Revision, Texts
 from .terminal import answering, print_json, print_table
 
 if TYPE_CHECKING:
+    from .shared.diffusers_adapter import PipelineDenoiser
     from .shared.training.subspace import ConceptSubspace
     from .shared.training.text_states import TextPath
 
@@ -24,6 +27,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command()(layers)
 
 File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build`.")]
 Captions = Annotated[
@@ -39,14 +44,27 @@ Captions = Annotated[
 @app.command()
 def build(
     model: Model,
-    name: Annotated[list[str], typer.Option("--name", help="What the concept is called.")],
     neutral: Annotated[
         str, typer.Option(help="Word for any such thing, as `a character`; close is better.")
     ],
+    name: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--name", help="What the concept is called."),
+    ] = None,
     synonym: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--synonym", help="Another name or spelling; repeatable, 5 to 20 are good."),
     ] = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Folder of the concept's pictures: a word for them is learnt on the "
+            "model, beside the names or in place of them. Needs a GPU or patience."
+        ),
+    ] = None,
+    learn_steps: Annotated[
+        int, typer.Option(min=1, help="Steps in which the word is learnt.")
+    ] = 500,
     also: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--also", metavar="FILE", help="Join the concepts of this file; repeatable."),
@@ -72,7 +90,7 @@ def build(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Build the subspace of a concept from its names, test it, and write it.
+    """Build the subspace of a concept from its names or pictures, test it, and write it.
 
     It is tested on sentences that it was not built from, and refused when too much of the concept
     lies outside of it or too much of other text inside.
@@ -81,18 +99,22 @@ def build(
         from .shared.training.concept import Concept, load_templates
         from .shared.training.examination import concepts_of
         from .shared.training.fitting import fit_subspace
+        from .shared.training.learnt_word import WORD
         from .shared.training.subspace import ConceptSubspace
 
         sentences = tuple(_texts([templates])) if templates else load_templates()
-        made = Concept(names=(*name, *(synonym or ())), neutral=neutral, templates=sentences)
+        names = (*(name or ()), *(synonym or ()), *((WORD,) if images else ()))
+        made = Concept(names=names, neutral=neutral, templates=sentences)
         joined = [
             c for path in also or () for c in concepts_of(ConceptSubspace.load(path).provenance)
         ]
         kept = _captions(model, captions)
-        text_path = _text_path(model, revision, model_config, device, dtype)
-        subspace = fit_subspace(
-            text_path, [made, *joined], kept, energy=energy, cap=cap, force=force
-        )
+        denoiser = _denoiser(model, revision, model_config, device, dtype)
+        with knowing_pictures(denoiser, images, made, learn_steps) as told:
+            subspace = fit_subspace(
+                _text_path(denoiser), [made, *joined], kept, energy=energy, cap=cap, force=force
+            )
+        subspace = replace(subspace, provenance={**subspace.provenance, **told})
         subspace.save(output)
     if as_json:
         print_json(answers.document(subspace) | {"output": str(output)})
@@ -102,15 +124,21 @@ def build(
 
 @app.command()
 def show(file: File, as_json: Json = False, debug: Debug = False) -> None:
-    """Show what a subspace was built from, its size, and how it did in its test."""
+    """Show what subspaces were built from, their size, and how they did in their test."""
     with answering(as_json=as_json, debug=debug):
+        from .shared.training.layer_subspaces import LayerSubspaces, holds_layers
         from .shared.training.subspace import ConceptSubspace
 
-        subspace = ConceptSubspace.load(file)
+        if holds_layers(file):
+            made = LayerSubspaces.load(file)
+            document, lines = answers.layer_document(made), answers.layer_lines(made)
+        else:
+            made = ConceptSubspace.load(file)
+            document, lines = answers.document(made), answers.lines(made)
     if as_json:
-        print_json(answers.document(subspace))
+        print_json(document)
     else:
-        print_table(f"Concept in {file}", ["what", "value"], answers.lines(subspace))
+        print_table(f"Concept in {file}", ["what", "value"], lines)
 
 
 @app.command("test", epilog=EXIT_CODES)
@@ -139,7 +167,7 @@ def examine_file(
         from .shared.training.examination import examine
         from .shared.training.subspace import ConceptSubspace
 
-        text_path = _text_path(model, revision, model_config, device, dtype)
+        text_path = _text_path(_denoiser(model, revision, model_config, device, dtype))
         subspace = ConceptSubspace.load(file, width=text_path([""]).states.shape[-1])
         asked = [*(prompt or ()), *_texts(prompts or ())]
         found = examine(text_path, subspace, _captions(model, captions), asked)
@@ -173,15 +201,20 @@ def _captions(model: str, files: list[Path] | None) -> list[str]:
     return load_controls(CONTROLS[0])
 
 
-def _text_path(
+def _denoiser(
     model: str, revision: str | None, config: Path | None, device: str | None, dtype: str | None
-) -> "TextPath":
-    """Return how a model reads prompts."""
+) -> "PipelineDenoiser":
     from .audit.subject import Subject
-    from .shared.training.text_states import encoders_of, text_path_of
 
     subject = Subject(model, revision=revision, config=config, device=device, dtype=dtype)
-    return text_path_of(subject.denoiser, encoders_of(subject.denoiser.pipeline))
+    return subject.denoiser
+
+
+def _text_path(denoiser: "PipelineDenoiser") -> "TextPath":
+    """Return how a model reads prompts."""
+    from .shared.training.text_states import encoders_of, text_path_of
+
+    return text_path_of(denoiser, encoders_of(denoiser.pipeline))
 
 
 def _read_by(lora: Path, subspace: "ConceptSubspace") -> dict[str, dict[str, Any]]:

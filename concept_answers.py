@@ -1,10 +1,12 @@
 """What `unmemorize concept` prints: tables, one JSON document."""
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .shared.training.examination import Examination
+    from .shared.training.layer_subspaces import LayerSubspaces
     from .shared.training.subspace import ConceptSubspace
 
 Layers = Mapping[str, Mapping[str, Any]]
@@ -33,6 +35,12 @@ def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
         rows.append(("other text inside", f"{made['collateral']:.1%}{_limit(made, 'collateral')}"))
     for name in made.get("not_separable", ()):
         rows.append(("not separable", f"{name}: no subspace of this text encoder would pass"))
+    if learnt := made.get("learnt"):
+        rows.append((
+            "learnt",
+            f"from {learnt['pictures']} pictures in {learnt['steps']} steps: loss from "
+            f"{learnt['loss_before']:.3f} to {learnt['loss_after']:.3f}",
+        ))  # fmt: skip
     for key in ("captions", "settings"):
         if key in made:
             rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))
@@ -40,6 +48,34 @@ def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
         rows.append(("templates", str(len(made["templates"]))))
     if "accepted" in made:
         rows.append(("accepted", "yes" if made["accepted"] else "NO, it was forced"))
+    return rows
+
+
+def layer_document(layers: "LayerSubspaces") -> dict[str, Any]:
+    """Return everything subspaces of layers say of themselves."""
+    ranks = {name: basis.shape[1] for name, basis in layers.bases.items()}
+    return {"schema_version": 1, "ranks": ranks} | dict(layers.provenance)
+
+
+def layer_lines(layers: "LayerSubspaces") -> list[tuple[str, str]]:
+    """Return the lines of a table of subspaces of layers."""
+    made = layers.provenance
+    ranks = sorted(basis.shape[1] for basis in layers.bases.values())
+    rows = [
+        ("layers", str(len(ranks))),
+        ("dimensions", f"{ranks[0]} to {ranks[-1]} a layer, half of them up to {median(ranks):g}"),
+    ]
+    if names := made.get("names"):
+        rows.append(("named", ", ".join(names)))
+    if held_out := made.get("held_out"):
+        rows.append((
+            "pictures held out",
+            f"{held_out['concept']:.1%} of the concept's inside, {held_out['retained']:.1%} of the "
+            "others', median over layers",
+        ))  # fmt: skip
+    for key in ("pictures", "settings"):
+        if key in made:
+            rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))
     return rows
 
 

@@ -19,6 +19,7 @@ from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.sample_log import Sample
 from .diffusers_text import TEXT, EmptyPrompt
+from .rows import take_rows
 
 Samples = Callable[[], Sequence[Sample]]
 """Who is in the batch of the forward pass that runs now; empty when that is not known."""
@@ -72,16 +73,14 @@ class Gate:
         if not (torch.is_grad_enabled() and prediction.requires_grad):
             return None  # sampling for validation
         call = self._call(args, kwargs)
-        # Not `network(...)`, which would come back to this hook.
-        with aside(self._before):
-            other = network.forward(**self.empty.in_place_of_prompt(call))[0]
         rows = len(prediction) // (2 if self.prior_preservation else 1)
-        timesteps = self.empty.timesteps(call, rows)
+        timesteps, samples = self.empty.timesteps(call, rows), self._samples(call[TEXT], rows)
+        due = self.protection.due(samples, timesteps, self._before)
         weights = self.protection.weigh(
             prediction[:rows],
-            other[:rows],
+            self._repeat(call, due, prediction),
             timesteps=timesteps,
-            samples=self._samples(call[TEXT], rows),
+            samples=samples,
             scale=self.empty.scale(timesteps),
         )
         gated = gate_gradient(
@@ -90,6 +89,17 @@ class Gate:
         if gated is prediction:
             return None
         return (gated, *output[1:]) if isinstance(output, tuple) else type(output)(gated)
+
+    def _repeat(self, call: dict[str, Any], due: Tensor, prediction: Tensor) -> Tensor:
+        """Return the prediction on the empty prompt of the rows that are due."""
+        if not due.any():
+            return prediction[:0].detach()
+        if not due.all():
+            call = take_rows(call, due.nonzero().flatten(), len(prediction))
+        # Not `network(...)`, which would come back to the hook.
+        with aside(self._before):
+            other = self.network.forward(**self.empty.in_place_of_prompt(call))[0]
+        return other[: int(due.sum())]
 
     def _call(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of the forward pass by name."""

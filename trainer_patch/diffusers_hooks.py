@@ -32,7 +32,7 @@ def gather_of(accelerator: Any) -> Gather:
 
 @contextmanager
 def optimizer_hooks(optimizers: Sequence[Optimizer], protection: Protection) -> Iterator[None]:
-    """Project around each step of the optimizer that trains the text-fed factors.
+    """Project around each step of the optimizer that trains the projected factors.
 
     Raises:
         UnsupportedTraining: None of them trains all of the factors.
@@ -46,8 +46,8 @@ def optimizer_hooks(optimizers: Sequence[Optimizer], protection: Protection) -> 
             break
     else:
         raise UnsupportedTraining(
-            f"No optimizer trains all {len(factors)} LoRA factors that read text. Make it from the "
-            "network's parameters after the LoRA was added."
+            f"No optimizer trains all {len(factors)} LoRA factors that are projected. Make it from "
+            "the network's parameters after the LoRA was added."
         )
     before = optimizer.register_step_pre_hook(lambda *_: protection.before_clip())
     after = optimizer.register_step_post_hook(lambda *_: protection.after_step())

@@ -3,18 +3,13 @@
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..shared.storage import replace_atomically, write_text
-from ..shared.training.lora_factors import factors_of
-from ..shared.training.projection import Projection, ProjectionFailed, check
 from ..shared.training.protection import Protection
-from ..shared.training.subspace import ConceptSubspace
 from .diffusers_wrapping import Function, wrapped
 
 logger = logging.getLogger(__name__)
@@ -38,23 +33,10 @@ def stamp(path: Path, protection: Protection) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    if protection.projection:
-        _project_rounding(factors_of(tensors, source=str(path)), protection.subspace)
+    protection.clear_rounding(tensors, source=str(path))
     with replace_atomically(path) as part:
         save_file(tensors, part, metadata=metadata | protection.metadata())
     protection.after_save(path)
-
-
-def _project_rounding(factors: Mapping[str, Tensor], subspace: ConceptSubspace) -> None:
-    """Project saved factors in place, where they are wider than those that were trained.
-
-    A script that trains in half precision and saves in single leaves half precision's rounding in
-    the file. The trained factors themselves are checked by `Protection.finish`.
-    """
-    try:
-        check(factors, [subspace])
-    except ProjectionFailed:
-        Projection(factors, [subspace]).project_weights()
 
 
 def save_progress(protection: Protection, folder: Path) -> None:

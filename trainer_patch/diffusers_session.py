@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..shared.diffusers_adapter import PipelineDenoiser
-from ..shared.training.lora_factors import UnsupportedTraining, text_factors
+from ..shared.training.guarded import guarded_factors
+from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.settings import ProtectionSettings
@@ -34,9 +35,9 @@ def validate(network: nn.Module, settings: ProtectionSettings, accelerator: Any 
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
         if settings.filter and compiler != "NO":
             faults.append(f"The filter's hooks are not compiled by {compiler}: --dynamo_backend no")
-    if settings.projection:
+    if asked := settings.projection:
         try:
-            text_factors(network)
+            guarded_factors(network, text=asked.of_text, layers=asked.layer_subspaces())
         except UnsupportedTraining as error:
             faults.append(str(error))
     if faults:

@@ -1,7 +1,7 @@
 """The memorization filter in a step of sd-scripts: one more prediction, on the empty prompt."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,15 @@ from torch import Tensor
 
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
+from ..shared.training.sample_log import Sample
 from .kohya_samples import BatchSamples
 from .kohya_text import TextSide, without_text
 from .kohya_training import HookMissing, Training
+from .rows import take_rows
 
 Hook = Callable[..., Any]
+BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")
+"""Arguments of the U-Net's prediction that hold one row for each sample."""
 
 
 class StepFilter:
@@ -53,34 +57,44 @@ class StepFilter:
     def _unet_step(self, run: Hook, given: dict[str, Any]) -> Tensor:
         """Predict with SD 1, SD 2 or SDXL, whose inputs are noised already."""
         state = RandomState.now(self._training.accelerator.device)
-        prediction = run(given)
-        with aside(state):
-            plain = run(given | {"text_conds": without_text(given["text_conds"], self._empty())})
-        scale = None if self._scale is None else self._scale[given["timesteps"].cpu().long()]
-        self._weigh(given["batch"], prediction, plain, given["timesteps"], scale)
+        prediction, timesteps = run(given), given["timesteps"]
+        samples = self._samples.of(given["batch"])
+        due = self._protection.due(samples, timesteps, state)
+        plain = prediction[:0].detach()
+        if due.any():
+            some = given | _rows(given, due)
+            with aside(state):
+                text = without_text(some["text_conds"], self._empty())
+                plain = run(some | {"text_conds": text})
+        scale = None if self._scale is None else self._scale[timesteps.cpu().long()]
+        self._weigh(given["batch"], prediction, plain, timesteps, samples, scale)
         return prediction
 
     def _transformer_step(self, run: Hook, given: dict[str, Any]) -> tuple:
         """Predict with SD3 or Flux: the call draws noise, which is drawn again."""
-        network = given["unet"]
+        network, batch = given["unet"], given["batch"]
         state = RandomState.now(self._training.accelerator.device)
+        samples = self._samples.of(batch)
         with _outputs(network) as seen:
             result = run(given)
-            prediction = seen[0]
+            prediction, timesteps = seen[0], result[2]
             del seen[:]
-            bare = self._training.accelerator.unwrap_model(network)
-            if hasattr(bare, "prepare_block_swap_before_forward"):
-                bare.prepare_block_swap_before_forward()
-            with aside(state):
-                repeated = run(given | {
-                    "text_encoder_conds": without_text(given["text_encoder_conds"], self._empty()),
-                    "batch": {k: v for k, v in given["batch"].items() if k != "custom_attributes"},
-                    "is_train": False,
-                })  # fmt: skip
-            plain = seen[0]
-        if not torch.equal(result[2], repeated[2]):
-            raise HookMissing("Repeating the prediction drew other timesteps than the training.")
-        self._weigh(given["batch"], prediction, plain, result[2], None)
+            # Since noise was drawn, all are due or none.
+            if self._protection.due(samples, timesteps, state).any():
+                bare = self._training.accelerator.unwrap_model(network)
+                if hasattr(bare, "prepare_block_swap_before_forward"):
+                    bare.prepare_block_swap_before_forward()
+                with aside(state):
+                    text = without_text(given["text_encoder_conds"], self._empty())
+                    repeated = run(given | {
+                        "text_encoder_conds": text,
+                        "batch": {k: v for k, v in batch.items() if k != "custom_attributes"},
+                        "is_train": False,
+                    })  # fmt: skip
+                if not torch.equal(timesteps, repeated[2]):
+                    raise HookMissing("A repeated prediction drew other timesteps than the first.")
+            plain = seen[0] if seen else prediction[:0].detach()
+        self._weigh(batch, prediction, plain, timesteps, samples, None)
         return result
 
     def _empty(self) -> list[Tensor | None]:
@@ -95,14 +109,23 @@ class StepFilter:
         prediction: Tensor,
         plain: Tensor,
         timesteps: Tensor,
+        samples: Sequence[Sample],
         scale: Tensor | None,
     ) -> None:
         """Multiply the weights of the losses, which the trainer reads after this."""
         weights = self._protection.weigh(
-            prediction, plain, timesteps=timesteps, samples=self._samples.of(batch), scale=scale
+            prediction, plain, timesteps=timesteps, samples=samples, scale=scale
         )
         losses = batch["loss_weights"]
         batch["loss_weights"] = losses * weights.to(losses.device, losses.dtype)
+
+
+def _rows(given: dict[str, Any], due: Tensor) -> dict[str, Any]:
+    """Return those arguments of a U-Net's prediction that change when only some rows are due."""
+    if due.all():
+        return {}
+    whole = {name: given[name] for name in BATCHED}
+    return take_rows(whole, due.nonzero().flatten(), len(due))
 
 
 def _noise_per_velocity(training: Training) -> Tensor | None:

@@ -123,8 +123,9 @@ def check_training(training: Training, settings: ProtectionSettings) -> None:
     if settings.projection and not training.has_unet:
         faults.append(
             f"{type(training.trainer).__name__} trains a model whose layers read text mixed with "
-            "the picture, so no subspace of text states can be kept out exactly: leave "
-            "out --project_concepts; --mem_filter is supported"
+            "the picture, so no subspace of text states can be kept out exactly, and under names "
+            "of sd-scripts' own, so no file of layers fits: leave out --project_concepts and "
+            "--project_layers; --mem_filter is supported"
         )
     if settings.filter and not training.has_unet:
         if type(training.trainer).__name__ not in FLOW_TRAINERS:

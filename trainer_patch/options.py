@@ -42,6 +42,13 @@ OPTIONS = (
         "Other layers can still learn the look, and what the base model knows stays.",
     ),
     Option(
+        name="project_layers",
+        metavar="FILE",
+        help="keep every other layer of the LoRA off what the concept's pictures put into it: the "
+        ".safetensors file that `unmemorize concept layers` made from them with the model that is "
+        "trained. Alone, or beside --project_concepts, which the layers that read text need.",
+    ),
+    Option(
         name="project_energy",
         metavar="SHARE",
         help="share of each concept's energy that its subspace covers, 0 to 1 (0.95)",
@@ -67,6 +74,13 @@ OPTIONS = (
         metavar="|".join(get_args(Action)),
         help="what happens to such a sample: left out of the loss, weighed down to threshold / "
         "score, or only logged (drop)",
+    ),
+    Option(
+        name="mem_filter_recall",
+        metavar="N",
+        help="cheaper filter: measure a sample on one of N visits at least, on the others only "
+        "where the decision is open, and expect its score from earlier visits elsewhere (every "
+        "visit is measured); 16 is a good number. Some decisions will differ.",
     ),
     Option(
         name="mem_filter_report",
@@ -114,8 +128,8 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
     }
     given = {name: text for name, text in texts.items() if text}
     for prefix, needed in zip(PREFIXES, ("project_concepts", "mem_filter"), strict=True):
-        idle = [name for name in given if name.startswith(prefix) and needed not in given]
-        if idle:
+        idle = [name for name in given if name.startswith(prefix) and name != "project_layers"]
+        if idle and needed not in given:
             raise OptionError(f"--{idle[0]} does nothing without --{needed}.")
     try:
         return ProtectionSettings(projection=_projection(given), filter=_filter(given))
@@ -145,17 +159,19 @@ def parse_concepts(text: str) -> tuple[Concept, ...]:
 
 
 def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
-    text = given.get("project_concepts")
-    if text is None:
+    text, layers = given.get("project_concepts", ""), given.get("project_layers")
+    if not text and layers is None:
         return None
     saved = text.endswith(".safetensors")
-    if saved and not Path(text).is_file():
-        raise OptionError(f"--project_concepts: there is no file {text}.")
+    for name in ("project_concepts",) * saved + ("project_layers",) * (layers is not None):
+        if not Path(given[name]).is_file():
+            raise OptionError(f"--{name}: there is no file {given[name]}.")
     if saved and (idle := {"project_energy", "project_cap", "project_force"} & given.keys()):
         raise OptionError(f"--{min(idle)} does nothing to a subspace that is already built.")
     return ProjectionSettings(
         concepts=() if saved else parse_concepts(text),
         file=Path(text) if saved else None,
+        layers=Path(layers) if layers is not None else None,
         energy=_number(given, "project_energy", float, 0.95),
         cap=_number(given, "project_cap", int, None),
         force=_switch(given, "project_force"),
@@ -176,6 +192,7 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
         limit=math.inf if quantile else number,
         quantile=number if quantile else None,
         action=action,
+        recall=_number(given, "mem_filter_recall", int, None),
         report=Path(f"{report.removesuffix('.json')}.json") if report else None,
     )
 

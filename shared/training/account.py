@@ -1,8 +1,10 @@
 """What a training tells of its protection: in a log, in a report, in the saved file's header."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .filter import MemorizationFilter
+from .layer_subspaces import LayerSubspaces
 from .projection import Projection
 from .settings import FilterSettings
 from .subspace import ConceptSubspace
@@ -21,13 +23,19 @@ def describe(subspace: ConceptSubspace) -> str:
 
 
 def projection_account(
-    subspace: ConceptSubspace, projection: Projection, residual: float | None
+    subspace: ConceptSubspace | None,
+    layers: LayerSubspaces | None,
+    projection: Projection,
+    residual: float | None,
 ) -> dict[str, Any]:
-    """Return how the subspace was made and what was kept out of it, plain data."""
-    made = subspace.provenance
-    return {key: made[key] for key in made if key != "templates"} | {
-        "rank": subspace.rank,
-        "width": subspace.width,
+    """Return how the subspaces were made and what was kept out of them, plain data."""
+    told: dict[str, Any] = {}
+    if subspace is not None:
+        told |= _without(subspace.provenance, "templates")
+        told |= {"rank": subspace.rank, "width": subspace.width}
+    if layers is not None:
+        told["layers"] = _without(layers.provenance, "inside") | {"count": len(layers.bases)}
+    return told | {
         "modules": len(projection.factors),
         "steps": projection.steps,
         "residual": residual,
@@ -40,6 +48,13 @@ def filter_account(asked: FilterSettings, done: MemorizationFilter) -> dict[str,
         "threshold": str(asked.limit) if asked.quantile is None else f"q{asked.quantile}",
         "action": done.action,
         "unit": done.unit,
+        "recall": asked.recall,
         "seen": done.seen,
+        "measured": done.measured,
         "flagged": done.flagged,
     }
+
+
+def _without(provenance: Mapping[str, Any], long: str) -> dict[str, Any]:
+    """Return a provenance but for what is too long to be told with every file."""
+    return {key: value for key, value in provenance.items() if key != long}

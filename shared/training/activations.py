@@ -144,21 +144,46 @@ def fit_layers(
             f"Concept and retained must be heard in the same layers; {len(odd)} differ"
             + (f", first {odd[0]}." if odd else ": nothing was heard at all.")
         )
-    bases, shares = {}, {}
+    bases = {}
     for name, ours in concept.items():
-        others = retained[name]
-        mean = others.sum / others.count
-        rows = _shares(ours.rows if paired else ours.about(mean))
-        rest = _shares(others.about(mean))
+        rows, rest, mean = _deviations(ours, retained[name], paired)
         directions, energies = contrast(rows, torch.cat([rest, _shares(mean[None])]), price)
-        basis = directions[:, : leading(energies, energy, 1.0, cap)]
-        bases[name] = basis
-        shares[name] = {
+        bases[name] = directions[:, : leading(energies, energy, 1.0, cap)]
+    settings = {"price": price, "energy": energy, "cap": cap}
+    shares = shares_inside(bases, concept, retained, paired=paired)
+    return LayerSubspaces(bases=bases, provenance={"settings": settings, "inside": shares})
+
+
+def shares_inside(
+    bases: Mapping[str, Tensor],
+    concept: Mapping[str, Sketch],
+    retained: Mapping[str, Sketch],
+    *,
+    paired: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Return by layer which shares of `concept` and of `retained` lie inside its subspace.
+
+    Args:
+        bases: By layer [width rank], orthonormal columns.
+        concept: What the layers read on samples of the concept, those fitted on or others.
+        retained: What they read on everything that is wanted.
+        paired: `concept` was heard in pairs, as differences already.
+    """
+    found = {}
+    for name, basis in bases.items():
+        rows, rest, _ = _deviations(concept[name], retained[name], paired)
+        found[name] = {
             "concept": float((rows @ basis).square().sum()),
             "retained": float((rest @ basis).square().sum()),
         }
-    settings = {"price": price, "energy": energy, "cap": cap}
-    return LayerSubspaces(bases=bases, provenance={"settings": settings, "inside": shares})
+    return found
+
+
+def _deviations(concept: Sketch, retained: Sketch, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is heard of both about the retained mean, energies of 1 in all, and that mean."""
+    mean = retained.sum / retained.count
+    rows = concept.rows if paired else concept.about(mean)
+    return _shares(rows), _shares(retained.about(mean)), mean
 
 
 def _shares(rows: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:

@@ -1,5 +1,6 @@
 """A concept in words: its names in many sentences, each with a twin that does not mean it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -73,11 +74,11 @@ class Concept:
 
     def is_named_in(self, caption: str) -> bool:
         """Return whether a caption holds one of the names as words of its own."""
-        return self._named_words(caption) is not None
+        return named_words(self.names, caption) is not None
 
     def pair_of(self, prompt: str) -> PromptPair | None:
         """Return a prompt with the twin that says the neutral word instead; None without a name."""
-        named = self._named_words(prompt)
+        named = named_words(self.names, prompt)
         if named is None:
             return None
         words, neutral = split_words(prompt), split_words(self.neutral)
@@ -85,15 +86,19 @@ class Concept:
         other = range(named.start, named.start + len(neutral))
         return PromptPair(prompt=prompt, twin=twin, subject=named, twin_subject=other)
 
-    def _named_words(self, text: str) -> range | None:
-        """Return where the first name stands, the longest of those that start there."""
-        words = [_bare(word) for word in split_words(text)]
-        names = [tuple(map(_bare, split_words(name))) for name in self.names]
-        for start in range(len(words)):
-            for name in sorted(names, key=len, reverse=True):
-                if any(name) and tuple(words[start : start + len(name)]) == name:
-                    return range(start, start + len(name))
-        return None
+
+def named_words(names: Sequence[str], text: str) -> range | None:
+    """Return where the first of some names stands in a text, the longest of those that start there.
+
+    Case and punctuation around words do not count; None where no name stands as words of its own.
+    """
+    words = [_bare(word) for word in split_words(text)]
+    bare = [tuple(map(_bare, split_words(name))) for name in names]
+    for start in range(len(words)):
+        for name in sorted(bare, key=len, reverse=True):
+            if any(name) and tuple(words[start : start + len(name)]) == name:
+                return range(start, start + len(name))
+    return None
 
 
 def _pair(template: str, name: str, neutral: str) -> PromptPair:

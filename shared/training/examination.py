@@ -48,8 +48,13 @@ def concepts_of(provenance: Mapping[str, Any]) -> tuple[Concept, ...]:
     """Return the concepts that a subspace was built from.
 
     Raises:
-        ValueError: The provenance names none: the subspace was not built from words.
+        ValueError: The provenance names none: the subspace was not built from words alone.
     """
+    if "learnt" in provenance:
+        raise ValueError(
+            "The subspace was learnt from pictures, and the word for them is known only while it "
+            "is built: build it again."
+        )
     try:
         templates = tuple(provenance["templates"])
         return tuple(

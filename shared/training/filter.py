@@ -12,7 +12,7 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..metrics import per_element, text_noise_norm
-from .recall import Recall
+from .recall import Recall, identities
 from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
 
@@ -20,6 +20,8 @@ Action = Literal["drop", "downweight", "log"]
 Unit = Literal["rms", "l2"]
 Gather = Callable[[Tensor], Tensor]
 """From this process's [sample column], float64 on the CPU, to that of all, one order everywhere."""
+COUNTS = ("calls", "seen", "measured", "flagged")
+"""Attributes of a filter that a resumed training goes on counting."""
 
 
 def alone(values: Tensor) -> Tensor:
@@ -50,16 +52,17 @@ class MemorizationFilter:
                 resolution, or "l2", the paper's norm, which grows with it.
             log: Where each decision is written, one file per process.
             gather: Needed with several processes, whose batches must be of one size.
-            recall: Leaves out the extra pass on most visits; None measures always. Each process
-                remembers the samples that it saw.
+            recall: Leaves out the extra pass on most visits; None measures always. Every process
+                remembers the samples of all.
         """
         for name, value, known in (("action", action, Action), ("unit", unit, Unit)):
             if value not in get_args(known):
                 raise ValueError(f"`{name}` must be one of {get_args(known)}, got {value!r}.")
         self.threshold, self.action, self.unit = threshold, action, unit
         self.log, self.gather, self.recall = log, gather, recall
-        self.calls = self.seen = self.flagged = 0
-        """Calls of `weigh`, and over all processes the samples seen and at or above threshold."""
+        self.calls = self.seen = self.measured = self.flagged = 0
+        """Calls of `weigh`; over all processes the samples seen, those of them whose score was
+        measured and not expected, and those at or above threshold."""
         self.latest = 0.0
         """Mean score of the last call, over all processes."""
 
@@ -68,7 +71,7 @@ class MemorizationFilter:
         if self.recall is None:
             return torch.ones(len(samples), dtype=torch.bool)
         places = timesteps.cpu().double()
-        return self.recall.due(samples, places, self.threshold.at(places))
+        return self.recall.due(identities(samples), places, self.threshold.at(places))
 
     @torch.no_grad()
     def weigh(
@@ -88,7 +91,8 @@ class MemorizationFilter:
 
         Args:
             cond: The network's output in training, noise or velocity.
-            uncond: On the empty prompt, otherwise the same input; only of those that are `due`.
+            uncond: On the empty prompt, otherwise the same input; of those that are `due`, or of
+                all, which then are all measured.
             timesteps: [sample], integer or not, in the units of the threshold's bins.
             samples: Which they are.
             scale: Factor per sample from output to noise; None is 1. For v-prediction it is
@@ -96,30 +100,48 @@ class MemorizationFilter:
         """
         if len(samples) != len(cond):
             raise ValueError(f"`samples` must name all {len(cond)}, got {len(samples)}.")
+        places, who = timesteps.cpu().double(), identities(samples)
         due = self.due(samples, timesteps)
-        if len(uncond) != due.sum():
+        if len(uncond) == len(cond):
+            due = torch.ones_like(due)
+        elif len(uncond) != due.sum():
             raise ValueError(f"`uncond` must hold the {int(due.sum())} due, got {len(uncond)}.")
-        # The CPU decides: the same numbers on every device, and no half precision.
-        measured = cond.detach() if due.all() else cond.detach()[due.to(cond.device)]
-        scores = text_noise_norm(measured, uncond).cpu().double()
-        scores = per_element(scores, cond.shape[1:]) if self.unit == "rms" else scores
-        scores = scores if scale is None else scores * scale.cpu().double()[due]
+        scores = torch.full_like(places, torch.nan)
         if self.recall is not None:
-            scores = self.recall.complete(samples, timesteps.cpu().double(), due, scores)
-        own = torch.stack([timesteps.cpu().double(), scores], dim=1)
+            scores = self.recall.expected(who, places)
+        scores[due] = self._measured(cond.detach(), uncond, due, scale)
+        own = torch.stack([places, scores, due.double(), who], dim=1)
         everyone = self.gather(own)
         limits = self.threshold.at(own[:, 0])
         remaining = self._remaining(own[:, 1], limits)
         limits_of_all = self.threshold.at(everyone[:, 0])
         total = self._remaining(everyone[:, 1], limits_of_all).sum()
         self._record(own, limits, remaining, samples)
-        self.seen += len(everyone)
-        self.flagged += int((everyone[:, 1] >= limits_of_all).sum())
-        self.calls += 1
-        self.latest = float(everyone[:, 1].mean())
-        self.threshold.learn(everyone[:, 0], everyone[:, 1])
+        self._learn(everyone, limits_of_all)
         weights = remaining * len(everyone) / total if total else remaining
         return weights.to(cond.device, torch.promote_types(cond.dtype, torch.float32))
+
+    def _measured(
+        self, cond: Tensor, uncond: Tensor, due: Tensor, scale: Tensor | None
+    ) -> Float[Tensor, " due"]:
+        """Return the scores of the samples that are due."""
+        ours = cond if due.all() else cond[due.to(cond.device)]
+        # The CPU decides: the same numbers on every device, and no half precision.
+        scores = text_noise_norm(ours, uncond).cpu().double()
+        scores = per_element(scores, cond.shape[1:]) if self.unit == "rms" else scores
+        return scores if scale is None else scores * scale.cpu().double()[due]
+
+    def _learn(self, everyone: Tensor, limits: Tensor) -> None:
+        """Count the samples of all processes, and remember their scores."""
+        timesteps, scores, measured, who = everyone.unbind(1)
+        self.calls += 1
+        self.seen += len(everyone)
+        self.measured += int(measured.sum())
+        self.flagged += int((scores >= limits).sum())
+        self.latest = float(scores.mean())
+        self.threshold.learn(timesteps, scores)
+        if self.recall is not None:
+            self.recall.learn(who, timesteps, scores, measured.bool())
 
     def _remaining(self, scores: Tensor, limits: Tensor) -> Float[Tensor, " sample"]:
         """Return the share of each sample that stays in the loss, 0 to 1."""
@@ -137,19 +159,21 @@ class MemorizationFilter:
         rows = zip(samples, own.tolist(), (own[:, 1] >= limits).tolist(), remaining.tolist(),
                    strict=True)  # fmt: skip
         self.log.add(self.calls, [
-            Record(sample=sample, timestep=timestep, score=score, flagged=flagged, kept=kept)
-            for sample, (timestep, score), flagged, kept in rows
+            Record(sample=sample, timestep=timestep, score=score, measured=bool(measured),
+                   flagged=flagged, kept=kept)
+            for sample, (timestep, score, measured, _), flagged, kept in rows
         ])  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data."""
-        counts = {"calls": self.calls, "seen": self.seen, "flagged": self.flagged}
+        counts = {name: getattr(self, name) for name in COUNTS}
         recalled = {} if self.recall is None else {"recall": self.recall.state_dict()}
         return counts | {"threshold": self.threshold.state_dict()} | recalled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; records of steps done again replace the old ones."""
-        self.calls, self.seen, self.flagged = state["calls"], state["seen"], state["flagged"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
         self.threshold.load_state_dict(state["threshold"])
         if self.recall is not None and "recall" in state:
             self.recall.load_state_dict(state["recall"])

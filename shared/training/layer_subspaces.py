@@ -1,20 +1,32 @@
 """Subspaces of single layers, by the layer's name: a value, and its file."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..arrays import Tensor
 from ..storage import replace_atomically
 from ..weights import ModelError, check_finite, name_some, read_header
+from .layer_names import core
 from .subspace import ConceptSubspace, provenance_in
 
 HEADER = "unmemorize.layers"
 """Where a file keeps the provenance, as JSON."""
-PREFIXES = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|lora_unet_|lora_transformer_)+")
+
+
+def holds_layers(path: Path) -> bool:
+    """Return whether a file holds subspaces of layers, as `LayerSubspaces.save` wrote them.
+
+    Raises:
+        ModelError: The file is missing, or not a whole safetensors file.
+    """
+    from safetensors import safe_open
+
+    read_header(path)
+    with safe_open(path, "pt") as file:
+        return HEADER in (file.metadata() or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +53,16 @@ class LayerSubspaces:
         Raises:
             ValueError: One of the layers is not among the names.
         """
-        known = {_core(name): name for name in names}
-        if missing := [name for name in self.bases if _core(name) not in known]:
+        known = {core(name): name for name in names}
+        if missing := [name for name in self.bases if core(name) not in known]:
             raise ValueError(f"{len(missing)} layers are not there: {name_some(missing, 3)}.")
-        return {known[_core(name)]: basis for name, basis in self.bases.items()}
+        return {known[core(name)]: basis for name, basis in self.bases.items()}
+
+    def among(self, names: Iterable[str]) -> "LayerSubspaces":
+        """Return the subspaces of those layers that are among these names, in any dialect."""
+        known = {core(name) for name in names}
+        bases = {name: basis for name, basis in self.bases.items() if core(name) in known}
+        return replace(self, bases=bases)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with the provenance in its header, whole or not at all."""
@@ -74,8 +92,3 @@ class LayerSubspaces:
             return cls(bases=bases, provenance=provenance_in(header))
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
-
-
-def _core(name: str) -> str:
-    """Return a layer's name without what trainers put before it or between its parts."""
-    return PREFIXES.sub("", name).replace(".processor", "").replace(".", "_")

@@ -69,7 +69,8 @@ def text_factors(
     if not factors:
         raise UnsupportedTraining(
             "No LoRA reads the text encoder's output directly, so there is nothing to project. "
-            "Joint-attention models (SD3, Flux) read it through entry layers."
+            "Joint-attention models (SD3, Flux) read it through entry layers; their other layers "
+            "can be kept off subspaces of their own, built from pictures."
         )
     return factors
 
@@ -80,13 +81,22 @@ def saved_factors(path: Path, text_fed: str = TEXT_FED) -> dict[str, Tensor]:
     Raises:
         ModelError: The file is no whole LoRA, or none of its modules reads text.
     """
+    return factors_of(saved_state(path), text_fed, source=str(path))
+
+
+def saved_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file of kohya, PEFT or diffusers.
+
+    Raises:
+        ModelError: The file is no whole LoRA.
+    """
     from safetensors.torch import load_file
 
     read_header(path)
     state = load_file(path)
     check_pairs(state, path)
     check_finite(state, str(path))
-    return factors_of(state, text_fed, source=str(path))
+    return state
 
 
 def factors_of(

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .guarded import guarded_in
 from .layer_subspaces import LayerSubspaces
-from .lora_factors import saved_factors
+from .lora_factors import saved_state
 from .stacked import Stacked
 from .subspace import ConceptSubspace
 
@@ -159,10 +160,10 @@ def check_file(
         ValueError: It lacks one of the layers.
         ProjectionFailed: A factor reaches into the subspace.
     """
-    text = saved_factors(path) if layers is None or subspaces else {}
-    every = saved_factors(path, text_fed="") if layers is not None else {}
-    own = layers.of(every) if layers is not None else {}
-    return check(text | {name: every[name] for name in own}, subspaces, layers)
+    subspaces = list(subspaces)
+    text = bool(subspaces) or layers is None
+    factors = guarded_in(saved_state(path), text=text, layers=layers, source=str(path))
+    return check(factors, subspaces, layers)
 
 
 def _bases(

@@ -1,36 +1,31 @@
 """Projection and filter of one training, as a trainer's hooks call them.
 
 The order of a training: `fit` while the text encoders are there, `protect` when the LoRA exists,
-`start` before the first step and after anything else that wrote weights, `weigh` in each step,
-`before_clip`, `after_step`, around each saving `before_save` and `after_save`, then `finish`.
+`start` before the first step and after anything else that wrote weights, `due` and `weigh` in each
+step, `before_clip`, `after_step`, around each saving `before_save` and `after_save`, then `finish`.
 What the settings do not ask for costs nothing and changes no bit.
 """
 
 import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..arrays import Float, Tensor
-from .account import describe, filter_account, projection_account
 from .filter import Gather, MemorizationFilter, alone
-from .lora_factors import text_factors
-from .projection import Projection, ProjectionFailed, check, check_file
-from .sample_log import Sample, SampleLog
-from .sample_report import records_path, write_report
+from .filtered import FilteredTraining, NoSampleSeen
+from .projected import ProjectedTraining
+from .projection import Projection, ProjectionFailed
+from .replay import RandomState
+from .sample_log import Sample
 from .settings import ProtectionSettings
 from .subspace import ConceptSubspace
 from .text_states import TextPath
 
-logger = logging.getLogger(__name__)
-
 MEASURE_EVERY = 100
 """Steps between two measurements of the residual: each moves every factor to the CPU."""
-TOLD = 5
-"""Samples that the end of a training names."""
 PREFIX = "unmemorize/"
 """Of the names of logged values."""
 
@@ -63,20 +58,33 @@ class Protection:
             span: Lowest and highest timestep of the training.
         """
         self.settings = settings
-        self.subspace: ConceptSubspace | None = None
-        self.projection: Projection | None = None
-        self.filter: MemorizationFilter | None = None
-        self._process, self._processes = process, processes
-        self._residual: float | None = None
+        self._projected: ProjectedTraining | None = None
+        self._filtered: FilteredTraining | None = None
+        if asked := settings.projection:
+            self._projected = ProjectedTraining(asked)
         if asked := settings.filter:
-            self.filter = MemorizationFilter(
-                asked.threshold(span), action=asked.action, gather=gather
-            )
-            beside = output.parent / f"{output.name.removesuffix('.safetensors')}.memorized.json"
-            self._report = asked.report or beside
+            self._filtered = FilteredTraining(
+                asked, output=output, process=process, processes=processes, gather=gather,
+                span=span,
+            )  # fmt: skip
+
+    @property
+    def subspace(self) -> ConceptSubspace | None:
+        """Of text states, once it is fitted, where one is asked for."""
+        return self._projected and self._projected.subspace
+
+    @property
+    def projection(self) -> Projection | None:
+        """Of the factors, once the LoRA is there, where one is asked for."""
+        return self._projected and self._projected.projection
+
+    @property
+    def filter(self) -> MemorizationFilter | None:
+        """Where one is asked for."""
+        return self._filtered and self._filtered.filter
 
     def fit(self, text_path: TextPath, captions: Sequence[str]) -> None:
-        """Build or load the concepts' subspace; does nothing when no projection is asked for.
+        """Build or load the concepts' subspaces; does nothing when no projection is asked for.
 
         Args:
             text_path: The trainer's own, of the model before training.
@@ -86,19 +94,18 @@ class Protection:
             ConceptNotSeparable: The subspace fails its acceptance test and is not forced.
             ModelError: A saved subspace is damaged.
         """
-        if asked := self.settings.projection:
-            self.subspace = asked.subspace(text_path, captions)
-            logger.info("Concept subspace: %s", describe(self.subspace))
+        if self._projected:
+            self._projected.fit(text_path, captions)
 
     def protect(self, network: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Find the LoRA factors that read text; does nothing when no projection is asked for.
+        """Find the LoRA factors to project; does nothing when no projection is asked for.
 
         Raises:
             UnsupportedTraining: The projection would not be exact for what is trained.
-            ValueError: The subspace has another width than the model's text states.
+            ValueError: A subspace has another width than what its layer reads.
         """
-        if self.subspace is not None:
-            self.projection = Projection(text_factors(network), [self.subspace])
+        if self._projected:
+            self._projected.protect(network)
 
     def start(self) -> None:
         """Project the weights: before the first step, and after anything else wrote them.
@@ -106,22 +113,37 @@ class Protection:
         What stands outside the subspace already is left as it is, so that saving and resuming
         change no bit of a training.
         """
-        if self.projection and not self._is_clear():
-            self.projection.project_weights()
+        if self._projected:
+            self._projected.start()
+
+    def due(self, samples: Sequence[Sample], timesteps: Tensor, before: RandomState) -> Tensor:
+        """Return of which samples `weigh` needs the prediction on the empty prompt.
+
+        All, unless a cheaper filter is asked for. An adapter that cannot repeat some rows of a
+        batch repeats all when any is due.
+
+        Args:
+            samples: Those of the step.
+            timesteps: Theirs, [sample].
+            before: Taken before the step's own prediction. If that has drawn random numbers, as
+                dropout does, only the whole batch draws the same again: all are due or none.
+
+        Returns:
+            [sample] of booleans.
+        """
+        return self._filtered.due(samples, timesteps, before)
 
     def weigh(
         self,
         cond: Float[Tensor, " sample *latent"],
-        uncond: Float[Tensor, " sample *latent"],
+        uncond: Float[Tensor, " due *latent"],
         *,
         timesteps: Tensor,
         samples: Sequence[Sample],
         scale: Float[Tensor, " sample"] | None = None,
     ) -> Float[Tensor, " sample"]:
         """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`."""
-        if self.filter.log is None:
-            self.filter.log = self._open_log()
-        return self.filter.weigh(cond, uncond, timesteps=timesteps, samples=samples, scale=scale)
+        return self._filtered.weigh(cond, uncond, timesteps=timesteps, samples=samples, scale=scale)
 
     def before_clip(self) -> None:
         """Project the gradients: when they are complete, before they are clipped."""
@@ -133,13 +155,14 @@ class Protection:
         if self.projection:
             self.projection.after_step()
             if self.projection.steps % MEASURE_EVERY == 1:
-                self._measure()
+                self._projected.measure()
 
     def before_save(self) -> None:
         """Project the weights and write what waits, since a saved file or state follows."""
         self.start()
         self.flush()
-        self._measure()
+        if self._projected:
+            self._projected.measure()
 
     def after_save(self, path: Path) -> None:
         """Check a saved LoRA.
@@ -149,31 +172,42 @@ class Protection:
             ModelError: It is not a whole safetensors LoRA whose text side can be checked.
         """
         if self.projection:
-            check_file(path, [self.subspace])
+            self._projected.check_file(path)
+
+    def clear_rounding(self, state: Mapping[str, Tensor], *, source: str) -> None:
+        """Project a saved LoRA's tensors in place, where they are wider than those trained.
+
+        A script that trains in half precision and saves in single leaves half precision's rounding
+        in the file. The trained factors themselves are checked by `finish`.
+
+        Raises:
+            ModelError: It is no LoRA that can be checked.
+        """
+        if self.projection:
+            self._projected.clear_rounding(state, source=source)
 
     def flush(self) -> None:
         """Write the records that wait, in every process and before the first one's `finish`."""
-        if self.filter and self.filter.log:
-            self.filter.log.flush()
+        if self._filtered:
+            self._filtered.flush()
 
     def scalars(self) -> dict[str, float]:
         """Return values to log next to the loss."""
         values = {}
-        if self._residual is not None:
-            values["residual"] = self._residual
-        if self.filter and self.filter.seen:
-            values["filtered_share"] = self.filter.flagged / self.filter.seen
-            values["score"] = self.filter.latest
+        if self._projected and self._projected.residual is not None:
+            values["residual"] = self._projected.residual
+        if self._filtered:
+            values |= self._filtered.scalars()
         return {PREFIX + name: value for name, value in values.items()}
 
     def metadata(self) -> dict[str, str]:
         """Return what the saved LoRA's header should tell, JSON by key."""
         told = {}
-        self._measure()
         if self.projection:
-            told["projection"] = projection_account(self.subspace, self.projection, self._residual)
-        if self.filter:
-            told["filter"] = filter_account(self.settings.filter, self.filter)
+            self._projected.measure()
+            told["projection"] = self._projected.account()
+        if self._filtered:
+            told["filter"] = self._filtered.account()
         return {f"unmemorize.{key}": json.dumps(value) for key, value in told.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,43 +239,10 @@ class Protection:
             StorageError: The report cannot be written.
         """
         faults = []
-        if self.settings.projection:
+        for part in filter(None, (self._projected, self._filtered)):
             try:
-                residual = self.projection.check() if self.projection else None
-            except ProjectionFailed as error:
+                part.finish()
+            except (ProjectionFailed, NoSampleSeen) as error:
                 faults.append(str(error))
-            else:
-                if residual is None:
-                    faults.append("No LoRA was ever given to the projection.")
-                else:
-                    logger.info("Projection: |A V| / |A| at most %.1e", residual)
-        if self.filter:
-            self.flush()
-            if self.filter.seen:
-                account = filter_account(self.settings.filter, self.filter)
-                ranked = write_report(self._report, self._processes, account)
-                first = ", ".join(each.sample.file for each in ranked[:TOLD])
-                logger.info("Most memorized: %s; all samples: %s", first, self._report)
-            else:
-                faults.append("The memorization filter saw no sample.")
         if faults:
             raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was asked for.")
-
-    def _open_log(self) -> SampleLog:
-        """Return this process's log; one of an earlier training makes place for it."""
-        path = records_path(self._report, self._process)
-        if not self.filter.calls:
-            path.unlink(missing_ok=True)
-        return SampleLog(path)
-
-    def _is_clear(self) -> bool:
-        """Return whether all factors are outside the subspace, but for rounding."""
-        try:
-            check(self.projection.factors, [self.subspace])
-        except ProjectionFailed:
-            return False
-        return True
-
-    def _measure(self) -> None:
-        if self.projection:
-            self._residual = max(self.projection.residuals().values())

@@ -1,5 +1,6 @@
 """What a training's samples scored before: not every visit needs the filter's extra pass then."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,15 @@ SMALLEST = 1e-30
 """Lowest score whose logarithm is taken."""
 DRIFT, BLEND = 0.05, 0.3
 """What the newest score counts in the level of its timesteps, and in the standing of its sample."""
+IDENTITY_BYTES = 6
+"""Of a sample's hash: float64, in which processes exchange it, holds 53 bits exactly."""
+
+
+def identities(samples: Sequence[Sample]) -> Float[Tensor, " sample"]:
+    """Return a number for each sample, equal in every process and in a resumed training."""
+    hashes = (hashlib.sha256(f"{s.file}\0{s.caption}".encode()).digest() for s in samples)
+    numbers = [int.from_bytes(each[:IDENTITY_BYTES], "big") for each in hashes]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @dataclass
@@ -38,8 +48,8 @@ class Recall:
     """Lowest and highest timestep of the training; what lies outside counts to the last bin."""
     levels: dict[int, float] = field(default_factory=dict, repr=False)
     """By bin, running mean of log scores."""
-    known: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict, repr=False)
-    """By file and caption, its standing and its visits since it was measured."""
+    known: dict[int, tuple[float, int]] = field(default_factory=dict, repr=False)
+    """By a sample's identity, its standing and its visits since it was measured."""
 
     def __post_init__(self):
         if self.every < 1 or self.bins < 1 or not self.span[0] < self.span[1]:
@@ -50,63 +60,66 @@ class Recall:
         if not self.margin >= 0:
             raise ValueError(f"`margin` must be at least 0, got {self.margin}.")
 
-    def due(self, samples: Sequence[Sample], timesteps: Tensor, limits: Tensor) -> Tensor:
+    def due(
+        self,
+        who: Float[Tensor, " sample"],
+        timesteps: Float[Tensor, " sample"],
+        limits: Float[Tensor, " sample"],
+    ) -> Tensor:
         """Return which of a step's samples are to be measured, [sample] of booleans.
 
         Args:
-            samples: Those of the step.
-            timesteps: Theirs, [sample].
-            limits: Their thresholds, [sample].
+            who: Their `identities`.
+            timesteps: Theirs.
+            limits: Their thresholds.
         """
-        answers = []
-        for sample, place, limit in zip(
-            samples, self._bins(timesteps), limits.tolist(), strict=True
-        ):
-            expected = self._expected(sample, place)
-            if expected is None or self.known[_key(sample)][1] + 1 >= self.every:
-                answers.append(True)
-            else:
-                answers.append(abs(expected - math.log(max(limit, SMALLEST))) < self.margin)
-        return torch.tensor(answers)
+        expected = self.expected(who, timesteps).log()
+        edges = limits.double().clamp_min(SMALLEST).log()
+        near = (expected - edges).abs() < self.margin
+        visits = [self.known.get(int(each), (0.0, 0))[1] for each in who.tolist()]
+        old = torch.tensor([visit + 1 >= self.every for visit in visits])
+        return expected.isnan() | near | old
 
-    def complete(
-        self,
-        samples: Sequence[Sample],
-        timesteps: Tensor,
-        due: Tensor,
-        measured: Float[Tensor, " due"],
+    def expected(
+        self, who: Float[Tensor, " sample"], timesteps: Float[Tensor, " sample"]
     ) -> Float[Tensor, " sample"]:
-        """Return the scores of all samples of a step, and learn from those just measured.
+        """Return the scores to expect, NaN where nothing is known."""
+        found = []
+        for each, place in zip(who.tolist(), self._bins(timesteps), strict=True):
+            seen = self.known.get(int(each))
+            unknown = seen is None or place not in self.levels
+            found.append(math.nan if unknown else math.exp(self.levels[place] + seen[0]))
+        return torch.tensor(found, dtype=torch.float64)
+
+    def learn(
+        self,
+        who: Float[Tensor, " sample"],
+        timesteps: Float[Tensor, " sample"],
+        scores: Float[Tensor, " sample"],
+        measured: Tensor,
+    ) -> None:
+        """Take in a step of all processes; sorted, so that their number and order say nothing.
 
         Args:
-            samples: Those of the step.
-            timesteps: Theirs, [sample].
-            due: Which were measured.
-            measured: Their scores, in order.
+            who: The samples' `identities`.
+            timesteps: Theirs.
+            scores: Theirs, measured or expected.
+            measured: Which were measured, [sample] of booleans.
         """
-        scores = torch.empty(len(samples), dtype=torch.float64)
-        scores[due] = measured.double()
-        places = self._bins(timesteps)
-        for row in torch.nonzero(~due).flatten().tolist():
-            scores[row] = math.exp(self._expected(samples[row], places[row]))
-            standing, visits = self.known[_key(samples[row])]
-            self.known[_key(samples[row])] = (standing, visits + 1)
-        for row in torch.nonzero(due).flatten().tolist():
-            if math.isfinite(scores[row]):  # a diverged pass says nothing of the next one
-                self._learn(samples[row], places[row], math.log(max(scores[row], SMALLEST)))
-        return scores
+        columns = (who.tolist(), self._bins(timesteps), scores.tolist(), measured.tolist())
+        for each, place, score, known in sorted(zip(*columns, strict=True)):
+            if not known:
+                standing, visits = self.known[int(each)]
+                self.known[int(each)] = (standing, visits + 1)
+            elif math.isfinite(score):  # a diverged pass says nothing of the next one
+                self._learn(int(each), place, math.log(max(score, SMALLEST)))
 
-    def _expected(self, sample: Sample, place: int) -> float | None:
-        """Return the logarithm of the score to expect, None where nothing is known."""
-        seen = self.known.get(_key(sample))
-        return None if seen is None or place not in self.levels else self.levels[place] + seen[0]
-
-    def _learn(self, sample: Sample, place: int, score: float) -> None:
+    def _learn(self, who: int, place: int, score: float) -> None:
         level = self.levels.get(place, score)
         self.levels[place] = level + DRIFT * (score - level)
         standing = score - self.levels[place]
-        before = self.known.get(_key(sample), (standing, 0))[0]
-        self.known[_key(sample)] = (before + BLEND * (standing - before), 0)
+        before = self.known.get(who, (standing, 0))[0]
+        self.known[who] = (before + BLEND * (standing - before), 0)
 
     def _bins(self, timesteps: Tensor) -> list[int]:
         low, high = self.span
@@ -115,17 +128,10 @@ class Recall:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, plain data that JSON can hold."""
-        known = [[*key, *value] for key, value in self.known.items()]
+        known = [[who, *value] for who, value in self.known.items()]
         return {"known": known, "levels": [[*pair] for pair in self.levels.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with what another run of the same settings remembered."""
         self.levels = {place: level for place, level in state["levels"]}
-        self.known = {
-            (file, caption): (standing, visits)
-            for file, caption, standing, visits in state["known"]
-        }
-
-
-def _key(sample: Sample) -> tuple[str, str]:
-    return sample.file, sample.caption
+        self.known = {who: (standing, visits) for who, standing, visits in state["known"]}

@@ -34,6 +34,12 @@ class RandomState:
             numpy=np.random.get_state(legacy=False),  # noqa: NPY002 (the one trainers draw from)
         )
 
+    def is_past(self) -> bool:
+        """Return whether torch has drawn random numbers since, as dropout does."""
+        present = RandomState.now(self.kind)
+        moved = not torch.equal(self.cpu, present.cpu)
+        return moved or (self.device is not None and not torch.equal(self.device, present.device))
+
     def restore(self) -> None:
         """Set every generator back to this state."""
         torch.set_rng_state(self.cpu)

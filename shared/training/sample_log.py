@@ -32,6 +32,8 @@ class Record:
     timestep: float
     score: float
     """Text-conditional magnitude in the filter's unit; not finite when the training diverged."""
+    measured: bool
+    """By an extra pass of this step; else expected from earlier ones."""
     flagged: bool
     """At or above the threshold."""
     kept: float
@@ -46,6 +48,8 @@ class RankedSample:
     standing: float
     """Mean over its visits of the share of records at like timesteps with a lower score, 0..1."""
     visits: int
+    measured: int
+    """Visits whose score was measured and not expected."""
     flagged: int
     """Visits at or above the threshold."""
     highest: float
@@ -128,6 +132,7 @@ def rank_samples(
             sample=sample,
             standing=sum(standing for _, standing in seen) / len(seen),
             visits=len(seen),
+            measured=sum(record.measured for record, _ in seen),
             flagged=sum(record.flagged for record, _ in seen),
             highest=max(record.score for record, _ in seen),
             duplicates=tuple(sorted(set().union(*map(alike.__getitem__, filter(

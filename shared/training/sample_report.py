@@ -41,6 +41,11 @@ def write_report(report: Path, processes: int, account: Mapping[str, Any]) -> li
 def _lines(ranked: Sequence[RankedSample], account: Mapping[str, Any]) -> Iterable[str]:
     """Yield the most memorized samples, one a line."""
     yield f"{account['flagged']} of {account['seen']} sample visits stood at or above threshold."
+    if account["measured"] < account["seen"]:
+        yield (
+            f"{account['measured']} of their scores were measured; the others were expected from "
+            "earlier visits."
+        )
     yield "standing: mean share of records at like timesteps with a lower score, 0 to 1"
     yield "standing  flagged  visits  highest  sample"
     for each in ranked[:SHOWN]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from .concept import Concept
 from .filter import Action
 from .fitting import fit_subspace
+from .layer_subspaces import LayerSubspaces
+from .recall import Recall
 from .subspace import ConceptSubspace
 from .text_states import TextPath
 from .thresholds import AbsoluteThreshold, RunningQuantile, Threshold
@@ -15,12 +17,14 @@ from .thresholds import AbsoluteThreshold, RunningQuantile, Threshold
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionSettings:
-    """Concepts that the text side of a LoRA must not read, in words or as a saved subspace."""
+    """Concepts that a LoRA must not read, as text and in what its other layers read."""
 
     concepts: tuple[Concept, ...] = ()
     """From which the subspace is built with the trainer's own text encoders."""
     file: Path | None = None
     """A saved subspace in place of `concepts`, built with the model that is trained."""
+    layers: Path | None = None
+    """Saved subspaces of the layers that read no text, alone or beside one of the two above."""
     energy: float = 0.95
     """Share of each concept's own energy to cover, in (0, 1]."""
     cap: int | None = None
@@ -29,15 +33,22 @@ class ProjectionSettings:
     """Train although the subspace fails its acceptance test."""
 
     def __post_init__(self):
-        if bool(self.concepts) == (self.file is not None):
+        if self.concepts and self.file is not None:
             raise ValueError("Give either `concepts` or `file`, the saved subspace of some.")
+        if not self.of_text and self.layers is None:
+            raise ValueError("Give `concepts`, `file` or `layers`.")
         if not 0 < self.energy <= 1:
             raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}.")
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"`cap` must be at least 1, got {self.cap}.")
 
-    def subspace(self, text_path: TextPath, captions: Sequence[str]) -> ConceptSubspace:
-        """Return the saved subspace, or that of the concepts in a model's text states.
+    @property
+    def of_text(self) -> bool:
+        """Whether layers that read text are projected."""
+        return bool(self.concepts) or self.file is not None
+
+    def subspace(self, text_path: TextPath, captions: Sequence[str]) -> ConceptSubspace | None:
+        """Return the saved subspace, or that of the concepts in a model's text states, or None.
 
         Args:
             text_path: The trainer's own, of the model before training.
@@ -47,12 +58,22 @@ class ProjectionSettings:
             ConceptNotSeparable: The subspace fails its acceptance test and is not forced.
             ModelError: The file is damaged.
         """
+        if not self.of_text:
+            return None
         if self.file is not None:
             return ConceptSubspace.load(self.file)
         return fit_subspace(
             text_path, self.concepts, captions,
             energy=self.energy, cap=self.cap, force=self.force,
         )  # fmt: skip
+
+    def layer_subspaces(self) -> LayerSubspaces | None:
+        """Return the saved subspaces of layers, None where there are none.
+
+        Raises:
+            ModelError: The file is damaged.
+        """
+        return None if self.layers is None else LayerSubspaces.load(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +86,20 @@ class FilterSettings:
     """In place of `limit`: share of samples that pass at like timesteps, in (0, 1)."""
     action: Action = "drop"
     """Leave the sample out of the loss, weigh it down, or only log it."""
+    recall: int | None = None
+    """Visits of a sample of which at least one is measured, the others only where the decision is
+    open; None measures all."""
     report: Path | None = None
     """Ranked list of samples, JSON; None is next to the LoRA."""
 
     def __post_init__(self):
         if self.quantile is not None and self.limit != math.inf:
             raise ValueError("Give either `limit` or `quantile`.")
+        if self.recall is not None and self.recall < 1:
+            raise ValueError(
+                f"`recall` must be at least 1, got {self.recall}: a sample is measured on one of "
+                "so many visits."
+            )
         self.threshold((0.0, 1.0))  # refuses what is out of range
 
     def threshold(self, span: tuple[float, float]) -> Threshold:
@@ -78,6 +107,10 @@ class FilterSettings:
         if self.quantile is None:
             return AbsoluteThreshold(self.limit)
         return RunningQuantile(self.quantile, span=span)
+
+    def memory(self, span: tuple[float, float]) -> Recall | None:
+        """Return what replaces most measurements, None where all are made."""
+        return None if self.recall is None else Recall(every=self.recall, span=span)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,14 @@ def plain(train):
 
 
 @pytest.fixture(scope="session")
+def layers(tmp_path_factory):
+    """File of subspaces of three dimensions for each layer that reads no text."""
+    from diffusers_runs import make_layers
+
+    return make_layers(tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture(scope="session")
 def subspace(tmp_path_factory):
     """File of a subspace of five dimensions."""
     from diffusers_runs import WIDTH, make_subspace

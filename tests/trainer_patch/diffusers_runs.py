@@ -12,6 +12,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from unmemorize import demo
+from unmemorize.shared.training.layer_fitting import silent_layers
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.trainer_patch.diffusers import main
 
@@ -42,6 +44,23 @@ def make_subspace(folder: Path, width: int, rank: int = 5) -> Path:
     columns = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     path = folder / f"subspace{rank}.safetensors"
     ConceptSubspace(basis=torch.linalg.qr(columns).Q[:, :rank]).save(path)
+    return path
+
+
+def make_layers(folder: Path, rank: int = 3) -> Path:
+    """Save some subspace for each layer of the demo's network that reads no text."""
+    from diffusers import UNet2DConditionModel
+
+    config = UNet2DConditionModel.load_config(demo.MODEL / "unet")
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(config)
+    generator, bases = torch.Generator().manual_seed(9), {}
+    for name, layer in silent_layers(network).items():
+        width = layer.weight.shape[1]
+        columns = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+        bases[name] = torch.linalg.qr(columns).Q[:, :rank]
+    path = folder / f"layers{rank}.safetensors"
+    LayerSubspaces(bases=bases, provenance={"names": ["cat"]}).save(path)
     return path
 
 
@@ -108,3 +127,15 @@ def residual(weights: dict[str, torch.Tensor], basis: torch.Tensor) -> float:
     ]
     assert found
     return max(found)
+
+
+def layer_residuals(weights: dict[str, torch.Tensor], layers: Path) -> list[float]:
+    """Return |A V_l| / |A| of down factors that read no text, by names and norms alone."""
+    bases, found = load_file(layers), []
+    for key, value in weights.items():
+        name, factor, _ = key.removeprefix("unet.").partition(".lora_A")
+        if factor and "attn2.to_k" not in name and "attn2.to_v" not in name:
+            rows = value.double().movedim(1, -1)
+            found.append(float((rows @ bases[name]).norm() / rows.norm()))
+    assert found
+    return found

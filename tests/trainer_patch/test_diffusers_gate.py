@@ -46,19 +46,19 @@ def add_lora(network, dropout=0.0):
     network.train()
 
 
-def call(denoiser):
-    """Return the network's prediction for `PROMPTS`, as a training calls it."""
+def call(denoiser, prompts=PROMPTS):
+    """Return the network's prediction for some prompts, as a training calls it."""
     # One after another: together, the encoder's sums could round differently.
-    cond = concatenate([denoiser.encode([prompt]) for prompt in PROMPTS])
-    shape = (len(PROMPTS), *denoiser.latent_shape)
+    cond = concatenate([denoiser.encode([prompt]) for prompt in prompts])
+    shape = (len(prompts), *denoiser.latent_shape)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return denoiser.family.predict(latents, torch.tensor(TIMESTEP), cond)
 
 
 @contextmanager
-def gated(denoiser, folder, limit=float("inf"), samples=()):
+def gated(denoiser, folder, limit=float("inf"), samples=(), recall=None):
     """Yield the protection of a block in which the network is gated."""
-    asked = ProtectionSettings(filter=FilterSettings(limit=limit))
+    asked = ProtectionSettings(filter=FilterSettings(limit=limit, recall=recall))
     protection = Protection(asked, output=folder / "lora")
     network = denoiser.family.network
     with Gate(network, protection, EmptyPrompt.of(denoiser), lambda: samples).attached():
@@ -125,6 +125,36 @@ def test_left_out_is_as_if_it_had_not_been_there(tmp_path, denoiser):
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
     assert any(not torch.allclose(everything[name], found[name], rtol=0.01) for name in found)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_only_samples_that_are_due_are_run_again(tmp_path, denoiser, dropout):
+    network = denoiser.family.network
+    network.delete_adapters("default")
+    add_lora(network, dropout)
+    rows, forward = [], network.forward
+
+    def counting(*args, **kwargs):
+        rows.append(next(len(each) for each in (*args, *kwargs.values()) if each is not None))
+        return forward(*args, **kwargs)
+
+    with gated(denoiser, tmp_path, recall=9) as protection:
+        call(denoiser)
+        network.forward = counting
+        call(denoiser)  # all are known
+        call(denoiser, ("a red cat", "a green cat", "a house with tall tree"))
+        del network.forward
+    # Under dropout a part of the batch would draw other masks.
+    assert rows == [3, 3, 3 if dropout else 1]
+    found = records(protection, tmp_path)
+    assert [each.measured for each in found[3:6]] == [False] * 3
+    assert [each.measured for each in found[6:]] == [bool(dropout), True, bool(dropout)]
+    if not dropout:
+        full = found[7].score
+        with gated(denoiser, tmp_path / "full") as protection:
+            call(denoiser, ("a red cat", "a green cat", "a house with tall tree"))
+        expected = records(protection, tmp_path / "full")[1].score
+        assert full == pytest.approx(expected, rel=1e-4)
 
 
 def test_sampling_is_not_looked_at(tmp_path, denoiser):

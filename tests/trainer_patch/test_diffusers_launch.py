@@ -34,6 +34,18 @@ def test_infinite_threshold_and_empty_subspace_change_no_bit(train, plain, tmp_p
     assert not same(weights_of(train("--mem_filter", "inf", "--seed", "1")), plain)
 
 
+def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train, plain):
+    # The script's LoRA has dropout, and draws its timesteps and noise after each step.
+    output = train("--mem_filter", "inf", "--mem_filter_recall", "9", "--max_train_steps", "12")
+    assert same(weights_of(output), weights_of(train("--max_train_steps", "12", protected=False)))
+    told = json.loads(header_of(output)["unmemorize.filter"])
+    assert told["recall"] == 9
+    assert 0 < told["measured"] < told["seen"] == 24
+    assert sum(record["measured"] for record in records_of(output)) == told["measured"]
+    always = train("--mem_filter", "q0.5", "--mem_filter_recall", "1")
+    assert same(weights_of(always), weights_of(train("--mem_filter", "q0.5")))
+
+
 def test_threshold_zero_learns_nothing(train, plain):
     learnt = {key: value for key, value in weights_of(train("--mem_filter", "0")).items()
               if "lora_B" in key}  # fmt: skip

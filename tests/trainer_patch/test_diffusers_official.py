@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from diffusers_runs import (
     header_of,
     make_subspace,
@@ -19,6 +20,7 @@ from diffusers_runs import (
     same,
     weights_of,
 )
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.lora_factors import UnsupportedTraining
 from unmemorize.shared.training.subspace import ConceptSubspace
 
@@ -170,6 +172,26 @@ def test_projection_is_exact_or_refused(case, train, plain, tmp_path):
     assert residual(weights_of(output), basis) < 1e-6
     assert residual(plain, basis) > 0.1
     assert json.loads(header_of(output)["unmemorize.projection"])["steps"] == 4
+
+
+def test_other_layers_are_exact(case, train, plain, tmp_path):
+    """In joint attention every layer that the script trains; else all but those that read text."""
+    asked, bases = [], {}
+    for key, value in plain.items():
+        module, end, _ = key.partition(".lora_A" if ".lora_A" in key else ".lora.down")
+        if end and not module.endswith(("attn2.to_k", "attn2.to_v")):
+            columns = torch.randn(value.shape[1], 3, dtype=torch.float64)
+            bases[module] = torch.linalg.qr(columns).Q
+    LayerSubspaces(bases=bases).save(tmp_path / "layers.safetensors")
+    if not case.joint:
+        asked = ["--project_concepts", str(make_subspace(tmp_path, case.width))]
+    learnt = weights_of(train(*asked, "--project_layers", str(tmp_path / "layers.safetensors")))
+    for state, low, high in ((plain, 0.01, 1.0), (learnt, 0.0, 1e-6)):
+        for key, value in state.items():
+            module = key.partition(".lora_A" if ".lora_A" in key else ".lora.down")[0]
+            if module in bases and key != module and ("lora_A" in key or ".down" in key):
+                rows = value.double()
+                assert low <= float((rows @ bases[module]).norm() / rows.norm()) < high
 
 
 def test_halves(case, train, tmp_path):

@@ -19,19 +19,20 @@ def decisions(output, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, run_python):
-    def train(name, processes, limit):
+@pytest.mark.parametrize("more", [(), ("mem_filter_recall=3",)])
+def test_two_processes_are_one(tmp_path, run_python, more):
+    def train(name, processes, limit, *more):
         launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2") if processes > 1 else ()
         run_python(
             *launch, str(SCRIPT), str(demo.MODEL), str(tmp_path / name),
-            f"mem_filter={limit}", f"project_concepts={subspace}",
+            f"mem_filter={limit}", f"project_concepts={subspace}", *more,
         )  # fmt: skip
         return tmp_path / name
 
     subspace = make_subspace(tmp_path, WIDTH)
     scores = [record["score"] for record in records_of(train("all", 1, "inf"))]
     limit = statistics.median(scores)
-    one, two = train("one", 1, limit), train("two", 2, limit)
+    one, two = train("one", 1, limit, *more), train("two", 2, limit, *more)
     first, second = decisions(one, 1), decisions(two, 2)
     assert len(first) == len(second) == len(scores)
     for mine, theirs in zip(first, second, strict=True):

@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import pytest
 import torch
 from diffusers_runs import LORA, header_of, records_of, run, same, weights_of
 
 
-def test_resumed_is_uninterrupted(train, images, subspace, tmp_path):
+@pytest.mark.parametrize("cheaper", [(), ("--mem_filter_recall", "3")])
+def test_resumed_is_uninterrupted(train, images, subspace, tmp_path, cheaper):
     # Whole epochs, since the script's own loader starts an epoch anew.
-    common = ("--max_train_steps", "6", "--checkpointing_steps", "3",
+    common = ("--max_train_steps", "6", "--checkpointing_steps", "3", *cheaper,
               "--mem_filter", "q0.5", "--project_concepts", str(subspace))  # fmt: skip
     whole = train(*common)
     broken = tmp_path / "out"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.sample_log import read_records
 from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.trainer_patch.options import NAMES
@@ -154,10 +155,34 @@ def test_both_doors_and_the_file_say_the_same(train, plain, middle):
     assert logged["unmemorize/filtered_share"] == counts["flagged"] / counts["seen"]
 
 
-def test_resumed_is_as_if_never_interrupted(train, middle):
-    pairs = (CONCEPT, "project_force=true", f"mem_filter={middle:.4f}")
-    whole = train("whole", *pairs)
-    again = train("again", *pairs, resume=str(whole.with_name("1")))
+def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train, plain):
+    path = train("cheaper", "mem_filter=inf", "mem_filter_recall=9", max_train_epochs=9)
+    assert same_tensors(path, train("plain, longer", max_train_epochs=9))
+    told = json.loads(header(path)["unmemorize.filter"])
+    assert 0 < told["measured"] < told["seen"] == 36
+    records = read_records([path.with_name("lora.memorized.jsonl")])
+    assert sum(record.measured for record in records) == told["measured"]
+    # Rows of the same batch: one was measured, the other expected.
+    pairs = zip(records[::2], records[1::2], strict=True)
+    assert any(one.measured != other.measured for one, other in pairs)
+
+
+def test_the_cheaper_filter_measures_what_the_full_one_does(train):
+    full = train("full", "mem_filter=inf", max_train_epochs=9)
+    cheap = full.parents[1] / "cheaper" / full.name
+    pairs = zip(*(read_records([path.with_name("lora.memorized.jsonl")]) for path in (full, cheap)),
+                strict=True)  # fmt: skip
+    for one, other in pairs:
+        assert (one.sample, one.timestep) == (other.sample, other.timestep)
+        if other.measured:
+            assert other.score == pytest.approx(one.score, rel=1e-4)
+
+
+@pytest.mark.parametrize("cheaper", [(), ("mem_filter_recall=3",)])
+def test_resumed_is_as_if_never_interrupted(train, middle, cheaper):
+    pairs = (CONCEPT, "project_force=true", f"mem_filter={middle:.4f}", *cheaper)
+    whole = train(f"whole{len(cheaper)}", *pairs)
+    again = train(f"again{len(cheaper)}", *pairs, resume=str(whole.with_name("1")))
     assert same_tensors(whole, again)
     assert header(whole) == header(again)
 
@@ -167,6 +192,29 @@ def test_a_lora_that_is_trained_on_is_projected_first(train, plain):
         "on", CONCEPT, "project_force=1", network_weights=str(plain), dim_from_weights=True
     )
     assert json.loads(header(path)["unmemorize.projection"])["residual"] < 1e-6
+
+
+def test_layers_are_kept_off_their_own_subspaces(train, plain, empty, tmp_path):
+    basis = torch.linalg.qr(torch.eye(4, 2, dtype=torch.float64) + 0.3).Q
+    held = {"attn1.to_q": basis, "mid_block.attentions.0.proj_in": basis}
+    # The little network's own names, as its LoRA has them, and one layer that it lacks.
+    held = {name.replace("attn1.", "attn1_"): value for name, value in held.items()}
+    LayerSubspaces(bases=held).save(tmp_path / "layers.safetensors")
+    options = (f"project_layers={tmp_path / 'layers.safetensors'}", f"project_concepts={empty}")
+    path = train("layers", *options)
+    key = "lora_unet_attn1_to_q.lora_down.weight"
+    shares = [
+        float((down.double() @ basis).norm() / down.double().norm())
+        for down in (load_file(path)[key], load_file(plain)[key])
+    ]
+    assert shares[0] < 1e-6
+    assert shares[1] > 0.1
+    told = json.loads(header(path)["unmemorize.projection"])
+    assert (told["layers"]["count"], told["modules"], told["steps"]) == (1, 3, 6)
+    launched = train("layers, launched", *options, launched=True)
+    assert same_tensors(path, launched)
+    said = train("layers alone", options[0], fails=True)
+    assert "2 of the LoRA's 3 layers have no subspace: lora_unet_attn2_to_k" in said
 
 
 def test_no_metadata_is_none_of_ours(train):

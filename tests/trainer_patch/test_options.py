@@ -26,7 +26,9 @@ PIKACHU = Concept(names=("pikachu",), neutral="an animal")
 TEXT = "mickey mouse, mickey -> a character; pikachu -> an animal"
 ASKED = ProtectionSettings(
     projection=ProjectionSettings(concepts=(MOUSE, PIKACHU), energy=0.9, cap=8, force=True),
-    filter=FilterSettings(quantile=0.95, action="downweight", report=Path("out/ranked.v1.json")),
+    filter=FilterSettings(
+        quantile=0.95, action="downweight", recall=16, report=Path("out/ranked.v1.json")
+    ),
 )
 
 
@@ -40,11 +42,11 @@ def test_three_ways_say_the_same():
     line = parsed(
         "--project_concepts", TEXT, "--project_energy", "0.9", "--project_cap=8",
         "--project_force", "--mem_filter", "q0.95", "--mem_filter_action", "downweight",
-        "--mem_filter_report", "out/ranked.v1",
+        "--mem_filter_recall", "16", "--mem_filter_report", "out/ranked.v1",
     )  # fmt: skip
     toml = {
         "project_concepts": TEXT, "project_energy": 0.9, "project_cap": 8, "project_force": True,
-        "mem_filter": "q0.95", "mem_filter_action": "downweight",
+        "mem_filter": "q0.95", "mem_filter_action": "downweight", "mem_filter_recall": 16,
         "mem_filter_report": "out/ranked.v1.json", "learning_rate": 1e-4,
     }  # fmt: skip
     strings = {key: str(value).lower() for key, value in toml.items()}
@@ -65,6 +67,20 @@ def test_not_given_is_off():
 )
 def test_numbers_are_absolute_thresholds_and_zero_is_one_of_them(text, limit):
     assert settings_from({"mem_filter": text}).filter == FilterSettings(limit=limit)
+
+
+def test_layers_stand_alone_or_beside_concepts(tmp_path):
+    path = tmp_path / "layers.safetensors"
+    with pytest.raises(OptionError, match=r"--project_layers: there is no file"):
+        settings_from({"project_layers": str(path)})
+    path.touch()
+    alone = settings_from({"project_layers": str(path)}).projection
+    assert alone == ProjectionSettings(layers=path)
+    assert not alone.of_text
+    both = settings_from({"project_layers": str(path), "project_concepts": TEXT}).projection
+    assert (both.layers, both.concepts, both.of_text) == (path, (MOUSE, PIKACHU), True)
+    with pytest.raises(OptionError, match="--project_energy does nothing without --project_conc"):
+        settings_from({"project_layers": str(path), "project_energy": "0.9"})
 
 
 def test_a_saved_subspace_is_named_by_its_file(tmp_path):
@@ -89,6 +105,9 @@ def test_a_saved_subspace_is_named_by_its_file(tmp_path):
         ({"project_concepts": TEXT, "project_force": "maybe"}, "must be true or false"),
         ({"project_force": True}, "does nothing without --project_concepts"),
         ({"mem_filter_report": "x"}, "does nothing without --mem_filter"),
+        ({"mem_filter_recall": "8"}, "does nothing without --mem_filter"),
+        ({"mem_filter": "1", "mem_filter_recall": "often"}, "--mem_filter_recall cannot be"),
+        ({"mem_filter": "1", "mem_filter_recall": "0"}, "a sample is measured"),
         ({"mem_filter": "95%"}, "--mem_filter cannot be '95%'"),
         ({"mem_filter": "q95"}, "`quantile` must be"),
         ({"mem_filter": "-1"}, "at least 0"),

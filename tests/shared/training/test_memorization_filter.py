@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import threading
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_text import seeded
 from torch import nn
-from unmemorize.shared.training.filter import MemorizationFilter, gate_gradient
+from unmemorize.shared.training.filter import Gather, MemorizationFilter, gate_gradient
 from unmemorize.shared.training.replay import RandomState, aside
 from unmemorize.shared.training.sample_log import (
     SampleLog,
@@ -20,7 +19,7 @@ from unmemorize.shared.training.sample_log import (
     read_records,
 )
 from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
-from weighing import NEVER, weigh
+from weighing import NEVER, in_processes, weigh
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,17 +112,9 @@ def test_quantile_stops_about_its_share():
 
 def run_processes(count: int, batches: list[torch.Tensor]) -> tuple[list, list]:
     """Return weighted losses per step and the filters of `count` processes that share batches."""
-    barrier, shelf = threading.Barrier(count), [None] * count
     losses, filters = [[None] * count for _ in batches], [None] * count
 
-    def process(rank: int) -> None:
-        def gather(own: torch.Tensor) -> torch.Tensor:
-            shelf[rank] = own
-            barrier.wait()
-            everyone = torch.cat(shelf)
-            barrier.wait()
-            return everyone
-
+    def process(rank: int, gather: Gather) -> None:
         made = filters[rank] = MemorizationFilter(
             RunningQuantile(quantile=0.6, bins=3, warmup=4, window=16), gather=gather
         )
@@ -133,11 +124,7 @@ def run_processes(count: int, batches: list[torch.Tensor]) -> tuple[list, list]:
             weights = weigh(made, own, torch.zeros_like(own), timesteps)
             losses[step][rank] = float((weights * own.flatten(1).mean(1)).mean())
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_processes(count, process)
     return [sum(each) / count for each in losses], filters
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_text import CAPTIONS, WIDTH, ZORBO, seeded, text_path
+from small_text import CAPTIONS, WIDTH, ZORBO, seeded, subspace_of, text_path
 from torch import nn
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.projection import ProjectionFailed
 from unmemorize.shared.training.protection import Protection, ProtectionFailed
+from unmemorize.shared.training.replay import RandomState
 from unmemorize.shared.training.sample_log import Sample, read_records
 from unmemorize.shared.training.settings import (
     FilterSettings,
@@ -78,10 +80,12 @@ class Training:
         """Image 0 is the one whose text moves it most."""
         size = torch.tensor([4.0, 1.0, 1.0, 1.0]).view(-1, 1, 1, 1)
         cond = size * seeded(BATCH, 4, 2, 2, seed=300 + self.done, dtype=torch.float32).abs()
+        samples = [Sample(file=f"{row}.png", caption=f"caption {row}") for row in range(BATCH)]
+        timesteps = torch.full((BATCH,), 500)
+        due = self.protection.due(samples, timesteps, RandomState.now())
         return self.protection.weigh(
-            cond, torch.zeros_like(cond), timesteps=torch.full((BATCH,), 500),
-            samples=[Sample(file=f"{row}.png", caption=f"caption {row}") for row in range(BATCH)],
-        )  # fmt: skip
+            cond, torch.zeros_like(cond)[due], timesteps=timesteps, samples=samples
+        )
 
     def save(self, path: Path) -> None:
         self.protection.before_save()
@@ -164,6 +168,39 @@ def test_an_empty_subspace_changes_no_bit_and_passes_the_checks(tmp_path):
     empty.protection.finish()
 
 
+def test_layers_are_kept_off_their_own_subspaces(tmp_path):
+    """Without a subspace of text states, a file may hold text-fed layers too."""
+    file = tmp_path / "layers.safetensors"
+    bases = {"attn2_to_k": subspace_of(WIDTH, 3).basis, "attn2_to_v": subspace_of(WIDTH, 5).basis}
+    untrained = {"attn1_to_q": subspace_of(8, 2).basis}
+    LayerSubspaces(bases=bases | untrained, provenance={"names": ["zorbo"]}).save(file)
+    settings = ProtectionSettings(projection=ProjectionSettings(layers=file))
+    kept = Training(settings, tmp_path / "kept").run(STEPS)
+    plain = Training(ProtectionSettings(), tmp_path / "plain").run(STEPS)
+    for name, basis in bases.items():
+        for training, most in ((kept, 1e-6), (plain, 1.0)):
+            layer = getattr(training.network, name)
+            up, down = layer.lora_up.weight.detach(), layer.lora_down.weight.detach()
+            delta = up.double() @ down.double()
+            share = float((delta @ basis).norm() / delta.norm())
+            assert share < most
+            assert most < 1 or share > 0.1
+    kept.save(tmp_path / "lora.safetensors")
+    kept.protection.finish()
+    told = json.loads(kept.protection.metadata()["unmemorize.projection"])
+    assert told["layers"] == {"names": ["zorbo"], "count": 2}
+    assert (told["modules"], told["steps"]) == (2, STEPS)
+    with torch.no_grad():
+        kept.network.attn2_to_v.lora_down.weight.add_(0.1)
+    tensors = {f"lora_unet_{k}": v for k, v in kept.network.state_dict().items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ProjectionFailed, match="1 of 2"):
+        kept.protection.after_save(tmp_path / "other.safetensors")
+    kept.protection.clear_rounding(tensors, source="other")
+    save_file(tensors, tmp_path / "cleared.safetensors")
+    kept.protection.after_save(tmp_path / "cleared.safetensors")
+
+
 def test_nothing_asked_leaves_nothing(tmp_path):
     plain = Training(ProtectionSettings(), tmp_path / "lora").run(2)
     plain.save(tmp_path / "lora.safetensors")
@@ -174,6 +211,44 @@ def test_nothing_asked_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
+def test_the_cheaper_filter_says_what_it_measured(tmp_path):
+    made = Training(filtering(limit=20.0, recall=4), tmp_path / "lora").run(STEPS)
+    assert 0.25 <= made.protection.scalars()["unmemorize/measured_share"] < 0.5
+    made.protection.finish()
+    report = json.loads((tmp_path / "lora.memorized.json").read_text())
+    assert report["recall"] == 4
+    assert report["measured"] == sum(sample["measured"] for sample in report["samples"])
+    assert BATCH * STEPS / 4 <= report["measured"] < report["seen"] == BATCH * STEPS
+    text = (tmp_path / "lora.memorized.txt").read_text()
+    assert f"{report['measured']} of their scores were measured" in text
+    told = json.loads(made.protection.metadata()["unmemorize.filter"])
+    assert told["measured"] == report["measured"]
+
+
+def test_a_cheaper_filter_that_measures_always_is_the_filter(tmp_path):
+    full = Training(filtering(quantile=0.75), tmp_path / "full").run(40)
+    always = Training(filtering(quantile=0.75, recall=1), tmp_path / "always").run(40)
+    assert same_weights(full, always)
+    assert always.protection.filter.measured == 40 * BATCH
+
+
+def test_under_dropout_a_batch_is_repeated_whole_or_not_at_all(tmp_path):
+    protection = Protection(filtering(limit=100.0, recall=9), output=tmp_path / "lora")
+    known, fresh = Sample(file="known"), Sample(file="fresh")
+
+    def due(samples: list[Sample], draws: bool) -> list[bool]:
+        before = RandomState.now()
+        if draws:
+            torch.rand(1)
+        return protection.due(samples, torch.full((len(samples),), 500), before).tolist()
+
+    cond = torch.ones(1, 4, 2, 2)
+    protection.weigh(cond, 0 * cond, timesteps=torch.tensor([500]), samples=[known])
+    assert due([known, fresh], draws=False) == [False, True]
+    assert due([known, fresh], draws=True) == [True, True]
+    assert due([known, known], draws=True) == [False, False]
+
+
 def test_everything_left_out_leaves_the_up_factors_at_zero(tmp_path):
     made = Training(filtering(limit=0.0), tmp_path / "lora").run(STEPS)
     assert not made.network.attn2_to_k.lora_up.weight.any()
@@ -181,7 +256,9 @@ def test_everything_left_out_leaves_the_up_factors_at_zero(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 7])
-@pytest.mark.parametrize("asked", [filtering(quantile=0.75), filtering(limit=1.5)])
+@pytest.mark.parametrize(
+    "asked", [filtering(quantile=0.75), filtering(limit=1.5), filtering(limit=1.5, recall=3)]
+)
 def test_resumed_is_as_if_never_interrupted(tmp_path, asked, cut):
     settings = ProtectionSettings(projection=PROJECTION, filter=asked.filter)
     whole = Training(settings, tmp_path / "whole").run(40)
@@ -250,12 +327,13 @@ def test_weights_that_someone_else_wrote_are_found_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ProjectionSettings(), "either `concepts` or `file`"),
+        (lambda: ProjectionSettings(), "Give `concepts`, `file` or `layers`"),
         (lambda: ProjectionSettings(concepts=(ZORBO,), file=Path("a")), "either `concepts`"),
         (lambda: ProjectionSettings(concepts=(ZORBO,), energy=0.0), "`energy` must be"),
         (lambda: ProjectionSettings(concepts=(ZORBO,), cap=0), "`cap` must be"),
         (lambda: FilterSettings(limit=1.0, quantile=0.5), "either `limit` or `quantile`"),
         (lambda: FilterSettings(limit=-1.0), "at least 0"),
+        (lambda: FilterSettings(recall=0), "`recall` must be at least 1"),
         (lambda: FilterSettings(limit=math.nan), "at least 0"),
         (lambda: FilterSettings(quantile=1.0), "between 0 and 1"),
     ],

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_text import seeded
 from unmemorize.shared.training.filter import MemorizationFilter
-from unmemorize.shared.training.recall import Recall
-from unmemorize.shared.training.sample_log import Sample
+from unmemorize.shared.training.recall import Recall, identities
+from unmemorize.shared.training.sample_log import Sample, SampleLog, read_records
 from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
-from weighing import samples_of
+from weighing import in_processes, samples_of
 
 
 def visit(made: MemorizationFilter, cond, timesteps, samples=None) -> tuple[int, torch.Tensor]:
@@ -30,8 +30,9 @@ def test_a_visit_is_measured_when_its_score_is_unknown_near_or_old():
     early, late = torch.tensor([100.0]), torch.tensor([900.0])
 
     def visit(sample: Sample, timestep: torch.Tensor, limit: float) -> bool:
-        due = recall.due([sample], timestep, torch.tensor([limit]))
-        recall.complete([sample], timestep, due, torch.ones(int(due), dtype=torch.float64))
+        who = identities([sample])
+        due = recall.due(who, timestep, torch.tensor([float(limit)]))
+        recall.learn(who, timestep, torch.ones(1, dtype=torch.float64), due)
         return bool(due)
 
     assert visit(sample, early, 10)  # never seen
@@ -56,16 +57,15 @@ def test_scores_that_are_a_level_times_a_standing_are_expected_exactly():
         place = int(torch.randint(4, (), generator=generator))
         timestep = torch.tensor([250.0 * place + 1])
         score = standing[samples[row].file] * 10.0**place
-        due = recall.due([samples[row]], timestep, NO_LIMIT)
+        who = identities([samples[row]])
+        due = recall.due(who, timestep, NO_LIMIT)
         due |= torch.tensor([step < 200])  # a level is a running mean: it needs its time
         measured += int(due)
-        given = torch.full((int(due),), score, dtype=torch.float64)
-        found = float(recall.complete([samples[row]], timestep, due, given)[0])
+        found = score if due else float(recall.expected(who, timestep))
+        recall.learn(who, timestep, torch.tensor([found], dtype=torch.float64), due)
         errors.append(abs(math.log(found / score)))
     assert measured == 200
     assert max(errors[200:]) < 0.5  # of scores that span a factor of 6,000
-    shuffled = Recall(every=10**6, bins=1, margin=0.0)
-    assert shuffled.due([samples[0]], torch.tensor([1.0]), NO_LIMIT).item()
 
 
 def test_the_expected_score_stands_in():
@@ -76,7 +76,7 @@ def test_the_expected_score_stands_in():
     count, weights = visit(made, quiet, timesteps)  # not looked at
     assert (count, weights.tolist()) == (0, [0, 0])
     assert visit(made, quiet, timesteps)[0] == 2
-    assert (made.seen, made.flagged) == (6, 4)
+    assert (made.seen, made.measured, made.flagged) == (6, 4, 4)
 
 
 def test_measuring_always_is_the_full_filter_bit_for_bit():
@@ -99,6 +99,72 @@ def test_a_step_with_nothing_to_measure_and_one_that_diverged():
     assert visit(made, cond, timesteps)[0] == 1  # measured again
     count, weights = visit(made, 0 * cond, timesteps)
     assert (count, weights.tolist()) == (0, [0.0])
+
+
+def test_an_adapter_that_always_measures_decides_like_the_full_filter():
+    cheap = MemorizationFilter(AbsoluteThreshold(1.0), recall=Recall(every=10**6, margin=0.0))
+    full = MemorizationFilter(AbsoluteThreshold(1.0))
+    for step in range(10):
+        cond, timesteps = seeded(6, 4, 2, 2, seed=step), torch.full((6,), 500)
+        told = {"timesteps": timesteps, "samples": samples_of(6)}
+        assert step == 0 or not cheap.due(told["samples"], timesteps).any()
+        found = [made.weigh(cond, torch.zeros_like(cond), **told) for made in (cheap, full)]
+        assert torch.equal(*found)
+    assert cheap.measured == full.measured == 60
+
+
+def test_the_record_tells_measured_from_expected(tmp_path):
+    log = SampleLog(tmp_path / "samples.jsonl")
+    recall = Recall(every=3, bins=1, margin=0.0)
+    made = MemorizationFilter(AbsoluteThreshold(2.0), recall=recall, log=log)
+    cond = torch.full((1, 4, 2, 2), 3.0)
+    for _ in range(4):
+        visit(made, cond, torch.tensor([10.0]))
+        cond = cond * 10  # nobody looks
+    log.flush()
+    records = read_records([tmp_path / "samples.jsonl"])
+    assert [record.measured for record in records] == [True, False, False, True]
+    assert [record.score for record in records] == pytest.approx([3, 3, 3, 3000])
+
+
+def test_several_processes_recall_as_one():
+    """Steps of eight samples out of twelve, whose scores do not move much."""
+    order = [torch.randperm(12, generator=torch.Generator().manual_seed(s))[:8] for s in range(40)]
+
+    def run(count: int) -> tuple[list[list[tuple]], list[MemorizationFilter]]:
+        steps, filters = [[None] * 8 for _ in order], [None] * count
+
+        def process(rank: int, gather) -> None:
+            made = filters[rank] = MemorizationFilter(
+                RunningQuantile(0.6, bins=3, warmup=4, window=32), gather=gather,
+                recall=Recall(every=5, bins=3, margin=0.1),
+            )  # fmt: skip
+            for number, chosen in enumerate(order):
+                rows = list(range(8))[rank::count]  # as a distributed sampler shares a batch out
+                own = chosen[rows]
+                noise = seeded(8, 4, 2, 2, seed=number)[rows]
+                cond = (1.0 + own).view(-1, 1, 1, 1) * (1 + 0.1 * noise)
+                timesteps = (own * 80 + number * 7) % 1000
+                samples = [samples_of(12)[int(each)] for each in own]
+                due = made.due(samples, timesteps)
+                weights = made.weigh(
+                    cond, torch.zeros_like(cond)[due], timesteps=timesteps, samples=samples
+                )
+                for row, *told in zip(rows, due.tolist(), weights.tolist(), strict=True):
+                    steps[number][row] = tuple(told)
+
+        in_processes(count, process)
+        return steps, filters
+
+    alone, (single,) = run(1)
+    assert 0 < single.measured < single.seen
+    assert 0 < single.flagged < single.seen
+    for count in (2, 4):
+        shared, filters = run(count)
+        assert shared == alone
+        # Each process could save the state from which all go on.
+        for made in filters:
+            assert made.state_dict() == single.state_dict()
 
 
 def test_a_resumed_recall_goes_on():

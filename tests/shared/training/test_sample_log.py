@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from unmemorize.shared.training.filter import MemorizationFilter
@@ -31,11 +32,13 @@ def test_every_decision_is_in_the_file(tmp_path):
     assert len(records) == 240
     assert records[1] == Record(
         sample=Sample(file="1.png", caption="caption 1"),
-        timestep=900.0, score=2.0, flagged=True, kept=0.5,
+        timestep=900.0, score=2.0, measured=True, flagged=True, kept=0.5,
     )  # fmt: skip
     assert (records[0].flagged, records[0].kept) == (False, 1.0)
     line = json.loads(paths[0].read_text().splitlines()[1])["value"]
-    assert set(line) == {"file", "caption", "timestep", "score", "flagged", "kept"}
+    assert set(line) == {
+        "file", "caption", "timestep", "score", "measured", "flagged", "kept",
+    }  # fmt: skip
 
 
 def test_steps_done_again_after_a_resume_are_counted_once(tmp_path):
@@ -67,7 +70,8 @@ def test_ranking_finds_what_stands_out_at_its_own_timestep(tmp_path):
             score = level * (1.5 + noise if number < 3 else 1 + noise)
             sample = Sample(file=str(file), caption=f"caption {max(number, 1)}")
             records.append(Record(
-                sample=sample, timestep=timestep, score=score, flagged=False, kept=1.0
+                sample=sample, timestep=timestep, score=score, measured=number > 3, flagged=False,
+                kept=1.0,
             ))  # fmt: skip
     ranked = rank_samples(records)
     planted = [str(file) for file in files[:3]]
@@ -76,13 +80,14 @@ def test_ranking_finds_what_stands_out_at_its_own_timestep(tmp_path):
         others = set(planted) - {each.sample.file} if each.sample.file in planted else set()
         assert set(each.duplicates) == others
         assert each.visits == 30
+        assert each.measured == (30 if files.index(Path(each.sample.file)) > 3 else 0)
         assert 0 <= each.standing <= 1
 
 
 def test_samples_with_one_caption_are_duplicates_and_empty_captions_are_not():
     def record(file: str, caption: str) -> Record:
         sample = Sample(file=file, caption=caption)
-        return Record(sample=sample, timestep=1.0, score=1.0, flagged=True, kept=0.0)
+        return Record(sample=sample, timestep=1.0, score=1.0, measured=True, flagged=True, kept=0.0)
 
     ranked = rank_samples([record("a", "x"), record("b", "x"), record("c", ""), record("d", "")])
     assert {each.sample.file: each.duplicates for each in ranked} == {

@@ -57,6 +57,19 @@ def test_a_threshold_of_zero_leaves_every_up_factor_at_zero(train, plain):
         assert learnt[key].any()
 
 
+def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train):
+    longer = {"max_train_steps": 12, "train_batch_size": 3}
+    asked = protect("mem_filter=inf", "mem_filter_recall=9")
+    after = train("cheaper", *asked.pop("extra"), **(longer | asked))
+    assert same_tensors(train("longer", **longer), after)
+    told = json.loads(header(after)["unmemorize.filter"])
+    assert 0 < told["measured"] < told["seen"] == 36
+    lines = (after.parent / "lora.memorized.jsonl").read_text().splitlines()
+    measured = [json.loads(line)["value"]["measured"] for line in lines]
+    # Some batches were measured in part.
+    assert any(0 < sum(measured[at : at + 3]) < 3 for at in range(0, len(measured), 3))
+
+
 def test_a_text_encoder_that_is_trained_too_is_filtered(train):
     trained = {"network_train_unet_only": None}
     asked = protect("mem_filter=inf")

@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 from kohya_lora import CONCEPT, header, largest_share, protect, same_tensors
+from safetensors.torch import load_file
+from unmemorize.shared.training.layer_names import core
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.subspace import ConceptSubspace
 
 pytestmark = pytest.mark.slow
@@ -26,6 +30,55 @@ def test_the_saved_lora_is_off_the_subspace(train, plain, concept, changed, tole
     path = train(f"kept {len(str(changed))}", *asked.pop("extra"), **(changed | asked))
     assert largest_share(path, ConceptSubspace.load(concept).basis) < tolerance
     assert not same_tensors(path, plain)
+
+
+UNETS = {
+    "train_network.py": {},
+    "sdxl_train_network.py": {
+        "block_out_channels": (32, 64, 64), "norm_num_groups": 32, "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": 8,
+        "use_linear_projection": True,
+    },
+}  # fmt: skip
+"""The layers of SD 1 and of SDXL, as diffusers names them; sd-scripts writes SDXL's otherwise."""
+
+
+@pytest.mark.parametrize("script", UNETS)
+def test_layers_named_by_diffusers_are_kept_off_their_subspaces(train, room, script):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[script])
+    names = {core(name): name for name, _ in unet.named_modules()}
+    usual = {"script": script, "max_train_steps": 3}
+    before = load_file(train(f"bare {script}", **usual))
+    ends = ("attn2_to_k.lora_down.weight", "attn2_to_v.lora_down.weight")
+    downs = [key for key in before if "lora_down" in key and not key.endswith(ends)]
+    bases = {}
+    for place, key in enumerate(downs):
+        generator = torch.Generator().manual_seed(place)
+        columns = torch.randn(before[key].shape[1], 2, generator=generator, dtype=torch.float64)
+        bases[key] = torch.linalg.qr(columns).Q
+    modules = {key: names[core(key.removesuffix(".lora_down.weight"))] for key in downs}
+    assert len(set(modules.values())) == len(downs) > 100
+    held = LayerSubspaces(bases={modules[key]: basis for key, basis in bases.items()})
+    held.save(room / f"{script}.layers.safetensors")
+    width = before[next(key for key in before if key.endswith(ends))].shape[1]
+    ConceptSubspace.empty(width).save(room / f"{width}.safetensors")
+    path = train(
+        f"kept {script}", door="door", **usual, project_concepts=str(room / f"{width}.safetensors"),
+        project_layers=str(room / f"{script}.layers.safetensors"),
+    )  # fmt: skip
+    after = load_file(path)
+    for key, basis in bases.items():
+        shares = [
+            float((rows @ basis).norm() / rows.norm())
+            for rows in (state[key].double().movedim(1, -1) for state in (before, after))
+        ]
+        assert shares[1] < 1e-6 < shares[0]
+    assert json.loads(header(path)["unmemorize.projection"])["layers"]["count"] == len(downs)
 
 
 def test_a_resumed_training_goes_on_counting_and_projecting(train, room, checkout, concept):
