@@ -1,4 +1,4 @@
-"""The command line: audit, detect, explain, mitigate, calibrate, concept, demo, doctor.
+"""The command line: audit, verify, detect, explain, mitigate, calibrate, concept, demo, doctor.
 
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
@@ -9,27 +9,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from . import cli_concept
+from . import cli_concept, cli_lora, cli_verify
 from .options import (
+    Attack,
     Batch,
     CalibrationFile,
     Controls,
     Debug,
     Device,
     Dtype,
+    Epochs,
     Fast,
     Force,
+    HeldOut,
+    Images,
+    IncludeImages,
     Json,
     Lora,
     Model,
     ModelConfig,
+    Processes,
     Prompts,
     Rate,
+    Reserve,
     Resolution,
     Revision,
     Seeds,
     Steps,
     Texts,
+    Trigger,
 )
 from .terminal import FAILED, answering, bar, print_json, print_table
 
@@ -40,8 +48,9 @@ if TYPE_CHECKING:
 
 NOTHING_FOUND, FOUND = 0, 3
 EXIT_CODES = """
-Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above the threshold,
-1 failed, 2 wrong usage, 130 interrupted. Above the threshold does not mean certain: about
+Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above the threshold
+(of a LoRA with --images: at least one training image comes back), 1 failed, 2 wrong usage,
+130 interrupted. Above the threshold does not mean certain: about
 rate x prompts are expected there by chance, and the summary says how many.
 """
 
@@ -54,6 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(cli_concept.app, name="concept")
+app.command(epilog=cli_verify.EXIT_CODES)(cli_verify.verify)
 
 
 def _detection(seeds: int, steps: int, batch_size: int | None) -> "DetectionConfig":
@@ -111,6 +121,14 @@ def audit(
     sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = 8,
     generation_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")] = 30,
     fast: Fast = False,
+    images: Images = None,
+    held_out: HeldOut = None,
+    reserve: Reserve = 0.0,
+    trigger: Trigger = None,
+    epochs: Epochs = None,
+    attack: Attack = True,
+    include_images: IncludeImages = False,
+    processes: Processes = 1,
     revision: Revision = None,
     model_config: ModelConfig = None,
     resolution: Resolution = None,
@@ -122,9 +140,12 @@ def audit(
 ) -> None:
     """Audit a model: detect, explain, generate, compare, and write a report folder.
 
-    Without MODEL the bundled demo is audited. Interrupted at any moment, the same command continues
+    Without MODEL the bundled demo is audited. With --lora and --images a LoRA and the folder it was
+    trained on: are its images given back? Interrupted at any moment, the same command continues
     where it stopped; with other settings it asks for another folder.
     """
+    if cli_lora.asked_for(locals()):
+        cli_lora.audit_lora(locals())
     with answering(as_json=as_json, debug=debug):
         from .audit.run import run_audit
 

@@ -56,3 +56,31 @@ ModelConfig = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Of an audit of a LoRA.
+Images = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder that --lora was trained on: audits the LoRA, not the prompts."),
+]
+HeldOut = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Images of the same subject that were not trained on: stricter controls."),
+]
+Reserve = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share of --images that was not trained on.")
+]
+Trigger = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
+]
+Epochs = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(help="Saved epochs, files or a folder; repeatable: which one to publish?"),
+]
+Attack = Annotated[bool, typer.Option(help="Also try to extract images from base to LoRA.")]
+IncludeImages = Annotated[
+    bool, typer.Option("--include-images", help="Show training images in the page unblurred.")
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that images are drawn by; on GPUs, one each.")
+]

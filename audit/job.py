@@ -12,7 +12,10 @@ from ..shared.storage import Journal, locked, make_folder, write_text
 
 IDENTITY = "job.json"
 LOCK = ".lock"
-WRITTEN = ("report.html", "results.jsonl", "summary.json", "calibration.json", "images", "journal")
+WRITTEN = (
+    "report.html", "results.jsonl", "summary.json", "calibration.json", "audit.json",
+    "model_card.md", "badge.svg", "similarity.npz", "images", "journal",
+)  # fmt: skip
 """Everything an audit writes; the journal goes last, so that a killed removal can be repeated."""
 
 

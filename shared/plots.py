@@ -45,7 +45,7 @@ def score_trace_figure(
     if array.ndim != 2 or not array.size:
         raise ValueError(f"`traces` must be [seed step] and not empty, got shape {array.shape}.")
     colors = THEMES[theme]
-    figure, axes = _figure(theme, width, 0.5 * width)
+    figure, axes = new_figure(theme, width, 0.5 * width)
     steps = np.arange(1, array.shape[1] + 1)
     with np.errstate(invalid="ignore"):
         counts = np.isfinite(array).sum(0)
@@ -58,7 +58,7 @@ def score_trace_figure(
     axes.set(xlabel="denoising step, noisiest first", ylabel="score (L2, latent units)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def score_distribution_figure(
@@ -84,7 +84,7 @@ def score_distribution_figure(
     hits = np.asarray(flagged, dtype=bool)
     if audited.shape != hits.shape:
         raise ValueError(f"{len(audited)} `scores` but {len(hits)} `flagged`.")
-    figure, axes = _figure(theme, width, max(2.6, 0.46 * width))
+    figure, axes = new_figure(theme, width, max(2.6, 0.46 * width))
     every = np.concatenate([audited, controls, [] if threshold is None else [threshold]])
     every = every[np.isfinite(every)]
     if not every.size:
@@ -105,7 +105,7 @@ def score_distribution_figure(
     axes.set(xlabel="score (L2 norm, latent units)", ylim=(-0.04, 2.2))
     axes.set_yticks([0.45, 1.45], ["controls", "audited"])
     axes.tick_params(axis="y", length=0)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _draw_rows(
@@ -145,7 +145,7 @@ def _stack(values: np.ndarray, low: float, high: float, log: bool) -> np.ndarray
     return ranks * min(0.06, 0.9 / max(ranks.max(initial=0), 1))
 
 
-def _figure(theme: Theme, width: float, height: float) -> "tuple[Figure, Axes]":
+def new_figure(theme: Theme, width: float, height: float) -> "tuple[Figure, Axes]":
     """Return a figure without global state, in the colours of `theme`."""
     figures = require("matplotlib.figure", purpose="Drawing plots", extra="reports")
     colors = THEMES[theme]
@@ -162,7 +162,7 @@ def _figure(theme: Theme, width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _svg(figure: "Figure") -> str:
+def to_svg(figure: "Figure") -> str:
     """Return the figure as SVG, the same bytes for the same input, with real text."""
     import matplotlib
 

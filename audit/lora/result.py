@@ -137,7 +137,7 @@ class ImageVerdict:
     control: float
     """The same with the LoRA off."""
     ceiling: float
-    """Cosine of the image and its own autoencoder round trip: what can be reached at most."""
+    """Cosine of the image and its own autoencoder round trip."""
     generation: int | None
     """Position of the most similar generation."""
     attracted: int

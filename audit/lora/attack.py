@@ -1,0 +1,86 @@
+"""The extraction attack from a base model to its LoRA: FineXtract (ICML 2025).
+
+Sampling is guided away from what the base model expects and towards what the LoRA adds, so that the
+images it was trained on come out; those that come out again and again agree with each other.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...shared.arrays import Float, Tensor
+from ...shared.trajectory import guided_step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...shared.diffusers_adapter import PipelineDenoiser
+
+GUIDANCE = 5.0
+"""w for a LoRA; the paper takes 3 for models that were fine-tuned as a whole."""
+SMALLEST = 3
+"""Members of a clique that counts: two images may agree by chance."""
+
+
+@torch.inference_mode()
+def sample_attack(
+    denoiser: "PipelineDenoiser", prompts: Sequence[str], seeds: Sequence[int], steps: int
+) -> "list[Image]":
+    """Return one image per prompt and seed, by DDIM (Euler for flows).
+
+    Args:
+        denoiser: With the LoRA on; it is switched off for every other prediction.
+        prompts: As many as `seeds`.
+        seeds: Starting noises, those of ordinary sampling.
+        steps: Denoising steps.
+    """
+    sigmas = denoiser.sigmas(steps)
+    x, cond = denoiser.initial_noise(seeds, sigmas[0]), denoiser.encode(prompts)
+    with denoiser.lora_disabled():
+        empty = denoiser.unconditional()[[0] * len(seeds)]
+    for sigma, sigma_next in pairwise(sigmas):
+        with denoiser.lora_disabled():
+            base = denoiser.denoise(x, sigma, empty)
+        # e_base(0) + w (e_lora(c) - e_base(0)), which is linear in x0 for all parametrizations.
+        x = guided_step(x, base, denoiser.denoise(x, sigma, cond), sigma, sigma_next, GUIDANCE)
+    return as_images(denoiser.decode(x))
+
+
+def as_images(pixels: Float[Tensor, "image 3 height width"]) -> "list[Image]":
+    """Return pixels in 0..1 as PIL images."""
+    from PIL import Image
+
+    bytes_ = (pixels * 255).round().byte().movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(values) for values in bytes_]
+
+
+def cliques(rows: Float[Tensor, " image dimension"], threshold: float) -> list[list[int]]:
+    """Return groups in which every two images are at least `threshold` similar, largest first.
+
+    No image is in two groups. To find the fewest such groups is hard, so a greedy colouring of
+    the pairs that are *not* similar stands for it (DSATUR); groups below `SMALLEST` are left out.
+
+    Args:
+        rows: Unit vectors.
+        threshold: Cosine, -1 to 1.
+    """
+    import networkx
+
+    unlike = networkx.Graph()
+    unlike.add_nodes_from(range(len(rows)))
+    apart = (rows @ rows.T < threshold).triu(1).nonzero()
+    unlike.add_edges_from(apart.tolist())
+    colours = networkx.greedy_color(unlike, strategy="saturation_largest_first")
+    groups: dict[int, list[int]] = {}
+    for image in range(len(rows)):
+        groups.setdefault(colours[image], []).append(image)
+    found = [group for group in groups.values() if len(group) >= SMALLEST]
+    return sorted(found, key=lambda group: (-len(group), group))
+
+
+def central(rows: Float[Tensor, " image dimension"], members: Sequence[int]) -> int:
+    """Return the member that is nearest to the mean of all."""
+    mean = rows[list(members)].mean(0)
+    return members[int((rows[list(members)] @ mean).argmax())]

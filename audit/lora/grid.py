@@ -1,0 +1,173 @@
+"""The similarity matrix to look at: training images down, ways of asking across, on and off."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...shared.pictures import LEVELS
+from .result import Asked, Generation, ImageVerdict, LoraAudit
+
+ROWS, HELD_OUT_ROWS = 40, 10
+"""At most so many images are shown, those that come nearest first."""
+GRAVITY = ("verbatim", "template", "near", "none")
+"""Verdicts, gravest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One way of asking."""
+
+    title: str
+    asked: tuple[Asked, ...]
+    own: bool | None
+    """With the image's own caption, with those of others, or either."""
+    lora: bool
+
+    def fits(self, generation: Generation, image: int) -> bool:
+        """Return whether a generation was asked for in this way, as seen from an image."""
+        own = self.own is None or self.own == (generation.source == image)
+        return generation.asked in self.asked and generation.lora == self.lora and own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The nearest that one way of asking came to one training image."""
+
+    generation: int
+    """Position of the generation."""
+    twin: int | None
+    """Of the same prompt and seed with the LoRA the other way; the attack has none."""
+    similarity: float
+    level: int
+    """Strength of the colour, 0 to `LEVELS`."""
+    mark: str
+    """`verbatim` or `near` above that threshold, else empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training image."""
+
+    image: int
+    verdict: ImageVerdict | None
+    """None for held-out images."""
+    cells: tuple[Cell | None, ...]
+    """One a column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The matrix as a table."""
+
+    columns: tuple[Column, ...]
+    """LoRA on and off side by side."""
+    rows: tuple[Row, ...]
+    """Gravest verdict first, then highest similarity."""
+    held_out: tuple[Row, ...]
+    ground: float
+    """Similarity without colour: the median of the cells with the LoRA off."""
+
+    def shown(self) -> list[int]:
+        """Return the positions of all generations that its cells stand for, rising."""
+        cells = [cell for row in (*self.rows, *self.held_out) for cell in row.cells if cell]
+        return sorted({n for cell in cells for n in (cell.generation, cell.twin) if n is not None})
+
+
+_WAYS: tuple[tuple[str, tuple[Asked, ...], bool | None], ...] = (
+    ("own caption", ("caption",), True),
+    ("own, reworded", ("paraphrase",), True),
+    ("other captions", ("caption", "paraphrase"), False),
+    ("trigger word", ("trigger",), None),
+    ("no words", ("empty",), None),
+    ("attack", ("attack",), None),
+)
+
+
+def load_matrix(audit: LoraAudit) -> np.ndarray:
+    """Return the similarities [generation image] from an audit's folder.
+
+    Raises:
+        ValueError: The file does not fit the audit.
+    """
+    with np.load(audit.folder / "similarity.npz", allow_pickle=False) as file:
+        matrix = file["matrix"]
+    expected = (len(audit.generations), len(audit.training.images))
+    if matrix.shape != expected:
+        raise ValueError(f"similarity.npz has shape {matrix.shape}, expected {expected}.")
+    return matrix
+
+
+def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
+    """Return the matrix as a table.
+
+    Args:
+        audit: What was found.
+        matrix: Similarities [generation image].
+    """
+    columns = _columns(audit)
+    rank = sorted(audit.verdicts, key=lambda v: (gravity(v), -v.similarity, v.image))[:ROWS]
+    apart = [n for n, image in enumerate(audit.training.images) if image.held_out]
+    apart.sort(key=lambda n: (-matrix[:, n].max(initial=0), n))
+    bests = {
+        image: [_nearest(audit, matrix, image, column) for column in columns]
+        for image in (*(v.image for v in rank), *apart[:HELD_OUT_ROWS])
+    }
+    off = [matrix[best, image] for image, row in bests.items()
+           for column, best in zip(columns, row, strict=True)
+           if best is not None and not column.lora]  # fmt: skip
+    ground = float(np.median(off)) if off else 0.0
+    twins = twins_of(audit)
+
+    def row(image: int, verdict: ImageVerdict | None) -> Row:
+        cells = (best if best is None else
+                 _cell(audit, best, twins.get(best), float(matrix[best, image]), ground)
+                 for best in bests[image])  # fmt: skip
+        return Row(image=image, verdict=verdict, cells=tuple(cells))
+
+    return Grid(
+        columns=columns, ground=ground, rows=tuple(row(v.image, v) for v in rank),
+        held_out=tuple(row(image, None) for image in apart[:HELD_OUT_ROWS]),
+    )  # fmt: skip
+
+
+def gravity(verdict: ImageVerdict) -> int:
+    """Return the place of a verdict among all, 0 for the gravest."""
+    return GRAVITY.index(verdict.verdict)
+
+
+def twins_of(audit: LoraAudit) -> dict[int, int]:
+    """Return by position the generation of the same prompt and seed, the LoRA the other way."""
+
+    def key(generation: Generation, lora: bool) -> tuple[object, ...]:
+        return generation.asked, generation.source, generation.prompt, generation.seed, lora
+
+    known = {key(g, g.lora): n for n, g in enumerate(audit.generations)}
+    found = ((n, known.get(key(g, not g.lora))) for n, g in enumerate(audit.generations))
+    return {n: twin for n, twin in found if twin is not None}
+
+
+def _columns(audit: LoraAudit) -> tuple[Column, ...]:
+    """Return the ways that were asked at all."""
+    found = {(generation.asked, generation.lora) for generation in audit.generations}
+    every = (Column(title=title, asked=asked, own=own, lora=lora)
+             for title, asked, own in _WAYS for lora in (True, False))  # fmt: skip
+    return tuple(c for c in every if any((asked, c.lora) in found for asked in c.asked))
+
+
+def _nearest(audit: LoraAudit, matrix: np.ndarray, image: int, column: Column) -> int | None:
+    """Return the generation of a column that is nearest to an image; None when it has none."""
+    some = [n for n, g in enumerate(audit.generations) if column.fits(g, image)]
+    return max(some, key=lambda n: matrix[n, image], default=None)
+
+
+def _cell(
+    audit: LoraAudit, generation: int, twin: int | None, similarity: float, ground: float
+) -> Cell:
+    part = (similarity - ground) / max(1 - ground, 1e-6)
+    verbatim, near = audit.thresholds.verbatim, audit.thresholds.near
+    mark = "near" if near is not None and similarity > near else ""
+    mark = "verbatim" if verbatim is not None and similarity > verbatim else mark
+    return Cell(
+        generation=generation, twin=twin, similarity=similarity, mark=mark,
+        level=round(LEVELS * min(max(part, 0), 1)),
+    )  # fmt: skip

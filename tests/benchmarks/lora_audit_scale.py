@@ -1,0 +1,91 @@
+"""The index and the cache at the size of large training sets, for ``make bench``'s `lora_audit`."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from unmemorize import demo
+from unmemorize.audit.lora.duplicates import find_duplicates
+from unmemorize.audit.lora.feature_cache import FeatureCache
+from unmemorize.audit.lora.index import Index
+from unmemorize.audit.sscd import DIMENSIONS
+
+IMAGES, QUERIES, NEIGHBOURS = 100_000, 512, 10
+PAIRED = 10_000
+"""Images among which all pairs are searched for duplicates."""
+FILES = 64
+
+
+def units(count: int, seed: int) -> torch.Tensor:
+    rows = torch.randn(count, DIMENSIONS, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, out=rows)
+
+
+def seconds(start: float) -> float:
+    return time.perf_counter() - start
+
+
+def measure_scale(bench: dict) -> None:
+    """Print memory, cost of a query and whether it is exact, of 100,000 rows; then the cache."""
+    rows, process = units(IMAGES, 0), psutil.Process()
+    before, start = process.memory_info().rss, time.perf_counter()
+    index = Index(rows)
+    figures = {
+        "build_seconds": seconds(start),
+        "megabytes": (process.memory_info().rss - before) / 1e6,
+    }
+    # Edited copies of rows in the index, and as many rows that have nothing to do with it.
+    queries = torch.nn.functional.normalize(rows[:QUERIES] + 0.5 * units(QUERIES, 1))
+    queries = torch.cat([queries[::2], units(QUERIES // 2, 2)])
+    start = time.perf_counter()
+    for query in queries[:20]:
+        index.search(query[None], NEIGHBOURS)
+    figures["single_query_ms"] = 1000 * seconds(start) / 20
+    start = time.perf_counter()
+    cosines, found = index.search(queries, NEIGHBOURS)
+    figures["query_ms"] = 1000 * seconds(start) / len(queries)
+    expected = (queries @ rows.T).topk(NEIGHBOURS)
+    torch.testing.assert_close(cosines, expected.values, rtol=0, atol=1e-5)
+    figures["equal_to_full_search"] = (found == expected.indices).float().mean().item()
+    figures |= measure_duplicates(rows[:PAIRED]) | measure_cache()
+    for key, value in figures.items():
+        print(f"{key:<24}{value:>12.4g}")
+    bench |= {f"lora_audit.scale.{key}": value for key, value in figures.items()}
+
+
+def measure_duplicates(rows: torch.Tensor) -> dict[str, float]:
+    """Return the time of finding 100 planted pairs among all pairs, and how many were found."""
+    copies = torch.nn.functional.normalize(rows[:100] + 0.3 * units(100, 3))
+    rows = torch.cat([rows[:-100], copies])
+    start = time.perf_counter()
+    groups = find_duplicates(rows, list(map(str, range(len(rows)))), threshold=0.85)
+    planted = {(i, len(rows) - 100 + i) for i in range(100)}
+    return {
+        "duplicates_10000_seconds": seconds(start),
+        "duplicates_found": float(len(planted & {group.images for group in groups})),
+        "duplicates_claimed": float(len(groups)),
+    }
+
+
+def measure_cache() -> dict[str, float]:
+    """Return milliseconds an image, embedded for the first time and read again."""
+    captions = [caption.text for caption in demo.captions()]
+    images = [image for text in captions if (image := demo.training_image(text)) is not None]
+    figures = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        paths = [folder / f"{index}.png" for index in range(FILES)]
+        for path, image in zip(paths, images, strict=False):
+            image.save(path)
+        cache = FeatureCache(folder=folder / "cache")
+        for key in ("embed_ms", "cached_ms"):
+            start = time.perf_counter()
+            cache.rows(paths)
+            figures[key] = 1000 * seconds(start) / FILES
+    return figures
+
+
+if __name__ == "__main__":
+    measure_scale({})

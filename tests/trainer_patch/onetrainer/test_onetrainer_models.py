@@ -1,0 +1,91 @@
+"""SDXL, SD3 and Flux at tiny size with random weights, trained by the real OneTrainer."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+from onetrainer_lora import CAPTIONS, largest_share, same_tensors, told
+from safetensors.torch import load_file, save_file
+from unmemorize.shared.diffusers_adapter import PipelineDenoiser
+from unmemorize.shared.training.fitting import fit_subspace
+from unmemorize.shared.training.text_states import encoders_of, text_path_of
+from unmemorize.trainer_patch.options import parse_concepts
+
+pytestmark = pytest.mark.slow
+CONCEPT = "cat, red cat -> dog"
+KINDS = {
+    "sdxl": {"model_type": "STABLE_DIFFUSION_XL_10_BASE"},
+    "sd3": {"model_type": "STABLE_DIFFUSION_3", "output_model_format": "LEGACY_LORA"},
+    "flux": {"model_type": "FLUX_DEV_1", "output_model_format": "LEGACY_LORA"},
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """Pipelines whose CLIP encoders read 77 tokens, a number that OneTrainer knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "CLIP_LENGTH", 77)
+        patch.setattr(tiny, "clip_tokenizer", partial(tiny.clip_tokenizer, 77))
+        return {kind: tiny.PIPELINES[kind]() for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def trained(train, pipelines, room):
+    """Function that trains a kind of model for two steps."""
+    from transformers import CLIPTextModel
+
+    for kind, pipeline in pipelines.items():
+        pipeline.save_pretrained(room / f"model {kind}")
+        if isinstance(pipeline.text_encoder, CLIPTextModel):
+            name_as_published(room / f"model {kind}" / "text_encoder" / "model.safetensors")
+
+    def run(kind: str, name: str, *options: str, **changed) -> Path | str:
+        settings = KINDS[kind] | {
+            "base_model_name": str(room / f"model {kind}"), "epochs": 1,
+            "aspect_ratio_bucketing": False,  # its steps are as large as the images
+        } | changed  # fmt: skip
+        return train(f"{kind} {name}", *options, **settings)
+
+    return run
+
+
+def name_as_published(path: Path) -> None:
+    """Give a text encoder's weights the names of published files, which some releases leave out."""
+    state = load_file(path)
+    start = "text_model."
+    save_file({start + key.removeprefix(start): state[key] for key in state}, path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_filtered(trained, kind):
+    before = trained(kind, "plain", door=False)
+    same = trained(kind, "inf", "--mem_filter", "inf")
+    assert same_tensors(before, same)
+    assert told(same, "filter")["seen"] == len(CAPTIONS)
+    report = json.loads((same.parent / "lora.memorized.json").read_text())
+    assert min(sample["highest"] for sample in report["samples"]) > 0
+    learnt = load_file(before)
+    nothing = load_file(trained(kind, "zero", "--mem_filter", "0"))
+    ups = [key for key in nothing if "lora_up" in key]
+    assert any(learnt[key].any() for key in ups)
+    assert not any(nothing[key].any() for key in ups)
+
+
+def test_sdxl_is_projected(trained, pipelines):
+    path = trained("sdxl", "kept", "--project_concepts", CONCEPT, "--project_force")
+    account = told(path, "projection")
+    assert (account["width"], account["encoders"]) == (56, [32, 24])
+    assert account["residual"] < 1e-6
+    pipeline = pipelines["sdxl"]
+    text_path = text_path_of(PipelineDenoiser(pipeline), encoders_of(pipeline))
+    subspace = fit_subspace(text_path, parse_concepts(CONCEPT), CAPTIONS, force=True)
+    assert largest_share(path, subspace.basis) < 1e-3  # OneTrainer's text path and diffusers' agree
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_models_that_mix_text_with_the_picture_are_not_projected(trained, kind):
+    said = trained(kind, "refused", "--project_concepts", CONCEPT, fails=True)
+    assert "mem_filter is supported" in said
+    assert "step:" not in said
