@@ -34,7 +34,7 @@ class Recall:
     of a score is taken as a level, per bin of timesteps, plus a standing, per sample. A visit is
     measured when either is unknown, when the expectation is near the threshold, or when the sample
     was not measured for long.
-    `make bench NAME=trainers ARGS="--only filter"` measures how many visits that saves and how many
+    `make bench NAME=trainers ARGS="--only cheap"` measures how many visits that saves and how many
     decisions stay the same; the defaults were chosen on a single training.
     """
 

@@ -1,9 +1,10 @@
 """What training-time protection does and costs: ``make bench NAME=trainers``.
 
 Parts: `subspace` (concepts in a real text encoder and in the demo's), `cost` (steps on a U-Net of
-the size of Stable Diffusion 1.5 with random weights; needs 9 GB), `filter` (decisions of the
-cheaper mode) and `projection` (arms of a training with a concept in half of its pictures). The
-last two train LoRAs of the demo model and need npm for new drawings.
+the size of Stable Diffusion 1.5 with random weights; needs 9 GB), `cheap` (decisions of the cheaper
+filter), `filter` (planted duplicates without the filter and with it) and `projection` (arms of a
+training with a concept in half of its pictures). The last three train LoRAs of the demo model and
+need npm for new drawings.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from trainers_demo import ARMS, measure_agreement, measure_projection
+from trainers_demo import ARMS, measure_agreement, measure_filter, measure_projection
 from unmemorize import demo
 from unmemorize.shared.models import load_denoiser
 from unmemorize.shared.tokens import split_words
@@ -48,7 +49,7 @@ CONCEPTS = (
     (("mickey mouse", "mickey", "the famous mouse"), "character"),
 )
 SHARE = 0.34
-"""Of the visits that the cheaper filter measures, where `filter` has not found out."""
+"""Of the visits that the cheaper filter measures, where `cheap` has not found out."""
 
 
 def minilm() -> TextPath | None:
@@ -206,7 +207,7 @@ def measure_cost(bench: dict, *, side: int, rounds: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print the tables and write bench.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("subspace", "cost", "filter", "projection")
+    parts = ("subspace", "cost", "cheap", "filter", "projection")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm")
@@ -221,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, work in (
         ("subspace", lambda: measure_subspace(denoiser, bench)),
         ("cost", lambda: measure_cost(bench, side=args.side, rounds=args.rounds)),
-        ("filter", lambda: measure_agreement(denoiser, bench, steps=args.steps)),
+        ("cheap", lambda: measure_agreement(denoiser, bench, steps=args.steps)),
+        ("filter", lambda: measure_filter(denoiser, bench, steps=args.steps)),
         ("projection", lambda: measure_projection(
             denoiser, bench, steps=args.steps, seeds=args.seeds, arms=args.arms)),
     ):  # fmt: skip

@@ -1,5 +1,6 @@
 """What filter and projection do in real LoRA trainings of the demo model."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from demo_lora import (
 )
 from PIL import ImageColor
 from tqdm.auto import tqdm
+from unmemorize.audit.lora.attack import as_images
+from unmemorize.audit.sscd import Sscd, similarity
 from unmemorize.shared.training.activations import (
     fit_layers,
     listening,
@@ -32,7 +35,7 @@ from unmemorize.shared.training.lora_factors import text_factors
 from unmemorize.shared.training.projection import Projection
 from unmemorize.shared.training.recall import Recall
 from unmemorize.shared.training.text_states import text_path_of
-from unmemorize.shared.training.thresholds import RunningQuantile
+from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
 
 MARGINS = (0.0, 0.2, 0.4, 0.8)
 
@@ -88,6 +91,80 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
             bench |= {"trainers.filter.cheap.measured": share,
                       "trainers.filter.cheap.agreement": equal,
                       "trainers.filter.cheap.kappa": float(kappa)}  # fmt: skip
+
+
+PLANTED, REPEATS = 4, 12
+"""Of 24 drawings, how many are trained on so many times as often as the others."""
+LIMITS = (None, 0.1, 0.07)
+"""Absolute thresholds of the filter's arms; None trains without it."""
+
+
+def nearness(denoiser, sscd: Sscd, pictures: Pictures, drawings: list, seeds: int) -> torch.Tensor:
+    """Return [caption image] cosines of the nearest of the pictures that each caption brings.
+
+    An image counts as itself or as its way through the autoencoder, whichever is nearer.
+    """
+    texts = list(pictures.captions[: len(drawings)])
+    latents = pictures.latents[: len(drawings)] / denoiser.pipeline.vae.config.scaling_factor
+    with torch.no_grad():
+        pixels = denoiser.pipeline.vae.decode(latents).sample
+    trips = as_images((pixels / 2 + 0.5).clamp(0, 1))
+    references = [sscd.embed(images) for images in (drawings, trips)]
+    found = []
+    for seed in range(seeds):
+        made = sscd.embed(denoiser.generate(texts, [seed] * len(texts), steps=20, cond_scale=5.0))
+        found.append(torch.maximum(*(similarity(made, rows) for rows in references)))
+    return torch.stack(found).amax(0)
+
+
+def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int = 2) -> None:
+    """Print what planted duplicates and the other drawings become, without the filter and with it.
+
+    An image comes back when its caption's pictures are nearer to it than half-way between 1 and
+    what 95 % of the pictures of other captions reach.
+    """
+    captions, sscd = held_out(24), Sscd()
+    drawings = [draw(caption, seed) for seed, caption in enumerate(captions)]
+    plain = [(image, caption.text) for image, caption in zip(drawings, captions, strict=True)]
+    pictures = encoded(denoiser, plain + plain[:PLANTED] * (REPEATS - 1))
+    planted = [row < PLANTED or row >= len(plain) for row in range(len(pictures.captions))]
+    empty = denoiser.unconditional().embeddings
+    print(f"\n{'threshold':>9}{'planted: back':>15}{'similarity':>12}{'others: back':>14}"
+          f"{'similarity':>12}{'precision':>11}{'recall':>8}")  # fmt: skip
+    for limit in LIMITS:
+        unet = add_lora(denoiser, seed=0)
+        made = MemorizationFilter(AbsoluteThreshold(math.inf if limit is None else limit))
+        decided: list[tuple[bool, bool]] = []
+
+        def weigh(step: Step, unet=unet, made=made, decided=decided) -> torch.Tensor:
+            with torch.no_grad():
+                rows = empty.expand(len(step.rows), -1, -1)
+                uncond = unet(step.noisy, step.timesteps, encoder_hidden_states=rows).sample
+            told = {"timesteps": step.timesteps, "samples": pictures.samples(step.rows)}
+            weights = made.weigh(step.prediction, uncond, **told)
+            stopped = (weights == 0).tolist()
+            decided.extend(zip((planted[row] for row in step.rows), stopped, strict=True))
+            return weights
+
+        for _ in tqdm(
+            train(denoiser, pictures, steps=steps, seed=1, weigh=weigh), str(limit), steps
+        ):
+            pass
+        found = nearness(denoiser, sscd, pictures, drawings, seeds)
+        others = found[~torch.eye(len(found), dtype=torch.bool)]
+        back = (found.diagonal() > (1 + others.quantile(0.95)) / 2).float()
+        own = found.diagonal()
+        stopped = [is_planted for is_planted, out in decided if out]
+        line = {
+            "planted.reproduced": back[:PLANTED].mean(), "planted.similarity": own[:PLANTED].mean(),
+            "others.reproduced": back[PLANTED:].mean(), "others.similarity": own[PLANTED:].mean(),
+            "precision": sum(stopped) / max(1, len(stopped)),
+            "recall": sum(stopped) / sum(is_planted for is_planted, _ in decided),
+        }  # fmt: skip
+        name = "none" if limit is None else f"limit{limit}"
+        bench |= {f"trainers.filter.{name}.{key}": float(value) for key, value in line.items()}
+        values = [float(value) for value in line.values()]
+        print("{:>9}{:>15.3f}{:>12.3f}{:>14.3f}{:>12.3f}{:>11.3f}{:>8.3f}".format(name, *values))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,8 @@ def test_autoencoders_agree(comfy):
 
 
 def test_an_image_of_ksampler_is_that_of_the_pipeline(comfy):
-    steps, seed, prompt = 20, 3, caption()
+    steps, seed = 20, 3
+    prompt = caption("held_out")  # a memorized one brings the same image from every seed
     graph = {
         "1": DEMO,
         "2": node("CLIPTextEncode", text=prompt, clip=["1", 1]),
