@@ -113,6 +113,45 @@ def mitigation_and_forward(turns: int, iterations: int) -> dict:
     return times
 
 
+def heatmap_and_step(turns: int) -> dict:
+    """Explain a prompt in turns with plain guided steps; return seconds of each.
+
+    Runs inside ComfyUI, on one image of 128 pixels: one seed and one step, no word left out.
+    """
+    heatmap, measuring = pack("nodes.heatmap"), pack("nodes.measuring")
+    model, clip, _ = pack("nodes.demo_model").load_model()
+    times: dict[str, list[float]] = {"step": [], "heatmap": []}
+    text, config = "a cat", measuring.config_of(1, 1)
+
+    def seconds(function, *arguments, **settings) -> float:
+        start = time.process_time()
+        function(*arguments, **settings)
+        return time.process_time() - start
+
+    def work(denoiser) -> None:
+        sigma, both = denoiser.sigmas(50)[0], denoiser.encode([text, ""])
+        x = denoiser.initial_noise([0, 0], sigma)
+        for turn in range(turns + 1):
+            step = seconds(denoiser.denoise, x, sigma, both)
+            whole = seconds(heatmap.explain, denoiser, text, config, occlude=0)
+            if turn:  # the first warms up
+                times["step"].append(step)
+                times["heatmap"].append(whole)
+
+    with torch.inference_mode():
+        own, empty = (measuring.encoded(clip, prompt) for prompt in (text, ""))
+        read = heatmap.read_words(clip.tokenizer, text, own[0][0].shape[1])
+        prompts = {
+            text: heatmap.Prompt(entries=own, tokens=read.tokens, words=read.words),
+            "": heatmap.Prompt(entries=empty),
+        }
+        pack("nodes.sampling_work").with_denoiser(
+            model, prompts, empty, {"samples": torch.zeros(1, 4, 16, 16)}, work, forward_rows=2,
+            gradients=True,
+        )  # fmt: skip
+    return times
+
+
 def import_seconds(version: str, base: Path) -> float:
     """Return the processor time that ComfyUI takes to load the pack in a fresh process, median."""
     folder, loaded = ROOT / "tests" / "nodes", make_base(base)
@@ -129,6 +168,7 @@ def measure(version: str, base: Path) -> dict[str, float | bool]:
     try:
         found = comfy.call(watched_and_plain, PAIRS, STEPS)
         search = comfy.call(mitigation_and_forward, TURNS, ITERATIONS)
+        explained = comfy.call(heatmap_and_step, 2 * TURNS)
     finally:
         comfy.close()
     # The quickest runs: whatever else the machine does only adds.
@@ -136,6 +176,7 @@ def measure(version: str, base: Path) -> dict[str, float | bool]:
     return {
         "comfyui.watch_overhead": watched / plain - 1,
         "comfyui.bit_identical": found["identical"],
+        "comfyui.heatmap_over_step": min(explained["heatmap"]) / min(explained["step"]),
         "comfyui.mitigation_over_forward": min(search["iterations"]) / min(search["forward"]),
         "comfyui.import_seconds": import_seconds(version, base / "import"),
     }
@@ -148,7 +189,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     arguments = parser.parse_args()
     figures = {}
-    print("ComfyUI   watch overhead   bit-identical   mitigation   import")
+    print("ComfyUI   watch overhead   bit-identical   heatmap   mitigation   import")
     for version in [arguments.only] if arguments.only else VERSIONS:
         if reason := missing(version):
             sys.exit(reason)
@@ -157,7 +198,8 @@ def main() -> None:
         print(
             f"{version:8} {100 * row['comfyui.watch_overhead']:14.2f} % "
             f"{row['comfyui.bit_identical']!s:>14} "
-            f"{row['comfyui.mitigation_over_forward']:11.2f} x "
+            f"{row['comfyui.heatmap_over_step']:8.2f} x "
+            f"{row['comfyui.mitigation_over_forward']:9.2f} x "
             f"{row['comfyui.import_seconds']:8.2f} s"
         )
     machine = {"machine": platform.platform(), "torch": torch.__version__}
