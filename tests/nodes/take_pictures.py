@@ -3,7 +3,7 @@
     python tests/nodes/take_pictures.py [NAME ...]
 
 with the Python of `make test-comfyui` and Chromium, all examples unless named. A picture shows the
-part of the workflow that has images in it.
+part of the workflow that has images in it; of `before_and_after`, docs/comfyui.jpg shows the page.
 """
 
 import shutil
@@ -20,6 +20,8 @@ from playwright.sync_api import sync_playwright
 from web_page import open_page, open_workflow, run
 from workflows import EXAMPLES
 
+WHOLE = "before_and_after"
+WHOLE_PICTURE = Path(__file__).resolve().parents[2] / "docs" / "comfyui.jpg"
 WIDTH, HEIGHT = 800, 900
 """Pixels of a picture, at most."""
 CORNER = 100
@@ -71,6 +73,8 @@ def main(*names: str) -> None:
                 if not names or workflow.stem in names:
                     page = open_page(browser, server.url, [])
                     take(page, workflow)
+                    if workflow.stem == WHOLE:
+                        page.screenshot(path=WHOLE_PICTURE, type="jpeg", quality=85)
                     page.close()
         finally:
             browser.close()
