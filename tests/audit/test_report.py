@@ -2,38 +2,11 @@ import base64
 import dataclasses
 import hashlib
 import re
-from html.parser import HTMLParser
 
 import pytest
 from fake_result import HOSTILE, make_result
+from page_reader import Reader
 from unmemorize.audit.report import render_report
-
-VOID = {"meta", "img", "input", "br", "source"}
-
-
-class Reader(HTMLParser):
-    """Collects elements, attributes and text as a browser would, and checks the nesting."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.text, self.raw = [], [], "", {}
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("style", "script"):
-            self.raw[self.open[-1]] = self.raw.get(self.open[-1], "") + data
-        else:
-            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +75,12 @@ def test_hostile_words_add_no_element_and_no_attribute(tmp_path):
     evil = make_result(tmp_path, prompts, text=HOSTILE)
     pages = [Reader(render_report(r, tmp_path)) for r in (calm, evil)]
     # The hostile prompt folds or is cut into more words; everything else is the same.
-    kinds = [{(tag, *sorted(a)) for tag, a in page.attributes} for page in pages]
+    kinds = [{(tag, *sorted(a)) for tag, a in page.elements} for page in pages]
     allowed = {("details",), ("summary",), ("span", "class"), ("span", "class", "title")}
     assert kinds[1] - kinds[0] <= allowed
     assert pages[1].tags.count("script") == pages[1].tags.count("style") == 1
     assert pages[0].raw == pages[1].raw
-    assert all(
-        not name.startswith("on") for page in pages for _, a in page.attributes for name in a
-    )
+    assert all(not name.startswith("on") for page in pages for _, a in page.elements for name in a)
     assert "alert(1)" in pages[1].text
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", pages[1].text)
     assert "{{7*7}}" in pages[1].text
@@ -125,7 +96,7 @@ def test_hostile_page_is_well_formed(tmp_path):
 
 
 def test_needs_no_network(page, read):
-    for tag, attributes in read.attributes:
+    for tag, attributes in read.elements:
         for name in ("src", "srcset", "href", "action", "data", "poster"):
             value = attributes.get(name, "")
             assert value.startswith(("data:image/", "#")) or not value, (tag, name, value[:40])
@@ -136,7 +107,7 @@ def test_needs_no_network(page, read):
 
 
 def test_policy_allows_its_own_script_and_style_and_nothing_else(read):
-    head = read.attributes[:8]
+    head = read.elements[:8]
     policy = next(a["content"] for _, a in head if a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"
@@ -144,7 +115,7 @@ def test_policy_allows_its_own_script_and_style_and_nothing_else(read):
     for name in ("style", "script"):
         digest = hashlib.sha256(read.raw[name].encode()).digest()
         assert rules[f"{name}-src"] == f"'sha256-{base64.b64encode(digest).decode()}'"
-    assert not any("style" in attributes for _, attributes in read.attributes)
+    assert not any("style" in attributes for _, attributes in read.elements)
     before = read.tags[: read.tags.index("style")]
     assert "script" not in before
 
@@ -155,7 +126,7 @@ def test_same_input_same_bytes(page, result):
 
 
 def test_pictures_are_embedded_beside_their_neighbours(page, result, read):
-    pictures = [a for tag, a in read.attributes if tag == "img"]
+    pictures = [a for tag, a in read.elements if tag == "img"]
     webp = [a for a in pictures if a["src"].startswith("data:image/webp")]
     # In this result all images of a prompt share one neighbour.
     count = sum(len(e.images) + bool(e.images) + bool(e.map) for e in result.entries)
@@ -186,13 +157,13 @@ def test_pictures_outside_the_folder_are_not_embedded(tmp_path):
 def test_rows_are_sorted_and_can_be_sorted(page, result, read):
     scores = [float(v) for v in re.findall(r'<td class="n" data-value="([\d.e-]+)">', page)][::2]
     assert scores == sorted((e.score for e in result.entries), reverse=True)
-    heads = [a for tag, a in read.attributes if tag == "th" and a.get("aria-sort")]
+    heads = [a for tag, a in read.elements if tag == "th" and a.get("aria-sort")]
     assert [a["aria-sort"] for a in heads] == ["descending"]
     assert page.count('data-flagged="1"') == len(result.flagged)
 
 
 def test_without_script_the_table_is_a_plain_table(read):
-    tools = next(a for _, a in read.attributes if a.get("id") == "tools")
+    tools = next(a for _, a in read.elements if a.get("id") == "tools")
     assert "hidden" in tools
     assert "button" not in read.tags
 
@@ -216,7 +187,7 @@ def test_words_are_coloured_by_significance(page, result):
 
 
 def test_plot_exists_for_phone_and_desk_light_and_dark(read):
-    media = [a["media"] for tag, a in read.attributes if tag == "source"]
+    media = [a["media"] for tag, a in read.elements if tag == "source"]
     assert [("dark" in m, "max-width" in m) for m in media[:3]] == [
         (True, True), (False, True), (True, False)
     ]  # fmt: skip

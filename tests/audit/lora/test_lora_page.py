@@ -4,41 +4,15 @@ import base64
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from page_reader import Reader
 from PIL import Image
 from some_audit import HOSTILE, HOSTILE_NAME, make_audit
 from unmemorize.audit.lora.page import render_lora_page
 from unmemorize.audit.lora.thumbnails import BLURRED, LARGE, Thumbnails
 from unmemorize.audit.training_images import read_image
-
-VOID = {"meta", "img", "input", "br", "source"}
-
-
-class Reader(HTMLParser):
-    """Collects elements, attributes and text as a browser would, and checks the nesting."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.text, self.raw = [], "", {}
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("style", "script"):
-            self.raw[self.open[-1]] = self.raw.get(self.open[-1], "") + data
-        else:
-            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +98,7 @@ def test_hostile_words_add_no_element_and_no_attribute(short, tmp_path):
     kinds = [{(tag, *sorted(a)) for tag, a in page.elements} for page in pages]
     # A hostile caption has more words, each with its colour.
     assert kinds[1] - kinds[0] <= {("span", "class", "title")}
-    tags = [[tag for tag, _ in page.elements] for page in pages]
+    tags = [page.tags for page in pages]
     assert tags[1].count("script") == tags[1].count("style") == 1
     assert pages[0].raw == pages[1].raw
     assert not any(name.startswith("on") for _, a in pages[1].elements for name in a)
