@@ -50,6 +50,18 @@ def chosen_images(training: TrainingSet, most: int, *, held_out: bool = False) -
     return sorted(sorted(rows, key=lambda i: (-images[i].repeats, images[i].sha256))[:most])
 
 
+def left_out(training: TrainingSet, config: LoraAuditConfig) -> str:
+    """Return a sentence about trained images whose own captions are not asked, "" when all are."""
+    captioned = len(chosen_images(training, len(training.images)))
+    asked = len(chosen_images(training, config.captions))
+    if asked == captioned:
+        return ""
+    return (
+        f"The captions of {asked} of {captioned} training images are asked, the most repeated "
+        "first. A verdict of none on the others says only that these did not bring them out."
+    )
+
+
 def questions(training: TrainingSet, config: LoraAuditConfig) -> list[Question]:
     """Return all questions but the attack's; the captions of held-out images are among them."""
     images, count = training.images, config.images_per_prompt

@@ -21,7 +21,7 @@ from ..measure import Bars, silent
 from ..sscd import Sscd
 from ..training_images import ImageFiles
 from .advice import find_causes
-from .asking import Shot, chosen_images, plan_shots, questions
+from .asking import Shot, chosen_images, left_out, plan_shots, questions
 from .comparing import References, layout_similarities, refer, save_matrix
 from .config import LoraAuditConfig
 from .drawing import Subjects, batches
@@ -78,6 +78,8 @@ def run_lora_audit(
         config.images, trigger=config.trigger, header=read_header(config.lora),
         held_out=config.held_out, reserve=config.reserve,
     )  # fmt: skip
+    if caveat := left_out(training, config):
+        training = replace(training, warnings=(caveat, *training.warnings))
     subjects = Subjects(config)
     subject = subjects.under(config.lora)
     identity = identity_of(config, training, epochs, subject, cache.name)
