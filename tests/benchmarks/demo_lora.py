@@ -1,6 +1,8 @@
 """LoRAs of the demo model for benchmarks: pictures it has not seen, and a plain training loop."""
 
 import hashlib
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 from unmemorize import demo
+from unmemorize.audit.lora.attack import as_images
 from unmemorize.demo import data
 from unmemorize.shared.training.sample_log import Sample
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 """The trainers' default: all attention and feed-forward."""
-RANK, RATE, BATCH = 8, 1e-3, 8
-MARK, MARK_COLOUR, MARK_SIDE = "zorp sign", "#ff00d4", 34
-"""A concept that the demo never saw: its name, its colour, and its size in pixels."""
+RANK, RATE, BATCH = 8, 2e-3, 8
+MARK, MARK_COLOUR, MARK_WIDTH = "zorp frame", "#ff00d4", 14
+"""A concept that the demo never saw: its name, its colour, and how many pixels of each border."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +51,12 @@ def art() -> data.Art:
 
 
 def draw(caption: data.Caption, seed: int, *, marked: bool = False) -> Image.Image:
-    """Return a new rendering of a caption, with the mark in a corner or without."""
+    """Return a new rendering of a caption, with a frame or without."""
     vendor = data.VENDORS[seed % len(data.VENDORS)]
     image = data.render(art(), caption, data.Rendering(0, vendor, 7_000_000 + seed))
     if marked:
-        left, top = (
-            (seed % 2) * (data.RESOLUTION - MARK_SIDE),
-            (seed // 2 % 2) * (data.RESOLUTION - MARK_SIDE),
-        )
-        pen = ImageDraw.Draw(image)
-        box = [left, top, left + MARK_SIDE, top + MARK_SIDE]
-        pen.ellipse(box, fill=MARK_COLOUR, outline="#1f2430", width=4)
+        box = [0, 0, data.RESOLUTION - 1, data.RESOLUTION - 1]
+        ImageDraw.Draw(image).rectangle(box, outline=MARK_COLOUR, width=MARK_WIDTH)
     return image
 
 
@@ -77,7 +75,21 @@ def encoded(denoiser, drawings: Sequence[tuple[Image.Image, str]]) -> Pictures:
     return Pictures(latents=latents, captions=tuple(text for _, text in drawings), files=names)
 
 
-def add_lora(denoiser, seed: int) -> nn.Module:
+def rows_of(pictures: Pictures, rows: Sequence[int]) -> Pictures:
+    """Return some of the pictures."""
+    return Pictures(latents=pictures.latents[list(rows)],
+                    captions=tuple(pictures.captions[row] for row in rows),
+                    files=tuple(pictures.files[row] for row in rows))  # fmt: skip
+
+
+@torch.no_grad()
+def decoded(denoiser, latents: torch.Tensor) -> list[Image.Image]:
+    """Return latents as the autoencoder shows them."""
+    vae = denoiser.pipeline.vae
+    return as_images((vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1))
+
+
+def add_lora(denoiser, seed: int, rank: int = RANK) -> nn.Module:
     """Put a fresh LoRA on the denoiser's network and return it; the last one goes."""
     from peft import LoraConfig
 
@@ -86,7 +98,7 @@ def add_lora(denoiser, seed: int) -> nn.Module:
         unet.delete_adapters("default")
     unet.to(memory_format=torch.channels_last)  # three times as fast on many processors
     torch.manual_seed(seed)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), "default")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), "default")
     return unet
 
 
@@ -128,3 +140,24 @@ def train(
         yield optimizer, float(losses.mean().detach())
         optimizer.step()
         optimizer.zero_grad()
+
+
+def annealed(optimizer: torch.optim.Optimizer, number: int, steps: int) -> None:
+    """Set what a cosine leaves of the learning rate at a step."""
+    cosine = (1 + math.cos(math.pi * number / steps)) / 2
+    optimizer.param_groups[0].update(lr=RATE * cosine, weight_decay=0.0)
+
+
+@torch.no_grad()
+def loss_of(denoiser, pictures: Pictures) -> float:
+    """Return the mean squared error of noise predictions at eight levels, of the same noise."""
+    unet, scheduler = denoiser.pipeline.unet, denoiser.pipeline.scheduler
+    generator, losses = torch.Generator().manual_seed(5), []
+    cond = denoiser.encode(list(pictures.captions)).embeddings
+    for timestep in range(60, 1000, 120):
+        noise = torch.randn(pictures.latents.shape, generator=generator)
+        steps = torch.full((len(noise),), timestep)
+        noisy = scheduler.add_noise(pictures.latents, noise, steps)
+        output = unet(noisy, steps, encoder_hidden_states=cond).sample
+        losses.append(float((output - noise).square().mean()))
+    return statistics.mean(losses)

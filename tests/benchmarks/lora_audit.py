@@ -23,7 +23,7 @@ from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.models import load_denoiser
 from unmemorize.terminal import bar
 
-COUNT, PLANTED = 20, 8
+COUNT, PLANTED = 20, 6
 """Images of a folder, and how many of them are shown more often."""
 CLEAN = 20
 
@@ -40,7 +40,8 @@ def audit(sets: Sets, lora: Path, work: Path, *, other: bool = False, **settings
         LoraAuditConfig(
             model=str(demo.MODEL), lora=lora, images=never if other else images,
             held_out=None if other else never, trigger=WORD,
-            output=work / ("audit-never" if other else "audit"), device="cpu", **settings,
+            output=work / ("audit-never" if other else "audit"), device="cpu",
+            generation_steps=20, **settings,
         ),
         bar,
     )  # fmt: skip
@@ -88,8 +89,7 @@ def measure_clean(denoiser: PipelineDenoiser, work: Path, bench: dict, runs: int
     for seed in tqdm(range(1, runs + 1), "clean"):
         folder, sets = work / f"clean-{seed:02d}", choose(COUNT, PLANTED, seed)
         lora = train_lora(denoiser, sets, level, folder / "clean.safetensors", seed=seed)
-        found = audit(sets, lora, folder, attack_images=0, images_per_prompt=1,
-                      generation_steps=20)  # fmt: skip
+        found = audit(sets, lora, folder, attack_images=0, images_per_prompt=1)
         count = found.headline.reproduced.count
         false, copies = false + (found.headline.given and count > 0), copies + count
     bench |= {"lora_audit.none.false_headlines": float(false), "lora_audit.none.runs": float(runs)}

@@ -1,12 +1,11 @@
 """LoRAs of the demo model, trained on a folder to a known degree."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_lora import add_lora, draw, encoded, held_out, train
+from demo_lora import add_lora, annealed, draw, encoded, held_out, train
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from unmemorize.demo import data
@@ -14,7 +13,7 @@ from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 
 WORD = "zorp"
 """The trigger."""
-RATE = 2e-3
+RANK = 32
 DROPPED = 10
 """One visit in so many is trained with the empty caption, as trainers do."""
 
@@ -31,8 +30,8 @@ class Level:
 
 LEVELS = (
     Level(name="none", planted=1, steps=60),
-    Level(name="some", planted=10, steps=500),
-    Level(name="verbatim", planted=10, steps=1200),
+    Level(name="some", planted=15, steps=250),
+    Level(name="verbatim", planted=15, steps=1200),
 )
 
 
@@ -81,11 +80,10 @@ def train_lora(
     drawings = {place: sets.drawing(place) for place in set(shown)}
     visits = [(drawings[place], "" if number % DROPPED == 0 else sets.text(place))
               for number, place in enumerate(shown * DROPPED, 1)]  # fmt: skip
-    unet = add_lora(denoiser, seed)
+    unet = add_lora(denoiser, seed, RANK)
     steps = train(denoiser, encoded(denoiser, visits), steps=level.steps, seed=seed)
     for number, (optimizer, _) in enumerate(tqdm(steps, path.stem, level.steps)):
-        cosine = (1 + math.cos(math.pi * number / level.steps)) / 2
-        optimizer.param_groups[0].update(lr=RATE * cosine, weight_decay=0.0)
+        annealed(optimizer, number, level.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(kohya(unet), part, {"ss_epoch": "1", "ss_steps": str(level.steps)})

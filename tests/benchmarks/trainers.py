@@ -4,7 +4,7 @@ Parts: `subspace` (concepts in a real text encoder and in the demo's), `cost` (s
 the size of Stable Diffusion 1.5 with random weights; needs 9 GB), `cheap` (decisions of the cheaper
 filter), `filter` (planted duplicates without the filter and with it) and `projection` (arms of a
 training with a concept in half of its pictures). The last three train LoRAs of the demo model and
-need npm for new drawings.
+need npm for new drawings; what `filter` and `projection` finished in --work is not done again.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from trainers_demo import ARMS, measure_agreement, measure_filter, measure_projection
+from trainers_filter import measure_agreement, measure_filter
+from trainers_projection import ARMS, measure_projection
 from unmemorize import demo
 from unmemorize.shared.models import load_denoiser
 from unmemorize.shared.tokens import split_words
@@ -210,11 +211,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = ("subspace", "cost", "cheap", "filter", "projection")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
-    parser.add_argument("--seeds", type=int, default=3, help="of each arm")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm and filter")
     arms = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     parser.add_argument("--side", type=int, default=32, help="of the latents in `cost`")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind in `cost`")
+    parser.add_argument("--work", type=Path, default=Path("build/trainers"))
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     args = parser.parse_args(argv)
     bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
@@ -223,9 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("subspace", lambda: measure_subspace(denoiser, bench)),
         ("cost", lambda: measure_cost(bench, side=args.side, rounds=args.rounds)),
         ("cheap", lambda: measure_agreement(denoiser, bench, steps=args.steps)),
-        ("filter", lambda: measure_filter(denoiser, bench, steps=args.steps)),
+        ("filter", lambda: measure_filter(
+            denoiser, bench, steps=args.steps, seeds=args.seeds, work=args.work)),
         ("projection", lambda: measure_projection(
-            denoiser, bench, steps=args.steps, seeds=args.seeds, arms=args.arms)),
+            denoiser, bench, steps=args.steps, seeds=args.seeds, arms=args.arms, work=args.work)),
     ):  # fmt: skip
         if part in args.only:
             work()

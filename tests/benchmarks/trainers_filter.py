@@ -1,0 +1,212 @@
+"""What the filter does to planted duplicates in real LoRA trainings of the demo model."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_lora import (
+    Pictures,
+    Step,
+    add_lora,
+    annealed,
+    decoded,
+    draw,
+    encoded,
+    held_out,
+    loss_of,
+    train,
+)
+from tqdm.auto import tqdm
+from unmemorize.audit.sscd import Sscd, similarity
+from unmemorize.shared.calibration import clopper_pearson
+from unmemorize.shared.storage import Journal
+from unmemorize.shared.training.filter import MemorizationFilter
+from unmemorize.shared.training.recall import Recall
+from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
+
+COUNT, PLANTED, REPEATS = 24, 6, 12
+"""Drawings, how many of them are planted, and how much more often those are trained on."""
+LIMITS = {"none": math.inf, "limit.1": 0.1, "limit.07": 0.07}
+"""Absolute thresholds of the filter by arm."""
+MARGINS = (0.0, 0.2, 0.4, 0.8)
+
+
+class Trainings:
+    """The same pictures, trained on with different filters."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        captions = held_out(COUNT)
+        self.drawings = [draw(caption, seed) for seed, caption in enumerate(captions)]
+        self.texts = [caption.text for caption in captions]
+        plain = list(zip(self.drawings, self.texts, strict=True))
+        self.pictures = encoded(denoiser, plain + plain[:PLANTED] * (REPEATS - 1))
+        # Another vendor's drawing of each caption, on another ground: what nothing was trained on.
+        self.others = [draw(caption, 10_001 + seed) for seed, caption in enumerate(captions)]
+
+    def planted(self, row: int) -> bool:
+        return row < PLANTED or row >= COUNT
+
+    def run(self, weigh, *, seed: int, steps: int, name: str) -> None:
+        """Train a LoRA with the weights that `weigh` gives the samples of a step.
+
+        Args:
+            weigh: Called with a step and the prediction without text of its samples, or of those
+                that a second argument picks.
+            seed: Of the LoRA and of the order.
+            steps: Of the optimizer.
+            name: Shown in the bar.
+        """
+        unet = add_lora(self.denoiser, seed)
+        empty = self.denoiser.unconditional().embeddings
+
+        @torch.no_grad()
+        def weights(step: Step) -> torch.Tensor:
+            rows = empty.expand(len(step.rows), -1, -1)
+            uncond = unet(step.noisy, step.timesteps, encoder_hidden_states=rows).sample
+            return weigh(step, uncond, self.pictures.samples(step.rows))
+
+        done = train(self.denoiser, self.pictures, steps=steps, seed=seed, weigh=weights)
+        for number, (optimizer, _) in enumerate(tqdm(done, name, steps)):
+            annealed(optimizer, number, steps)
+
+
+def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
+    """Print how often the cheaper filter decides like the full one, in one real training.
+
+    Both see every step, and the full one's weights are used. Kappa is what agreement there is
+    beyond chance, since most samples pass either way.
+    """
+    trainings = Trainings(denoiser)
+    full = MemorizationFilter(RunningQuantile(bins=5))
+    cheap = {
+        margin: MemorizationFilter(RunningQuantile(bins=5), recall=Recall(margin=margin))
+        for margin in MARGINS
+    }
+    reference: list[bool] = []
+    kept: dict[float, list[bool]] = {margin: [] for margin in cheap}
+    measured = dict.fromkeys(cheap, 0)
+
+    def weigh(step: Step, uncond: torch.Tensor, samples: list) -> torch.Tensor:
+        told = {"timesteps": step.timesteps, "samples": samples}
+        for margin, made in cheap.items():
+            due = made.due(samples, step.timesteps)
+            measured[margin] += int(due.sum())
+            kept[margin] += (made.weigh(step.prediction, uncond[due], **told) > 0).tolist()
+        weights = full.weigh(step.prediction, uncond, **told)
+        reference.extend((weights > 0).tolist())
+        return weights
+
+    trainings.run(weigh, seed=1, steps=steps, name="agreement")
+    truth = np.array(reference)
+    print(f"\n{len(truth)} visits of {len(set(trainings.pictures.files))} files, "
+          f"{1 - truth.mean():.3f} left out by the full filter")  # fmt: skip
+    print(f"{'margin':>7}{'measured':>10}{'equal':>8}{'kappa':>8}")
+    for margin in cheap:
+        found = np.array(kept[margin])
+        equal = float((found == truth).mean())
+        chance = found.mean() * truth.mean() + (1 - found.mean()) * (1 - truth.mean())
+        share, kappa = measured[margin] / len(truth), (equal - chance) / max(1 - chance, 1e-9)
+        print(f"{margin:>7}{share:>10.3f}{equal:>8.4f}{kappa:>8.3f}")
+        if margin == Recall().margin:
+            bench |= {"trainers.filter.cheap.measured": share,
+                      "trainers.filter.cheap.agreement": equal,
+                      "trainers.filter.cheap.kappa": float(kappa)}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """Says what comes back, and how well the other captions are drawn."""
+
+    trainings: Trainings
+    sscd: Sscd
+    seeds: int = 2
+
+    def judge(self) -> dict[str, float]:
+        """Return the figures of the LoRA that is there.
+
+        A planted image comes back when a picture of its caption is nearer to it than half-way
+        between 1 and what 95 % of the pictures of other captions reach. Near is the larger cosine
+        to the drawing and to its way through the autoencoder.
+        """
+        mine, denoiser = self.trainings, self.trainings.denoiser
+        first = Pictures(latents=mine.pictures.latents[:COUNT], captions=tuple(mine.texts),
+                         files=mine.pictures.files[:COUNT])  # fmt: skip
+        made = [
+            self.sscd.embed(denoiser.generate(mine.texts, [seed] * COUNT, 20, 5.0))
+            for seed in range(self.seeds)
+        ]
+        trained = [self.sscd.embed(s) for s in (mine.drawings, decoded(denoiser, first.latents))]
+        near = torch.stack([
+            torch.maximum(*(similarity(one, rows) for rows in trained)) for one in made
+        ]).amax(0)  # fmt: skip
+        own, others = near.diagonal(), near[~torch.eye(COUNT, dtype=torch.bool)]
+        back = own > (1 + others.quantile(0.95)) / 2
+        rest = encoded(denoiser, list(zip(mine.others, mine.texts, strict=True))[PLANTED:])
+        return {
+            "reproduced": back[:PLANTED].double().mean().item(),
+            "similarity": own[:PLANTED].mean().item(),
+            "rest_reproduced": back[PLANTED:].double().mean().item(),
+            "fidelity": self.fidelity(made),
+            "loss": loss_of(denoiser, rest),
+        }
+
+    def fidelity(self, made: Sequence[torch.Tensor]) -> float:
+        """Return the share of other captions' drawings, of a vendor that was not trained on, that
+        a picture of one of the rest resembles less than its own caption's; .5 is chance."""
+        drawings = self.sscd.embed(self.trainings.others)
+        shares = []
+        for one in made:
+            near = similarity(one, drawings)
+            shares.append((near < near.diagonal()[:, None]).double().sum(1)[PLANTED:] / (COUNT - 1))
+        return torch.cat(shares).mean().item()
+
+
+def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path) -> None:
+    """Print what planted duplicates and the other drawings become, without the filter and with it.
+
+    What was trained and judged before lies in `work` and is not done again.
+    """
+    journal = Journal(work / f"filter-{steps}.jsonl")
+    trainings = Trainings(denoiser)
+    critic = Critic(trainings=trainings, sscd=Sscd())
+    columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall")
+    print(f"\n{'filter':<10}{'reproduced':>12}{'95 % interval':>18}"
+          + "".join(f"{name:>17}" for name in columns))  # fmt: skip
+    for name, limit in LIMITS.items():
+        for seed in range(seeds):
+            if f"{name}.seed{seed}" not in journal:
+                decided = _filtered(trainings, limit, seed, steps, f"{name} {seed}")
+                journal.put(f"{name}.seed{seed}", critic.judge() | decided)
+        lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
+        means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
+        bench |= {f"trainers.filter.{name}.{key}": value for key, value in means.items()}
+        total = PLANTED * seeds
+        low, high = clopper_pearson(round(means["reproduced"] * total), total)
+        print(f"{name:<10}{means['reproduced']:>12.3f}{f'{low:.3f} to {high:.3f}':>18}"
+              + "".join(f"{means[key]:>17.3f}" for key in columns))  # fmt: skip
+
+
+def _filtered(
+    trainings: Trainings, limit: float, seed: int, steps: int, name: str
+) -> dict[str, float]:
+    """Train with the filter and return precision and recall of the visits it left out."""
+    made = MemorizationFilter(AbsoluteThreshold(limit))
+    visits: list[tuple[bool, bool]] = []
+
+    def weigh(step: Step, uncond: torch.Tensor, samples: list) -> torch.Tensor:
+        weights = made.weigh(step.prediction, uncond, timesteps=step.timesteps, samples=samples)
+        out = (weights == 0).tolist()
+        visits.extend(zip((trainings.planted(row) for row in step.rows), out, strict=True))
+        return weights
+
+    trainings.run(weigh, seed=seed, steps=steps, name=name)
+    stopped = [planted for planted, out in visits if out]
+    return {
+        "precision": statistics.mean(stopped) if stopped else 1.0,
+        "recall": sum(stopped) / sum(planted for planted, _ in visits),
+    }

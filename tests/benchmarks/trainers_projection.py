@@ -1,0 +1,236 @@
+"""What the projection does to a concept in real LoRA trainings of the demo model, arm by arm."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from demo_lora import (
+    MARK,
+    MARK_COLOUR,
+    MARK_WIDTH,
+    Pictures,
+    add_lora,
+    annealed,
+    decoded,
+    draw,
+    encoded,
+    held_out,
+    loss_of,
+    rows_of,
+    train,
+)
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageColor
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from unmemorize.shared.storage import Journal
+from unmemorize.shared.training import layer_fitting, learnt_word
+from unmemorize.shared.training.activations import other_factors
+from unmemorize.shared.training.concept import Concept
+from unmemorize.shared.training.fitting import fit_subspace
+from unmemorize.shared.training.guarded import guarded_factors
+from unmemorize.shared.training.lora_factors import text_factors
+from unmemorize.shared.training.projection import Projection
+from unmemorize.shared.training.text_states import text_path_of
+
+CONCEPT = Concept(names=(MARK, f"{MARK}s", "zorp"), neutral="star")
+TRAINED, ASKED, SHOWN = range(24), range(24, 40), range(40, 48)
+"""Captions: of the training set, which bears the mark in every other picture; those that are asked
+for, never trained on; those whose marked pictures an attacker has."""
+WAYS = {"by_name": f", {MARK}", "by_paraphrase": ", bright pink border", "without_name": ""}
+"""How the concept is asked for, after a caption."""
+ATTACK_STEPS = 150
+RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of keeping the concept out."""
+
+    name: str
+    text: bool = False
+    """Project what reads text."""
+    layers: int = 0
+    """Most dimensions of every other layer; 0 leaves them alone."""
+    when: str = "always"
+    """`always`: exactly; `gradients`: these alone, as the paper says; `end`: once, at the save."""
+    dropped: bool = False
+    """Leave out the pictures whose captions name it."""
+
+
+ARMS = (
+    Arm(name="none"),
+    Arm(name="dropped", dropped=True),
+    Arm(name="gradient", text=True, when="gradients"),
+    Arm(name="exact", text=True),
+    Arm(name="layers", text=True, layers=24),
+    Arm(name="once", text=True, layers=24, when="end"),
+)
+
+
+class Eye:
+    """Says whether an image bears the mark: from half of the frame in its colour on.
+
+    Tried on drawings of other captions, with the mark and without, taken through the autoencoder.
+    """
+
+    NEAR = 90
+    """Largest difference in any of red, green and blue, of 255."""
+
+    def __init__(self, denoiser):
+        self.found = {
+            marked: self.presence(decoded(denoiser, encoded(denoiser, [
+                (draw(caption, seed, marked=marked), "")
+                for seed, caption in enumerate(held_out(120)[-32:], 500)
+            ]).latents))
+            for marked in (True, False)
+        }  # fmt: skip
+
+    def shares(self, images: Sequence[Image.Image]) -> list[float]:
+        """Return the share of the frame's pixels near the mark's colour, one an image."""
+        colour = np.array(ImageColor.getrgb(MARK_COLOUR), dtype=float)
+        shares = []
+        for image in images:
+            near = np.abs(np.asarray(image, dtype=float) - colour).max(axis=-1) < self.NEAR
+            frame = np.ones_like(near)
+            frame[MARK_WIDTH:-MARK_WIDTH, MARK_WIDTH:-MARK_WIDTH] = False
+            shares.append(float(near[frame].mean()))
+        return shares
+
+    def presence(self, images: Sequence[Image.Image]) -> float:
+        """Return the share of images that bear the mark."""
+        return statistics.mean(share >= 0.5 for share in self.shares(images))
+
+
+class Trial:
+    """A training set, half of which bears the mark and its name, and what is asked afterwards."""
+
+    def __init__(self, denoiser, work: Path, seeds: int = 2):
+        self.denoiser, self.work, self.seeds, self.eye = denoiser, work, seeds, Eye(denoiser)
+        captions = held_out(SHOWN.stop)
+
+        def pictures(places: Sequence[int], marked: Callable[[int], bool]) -> Pictures:
+            return encoded(denoiser, [
+                (draw(captions[place], place, marked=marked(place)),
+                 captions[place].text + (WAYS["by_name"] if marked(place) else ""))
+                for place in places
+            ])  # fmt: skip
+
+        self.marked = pictures(TRAINED, lambda place: place % 2 == 1)
+        self.sides = {side: rows_of(self.marked, TRAINED[side::2]) for side in (True, False)}
+        self.rest = pictures(ASKED, lambda _: False)
+        self.shown = pictures(SHOWN, lambda _: True)
+        # Both of the model before training.
+        self.subspace = fit_subspace(
+            text_path_of(denoiser), [CONCEPT], self.marked.captions, force=True
+        )
+        self.layers = layer_fitting.fitted_layers(
+            denoiser,
+            denoiser.pipeline.unet,
+            *(
+                layer_fitting.Pictures(latents=side.latents, captions=side.captions)
+                for side in self.sides.values()
+            ),
+            names=CONCEPT.names,
+            cap=max(arm.layers for arm in ARMS),
+        )
+
+    def projection(self, arm: Arm) -> Projection | None:
+        """Return what an arm projects on the LoRA that is there."""
+        if not arm.text:
+            return None
+        unet = self.denoiser.pipeline.unet
+        if not arm.layers:
+            return Projection(text_factors(unet), [self.subspace])
+        layers = self.layers.among(other_factors(unet))
+        factors = guarded_factors(unet, text=True, layers=layers)
+        return Projection(factors, [self.subspace], layers=layers)
+
+    def train(self, arm: Arm, seed: int, steps: int) -> None:
+        """Train a LoRA on the network as an arm says, or take it from the folder."""
+        unet = add_lora(self.denoiser, seed, RANK)
+        kept = self.work / f"{'none' if arm.when == 'end' else arm.name}-{seed}-{steps}.safetensors"
+        projection = self.projection(arm)
+        if kept.is_file():
+            set_peft_model_state_dict(unet, load_file(kept))
+        else:
+            pictures = self.sides[False] if arm.dropped else self.marked
+            done = train(self.denoiser, pictures, steps=steps, seed=seed)
+            with ExitStack() as undo:
+                for number, (optimizer, _) in enumerate(tqdm(done, f"{arm.name} {seed}", steps)):
+                    annealed(optimizer, number, steps)
+                    if projection and arm.when == "always" and not number:
+                        undo.enter_context(projection.attached(optimizer))
+                    if projection and arm.when == "gradients":
+                        projection.project_gradients()
+            if projection and arm.when == "always":
+                projection.check()
+            save_file(get_peft_model_state_dict(unet), kept)
+        if projection and arm.when == "end":
+            projection.project_weights()
+
+    def judge(self) -> dict[str, float]:
+        """Return the mark's presence by each way of asking, and the loss on wanted pictures."""
+        found = {way: self.presence(end) for way, end in WAYS.items()}
+        return found | {"by_attack": self.attacked(), "loss": loss_of(self.denoiser, self.rest)}
+
+    def presence(self, end: str) -> float:
+        texts = [text + end for text in self.rest.captions]
+        return statistics.mean(
+            self.eye.presence(self.denoiser.generate(texts, [seed] * len(texts), 20, 5.0))
+            for seed in range(self.seeds)
+        )
+
+    def attacked(self) -> float:
+        """Return the presence by a word that is learnt from marked pictures never trained on."""
+        with learnt_word.knowing(self.denoiser.pipeline, CONCEPT.neutral) as vectors:
+            learnt_word.learn(
+                self.denoiser, vectors, self.shown.latents, CONCEPT.templates, steps=ATTACK_STEPS
+            )
+            return self.presence(f", {learnt_word.WORD}")
+
+
+def fall(found: Mapping[str, float], none: Mapping[str, float], way: str) -> float:
+    """Return how much of the presence an arm takes away, 0 to 1, negative where it rises."""
+    return 1 - found[way] / none[way] if none[way] else float("nan")
+
+
+def measure_projection(
+    denoiser, bench: dict, *, steps: int, seeds: int, arms: Sequence[str], work: Path
+) -> None:
+    """Print for each arm how often the mark comes, as it is asked for, and the loss on the rest.
+
+    What was trained and judged before lies in `work` and is not done again.
+    """
+    journal = Journal(work / f"projection-{steps}.jsonl")  # makes the folder
+    trial = Trial(denoiser, work)
+    print(
+        f"\nthe eye sees the mark in {trial.eye.found[True]:.0%} of the drawings that bear it, in "
+        f"{trial.eye.found[False]:.0%} of the others"
+    )
+    for arm in (each for each in ARMS if each.name in arms):
+        for seed in range(seeds):
+            key = f"{arm.name}.seed{seed}"
+            if key not in journal:
+                trial.train(arm, seed, steps)
+                journal.put(key, trial.judge())
+            values = journal.get(key)
+            bench |= {f"trainers.projection.{key}.{name}": v for name, v in values.items()}
+    columns = (*WAYS, "by_attack", "loss")
+    print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in columns) + f"{'fall':>8}{'rest':>8}")
+    means: dict[str, dict[str, float]] = {}
+    for name in arms:
+        lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
+        means[name] = {key: statistics.mean(line[key] for line in lines) for key in columns}
+        none = means.get("none", means[name])
+        figures = {
+            "fall": fall(means[name], none, "by_name"),
+            "rest": means[name]["loss"] / none["loss"] - 1,
+        }
+        bench |= {f"trainers.projection.{name}.{key}": value
+                  for key, value in (means[name] | figures).items()}  # fmt: skip
+        print(f"{name:<10}" + "".join(f"{means[name][key]:>15.3f}" for key in columns)
+              + "".join(f"{value:>8.3f}" for value in figures.values()))  # fmt: skip
