@@ -25,7 +25,8 @@ from unmemorize.terminal import bar
 
 COUNT, PLANTED = 20, 6
 """Images of a folder, and how many of them are shown more often."""
-CLEAN = 20
+CLEAN, CLEAN_COUNT = 20, 12
+"""Runs in which nothing is shown more often, and their images."""
 
 
 def audit(sets: Sets, lora: Path, work: Path, *, other: bool = False, **settings) -> LoraAudit:
@@ -33,7 +34,7 @@ def audit(sets: Sets, lora: Path, work: Path, *, other: bool = False, **settings
 
     The other drawings are the held-out controls of the true folder.
     """
-    places = range(COUNT)
+    places = range(len(sets.captions))
     images = sets.write(work / "images", places)
     never = sets.write(work / "never", places, other=True)
     return run_lora_audit(
@@ -87,14 +88,16 @@ def measure_clean(denoiser: PipelineDenoiser, work: Path, bench: dict, runs: int
     level = next(each for each in LEVELS if each.planted == 1)
     false, copies = 0, 0
     for seed in tqdm(range(1, runs + 1), "clean"):
-        folder, sets = work / f"clean-{seed:02d}", choose(COUNT, PLANTED, seed)
+        folder, sets = work / f"clean-{seed:02d}", choose(CLEAN_COUNT, 0, seed)
         lora = train_lora(denoiser, sets, level, folder / "clean.safetensors", seed=seed)
         found = audit(sets, lora, folder, attack_images=0, images_per_prompt=1)
         count = found.headline.reproduced.count
         false, copies = false + (found.headline.given and count > 0), copies + count
     bench |= {"lora_audit.none.false_headlines": float(false), "lora_audit.none.runs": float(runs)}
-    print(f"\n{false} false headlines in {runs} clean runs; {copies} of {runs * COUNT} images were "
-          "judged verbatim")  # fmt: skip
+    print(
+        f"\n{false} false headlines in {runs} clean runs; {copies} of {runs * CLEAN_COUNT} images "
+        "were judged verbatim"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
