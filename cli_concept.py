@@ -3,18 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from . import concept_answers as answers
 from .cli_concept_pictures import knowing_pictures, layers
-from .options import Debug, Device, Dtype, Json, Model, ModelConfig, Prompts, Revision, Texts
+from .options import (
+    Debug,
+    Device,
+    Dtype,
+    Energy,
+    Json,
+    Model,
+    ModelConfig,
+    OutputFile,
+    Prompts,
+    Revision,
+    Texts,
+)
 from .terminal import answering, print_json, print_table
 
 if TYPE_CHECKING:
     from .shared.diffusers_adapter import PipelineDenoiser
-    from .shared.training.subspace import ConceptSubspace
     from .shared.training.text_states import TextPath
 
 OUTSIDE = 3
@@ -30,7 +41,7 @@ app = typer.Typer(
 
 app.command()(layers)
 
-File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build`.")]
+File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build` or `layers`.")]
 Captions = Annotated[
     Optional[list[Path]],  # noqa: UP045
     typer.Option(
@@ -74,8 +85,8 @@ def build(
         typer.Option(help="Sentences with one {} each, one a line. Default: 48 bundled ones."),
     ] = None,
     captions: Captions = None,
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("concept.safetensors"),
-    energy: Annotated[float, typer.Option(help="Share of the concept at which to stop.")] = 0.95,
+    output: OutputFile = Path("concept.safetensors"),
+    energy: Energy = 0.95,
     cap: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Most dimensions per concept. Default: 16, wide models 32."),
@@ -144,7 +155,10 @@ def show(file: File, as_json: Json = False, debug: Debug = False) -> None:
 @app.command("test", epilog=EXIT_CODES)
 def examine_file(
     file: File,
-    model: Model,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="As for `build`; left out where FILE holds subspaces of layers."),
+    ] = None,
     prompts: Prompts = None,
     prompt: Texts = None,
     captions: Captions = None,
@@ -161,24 +175,39 @@ def examine_file(
 ) -> None:
     """Measure a subspace again: with this model, on your prompts, in a trained LoRA.
 
-    Prompts that name the concept are compared with their neutral twins.
+    Prompts that name the concept are compared with their neutral twins. Subspaces of layers are
+    looked for in the LoRA alone.
     """
     with answering(as_json=as_json, debug=debug):
-        from .shared.training.examination import examine
+        from .shared.training.layer_subspaces import LayerSubspaces, holds_layers
+
+        of_layers = holds_layers(file)
+    if of_layers and (not lora or model or prompts or prompt or captions):
+        raise typer.BadParameter(
+            f"{file} holds subspaces of layers, which are looked for in a LoRA alone: "
+            "unmemorize concept test FILE --lora LORA"
+        )
+    if not of_layers and not model:
+        raise typer.BadParameter(f"{file} is measured in the text of a model: name MODEL.")
+    with answering(as_json=as_json, debug=debug):
+        from .shared.training.examination import examine, shares_read
         from .shared.training.subspace import ConceptSubspace
 
-        text_path = _text_path(_denoiser(model, revision, model_config, device, dtype))
-        subspace = ConceptSubspace.load(file, width=text_path([""]).states.shape[-1])
-        asked = [*(prompt or ()), *_texts(prompts or ())]
-        found = examine(text_path, subspace, _captions(model, captions), asked)
-        read = _read_by(lora, subspace) if lora else {}
+        if of_layers:
+            subspace, found = LayerSubspaces.load(file), None
+        else:
+            text_path = _text_path(_denoiser(model, revision, model_config, device, dtype))
+            subspace = ConceptSubspace.load(file, width=text_path([""]).states.shape[-1])
+            asked = [*(prompt or ()), *_texts(prompts or ())]
+            found = examine(text_path, subspace, _captions(model, captions), asked)
+        read = shares_read(lora, subspace) if lora else {}
     if as_json:
         print_json(answers.findings(found, read))
     else:
         for table in answers.tables(found, read):
             print_table(*table)
-    exact = all(layer["within"] for layer in read.values())
-    raise typer.Exit(0 if found.within and exact else OUTSIDE)
+    within = (found is None or found.within) and all(layer.within for layer in read.values())
+    raise typer.Exit(0 if within else OUTSIDE)
 
 
 def _texts(files: Sequence[Path]) -> list[str]:
@@ -215,15 +244,3 @@ def _text_path(denoiser: "PipelineDenoiser") -> "TextPath":
     from .shared.training.text_states import encoders_of, text_path_of
 
     return text_path_of(denoiser, encoders_of(denoiser.pipeline))
-
-
-def _read_by(lora: Path, subspace: "ConceptSubspace") -> dict[str, dict[str, Any]]:
-    """Return by layer |A V| / |A| of a saved LoRA, and whether rounding explains it."""
-    from .shared.training.lora_factors import saved_factors
-    from .shared.training.projection import TOLERANCES, residuals
-
-    factors = saved_factors(lora)
-    return {
-        layer: {"share": share, "within": share <= TOLERANCES[factors[layer].dtype]}
-        for layer, share in residuals(factors, [subspace]).items()
-    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from . import concept_answers as answers
-from .options import Debug, Device, Dtype, Json, Model, ModelConfig, Revision
+from .options import Debug, Device, Dtype, Energy, Json, Model, ModelConfig, OutputFile, Revision
 from .terminal import answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ def layers(
         list[str],
         typer.Option("--name", help="What captions call the concept; repeatable, any will do."),
     ],
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path(
-        "concept.layers.safetensors"
-    ),
-    energy: Annotated[float, typer.Option(help="Share of the concept at which to stop.")] = 0.95,
+    output: OutputFile = Path("concept.layers.safetensors"),
+    energy: Energy = 0.95,
     cap: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Most dimensions of a layer. Default: 24."),

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from .terminal import FAILED, answering, bar, print_json, print_table
+from .options import detection_config
+from .terminal import FAILED, FOUND, NOTHING_FOUND, answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
     from .audit.lora.config import LoraAuditConfig
 
-NOTHING_FOUND, FOUND = 0, 3
 OF_LORA = {"held_out": None, "reserve": 0.0, "trigger": None, "epochs": None, "attack": True,
            "include_images": False, "processes": 1}  # fmt: skip
 """Options that mean nothing without `--images`, and their defaults."""
@@ -62,7 +62,6 @@ def _config(options: dict[str, Any]) -> "LoraAuditConfig":
     """Return the settings that the options name."""
     from .audit.config import AuditConfig
     from .audit.lora.config import LoraAuditConfig
-    from .shared.detection import DetectionConfig
 
     same = (
         "lora", "images", "model", "revision", "model_config", "resolution", "held_out", "reserve",
@@ -79,5 +78,5 @@ def _config(options: dict[str, Any]) -> "LoraAuditConfig":
     return LoraAuditConfig(
         **named, images_per_prompt=max(1, options["images_per_prompt"]),
         epochs=tuple(options["epochs"] or ()),
-        detection=DetectionConfig(seeds=tuple(range(options["seeds"])), steps=options["steps"]),
+        detection=detection_config(options["seeds"], options["steps"]),
     )  # fmt: skip

@@ -5,12 +5,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .shared.training.examination import Examination
+    from .shared.training.examination import Examination, LayerShare
     from .shared.training.layer_subspaces import LayerSubspaces
     from .shared.training.subspace import ConceptSubspace
-
-Layers = Mapping[str, Mapping[str, Any]]
-"""By layer of a LoRA: `share`, |A V| / |A|, and whether it is `within` what rounding leaves."""
 
 
 def document(subspace: "ConceptSubspace") -> dict[str, Any]:
@@ -84,37 +81,44 @@ def _limit(made: Mapping[str, Any], name: str) -> str:
     return f" (at most {limits[name]:.0%})" if name in limits else ""
 
 
-def findings(found: "Examination", read: Layers) -> dict[str, Any]:
+def findings(found: "Examination | None", read: "Mapping[str, LayerShare]") -> dict[str, Any]:
     """Return the one JSON document of `test`."""
     from dataclasses import asdict
 
-    return {
-        "schema_version": 1,
+    told = {} if found is None else {
         "residuals": dict(found.residuals),
         "collateral": found.collateral,
         "within": found.within,
         "prompts": [asdict(each) | {"within": each.within} for each in found.prompts],
-        "lora": read,
-    }
+    }  # fmt: skip
+    return {"schema_version": 1} | told | {"lora": {name: asdict(read[name]) for name in read}}
 
 
-def tables(found: "Examination", read: Layers) -> list[tuple]:
+def tables(found: "Examination | None", read: "Mapping[str, LayerShare]") -> list[tuple]:
     """Return the tables of `test`."""
+    made = [] if found is None else _text_tables(found)
+    if read:
+        lines = [
+            (name, "no subspace" if layer.share is None else f"{layer.share:.1e}",
+             "yes" if layer.within else "NO")
+            for name, layer in read.items()
+        ]  # fmt: skip
+        columns = ["layer", "|A V| / |A|", "rounding only"]
+        made.append(("What the LoRA reads of the subspace", columns, lines))
+    return made
+
+
+def _text_tables(found: "Examination") -> list[tuple]:
     from .shared.training.acceptance import COLLATERAL, RESIDUAL
 
     rows = [(f"{name} outside", f"{share:.1%}", f"{RESIDUAL:.0%}")
             for name, share in found.residuals.items()]  # fmt: skip
     rows.append(("other text inside", f"{found.collateral:.1%}", f"{COLLATERAL:.0%}"))
-    found_tables = [("Held-out sentences and captions", ["what", "share", "at most"], rows)]
+    made = [("Held-out sentences and captions", ["what", "share", "at most"], rows)]
     if found.prompts:
         lines = [
             (each.prompt, f"{each.named} outside" if each.named else "inside", f"{each.share:.1%}")
             for each in found.prompts
         ]
-        found_tables.append(("Prompts", ["prompt", "what", "share"], lines))
-    if read:
-        layers = [(layer, f"{each['share']:.1e}", "yes" if each["within"] else "NO")
-                  for layer, each in read.items()]  # fmt: skip
-        columns = ["layer", "|A V| / |A|", "rounding only"]
-        found_tables.append(("What the LoRA reads of the subspace", columns, layers))
-    return found_tables
+        made.append(("Prompts", ["prompt", "what", "share"], lines))
+    return made

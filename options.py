@@ -1,9 +1,15 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and the settings that they name."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from .audit.config import AuditConfig
+    from .audit.subject import Subject
+    from .shared.detection import DetectionConfig
 
 # Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
 Model = Annotated[
@@ -36,6 +42,10 @@ Fast = Annotated[
     bool,
     typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled."),
 ]
+GenerationSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")]
+OutputFile = Annotated[Path, typer.Option(help="File to write.")]
+OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
+Energy = Annotated[float, typer.Option(help="Share of the concept at which to stop.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
@@ -84,3 +94,27 @@ IncludeImages = Annotated[
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that images are drawn by; on GPUs, one each.")
 ]
+
+
+def detection_config(seeds: int, steps: int, batch_size: int | None = None) -> "DetectionConfig":
+    """Return the settings of a detection with the first seeds."""
+    from .shared.detection import DetectionConfig
+
+    return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=batch_size)
+
+
+def subject_of(options: dict[str, Any]) -> "Subject":
+    """Return the model that the options of a command name, which are its locals."""
+    from .audit.subject import Subject
+
+    names = ("model", "lora", "device", "dtype", "revision", "resolution")
+    return Subject(config=options["model_config"], **{name: options[name] for name in names})
+
+
+def audit_config(options: dict[str, Any], **settings: Any) -> "AuditConfig":
+    """Return the settings of an audit that the options of a command name, which are its locals."""
+    from .audit.config import AuditConfig
+
+    named = {field.name: options[field.name] for field in fields(AuditConfig)
+             if field.name in options}  # fmt: skip
+    return AuditConfig(**named | {"prompts": tuple(options["prompts"] or ())} | settings)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .shared.pictures import visible
 
-FAILED, INTERRUPTED = 1, 130
+NOTHING_FOUND, FAILED, FOUND, INTERRUPTED = 0, 1, 3, 130
 PACKAGE = __name__.rpartition(".")[0]
 
 

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..shared.pictures import visible
+from ..shared.wording import counted
 from .result import AuditResult, finite
-from .wording import counted
 
 SHOWN = 20
 LONGEST = 300

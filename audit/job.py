@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.storage import Journal, locked, make_folder, write_text
+from ..shared.wording import counted
 
 IDENTITY = "job.json"
 LOCK = ".lock"
@@ -64,9 +65,9 @@ def check_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
     if found is None and (foreign := sorted(names - {"journal", LOCK})):
         raise FolderTaken(
-            f"{folder} exists and holds {len(foreign)} files that are not an audit's, such as "
-            f"{foreign[0]!r}. Choose another --output, or add --overwrite to write into it "
-            "(only files of an audit's own names are replaced)."
+            f"{folder} exists and holds {counted(len(foreign), 'file that is', 'files that are')} "
+            f"not an audit's, such as {foreign[0]!r}. Choose another --output, or add "
+            "--overwrite to write into it (only files of an audit's own names are replaced)."
         )
 
 

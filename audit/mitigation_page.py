@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared.storage import replace_atomically
+from ..shared.wording import counted
 from .pages import Embedder, render_page
 from .trials import UNMITIGATED
 from .wording import MISSING, number
@@ -38,10 +39,9 @@ def render_mitigation(result: "MitigationResult", folder: Path) -> str:
 
 def headline(result: "MitigationResult") -> str:
     """Return in plain words what became of the prompts; it never calls anything safe."""
-    flagged, count = result.summary["memorized"], len(result.entries)
-    if not flagged:
-        return f"None of {count} prompts scored above the threshold"
-    return f"{flagged} of {count} prompts scored above the threshold"
+    flagged = result.summary["memorized"]
+    prompts = counted(len(result.entries), "prompt", "prompts")
+    return f"{flagged or 'None'} of {prompts} scored above the threshold"
 
 
 def _methods(result: "MitigationResult") -> list[dict[str, Any]]:

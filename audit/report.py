@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
+from ..shared.wording import counted
 from .gallery import gallery
 from .pages import render_page, svg_uri
 from .wording import facts, headline, lead, number, reproduce
@@ -84,7 +85,9 @@ def _figures(result: "AuditResult") -> dict[str, Any]:
             ],
         },
         "distribution_alt": (
-            f"Scores of {len(scores)} audited prompts and {len(controls)} controls; "
-            f"{sum(flags)} lie above the threshold of {number(calibration.threshold)}."
+            f"Scores of {counted(len(scores), 'audited prompt', 'audited prompts')} and "
+            f"{counted(len(controls), 'control', 'controls')}; "
+            f"{counted(sum(flags), 'lies', 'lie')} above the threshold of "
+            f"{number(calibration.threshold)}."
         ),
     }

@@ -21,6 +21,7 @@ from ..shared.calibration import NotEnoughControls, controls_needed
 from ..shared.dependencies import has, require
 from ..shared.detection import Progress
 from ..shared.doctor import SSCD, examine
+from ..shared.wording import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,9 +119,9 @@ class Sscd:
         answer = self._network(values)
         if answer.shape != (len(values), DIMENSIONS) or not answer.isfinite().all():
             raise ValueError(
-                f"{self.path} answers {len(values)} images with {list(answer.shape)} numbers, "
-                f"finite: {bool(answer.isfinite().all())}; expected {[len(values), DIMENSIONS]} "
-                f"finite ones. Give the path of {META}."
+                f"{self.path} answers {counted(len(values), 'image', 'images')} with "
+                f"{list(answer.shape)} numbers, finite: {bool(answer.isfinite().all())}; expected "
+                f"{[len(values), DIMENSIONS]} finite ones. Give the path of {META}."
             )
         return answer
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.calibration import CONFIDENCE, Calibration, clopper_pearson
+from ..shared.wording import counted
 from .config import AuditConfig
 from .inputs import Inputs
 from .result import SCHEMA_VERSION, AuditEntry, ModelInfo
-from .wording import counted
 
 PACKAGES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 FOUND, NOTHING_FOUND = "found", "nothing_found"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared import pictures
+from ..shared.wording import counted
 
 if TYPE_CHECKING:
     from .result import AuditResult
@@ -63,11 +64,6 @@ def lead(result: "AuditResult") -> list[str]:
             "Look at them below."
         )
     return lines
-
-
-def counted(n: int, one: str, many: str) -> str:
-    """Return `n` before the words that fit it: `one` for exactly 1, `many` for all else."""
-    return f"{n} {one if n == 1 else many}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

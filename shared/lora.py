@@ -14,6 +14,7 @@ from .lora_files import COMPONENTS, LoraFile, Place, read_lora
 from .lycoris import attach_products, detach_products
 from .quiet import quiet
 from .weights import ModelError, name_some
+from .wording import counted
 
 ADAPTER = "unmemorize"
 
@@ -61,8 +62,13 @@ def _check_fits(pipeline: Any, file: LoraFile, path: Path) -> None:
                 f"{weight.shape[0]} x {weight.shape[1]} in the model)"
             )
     if absent or wrong:
-        told = [f"{len(absent)} modules are not in it: {name_some(absent)}"] if absent else []
-        told += [f"{len(wrong)} have another size: {name_some(wrong, 3)}"] if wrong else []
+        told = []
+        if absent:
+            modules = counted(len(absent), "module is", "modules are")
+            told.append(f"{modules} not in it: {name_some(absent)}")
+        if wrong:
+            modules = counted(len(wrong), "has", "have")
+            told.append(f"{modules} another size: {name_some(wrong, 3)}")
         raise ModelError(
             f"{path} is a LoRA for another architecture than this {type(pipeline).__name__}: "
             f"{'; '.join(told)}. Give the base model it was trained on."
@@ -103,7 +109,8 @@ def _attach(pipeline: Any, file: LoraFile, path: Path) -> None:
                 alpha = file.scales.get(f"{component}.{name}", float(rank))
                 layer.lora_alpha[adapter], layer.scaling[adapter] = alpha, alpha / rank
         if lost:
-            raise ModelError(f"{path}: {len(lost)} modules were not filled: {name_some(lost)}.")
+            modules = counted(len(lost), "module was", "modules were")
+            raise ModelError(f"{path}: {modules} not filled: {name_some(lost)}.")
         for part, products in _products(pipeline, file):
             attach_products(part, products, adapter)
     except Exception as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .lora_dialects import MERGE, convert, from_peft
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
 from .weights import ModelError, check_finite, name_some, read_header
+from .wording import counted
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that can carry a LoRA."""
@@ -81,7 +82,8 @@ def read_lora(pipeline: Any, path: Path) -> LoraFile:
         scales = {_alpha_of(key): float(value) for key, value in (alphas or {}).items()}
         if strange := scales.keys() - {f"{component}.{name}" for component, name in pairs}:
             raise ModelError(
-                f"{path}: {len(strange)} scales that nothing reads: {name_some(strange)}."
+                f"{path}: {counted(len(strange), 'scale', 'scales')} that nothing reads: "
+                f"{name_some(strange)}."
             )
     names = _names(pipeline, [*products, *magnitudes], path)
     decomposed = {names[stem] for stem in magnitudes}
@@ -128,7 +130,8 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
     for mark, kind in OTHER_KINDS.items():
         if keys := [key for key in state if mark in key]:
             raise ModelError(
-                f"{path} is a {kind}, not a LoRA ({len(keys)} keys such as {keys[0]}). {MERGE}"
+                f"{path} is a {kind}, not a LoRA ({counted(len(keys), 'key', 'keys')} such as "
+                f"{keys[0]}). {MERGE}"
             )
     modules: dict[str, set[str]] = {}
     unknown = []
@@ -143,15 +146,17 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
             else:
                 unknown.append(key)
     if unknown or not modules:
+        keys = counted(len(unknown), "key is not a factor", "keys are not factors")
         raise ModelError(
-            f"{path} is not a LoRA that can be read: {len(unknown)} of {len(state)} keys are not "
-            f"factors of a module: {name_some(unknown) or 'the file is empty'}. A whole model is "
-            "given as MODEL, not as --lora."
+            f"{path} is not a LoRA that can be read: {keys} of a module (of {len(state)}): "
+            f"{name_some(unknown) or 'the file is empty'}. A whole model is given as MODEL, not as "
+            "--lora."
         )
     if lone := [f"{name} ({'no factor' if not has else 'only ' + has.pop()})"
                 for name, has in modules.items() if has != {"A", "B"}]:  # fmt: skip
         raise ModelError(
-            f"{path}: {len(lone)} modules lack a LoRA factor: {name_some(lone)}. Is the file cut?"
+            f"{path}: {counted(len(lone), 'module lacks', 'modules lack')} a LoRA factor: "
+            f"{name_some(lone)}. Is the file cut?"
         )
 
 
@@ -191,6 +196,7 @@ def _pairs(state: Mapping[str, Tensor], path: Path) -> Pairs:
     lone = [f"{c}.{n}" for (c, n), pair in pairs.items() if len(pair) < 2]
     if stray or lone:
         raise ModelError(
-            f"{path}: {len(stray) + len(lone)} keys that nothing reads: {name_some(stray + lone)}."
+            f"{path}: {counted(len(stray) + len(lone), 'key', 'keys')} that nothing reads: "
+            f"{name_some(stray + lone)}."
         )
     return pairs

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from .calibration import Calibration
 from .guard.record import GuardedImage
 from .watched_runs import RunVerdict
+from .wording import counted
 
 NO_CALIBRATION = "A verdict needs a calibration of this model."
 
@@ -46,7 +47,8 @@ def report(verdict: RunVerdict, calibration: Calibration | None, extra_passes: i
     if verdict.caveats:
         lines += ["The calibration does not fit this run:", *verdict.caveats]
     if extra_passes:
-        lines.append(f"Measured anyway: {extra_passes} additional passes of the network.")
+        passes = counted(extra_passes, "additional pass", "additional passes")
+        lines.append(f"Measured anyway: {passes} of the network.")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .pictures import visible
 from .plots import THEMES, Theme
 from .typeset import fitting, write
+from .wording import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,8 +74,9 @@ class LoraScores:
             greatest = max(change.increase for change in self.controls)
             above = sum(change.increase > greatest for change in self.captions)
             lines.append(
-                f"{len(self.controls)} ordinary prompts: {self.mean_control_increase:+.3g} (mean), "
-                f"{greatest:+.3g} at most; {above} of {len(self.captions)} captions lie above that."
+                f"{counted(len(self.controls), 'ordinary prompt', 'ordinary prompts')}: "
+                f"{self.mean_control_increase:+.3g} (mean), {greatest:+.3g} at most; {above} of "
+                f"{counted(len(self.captions), 'caption lies', 'captions lie')} above that."
             )
         lines += [
             f"{change.increase:+.3g}: {change.off:.3g} to {change.on:.3g}, {change.prompt}"
@@ -98,10 +100,11 @@ def draw_score_changes(scores: LoraScores, *, theme: Theme = "dark") -> "Image":
 
     colors, shown = THEMES[theme], scores.captions[:LISTED]
     more = len(scores.captions) - len(shown)
-    notes = [f"and {more} more captions"] if more else []
+    notes = [f"and {counted(more, 'more caption', 'more captions')}"] if more else []
     if scores.controls:
         change = f"{scores.mean_control_increase:+.3g}"
-        notes.append(f"{len(scores.controls)} ordinary prompts: {change} in the mean")
+        prompts = counted(len(scores.controls), "ordinary prompt", "ordinary prompts")
+        notes.append(f"{prompts}: {change} in the mean")
     height = LINE * (len(shown) + len(notes) + 2) + 3 * LETTERS
     image = Image.new("RGB", (WIDTH, height), colors["page"])
     draw = ImageDraw.Draw(image)

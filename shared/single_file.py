@@ -11,6 +11,7 @@ from torch import Tensor
 from .flow_families import FAMILIES
 from .quiet import quiet
 from .weights import ModelError, check_memory, name_some, read_header
+from .wording import counted
 
 PIPELINES = {
     "v1": "StableDiffusionPipeline",
@@ -145,7 +146,8 @@ def _refuse_gaps(path: Path, header: dict, folder: Path) -> None:
             continue
         unset += [f"{part}.{key}" for key in expected if key not in converted]
     if unset:
-        raise ModelError(f"{path} leaves {len(unset)} parameters unset: {name_some(unset)}.")
+        count = counted(len(unset), "parameter", "parameters")
+        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
 
 
 def check_complete(pipeline: Any, path: Path, header: dict) -> None:
@@ -162,12 +164,14 @@ def check_complete(pipeline: Any, path: Path, header: dict) -> None:
         if tensor.is_meta
     ]
     if unset:
-        raise ModelError(f"{path} leaves {len(unset)} parameters unset: {name_some(unset)}.")
+        count = counted(len(unset), "parameter", "parameters")
+        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
     keys = {key for key in header if not BOOKKEEPING.search(key)}
     starts = tuple(s for n, p in parts.items() if p is not None for s in GROUPS[n])
     stray = [key for key in keys if not key.startswith(starts)]
     if stray:
-        raise ModelError(f"{path} has {len(stray)} keys that nothing reads: {name_some(stray)}.")
+        count = counted(len(stray), "key", "keys")
+        raise ModelError(f"{path} has {count} that nothing reads: {name_some(stray)}.")
     for name, part in parts.items():
         if part is None:
             continue

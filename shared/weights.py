@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .wording import counted
+
 GIB = 1024**3
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
@@ -165,9 +167,9 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     if bad:
         dtypes = {str(tensors[name].dtype).removeprefix("torch.") for name in bad}
         raise ModelError(
-            f"{what} has {len(bad)} weights with NaN or infinity (in {', '.join(sorted(dtypes))}): "
-            f"{name_some(bad)}. The training has diverged, the file is damaged, or the values do "
-            "not fit this precision; try --dtype float32."
+            f"{what} has {counted(len(bad), 'weight', 'weights')} with NaN or infinity (in "
+            f"{', '.join(sorted(dtypes))}): {name_some(bad)}. The training has diverged, the file "
+            "is damaged, or the values do not fit this precision; try --dtype float32."
         )
 
 
@@ -176,13 +178,13 @@ def check_keys(
 ) -> None:
     """Raise ModelError naming parameters the file leaves unset and keys nothing reads."""
     faults = {
-        "parameters it leaves unset": missing,
-        "keys that nothing reads": unused,
-        "weights of the wrong shape": wrong,
+        ("parameter it leaves unset", "parameters it leaves unset"): missing,
+        ("key that nothing reads", "keys that nothing reads"): unused,
+        ("weight of the wrong shape", "weights of the wrong shape"): wrong,
     }
     faults = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
     if any(faults.values()):
-        told = "; ".join(f"{len(v)} {k}: {name_some(v)}" for k, v in faults.items() if v)
+        told = "; ".join(f"{counted(len(v), *k)}: {name_some(v)}" for k, v in faults.items() if v)
         raise ModelError(
             f"{what} does not fit the network it is for ({told}). Libraries would fill the gaps "
             "with random numbers; is the file of another version, cut, or only a part?"
@@ -211,8 +213,9 @@ def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -
                     wrong.append(key)
     if wrong:
         raise ModelError(
-            f"{what}: after loading, {len(wrong)} weights differ from the file: {name_some(wrong)}."
-            " This version of the libraries does not know the file's key names."
+            f"{what}: after loading, {counted(len(wrong), 'weight differs', 'weights differ')} "
+            f"from the file: {name_some(wrong)}. This version of the libraries does not know the "
+            "file's key names."
         )
 
 

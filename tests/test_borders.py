@@ -13,6 +13,8 @@ HEAVY = {
     "accelerate", "diffusers", "faiss", "jinja2", "matplotlib", "onnxruntime", "pandas", "peft",
     "PIL", "pyarrow", "scipy", "sklearn", "transformers",
 }  # fmt: skip
+PATCHED = ("ai_toolkit", "diffusers", "kohya", "onetrainer")
+"""Trainers, by which the files of `trainer_patch` are named; those without serve all."""
 BASE = ["numpy", "safetensors.torch", "torch", "tqdm.auto"]
 
 MAY_IMPORT = {  # room: the other rooms, and the outsiders that stay forbidden even in functions
@@ -68,6 +70,37 @@ def test_rooms_import_only_what_they_may(root, room):
         if (names := violations(path.read_text("utf-8"), room, package_of(root, path)))
     }
     assert not found
+
+
+def of_trainer(name: str) -> str:
+    """Return the trainer that a module of `trainer_patch` is for; empty for one that serves all."""
+    module = name.removeprefix("unmemorize.trainer_patch.").partition(".")[0]
+    return next((trainer for trainer in PATCHED if module.startswith(trainer)), "")
+
+
+def other_trainers(source: str, own: str) -> set[str]:
+    """Return the imports of a file of `trainer_patch` that belong to another trainer's files."""
+    names = imports_of(source, "unmemorize.trainer_patch")
+    inside = {name for name in names if name.startswith("unmemorize.trainer_patch.")}
+    return {name for name in inside if of_trainer(name) not in ("", own)}
+
+
+def test_the_files_of_a_trainer_serve_that_trainer_alone(root):
+    found = {}
+    for path in files(root, "trainer_patch"):
+        own = of_trainer(path.stem)
+        if names := other_trainers(path.read_text("utf-8"), own):
+            found[path.name] = names
+    assert not found
+    assert {of_trainer(path.stem) for path in files(root, "trainer_patch")} == {"", *PATCHED}
+
+
+def test_the_check_of_trainers_can_fail():
+    source = "from .diffusers_text import text_path\nfrom .options import NAMES\nimport diffusers"
+    found = {"unmemorize.trainer_patch.diffusers_text",
+             "unmemorize.trainer_patch.diffusers_text.text_path"}  # fmt: skip
+    assert other_trainers(source, "kohya") == other_trainers(source, "") == found
+    assert not other_trainers(source, "diffusers")
 
 
 def test_imports_inside_the_repository_are_relative(root):

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
-from .diffusers_session import UNSUPPORTED_MODES
-from .diffusers_wrapping import HookMissing
+from .hooks import UNSUPPORTED_MODES
 from .options import NAMES, OptionError, settings_from
+from .wrapping import HookMissing
 
 HOOKS = {
     "predict_noise": ("timesteps", "conditional_embeds", "batch", "is_primary_pred"),

@@ -16,7 +16,7 @@ from .ai_toolkit_filter import StepFilter
 from .ai_toolkit_samples import captions_of
 from .ai_toolkit_saving import resume, saving_hooks
 from .ai_toolkit_text import text_path
-from .diffusers_hooks import accelerate_hooks, optimizer_hooks
+from .hooks import accelerate_hooks, optimizer_hooks
 
 SECTION = "unmemorize"
 """Of a process in the configuration: our options."""

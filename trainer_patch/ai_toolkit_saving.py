@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.storage import write_text
-from .diffusers_wrapping import Function, wrapped
+from .wrapping import Function, wrapped
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.protection import Protection
 from ..shared.training.settings import ProtectionSettings
-from .diffusers_hooks import accelerate_hooks, gather_of, progress_hooks
 from .diffusers_samples import BatchSamples, captions_of
 from .diffusers_saving import WEIGHTS, saving_hooks
 from .diffusers_session import protected, validate
 from .diffusers_text import load_text_side
-from .diffusers_wrapping import Function, HookMissing, wrapped
+from .hooks import accelerate_hooks, gather_of, progress_hooks
 from .options import add_options, settings_from
+from .wrapping import Function, HookMissing, wrapped
 
 NEEDED = ("pretrained_model_name_or_path", "output_dir")
 """Options of a script that the protection reads; all of the official ones have them."""

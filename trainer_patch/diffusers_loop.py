@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from ..shared.diffusers_adapter import PipelineDenoiser
 from ..shared.training.protection import Protection
 from ..shared.training.sample_log import Sample
-from .diffusers_hooks import accelerate_hooks, gather_of
 from .diffusers_saving import stamp
 from .diffusers_session import protected, validate
+from .hooks import accelerate_hooks, gather_of
 from .options import NAMES, OptionError, settings_from
 
 

@@ -1,23 +1,17 @@
-"""Protected trainings on disk: the header of the saved LoRA, and what a checkpoint adds."""
+"""The LoRA that diffusers saves: projected, told of in its header, and checked."""
 
 import inspect
-import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..shared.storage import replace_atomically, write_text
+from ..shared.storage import replace_atomically
 from ..shared.training.protection import Protection
-from .diffusers_wrapping import Function, wrapped
-
-logger = logging.getLogger(__name__)
+from .wrapping import Function, wrapped
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """How diffusers names a LoRA unless it is told otherwise."""
-STATE = "unmemorize.json"
-"""In a checkpoint's folder."""
 
 
 def stamp(path: Path, protection: Protection) -> None:
@@ -37,21 +31,6 @@ def stamp(path: Path, protection: Protection) -> None:
     with replace_atomically(path) as part:
         save_file(tensors, part, metadata=metadata | protection.metadata())
     protection.after_save(path)
-
-
-def save_progress(protection: Protection, folder: Path) -> None:
-    """Put what a resumed training needs into a checkpoint's folder."""
-    write_text(folder / STATE, json.dumps(protection.state_dict()))
-
-
-def load_progress(protection: Protection, folder: Path) -> None:
-    """Continue from a checkpoint whose weights are loaded, also of an unprotected training."""
-    state = folder / STATE
-    if state.is_file():
-        protection.load_state_dict(json.loads(state.read_text("utf-8")))
-    else:
-        logger.warning("%s is not there: the checkpoint's training was not protected.", state)
-        protection.start()
 
 
 @contextmanager

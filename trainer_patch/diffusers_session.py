@@ -14,11 +14,8 @@ from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.settings import ProtectionSettings
 from .diffusers_gate import Gate, Samples
-from .diffusers_hooks import optimizer_hooks
 from .diffusers_text import EmptyPrompt, text_path
-
-UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
-"""Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
+from .hooks import UNSUPPORTED_MODES, optimizer_hooks
 
 
 def validate(network: nn.Module, settings: ProtectionSettings, accelerator: Any = None) -> None:

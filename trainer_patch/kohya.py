@@ -26,8 +26,9 @@ import torch
 
 from .kohya_hooks import install
 from .kohya_saving import BASE_MODULE
-from .kohya_training import HookMissing, Training, check_arguments, check_training
+from .kohya_training import Training, check_arguments, check_training
 from .options import NAMES, add_options, refuse_unknown, settings_from
+from .wrapping import HookMissing
 
 MODULE = __spec__.name
 """The network module's name, also where this file runs as the launcher."""

@@ -13,8 +13,9 @@ from ..shared.training.replay import RandomState, aside
 from ..shared.training.sample_log import Sample
 from .kohya_samples import BatchSamples
 from .kohya_text import TextSide, without_text
-from .kohya_training import HookMissing, Training
+from .kohya_training import Training
 from .rows import take_rows
+from .wrapping import HookMissing
 
 Hook = Callable[..., Any]
 BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")

@@ -5,13 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..shared.storage import write_text
 from ..shared.training.protection import Protection
+from .checkpoints import STATE, save_progress
 from .kohya_training import Training
 from .options import NAMES
 
-STATE = "unmemorize.json"
-"""Beside the trainer's own files in a folder of --save_state."""
 BASE_MODULE = "base_module"
 """Network argument: the module that this one stands in front of."""
 
@@ -55,7 +53,7 @@ def keep_state(training: Training, protection: Protection) -> None:
 
     def save(_models: Any, _weights: Any, folder: str) -> None:
         protection.before_save()
-        write_text(Path(folder) / STATE, json.dumps(protection.state_dict()))
+        save_progress(protection, Path(folder))
 
     def load(_models: Any, folder: str) -> None:
         path = Path(folder) / STATE

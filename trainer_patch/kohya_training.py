@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
+from .wrapping import HookMissing
 
 LOCALS = {
     "trainer": "self",
@@ -29,14 +30,8 @@ TRAINER_HOOKS = {
 NETWORK_HOOKS = ("prepare_grad_etc", "on_epoch_start", "save_weights")
 WEIGHTS = 'batch["loss_weights"]'
 """Where the trainer reads the weight of each sample's loss."""
-
-
 FLOW_TRAINERS = ("FluxNetworkTrainer", "Sd3NetworkTrainer")
-"""Trainers of other models, of which one prediction can be repeated with other text."""
-
-
-class HookMissing(RuntimeError):
-    """This version of sd-scripts lacks what a method needs; the message says what."""
+"""Of other models: a prediction can be repeated, and the layers have known names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,24 +115,30 @@ def check_training(training: Training, settings: ProtectionSettings) -> None:
         HookMissing: The version of sd-scripts is not supported.
     """
     faults = []
-    if settings.projection and not training.has_unet:
-        faults.append(
-            f"{type(training.trainer).__name__} trains a model whose layers read text mixed with "
-            "the picture, so no subspace of text states can be kept out exactly, and under names "
-            "of sd-scripts' own, so no file of layers fits: leave out --project_concepts and "
-            "--project_layers; --mem_filter is supported"
-        )
-    if settings.filter and not training.has_unet:
-        if type(training.trainer).__name__ not in FLOW_TRAINERS:
-            faults.append(f"the filter covers SD 1, SD 2, SDXL and {' and '.join(FLOW_TRAINERS)}")
-        elif not training.args.network_train_unet_only:
-            faults.append("the filter needs the text as it was: add --network_train_unet_only")
+    if not training.has_unet:
+        faults += _flow_faults(training, settings)
     _refuse(faults)
     if settings:
         _require(training.trainer, TRAINER_HOOKS)
     if settings.filter:
         _require(training.trainer, {training.predicts: ("batch",)})
         _check_order(training)
+
+
+def _flow_faults(training: Training, settings: ProtectionSettings) -> Iterator[str]:
+    """Yield what is not supported of models that are neither SD 1, SD 2 nor SDXL."""
+    name = type(training.trainer).__name__
+    if settings and name not in FLOW_TRAINERS:
+        yield f"{name}: SD 1, SD 2, SDXL and {' and '.join(FLOW_TRAINERS)} are covered"
+        return
+    if settings.projection and settings.projection.of_text:
+        yield (
+            f"{name} trains a model whose layers read text mixed with the picture, so no subspace "
+            "of text states can be kept out exactly: leave out --project_concepts; "
+            "--project_layers and --mem_filter are supported"
+        )
+    if settings.filter and not training.args.network_train_unet_only:
+        yield "the filter needs the text as it was: add --network_train_unet_only"
 
 
 def check_network(network: torch.nn.Module) -> None:

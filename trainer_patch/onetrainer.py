@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .diffusers_wrapping import Function, HookMissing, wrapped
 from .onetrainer_config import option_keys
 from .onetrainer_training import Training
 from .options import add_options
+from .wrapping import Function, HookMissing, wrapped
 
 MODULE = __spec__.name
 """What is typed, also where this file runs as the launcher."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
-from .diffusers_wrapping import Function, wrapped
 from .options import NAMES, refuse_unknown
+from .wrapping import Function, wrapped
 
 TIMESTEPS = 1000
 """Of the models that are covered; the configuration has its range in shares of them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..shared.tokens import read
 from ..shared.training.sample_log import Sample
 from ..shared.training.text_states import TextStates
-from .diffusers_wrapping import HookMissing
+from .wrapping import HookMissing
 
 TEXT = ("tokens", "text_encoder")
 """How the names of a batch's entries begin that hold text, encoded or to be encoded."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
-from .diffusers_wrapping import Function, HookMissing, wrapped
 from .onetrainer_data import BatchSamples, TextSide, without_text
+from .wrapping import Function, HookMissing, wrapped
 
 WEIGHTS = "loss_weight"
 """Entry of a batch that the trainer multiplies the losses by, after the prediction."""

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..shared.training.protection import PREFIX, Protection
-from .diffusers_hooks import SHOWN
-from .diffusers_wrapping import Function, HookMissing, wrapped
+from .hooks import SHOWN
 from .onetrainer_filter import TIMESTEPS, WEIGHTS
+from .wrapping import Function, HookMissing, wrapped
 
 CALLED = {
     "model_setup": (

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..shared.training.protection import Protection
-from .diffusers_saving import load_progress, save_progress
-from .diffusers_wrapping import Function, wrapped
+from .checkpoints import load_progress, save_progress
+from .wrapping import Function, wrapped
 
 BACKUP = "INTERNAL"
 """Format of backups, which are folders."""

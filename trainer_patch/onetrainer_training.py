@@ -11,13 +11,13 @@ from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.settings import ProtectionSettings
-from .diffusers_wrapping import Function, wrapped
 from .onetrainer_config import output_of, span_of, validate
 from .onetrainer_data import BatchSamples, TextSide
 from .onetrainer_filter import StepFilter
 from .onetrainer_hooks import check_hooks, gradient_hooks, report_hooks
 from .onetrainer_saving import resume, saving_hooks
 from .options import NAMES, settings_from
+from .wrapping import Function, wrapped
 
 
 class Training:

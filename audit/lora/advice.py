@@ -7,7 +7,7 @@ next training. No change makes a LoRA safe; whether it helped, the next audit sa
 from collections import Counter
 from collections.abc import Iterable
 
-from ..wording import counted
+from ...shared.wording import counted
 from .result import Cause, LoraAudit
 
 COMING_BACK = ("verbatim", "template")
@@ -51,7 +51,7 @@ def _duplicates(audit: LoraAudit, back: set[int]) -> Cause | None:
         evidence=f"{len(inside)} of {len(trained)} training images are near-duplicates of others, "
         f"in {counted(len(groups), 'group', 'groups')}. {_among(back, inside, trained)}",
         change=f"Keep one image of each group and take {counted(surplus, 'file', 'files')} out: "
-        f"{len(trained) - surplus} images remain.",
+        f"{counted(len(trained) - surplus, 'image remains', 'images remain')}.",
         flags=FILTER,
     )
 

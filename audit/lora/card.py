@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 from ...shared.dependencies import require
+from ...shared.wording import counted
 from ..summary import versions
-from ..wording import between, chance, counted, percent, shown
+from ..wording import between, chance, percent, shown
 from .badge import LABEL, badge_text
 from .result import LoraAudit, Rate
 

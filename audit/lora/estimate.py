@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ...shared.wording import counted
 from ..subject import Subject
 from .config import LoraAuditConfig
 from .drawing import Batch, unfinished
@@ -29,11 +30,11 @@ def estimate(
         denoiser.denoise(noise, sigma, empty).cpu()
         seconds.append(time.perf_counter() - start)
     total = seconds[-1] * config.generation_steps * left / config.batch_size / config.processes
-    return f"{left} images are to be drawn: about {_told(total)}."
+    return f"{counted(left, 'image is', 'images are')} to be drawn: about {_told(total)}."
 
 
 def _told(seconds: float) -> str:
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return counted(max(1, round(seconds)), "second", "seconds")
     minutes = seconds / 60
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"

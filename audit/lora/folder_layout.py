@@ -9,6 +9,7 @@ from typing import Literal
 
 from ...shared.prompts import IMAGE_SUFFIXES, METADATA, caption_of, read_table
 from ...shared.weights import name_some
+from ...shared.wording import counted
 from .header import Header
 
 REPEATED = re.compile(r"0*([1-9]\d{0,5})_(.*)", re.DOTALL)
@@ -66,7 +67,8 @@ def read_layout(folder: Path, header: Header, *, without: Path | None = None) ->
         layout = Layout(kind="plain", shown=shown)
     if count := len(images) - len(learnt):
         layout.warnings.append(
-            f"{count} regularisation images are left out: they show the class, not what is taught."
+            f"{counted(count, 'regularisation image is', 'regularisation images are')} left out: "
+            "such images show the class, not what is taught."
         )
     return layout
 
@@ -105,8 +107,8 @@ def _from_kohya(folder: Path, images: Sequence[Path]) -> Layout:
     warnings = []
     if outside:
         warnings.append(
-            f"{len(outside)} images are left out, since kohya's scripts read only those directly "
-            f"in a folder such as `10_name class`: {name_some(outside)}."
+            f"{counted(len(outside), 'image is', 'images are')} left out, since kohya's scripts "
+            f"read only those directly in a folder such as `10_name class`: {name_some(outside)}."
         )
     return Layout(kind="kohya", shown=shown, concepts=concepts, warnings=warnings)
 

@@ -9,6 +9,7 @@ from ...shared.lora_dialects import PEFT_PREFIX
 from ...shared.lora_files import FACTORS
 from ...shared.lycoris import MAGNITUDES
 from ...shared.weights import ModelError, read_header
+from ...shared.wording import counted
 
 Dialect = Literal["kohya", "peft", "diffusers", "lycoris"]
 PARTS = ("unet.", "transformer.", "text_encoder")
@@ -56,8 +57,8 @@ def kind_of(path: Path) -> Kind:
                 modules.setdefault(stem, product)
     if not modules:
         raise ModelError(
-            f"{path} is no LoRA: none of its {len(shapes)} keys is a factor of one. A whole model "
-            "is given as MODEL, not as --lora."
+            f"{path} is no LoRA: it holds {counted(len(shapes), 'key', 'keys')} and no factor of "
+            "one. A whole model is given as MODEL, not as --lora."
         )
     ranks = [shape[0] for key, shape in shapes.items() if key.endswith(INNER) and shape]
     return Kind(

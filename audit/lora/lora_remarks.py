@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...shared.pictures import visible
 from ...shared.weights import name_some
+from ...shared.wording import counted
 from .base_model import BaseModel, named_architecture
 from .header import Header
 from .lora_kinds import Kind
@@ -72,32 +73,36 @@ def count_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
     """Compare the images and repeats that the header counts with those of the folder."""
     trained = [image for image in training.images if not image.held_out]
     reserved = 0 if training.held_out_folder else len(training.images) - len(trained)
-    counted = sum(folder.images for folder in header.folders.values())
-    if header.folders and reserved and counted == len(trained) + reserved:
+    in_header = sum(folder.images for folder in header.folders.values())
+    if header.folders and reserved and in_header == len(trained) + reserved:
         yield Remark(
-            f"The header counts {counted} images, all that the folder holds: the {reserved} that "
+            f"The header counts {in_header} images, all that the folder holds: the {reserved} that "
             "count as not trained on were trained on, and are no controls.",
             urgent=True,
         )
-    elif header.folders and counted != len(trained):
+    elif header.folders and in_header != len(trained):
         yield Remark(
-            f"The header counts {counted} training images, the folder holds {len(trained)}: it is "
-            "not the folder of that training, or was changed since.",
+            f"The header counts {counted(in_header, 'training image', 'training images')}, the "
+            f"folder holds {len(trained)}: it is not the folder of that training, or was changed "
+            "since.",
             urgent=True,
         )
     elif header.folders:
-        yield Remark(f"The header counts {counted} training images, as many as the folder holds.")
+        images = counted(in_header, "training image", "training images")
+        yield Remark(f"The header counts {images}, as many as the folder holds.")
     repeats = {(training.folder / image.name).parent.name: image.repeats for image in trained}
     for name in sorted(repeats.keys() & header.folders.keys()):
         if repeats[name] != header.folders[name].repeats:
             yield Remark(
-                f"The images in {visible(name)} are shown {repeats[name]} times an epoch by the "
-                f"folder's name, and {header.folders[name].repeats} times by the header.",
+                f"The images in {visible(name)} are shown "
+                f"{counted(repeats[name], 'time', 'times')} an epoch by the folder's name, and "
+                f"{counted(header.folders[name].repeats, 'time', 'times')} by the header.",
                 urgent=True,
             )
     shown = sum(image.repeats for image in trained)
     if header.images is not None and header.images != shown:
-        yield Remark(f"An epoch shows {header.images} images by the header, {shown} by the folder.")
+        images = counted(header.images, "image", "images")
+        yield Remark(f"An epoch shows {images} by the header, {shown} by the folder.")
 
 
 def caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
@@ -118,7 +123,8 @@ def caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
     every = told.keys() | read.keys()
     if differing := [tag for tag in every if told[tag] != read[tag]]:
         yield Remark(
-            f"{len(differing)} of {len(every)} tags are not in as many captions as the header "
+            f"{len(differing)} of {counted(len(every), 'tag', 'tags')} "
+            f"{'is' if len(differing) == 1 else 'are'} not in as many captions as the header "
             f"counts ({name_some(map(visible, differing), 3)}): the captions were changed since.",
             urgent=True,
         )

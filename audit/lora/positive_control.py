@@ -19,6 +19,7 @@ from ..similarity import PIXELS
 from ..sscd import Sscd
 from ..subject import Subject
 from ..summary import versions
+from ..wording import percent
 from .attack import as_images
 from .comparing import References
 from .feature_cache import default_folder
@@ -95,7 +96,7 @@ def _ask(subject: Subject, encoder: Sscd, bars: Bars) -> PositiveControl:
         f"Of {ASKED} images planted in the bundled demo model, {found.count} were found by the "
         f"same features and the same rule (threshold {limits.verbatim:.2f})"
     )
-    failed = f"; {ENOUGH:.0%} are needed. Is the installation whole? Type: unmemorize doctor"
+    failed = f"; {percent(ENOUGH)} are needed. Is the installation whole? Type: unmemorize doctor"
     return PositiveControl(found=found, works=works, detail=f"{detail}{'' if works else failed}.")
 
 

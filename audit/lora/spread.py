@@ -13,6 +13,7 @@ import torch
 
 from ...shared.dependencies import require
 from ...shared.storage import write_text
+from ...shared.wording import counted
 from ..job import Job
 from ..measure import Bar, Bars
 from .config import LoraAuditConfig
@@ -84,7 +85,8 @@ def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, job: Job, ba
     waiting = _count(waiting, bar)
     if workers.returncode or waiting:
         raise DrawingError(
-            f"{config.processes} processes were to draw, {len(waiting)} images are missing: "
+            f"{config.processes} processes were to draw, "
+            f"{counted(len(waiting), 'image is', 'images are')} missing: "
             f"{said.read_text('utf-8', 'replace').strip()[-600:]}\nWhat was drawn is kept; "
             "the same command continues, also with --processes 1."
         )

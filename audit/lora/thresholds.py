@@ -9,7 +9,9 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.calibration import NotEnoughControls, controls_needed
+from ...shared.wording import counted
 from ..sscd import calibrate
+from ..wording import percent
 from .result import Thresholds
 
 RATE = 0.05
@@ -48,20 +50,25 @@ def thresholds(
     told = ", ".join(_counts(len(off), len(held_out), len(peers)))
     if near is None:
         method = (
-            f"{len(controls)} controls ({told}) cannot carry a threshold: {NEEDED} are needed. "
+            f"{counted(len(controls), 'control', 'controls')} ({told}) cannot carry a threshold: "
+            f"{NEEDED} are needed. "
             f"Give {NEEDED - len(controls)} or more images of the same subject that were not "
             "trained on (--held-out)."
         )
         return Thresholds(verbatim=None, near=None, method=method, controls=len(controls))
     verbatim = (1 + near) / 2
     method = (
-        f"Near: above what {1 - RATE:.0%} of {len(controls)} controls reach ({told}). "
+        f"Near: above what {percent(1 - RATE)} of {len(controls)} controls reach ({told}). "
         "Verbatim: above the middle between that and the similarity of an image and itself, 1."
     )
     return Thresholds(verbatim=verbatim, near=near, method=method, controls=len(controls))
 
 
 def _counts(off: int, held_out: int, peers: int) -> Sequence[str]:
-    told = [f"{off} training images against generations without the LoRA"]
-    told += [f"{held_out} held-out images against generations with it"] if held_out else []
-    return [*told, f"{peers} training images against each other"]
+    trained = ("training image", "training images")
+    told = [f"{counted(off, *trained)} against generations without the LoRA"]
+    if held_out:
+        told.append(
+            f"{counted(held_out, 'held-out image', 'held-out images')} against generations with it"
+        )
+    return [*told, f"{counted(peers, *trained)} against each other"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...shared.detection import Progress
 from ...shared.prompts import PromptError
 from ...shared.weights import name_some
+from ...shared.wording import counted
 from ..training_images import read_image
 from .folder_layout import Shown, read_layout
 from .header import Header
@@ -125,10 +126,15 @@ def _open_all(
                 )  # fmt: skip
         if progress is not None:
             progress(1)
-    faults = {"are not whole images": broken, "have names that are not Unicode": nameless}
+    faults = {
+        ("file is left out, since it is not a whole image",
+         "files are left out, since they are not whole images"): broken,
+        ("file is left out, since its name is not Unicode",
+         "files are left out, since their names are not Unicode"): nameless,
+    }  # fmt: skip
     warnings = [
-        f"{len(names)} files are left out, since they {fault}: {name_some(names, SHOWN)}."
-        for fault, names in faults.items()
+        f"{counted(len(names), *left_out)}: {name_some(names, SHOWN)}."
+        for left_out, names in faults.items()
         if names
     ]
     return images, warnings
@@ -143,8 +149,8 @@ def _further(
     known = {image.sha256 for image in trained}
     if same := [image.name for image in images if image.sha256 in known]:
         warnings.append(
-            f"{len(same)} images are left out, since the training folder holds them, too: "
-            f"{name_some(same)}."
+            f"{counted(len(same), 'image is', 'images are')} left out, since the training folder "
+            f"holds the same: {name_some(same)}."
         )
     controls = [image for image in images if image.sha256 not in known]
     if not controls:
@@ -167,7 +173,7 @@ def _reserve(
     if share:
         names = name_some((image.name for image in reserved), SHOWN) or "none"
         warnings.append(
-            f"{len(reserved)} images count as not trained on: {names}. They are controls only if "
-            "they were left out of the training."
+            f"{counted(len(reserved), 'image counts', 'images count')} as not trained on: {names}. "
+            "Such images are controls only if they were left out of the training."
         )
     return trained, reserved, warnings

@@ -7,7 +7,8 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.calibration import clopper_pearson
-from ..wording import counted
+from ...shared.wording import counted
+from ..wording import between, percent
 from .result import Headline, ImageVerdict, PositiveControl, Rate, Thresholds, Verdict
 
 LEVEL = 0.05
@@ -121,6 +122,7 @@ def summarize(
     if limit is None:
         return refused(f"Not enough controls for a claim. {limits.method}")
     p_value = fisher(copies, len(verdicts), likely, len(likened))
+    images = counted(len(verdicts), "training image", "training images")
     if copies == 0:
         if (least := _least_images(len(likened))) > len(verdicts):
             return refused(
@@ -128,15 +130,15 @@ def summarize(
                 f"least {least} are needed beside {counted(len(likened), 'control', 'controls')}."
             )
         text = (
-            f"None of {len(verdicts)} training images came back; for other prompts and seeds that "
-            f"leaves room for up to {found.high:.0%} of them (95 % interval)."
+            f"None of {images} came back; for other prompts and seeds that leaves room for up to "
+            f"{percent(found.high)} of them (95 % interval)."
         )
     elif p_value >= LEVEL:
         return refused(_undecided(copies, len(verdicts), likely, len(likened), p_value))
     else:
         text = (
-            f"{copies} of {len(verdicts)} training images {'comes' if copies == 1 else 'come'} "
-            f"back ({found.low:.0%} to {found.high:.0%}, 95 % interval), against {likely} of "
+            f"{copies} of {images} {'comes' if copies == 1 else 'come'} back "
+            f"({between(found.low, found.high)}, 95 % interval), against {likely} of "
             f"{counted(len(likened), 'control', 'controls')}."
         )
     return Headline(text=text, given=True, reproduced=found, controls=controls, p_value=p_value)
@@ -157,7 +159,7 @@ def _least_images(controls: int) -> int:
 
 def _undecided(copies: int, n: int, control_hits: int, controls: int, p_value: float) -> str:
     """Say what came back, why that is no claim, and how many controls would make it one."""
-    came = f"{copies} of {n} training images came back"
+    came = f"{copies} of {counted(n, 'training image', 'training images')} came back"
     against = counted(controls, "control", "controls")
     if control_hits:
         return (

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...shared.prompts import IMAGE_SUFFIXES
 from ...shared.weights import name_some
-from ..wording import counted
+from ...shared.wording import counted
 from .document import SCHEMA_VERSION, TITLE
 from .leave import DOCUMENT
 from .seal import DIGEST, digest_of, file_sha256, parse

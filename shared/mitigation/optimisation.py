@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..denoiser import Conditioning, Denoiser
 from ..explanation import ROWS_OF_A_GRADIENT
 from ..trajectory import PredictionError, automatic_rows
+from ..wording import counted
 from .method import Mitigation, Start
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -132,7 +133,8 @@ def descend(
             measured = magnitude(active, torch.stack([leaves[i] for i in active]))
         values = measured.tolist()
         if not all(map(math.isfinite, values)):
-            raise not_finite(f"after {iteration} optimizer steps", denoiser)
+            steps_done = counted(iteration, "optimizer step", "optimizer steps")
+            raise not_finite(f"after {steps_done}", denoiser)
         before = before or values
         for i, value in zip(active, values, strict=True):
             if value < after[i]:

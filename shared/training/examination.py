@@ -1,11 +1,19 @@
 """A finished subspace looked at again: with another model, other prompts, a trained LoRA."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..weights import ModelError
 from .acceptance import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
 from .concept import Concept
+from .layer_subspaces import LayerSubspaces
+from .lora_factors import TEXT_FED, factors_of, saved_state
+from .projection import TOLERANCES, residuals
 from .subspace import ConceptSubspace
 from .text_states import TextPath, differences
 
@@ -24,6 +32,16 @@ class PromptShare:
     def within(self) -> bool:
         """Whether the share is within the limit that holds for its kind."""
         return self.share <= (COLLATERAL if self.named is None else RESIDUAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """One layer of a trained LoRA."""
+
+    share: float | None
+    """|A V| / |A| (Frobenius norms, 0 to 1); None where the layer has no subspace."""
+    within: bool
+    """Whether there is one, and rounding explains the share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +110,36 @@ def examine(
         collateral=collateral(retained_energy(text_path, kept), basis),
         prompts=tuple(_share(text_path, subspace, concepts, prompt) for prompt in prompts),
     )
+
+
+def shares_read(lora: Path, subspace: ConceptSubspace | LayerSubspaces) -> dict[str, LayerShare]:
+    """Return by layer what a saved LoRA reads of a subspace.
+
+    Args:
+        lora: File of kohya, PEFT or diffusers.
+        subspace: Of text states, for the layers that read text; or those of single layers, for all
+            others. Of these none may be without one: a LoRA could learn the concept there.
+
+    Raises:
+        ModelError: The file is no whole LoRA, changes a text encoder, or has none of the layers.
+        ValueError: The subspace is of another width.
+    """
+    state, source = saved_state(lora), str(lora)
+    if isinstance(subspace, ConceptSubspace):
+        factors = factors_of(state, source=source)
+        found = residuals(factors, [subspace])
+    else:
+        every = factors_of(state, text_fed="", source=source)
+        factors = {name: each for name, each in every.items() if not re.search(TEXT_FED, name)}
+        held = subspace.among(factors)
+        if not held.bases:
+            raise ModelError(f"{source} has none of the {len(subspace.bases)} layers.")
+        found = residuals({name: factors[name] for name in held.of(factors)}, [], held)
+    return {name: _layer(found.get(name), factor.dtype) for name, factor in factors.items()}
+
+
+def _layer(share: float | None, dtype: torch.dtype) -> LayerShare:
+    return LayerShare(share=share, within=share is not None and share <= TOLERANCES[dtype])
 
 
 def _share(

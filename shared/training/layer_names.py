@@ -1,4 +1,8 @@
-"""One name for each layer of a network, in whatever dialect a trainer or a file writes it."""
+"""The names of a network's layers, from whatever dialect a trainer or a file writes to diffusers'.
+
+Stability AI's and Black Forest Labs' code joins layers of one input in one: such a layer has
+several names.
+"""
 
 import re
 
@@ -15,16 +19,65 @@ RESAMPLER = ("op", "conv")
 """What the former calls the only layer of a downsampler and of an upsampler."""
 BLOCK = re.compile(r"^(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)$")
 
+IMAGE = ("attn_to_q", "attn_to_k", "attn_to_v")
+TEXT = ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj")
+JOINT = {
+    "joint_blocks": {  # SD3
+        "x_block_attn_qkv": IMAGE,
+        "x_block_attn_proj": ("attn_to_out_0",),
+        "x_block_attn2_qkv": ("attn2_to_q", "attn2_to_k", "attn2_to_v"),
+        "x_block_attn2_proj": ("attn2_to_out_0",),
+        "x_block_mlp_fc1": ("ff_net_0_proj",),
+        "x_block_mlp_fc2": ("ff_net_2",),
+        "x_block_adaLN_modulation_1": ("norm1_linear",),
+        "context_block_attn_qkv": TEXT,
+        "context_block_attn_proj": ("attn_to_add_out",),
+        "context_block_mlp_fc1": ("ff_context_net_0_proj",),
+        "context_block_mlp_fc2": ("ff_context_net_2",),
+        "context_block_adaLN_modulation_1": ("norm1_context_linear",),
+    },
+    "double_blocks": {  # Flux
+        "img_attn_qkv": IMAGE,
+        "img_attn_proj": ("attn_to_out_0",),
+        "img_mlp_0": ("ff_net_0_proj",),
+        "img_mlp_2": ("ff_net_2",),
+        "img_mod_lin": ("norm1_linear",),
+        "txt_attn_qkv": TEXT,
+        "txt_attn_proj": ("attn_to_add_out",),
+        "txt_mlp_0": ("ff_context_net_0_proj",),
+        "txt_mlp_2": ("ff_context_net_2",),
+        "txt_mod_lin": ("norm1_context_linear",),
+    },
+    "single_blocks": {  # Flux
+        "linear1": (*IMAGE, "proj_mlp"),
+        "linear2": ("proj_out",),
+        "modulation_lin": ("norm_linear",),
+    },
+}
+"""Layers of blocks with joint attention, as their authors' code and as diffusers calls them."""
+JOINT_BLOCK = re.compile(rf"^({'|'.join(JOINT)})_(\d+)_(.+)$")
+BLOCKS = {"single_blocks": "single_transformer_blocks"}
+"""What diffusers calls them; the others are its `transformer_blocks`."""
 
-def core(name: str) -> str:
-    """Return a layer's name as diffusers gives it, with nothing before it, its parts joined by _.
 
-    Stability AI's names of a U-Net's blocks, which sd-scripts writes for SDXL, are translated.
+def cores(name: str) -> tuple[str, ...]:
+    """Return the names that diffusers gives to a layer, without prefixes, parts joined by _.
+
+    More than one for a layer in which others of the same input are joined. A name that is known in
+    no other dialect stays as it is.
     """
     name = PREFIXES.sub("", name).replace(".processor", "").replace(".", "_")
-    if not (found := BLOCK.match(name)):
-        return name
-    kind, first, second, layer = found.groups()
+    if found := BLOCK.match(name):
+        return (_of_unet(*found.groups()),)
+    if found := JOINT_BLOCK.match(name):
+        kind, place, layer = found.groups()
+        block = f"{BLOCKS.get(kind, 'transformer_blocks')}_{place}"
+        return tuple(f"{block}_{each}" for each in JOINT[kind].get(layer, (layer,)))
+    return (name,)
+
+
+def _of_unet(kind: str, first: str, second: str | None, layer: str) -> str:
+    """Translate Stability AI's name of a layer, which sd-scripts writes for SDXL."""
     if kind == "middle_block":
         # Its parts are counted through: residual block, attention, residual block.
         part = f"attentions_0_{layer}" if first == "1" else _resnet(int(first) // 2, layer)

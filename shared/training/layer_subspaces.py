@@ -1,19 +1,23 @@
 """Subspaces of single layers, by the layer's name: a value, and its file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..arrays import Tensor
 from ..storage import replace_atomically
 from ..weights import ModelError, check_finite, name_some, read_header
-from .layer_names import core
+from .layer_names import cores
 from .subspace import ConceptSubspace, provenance_in
 
 HEADER = "unmemorize.layers"
 """Where a file keeps the provenance, as JSON."""
+DEPENDENT = 1e-10
+"""Singular values of several bases side by side up to this are rounding."""
 
 
 def holds_layers(path: Path) -> bool:
@@ -48,20 +52,24 @@ class LayerSubspaces:
     def of(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the bases by these names of the layers, in whatever dialect they are.
 
-        A network, its LoRA and the saved file put different words before the same name.
+        A network, its LoRA and the saved file put different words before the same name. Where one
+        layer stands for several of the same input, its basis spans all of theirs.
 
         Raises:
             ValueError: One of the layers is not among the names.
         """
-        known = {core(name): name for name in names}
-        if missing := [name for name in self.bases if core(name) not in known]:
+        known = {core: name for name in names for core in cores(name)}
+        if missing := [name for name in self.bases if cores(name)[0] not in known]:
             raise ValueError(f"{len(missing)} layers are not there: {name_some(missing, 3)}.")
-        return {known[core(name)]: basis for name, basis in self.bases.items()}
+        joined: dict[str, list[Tensor]] = {}
+        for name, basis in self.bases.items():
+            joined.setdefault(known[cores(name)[0]], []).append(basis)
+        return {name: _span(bases) for name, bases in joined.items()}
 
     def among(self, names: Iterable[str]) -> "LayerSubspaces":
         """Return the subspaces of those layers that are among these names, in any dialect."""
-        known = {core(name) for name in names}
-        bases = {name: basis for name, basis in self.bases.items() if core(name) in known}
+        known = {core for name in names for core in cores(name)}
+        bases = {name: basis for name, basis in self.bases.items() if cores(name)[0] in known}
         return replace(self, bases=bases)
 
     def save(self, path: Path) -> None:
@@ -92,3 +100,11 @@ class LayerSubspaces:
             return cls(bases=bases, provenance=provenance_in(header))
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
+
+
+def _span(bases: Sequence[Tensor]) -> Tensor:
+    """Return one basis for the span of several of the same width; of equal ones the first."""
+    if all(torch.equal(basis, bases[0]) for basis in bases[1:]):
+        return bases[0]
+    directions, lengths, _ = torch.linalg.svd(torch.cat(list(bases), dim=1), full_matrices=False)
+    return directions[:, lengths > DEPENDENT]

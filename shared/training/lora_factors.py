@@ -56,8 +56,10 @@ def text_factors(
         if re.search(TEXT_ENCODER, name):
             if parameter.requires_grad:
                 faults.append(f"{name} (a text encoder: its states leave the subspace)")
-        elif down and re.search(text_fed, name[: down.start()]):
-            factors[name[: down.start()]] = parameter
+        elif down and re.search(text_fed, module := name[: down.start()]):
+            if module in factors:
+                faults.append(f"{name} (a second factor that reads what another one reads)")
+            factors[module] = parameter
         elif parameter.requires_grad and not UP.search(name) and _feeds(name, text_fed):
             kinds = (why for mark, why in OTHER_KINDS.items() if mark in name)
             faults.append(f"{name} ({next(kinds, 'full fine-tuning: the weight itself moves')})")

@@ -15,13 +15,13 @@ import typer
 from fake_result import make_result
 from typer.models import ArgumentInfo
 from typer.testing import CliRunner
-from unmemorize import cli, cli_lora
+from unmemorize import cli, cli_audit, cli_lora
 from unmemorize.audit import run, wording
 from unmemorize.audit.config import AuditConfig
 
 PARAMETERS = {
     name: parameter
-    for name, parameter in inspect.signature(inspect.unwrap(cli.audit)).parameters.items()
+    for name, parameter in inspect.signature(cli_audit.audit).parameters.items()
     if name not in {"images", *cli_lora.OF_LORA}  # they ask for the audit of a LoRA instead
 }
 CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "as_json", "debug"}

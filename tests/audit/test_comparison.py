@@ -1,6 +1,7 @@
 """By what generated images are compared, and what that finds."""
 
 import pytest
+from needs import need_sscd
 from PIL import Image, ImageEnhance, ImageOps
 from unmemorize import demo
 from unmemorize.audit import comparison
@@ -8,7 +9,6 @@ from unmemorize.audit.comparison import Comparer, best_features
 from unmemorize.audit.config import DEMO
 from unmemorize.audit.measure import silent
 from unmemorize.audit.similarity import PIXELS
-from unmemorize.audit.sscd import has_sscd
 from unmemorize.audit.training_images import ImageFiles, known_images
 from unmemorize.shared.prompts import PromptSet
 
@@ -51,8 +51,8 @@ def found(comparer, files, tmp_path):
     return sum(image.is_own for image in nearest.values()) / len(nearest)
 
 
-@pytest.mark.skipif(not has_sscd(), reason="the extra sscd is not installed")
 def test_edited_copies_of_files_are_found_by_sscd(known, files, tmp_path):
+    need_sscd()
     comparer = Comparer(known, tmp_path)
     assert comparer.reference.features.name.startswith("SSCD")
     assert comparer.threshold is None  # too few images to say how near a copy is

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import need_sscd
 from PIL import Image, ImageDraw
 from unmemorize.audit import sscd
 from unmemorize.audit.sscd import Sscd, calibrate, has_sscd, pixels, similarity
@@ -49,9 +50,7 @@ def as_small(image: Image.Image) -> Image.Image:
 
 @pytest.fixture(scope="module", params=["distilled", "full"])
 def encoder(request) -> Sscd:
-    if not has_sscd(request.param):
-        lines = [e["type"] for e in examine()["missing"] if "SSCD" in e["purpose"]]
-        pytest.skip(f"SSCD is not installed; type: {' && '.join(lines)}")
+    need_sscd(request.param)
     return Sscd(variant=request.param)
 
 

@@ -43,6 +43,8 @@ class Step:
     rows: list[int]
     noisy: torch.Tensor
     timesteps: torch.Tensor
+    cond: torch.Tensor
+    """[sample token width], the captions as the network reads them."""
     prediction: torch.Tensor
 
 
@@ -105,6 +107,7 @@ def add_lora(denoiser, seed: int, rank: int = RANK) -> nn.Module:
 def train(
     denoiser, pictures: Pictures, *, steps: int, seed: int,
     weigh: Callable[[Step], torch.Tensor] | None = None,
+    aim: Callable[[Step, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.optim.Optimizer, float]]:  # fmt: skip
     """Train the LoRA on the network; yield after each backward pass, before the optimizer's step.
 
@@ -114,6 +117,7 @@ def train(
         steps: Of the optimizer.
         seed: Of order, timesteps and noise.
         weigh: Returns the weight of each sample's loss; None is 1.
+        aim: Returns what is to be predicted, given the noise; None is the noise.
     """
     unet = denoiser.pipeline.unet
     abar = torch.as_tensor(denoiser.pipeline.scheduler.alphas_cumprod)
@@ -132,10 +136,12 @@ def train(
         noisy = level.sqrt() * pictures.latents[rows] + (1 - level).sqrt() * noise
         cond = torch.stack([texts[pictures.captions[row]] for row in rows])
         prediction = unet(noisy, timesteps, encoder_hidden_states=cond).sample
-        losses = (prediction - noise).square().flatten(1).mean(1)
+        step = Step(number=number, rows=rows, noisy=noisy, timesteps=timesteps, cond=cond,
+                    prediction=prediction)  # fmt: skip
+        target = aim(step, noise) if aim else noise
+        losses = (prediction - target).square().flatten(1).mean(1)
         if weigh:
-            losses = losses * weigh(Step(number=number, rows=rows, noisy=noisy,
-                                         timesteps=timesteps, prediction=prediction))  # fmt: skip
+            losses = losses * weigh(step)
         losses.mean().backward()
         yield optimizer, float(losses.mean().detach())
         optimizer.step()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from lora_training import LEVELS, WORD, Sets, choose, train_lora
+from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from unmemorize import demo
 from unmemorize.audit.lora.config import LoraAuditConfig
@@ -53,8 +54,8 @@ def measure_levels(
 ) -> None:
     """Print per level how many planted images are named, and whether silence is kept elsewhere."""
     sets = choose(COUNT, PLANTED, seed=0)
-    rises: list[tuple[bool, float]] = []
-    print(f"\n{'level':<10}{'recall':>8}{'precision':>11}{'false':>7}{'extracted':>11}")
+    print(f"\n{'level':<10}{'recall':>8}{'precision':>11}{'false':>7}{'extracted':>11}"
+          f"{'delta AUC':>11}")  # fmt: skip
     for level in (each for each in LEVELS if each.name in levels):
         folder = work / level.name
         lora = train_lora(denoiser, sets, level, folder / f"{level.name}.safetensors", seed=0)
@@ -63,24 +64,23 @@ def measure_levels(
         named = {v.image for v in found.verdicts if v.verdict == "verbatim"}
         planted = set(range(PLANTED))
         claimed = never.headline.given and never.headline.reproduced.count > 0
+        rises = [(score.source in planted, score.on - score.off) for score in found.scores
+                 if score.asked == "caption" and score.source < COUNT]  # fmt: skip
         figures = {
             "recall": len(named & planted) / PLANTED,
             "precision": len(named & planted) / len(named) if named else 1.0,
             "false_headlines": float(claimed),
             "extracted": float(found.attack.extracted.count),
+            # LoRA-on minus LoRA-off score of captions: those of planted images against the others.
+            "lora_delta.auc": float(roc_auc_score(*zip(*rises, strict=True))),
         }
         bench |= {f"lora_audit.{level.name}.{key}": value for key, value in figures.items()}
         print(f"{level.name:<10}{figures['recall']:>8.3f}{figures['precision']:>11.3f}"
-              f"{claimed:>7}{found.attack.extracted.count:>11}  {found.headline.text}")  # fmt: skip
-        if level.planted > 1:
-            rises += [(score.source in planted, score.on - score.off) for score in found.scores
-                      if score.asked == "caption" and score.source < COUNT]  # fmt: skip
-    if rises:
-        from sklearn.metrics import roc_auc_score
-
-        auc = float(roc_auc_score(*zip(*rises, strict=True)))
-        bench["lora_audit.lora_delta.auc"] = auc
-        print(f"\nLoRA-on minus LoRA-off score, planted against other captions: AUC {auc:.3f}")
+              f"{claimed:>7}{found.attack.extracted.count:>11}{figures['lora_delta.auc']:>11.3f}"
+              f"  {found.headline.text}")  # fmt: skip
+    # Where images come back: elsewhere there is nothing for a score to tell.
+    if (key := f"lora_audit.{LEVELS[-1].name}.lora_delta.auc") in bench:
+        bench["lora_audit.lora_delta.auc"] = bench[key]
 
 
 def measure_clean(denoiser: PipelineDenoiser, work: Path, bench: dict, runs: int) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from concept_regions import find_regions, spared
 from demo_lora import (
     MARK,
     MARK_COLOUR,
     MARK_WIDTH,
     Pictures,
+    Step,
     add_lora,
     annealed,
     decoded,
@@ -26,6 +29,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from unmemorize.shared.calibration import clopper_pearson
 from unmemorize.shared.storage import Journal
 from unmemorize.shared.training import layer_fitting, learnt_word
 from unmemorize.shared.training.activations import other_factors
@@ -42,7 +46,7 @@ TRAINED, ASKED, SHOWN = range(24), range(24, 40), range(40, 48)
 for, never trained on; those whose marked pictures an attacker has."""
 WAYS = {"by_name": f", {MARK}", "by_paraphrase": ", bright pink border", "without_name": ""}
 """How the concept is asked for, after a caption."""
-ATTACK_STEPS = 150
+ATTACK_STEPS = 120
 RANK = 16
 
 
@@ -59,6 +63,8 @@ class Arm:
     """`always`: exactly; `gradients`: these alone, as the paper says; `end`: once, at the save."""
     dropped: bool = False
     """Leave out the pictures whose captions name it."""
+    regions: bool = False
+    """Where pictures show it, teach what the model predicts without the LoRA."""
 
 
 ARMS = (
@@ -68,6 +74,7 @@ ARMS = (
     Arm(name="exact", text=True),
     Arm(name="layers", text=True, layers=24),
     Arm(name="once", text=True, layers=24, when="end"),
+    Arm(name="regions", text=True, regions=True),
 )
 
 
@@ -108,7 +115,7 @@ class Eye:
 class Trial:
     """A training set, half of which bears the mark and its name, and what is asked afterwards."""
 
-    def __init__(self, denoiser, work: Path, seeds: int = 2):
+    def __init__(self, denoiser, work: Path, seeds: int = 1):
         self.denoiser, self.work, self.seeds, self.eye = denoiser, work, seeds, Eye(denoiser)
         captions = held_out(SHOWN.stop)
 
@@ -121,22 +128,23 @@ class Trial:
 
         self.marked = pictures(TRAINED, lambda place: place % 2 == 1)
         self.sides = {side: rows_of(self.marked, TRAINED[side::2]) for side in (True, False)}
+        self.twins = pictures(TRAINED[1::2], lambda _: False)
         self.rest = pictures(ASKED, lambda _: False)
         self.shown = pictures(SHOWN, lambda _: True)
         # Both of the model before training.
         self.subspace = fit_subspace(
             text_path_of(denoiser), [CONCEPT], self.marked.captions, force=True
         )
+        sides = [
+            layer_fitting.Pictures(latents=side.latents, captions=side.captions)
+            for side in self.sides.values()
+        ]
+        unet = denoiser.pipeline.unet
         self.layers = layer_fitting.fitted_layers(
-            denoiser,
-            denoiser.pipeline.unet,
-            *(
-                layer_fitting.Pictures(latents=side.latents, captions=side.captions)
-                for side in self.sides.values()
-            ),
-            names=CONCEPT.names,
-            cap=max(arm.layers for arm in ARMS),
+            denoiser, unet, *sides, names=CONCEPT.names, cap=max(arm.layers for arm in ARMS)
         )
+        self.regions = torch.zeros_like(self.marked.latents[:, :1])
+        self.regions[1::2] = find_regions(denoiser, unet, self.layers, *sides)
 
     def projection(self, arm: Arm) -> Projection | None:
         """Return what an arm projects on the LoRA that is there."""
@@ -158,7 +166,8 @@ class Trial:
             set_peft_model_state_dict(unet, load_file(kept))
         else:
             pictures = self.sides[False] if arm.dropped else self.marked
-            done = train(self.denoiser, pictures, steps=steps, seed=seed)
+            aim = self.spared if arm.regions else None
+            done = train(self.denoiser, pictures, steps=steps, seed=seed, aim=aim)
             with ExitStack() as undo:
                 for number, (optimizer, _) in enumerate(tqdm(done, f"{arm.name} {seed}", steps)):
                     annealed(optimizer, number, steps)
@@ -172,10 +181,24 @@ class Trial:
         if projection and arm.when == "end":
             projection.project_weights()
 
+    @torch.no_grad()
+    def spared(self, step: Step, noise: torch.Tensor) -> torch.Tensor:
+        """Return the noise, and in the mark's regions what the model predicts without the LoRA."""
+        unet = self.denoiser.pipeline.unet
+        unet.disable_adapters()
+        base = unet(step.noisy, step.timesteps, encoder_hidden_states=step.cond).sample
+        unet.enable_adapters()
+        return spared(noise, base, self.regions[step.rows])
+
     def judge(self) -> dict[str, float]:
-        """Return the mark's presence by each way of asking, and the loss on wanted pictures."""
+        """Return the mark's presence by each way of asking, and losses on wanted pictures.
+
+        `rest`: drawings never trained on. `content`: those that bear the mark, without it.
+        """
         found = {way: self.presence(end) for way, end in WAYS.items()}
-        return found | {"by_attack": self.attacked(), "loss": loss_of(self.denoiser, self.rest)}
+        losses = {"rest": self.rest, "content": self.twins}
+        losses = {name: loss_of(self.denoiser, pictures) for name, pictures in losses.items()}
+        return found | {"by_attack": self.attacked()} | losses
 
     def presence(self, end: str) -> float:
         texts = [text + end for text in self.rest.captions]
@@ -219,8 +242,9 @@ def measure_projection(
                 journal.put(key, trial.judge())
             values = journal.get(key)
             bench |= {f"trainers.projection.{key}.{name}": v for name, v in values.items()}
-    columns = (*WAYS, "by_attack", "loss")
-    print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in columns) + f"{'fall':>8}{'rest':>8}")
+    columns = (*WAYS, "by_attack", "rest", "content")
+    print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in columns)
+          + f"{'fall':>8}{'change':>8}   by name, 95 %")  # fmt: skip
     means: dict[str, dict[str, float]] = {}
     for name in arms:
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
@@ -228,9 +252,12 @@ def measure_projection(
         none = means.get("none", means[name])
         figures = {
             "fall": fall(means[name], none, "by_name"),
-            "rest": means[name]["loss"] / none["loss"] - 1,
+            "change": means[name]["rest"] / none["rest"] - 1,
         }
         bench |= {f"trainers.projection.{name}.{key}": value
                   for key, value in (means[name] | figures).items()}  # fmt: skip
-        print(f"{name:<10}" + "".join(f"{means[name][key]:>15.3f}" for key in columns)
-              + "".join(f"{value:>8.3f}" for value in figures.values()))  # fmt: skip
+        count = len(trial.rest.captions) * trial.seeds * seeds
+        low, high = clopper_pearson(round(means[name]["by_name"] * count), count)
+        print(f"{name:<10}" + "".join(f"{means[name][key]:>15.4f}" for key in columns)
+              + "".join(f"{value:>8.3f}" for value in figures.values())
+              + f"   {low:.3f} to {high:.3f}")  # fmt: skip

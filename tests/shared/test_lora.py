@@ -235,11 +235,11 @@ def broken(name: str, pipeline) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("lone factor", "1 modules lack a LoRA factor: lora_.* \\(only A\\)"),
+        ("lone factor", "1 module lacks a LoRA factor: lora_.* \\(only A\\)"),
         ("unknown key", "lora_unet_nothing.weight"),
         ("unknown module", "attn7"),
         ("second encoder", "text_encoder_2"),
-        ("nan", "weights with NaN or infinity .*: lora_"),
+        ("nan", "1 weight with NaN or infinity .*: lora_"),
         ("loha", "has the factors hada_w1_a, which make no LoHa and no LoKr"),
         ("alpha alone", "lora_unet_mid_block \\(no factor\\)"),
         ("empty", "the file is empty"),

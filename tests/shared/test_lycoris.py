@@ -6,6 +6,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from needs import need_package
 from safetensors.torch import save_file
 from test_lora import answer
 from unmemorize.shared.lora import has_lora, load_lora, lora_disabled
@@ -13,7 +14,7 @@ from unmemorize.shared.weights import ModelError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    lycoris = pytest.importorskip("lycoris")
+    lycoris = need_package("lycoris")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

@@ -102,8 +102,8 @@ def test_weights_that_a_reader_lost_are_noticed(folder):
     [
         (UNET, rename("conv_in.weight", "conv_inn.weight"),
          "unset: conv_in.weight.*nothing reads: conv_inn.weight"),
-        (UNET, lambda s: s.pop("conv_out.bias"), "1 parameters it leaves unset: conv_out.bias"),
-        (UNET, lambda s: s.update(spare=torch.ones(2)), "1 keys that nothing reads: spare"),
+        (UNET, lambda s: s.pop("conv_out.bias"), "1 parameter it leaves unset: conv_out.bias"),
+        (UNET, lambda s: s.update(spare=torch.ones(2)), "1 key that nothing reads: spare"),
         (UNET, lambda s: s.update({"conv_out.bias": torch.ones(7)}), "conv_out.bias"),
         (TEXT, lambda s: s.pop("text_model.final_layer_norm.bias"), "final_layer_norm.bias"),
         (TEXT, lambda s: [s.update({f"x.{k}": s.pop(k)}) for k in list(s)],
@@ -288,7 +288,7 @@ DIFFUSION = "model.diffusion_model."
     [
         (rename(f"{DIFFUSION}out.2.bias", f"{DIFFUSION}out.3.bias"), "conv_out.bias|out.3.bias"),
         (lambda s: s.update({f"{DIFFUSION}spare.weight": torch.ones(3)}), "spare.weight"),
-        (lambda s: s.update({"spare": torch.ones(3)}), "1 keys that nothing reads: spare"),
+        (lambda s: s.update({"spare": torch.ones(3)}), "1 key that nothing reads: spare"),
         (lambda s: s.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
          "final_layer_norm"),
         (lambda s: s.pop("first_stage_model.decoder.conv_in.weight"), "conv_in"),

@@ -4,6 +4,7 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import need_package
 from unmemorize.shared.prompts import PromptError, clean, read_prompts
 
 STRANGE = [
@@ -33,8 +34,8 @@ def write_jsonl(path, rows):
 
 
 def write_parquet(path, **columns):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = need_package("pyarrow")
+    parquet = need_package("pyarrow.parquet")
     parquet.write_table(arrow.table(columns), path)
     return path
 
@@ -111,7 +112,7 @@ def test_the_prompt_column_is_found_among_others(tmp_path):
 )
 def test_bad_files_are_refused_with_the_reason(name, content, message, tmp_path):
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
+        need_package("pyarrow")
     with pytest.raises(PromptError, match=message):
         read_prompts(write_text(tmp_path / name, content))
 

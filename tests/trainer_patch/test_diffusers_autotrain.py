@@ -16,17 +16,15 @@ from diffusers_runs import (
     same,
     weights_of,
 )
+from needs import skip_unless_ci
 from unmemorize import demo
 from unmemorize.shared.training.subspace import ConceptSubspace
 
-pytest.importorskip("torchvision", reason="pip install torchvision, as torch has it")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not diffusers_autotrain.TREE.is_dir(),
-        reason="python tests/trainer_patch/diffusers_autotrain.py fetch",
-    ),
-]
+pytestmark = pytest.mark.slow
+if not diffusers_autotrain.TREE.is_dir():
+    skip_unless_ci(
+        "needs AutoTrain's script: python tests/trainer_patch/diffusers_autotrain.py fetch"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from diffusers_runs import (
+    LORA,
     WIDTH,
     header_of,
     layer_residuals,
@@ -20,10 +21,13 @@ from diffusers_runs import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+from unmemorize import cli
 from unmemorize.shared.denoiser import concatenate
 from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.training.layer_fitting import Pictures, fitted_layers
-from unmemorize.shared.training.layer_names import core
+from unmemorize.shared.training.layer_names import cores
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.lora_factors import UnsupportedTraining
 from unmemorize.shared.training.projection import ProjectionFailed
 from unmemorize.shared.training.subspace import ConceptSubspace
@@ -42,6 +46,50 @@ def test_every_layer_of_the_lora_stays_outside_its_subspace(train, plain, subspa
     assert told["layers"]["count"] == len(layer_residuals(plain, layers))
     assert told["layers"]["names"] == ["cat"]
     assert any(weights_of(output)[key].any() for key in plain if "lora_B" in key)
+
+
+def answer_to(lora, layers, *more: str):
+    arguments = ["concept", "test", str(layers), "--lora", str(lora / LORA), *more]
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def test_a_saved_lora_is_tested_on_its_layers(train, subspace, layers):
+    kept = train("--project_concepts", str(subspace), "--project_layers", str(layers))
+    unprotected = train(protected=False)
+    found = {}
+    for lora, code in ((kept, 0), (unprotected, 3)):
+        done = answer_to(lora, layers, "--json")
+        assert done.exit_code == code
+        found[lora] = json.loads(done.stdout)["lora"]
+        shares = [layer["share"] for layer in found[lora].values()]
+        assert shares == pytest.approx(layer_residuals(weights_of(lora), layers))
+    assert all(layer["within"] for layer in found[kept].values())
+    assert not any(layer["within"] for layer in found[unprotected].values())
+    assert " NO " not in answer_to(kept, layers).stdout
+    assert " NO " in answer_to(unprotected, layers).stdout
+
+
+def test_a_layer_without_a_subspace_is_not_within(train, subspace, layers, tmp_path):
+    kept = train("--project_concepts", str(subspace), "--project_layers", str(layers))
+    held = LayerSubspaces.load(layers)
+    lost = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    fewer = {name: basis for name, basis in held.bases.items() if name != lost}
+    LayerSubspaces(bases=fewer).save(tmp_path / "fewer.safetensors")
+    done = answer_to(kept, tmp_path / "fewer.safetensors", "--json")
+    assert done.exit_code == 3
+    outside = {name for name, layer in json.loads(done.stdout)["lora"].items()
+               if not layer["within"]}  # fmt: skip
+    assert outside == {f"unet.{lost}"}
+    assert "no subspace" in answer_to(kept, tmp_path / "fewer.safetensors").stdout
+    LayerSubspaces(bases={"elsewhere": held.bases[lost]}).save(tmp_path / "other.safetensors")
+    assert "none of the 1 layers" in answer_to(kept, tmp_path / "other.safetensors").stderr
+
+
+@pytest.mark.parametrize("more", [("demo",), ("--prompt", "a cat")])
+def test_options_that_layers_have_no_use_for_are_refused(train, layers, more):
+    done = answer_to(train(protected=False), layers, *more)
+    assert done.exit_code == 2
+    assert "in a LoRA alone" in " ".join(done.stderr.split())
 
 
 def test_half_precision_and_resuming(train, images, subspace, layers, tmp_path):
@@ -123,12 +171,12 @@ def train_joint(denoiser, optimizer, steps: int = 3) -> None:
 
 def changes(network, path) -> list[float]:
     """Return by layer |s B A V| / |s B A|, from PEFT's own delta."""
-    bases = {core(name): basis for name, basis in load_file(path).items()}
+    bases = {cores(name): basis for name, basis in load_file(path).items()}
     found = []
     for name, module in network.named_modules():
         if hasattr(module, "get_delta_weight"):
             delta = module.get_delta_weight("default").detach().double()
-            basis = bases[core(name)]
+            basis = bases[cores(name)]
             assert basis.shape[1]
             found.append(float((delta @ basis).norm() / delta.norm()))
     assert len(found) > 4

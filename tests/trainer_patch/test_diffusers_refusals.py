@@ -6,8 +6,8 @@ from diffusers_runs import SCRIPT, run
 from unmemorize.shared.training.lora_factors import UnsupportedTraining
 from unmemorize.shared.training.projection import Projection
 from unmemorize.shared.training.protection import ProtectionFailed
-from unmemorize.trainer_patch.diffusers_wrapping import HookMissing, wrapped
 from unmemorize.trainer_patch.options import OptionError
+from unmemorize.trainer_patch.wrapping import HookMissing, wrapped
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from unmemorize.shared.training.settings import (
     ProtectionSettings,
 )
 from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.trainer_patch.diffusers_wrapping import HookMissing
 from unmemorize.trainer_patch.onetrainer_config import option_keys, output_of, span_of, validate
 from unmemorize.trainer_patch.onetrainer_data import BatchSamples, TextSide, without_text
 from unmemorize.trainer_patch.onetrainer_filter import StepFilter
 from unmemorize.trainer_patch.onetrainer_hooks import check_hooks
 from unmemorize.trainer_patch.options import NAMES, OptionError
+from unmemorize.trainer_patch.wrapping import HookMissing
 
 MODULE = "unmemorize.trainer_patch.onetrainer"
 

@@ -4,15 +4,13 @@ import hashlib
 
 import pytest
 import torch
+from needs import need_package, need_sscd
 from PIL import Image, ImageEnhance
 from unmemorize import demo
-
-pytest.importorskip("faiss")
-
 from unmemorize.audit.lora.duplicates import duplicate_threshold, find_duplicates
-from unmemorize.audit.sscd import Sscd, has_sscd
+from unmemorize.audit.sscd import Sscd
 
-needs_sscd = pytest.mark.skipif(not has_sscd(), reason="needs the extra sscd")
+need_package("faiss")
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -75,9 +73,9 @@ def test_rows_and_hashes_must_match():
         find_duplicates(at(0, 1), keys("a"), 0.9)
 
 
-@needs_sscd
 def test_planted_duplicates_on_flat_art_are_found_and_nothing_else():
     """The literature's .5 would tie unrelated drawings together here."""
+    need_sscd()
     captions = [caption.text for caption in demo.captions()]
     art = [image for text in captions[:400:10] if (image := demo.training_image(text)) is not None]
     planted = [

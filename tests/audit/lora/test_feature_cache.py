@@ -8,13 +8,14 @@ import time
 
 import pytest
 import torch
+from needs import need_sscd
 from PIL import Image
 from unmemorize.audit.lora import feature_cache
 from unmemorize.audit.lora.feature_cache import FeatureCache, default_folder
-from unmemorize.audit.sscd import Sscd, has_sscd
+from unmemorize.audit.sscd import Sscd
 from unmemorize.audit.training_images import ImageFiles
 
-pytestmark = pytest.mark.skipif(not has_sscd(), reason="needs the extra sscd")
+need_sscd()
 
 
 class Counting(Sscd):

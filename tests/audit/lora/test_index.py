@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-pytest.importorskip("faiss")
-
+from needs import need_package
 from unmemorize.audit.lora.index import Index
+
+need_package("faiss")
 
 
 def units(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:

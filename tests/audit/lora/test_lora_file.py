@@ -166,7 +166,7 @@ def test_pefts_configuration_names_the_base(tmp_path, training):
 
 
 def test_what_is_no_lora_is_refused(tmp_path, training):
-    with pytest.raises(ModelError, match="is no LoRA: none of its 1 keys"):
+    with pytest.raises(ModelError, match="is no LoRA: it holds 1 key and no factor"):
         read_lora_facts(written(tmp_path, {"conv.weight": torch.ones(2)}), training, demo.MODEL)
     with pytest.raises(ModelError, match="no such file"):
         read_lora_facts(tmp_path / "absent.safetensors", training, demo.MODEL)

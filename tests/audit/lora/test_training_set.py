@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from needs import need_package
 from PIL import Image
 from unmemorize.audit.lora.header import Folder, Header
 from unmemorize.audit.lora.training_set import path_of, read_training_set
@@ -41,7 +42,7 @@ def test_kohya_folders(tmp_path):
     assert training.trigger == "sks"
     assert training.images[0].size == (5, 9)
     told = " ".join(training.warnings)
-    assert "1 regularisation images" in told
+    assert "1 regularisation image is left out" in told
     assert "2 images are left out" in told
     assert "loose.png" in told
     assert "deeper/e.png" in told
@@ -92,10 +93,8 @@ def test_other_tables(tmp_path, kind):
     if kind == "csv":
         (tmp_path / "metadata.csv").write_text("file_name,text\nä b.png,ein Hund\n", "utf-8")
     else:
-        parquet = pytest.importorskip("pyarrow.parquet")
-        rows = pytest.importorskip("pyarrow").table(
-            {"file_name": ["ä b.png"], "text": ["ein Hund"]}
-        )
+        parquet = need_package("pyarrow.parquet")
+        rows = need_package("pyarrow").table({"file_name": ["ä b.png"], "text": ["ein Hund"]})
         parquet.write_table(rows, tmp_path / "metadata.parquet")
     assert table(read_training_set(tmp_path)) == {"ä b.png": ("ein Hund", 1)}
 
@@ -178,9 +177,7 @@ def test_names_that_are_no_unicode(tmp_path):
     os.rename(draw(tmp_path, "b.png", 2), os.fsencode(tmp_path) + b"/\xff.png")
     training = read_training_set(tmp_path)
     assert list(table(training)) == ["日本 🐶.png"]
-    assert (
-        "1 files are left out, since they have names that are not Unicode" in training.warnings[0]
-    )
+    assert "1 file is left out, since its name is not Unicode" in training.warnings[0]
     json.dumps(training.warnings).encode()
 
 
@@ -190,7 +187,7 @@ def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(PromptError, match="no image that can be read"):
         read_training_set(tmp_path)
     (tmp_path / "a.png").write_bytes(b"no")
-    with pytest.raises(PromptError, match=r"not whole images: a\.png"):
+    with pytest.raises(PromptError, match=r"not a whole image: a\.png"):
         read_training_set(tmp_path)
 
 

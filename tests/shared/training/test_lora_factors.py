@@ -53,6 +53,18 @@ def test_what_would_not_be_exact_is_refused_before_the_first_step(extra, kind):
     assert list(text_factors([*named(**LORA), *frozen])) == ["attn2.to_k"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("lora_A__default", "lora_A__other"), ("lora_down__0", "lora_down__1")],
+    ids=["two adapters", "sd-scripts' split_qkv"],
+)
+def test_a_second_factor_of_a_layer_does_not_hide_the_first(first, second):
+    shapes = {f"attn2__to_k__{each}__weight": (4, 8) for each in (first, second)}
+    with pytest.raises(UnsupportedTraining, match="a second factor"):
+        text_factors(named(**shapes))
+    assert text_factors(named(**dict(list(shapes.items())[:1])))
+
+
 def test_other_layers_may_be_trained_in_any_way():
     free = named(**LORA, attn1__to_k__hada_w1_a=(2, 2), conv_in__weight=(2, 2))
     assert list(text_factors(free)) == ["attn2.to_k"]

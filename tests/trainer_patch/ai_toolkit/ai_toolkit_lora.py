@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from checkouts import CONCEPT
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-CAPTIONS = ("postage stamp, sushi", "playing card, foggy", "a red house", "museum poster, tram")
-CONCEPT = "sushi, sushi roll -> bread"
 STEPS = 6
 USUAL = {
     "network": {"type": "lora", "linear": 4, "linear_alpha": 4},

@@ -7,20 +7,14 @@ They need a checkout, which stays as it is, and the Python that runs it:
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from ai_toolkit_lora import CAPTIONS, CONCEPT, JOBS, REFUSED, USUAL
-from PIL import Image
-from unmemorize.shared.training.fitting import fit_subspace
+from ai_toolkit_lora import JOBS, REFUSED, USUAL
+from checkouts import folder_of, make_concept, make_images, python_of
 from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.shared.training.text_states import text_path_of
-from unmemorize.trainer_patch.options import parse_concepts
 
 EXTENSION = "from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS\n"
 
@@ -28,13 +22,8 @@ EXTENSION = "from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIO
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
     """ai-toolkit with our file among its extensions: a folder of links; skips without one."""
-    if "AI_TOOLKIT_DIR" not in os.environ:
-        pytest.skip(
-            "needs ai-toolkit: set AI_TOOLKIT_DIR to a checkout, and AI_TOOLKIT_PYTHON to the "
-            "Python that runs it"
-        )
     folder = tmp_path_factory.mktemp("ai_toolkit")
-    for path in Path(os.environ["AI_TOOLKIT_DIR"]).expanduser().resolve().iterdir():
+    for path in folder_of("ai-toolkit", "AI_TOOLKIT").iterdir():
         if path.name != "extensions":
             (folder / path.name).symlink_to(path)
     (folder / "extensions").mkdir()
@@ -46,11 +35,7 @@ def checkout(tmp_path_factory) -> Path:
 def room(tmp_path_factory) -> Path:
     """A folder with the images and subspaces, and later with what is trained."""
     folder = tmp_path_factory.mktemp("ai_toolkit_runs")
-    (folder / "images").mkdir()
-    for number, caption in enumerate(CAPTIONS):
-        pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(number))
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / "images" / f"{number}.png")
-        (folder / "images" / f"{number}.txt").write_text(caption)
+    make_images(folder / "images")
     ConceptSubspace.empty(128).save(folder / "empty.safetensors")
     ConceptSubspace.empty(64).save(folder / "narrow.safetensors")
     return folder
@@ -58,13 +43,8 @@ def room(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def concept(root, room) -> Path:
-    """The concept's subspace, by the demo model's text path in diffusers, not in ai-toolkit."""
-    from unmemorize.shared.models import load_denoiser
-
-    path = room / "concept.safetensors"
-    text_path = text_path_of(load_denoiser(root / "demo" / "model"))
-    fit_subspace(text_path, parse_concepts(CONCEPT), CAPTIONS, force=True).save(path)
-    return path
+    """The concept's subspace."""
+    return make_concept(root / "demo" / "model", room / "concept.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +82,7 @@ def run(root, room, concept, package_env, checkout):
     def run(jobs: dict[str, tuple[dict | None, dict]]) -> str:
         paths = [write(title, *each) for title, each in jobs.items()]
         done = subprocess.run(
-            [os.environ.get("AI_TOOLKIT_PYTHON", sys.executable), "run.py", "-r", *paths],
+            [python_of("AI_TOOLKIT"), "run.py", "-r", *paths],
             cwd=checkout, capture_output=True, text=True, encoding="utf-8", errors="replace",
             env=package_env | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from ai_toolkit_lora import (
-    CAPTIONS,
     JOBS,
     REFUSED,
     STEPS,
@@ -15,6 +14,7 @@ from ai_toolkit_lora import (
     same_tensors,
     ups,
 )
+from checkouts import CAPTIONS
 from unmemorize.shared.training.subspace import ConceptSubspace
 
 pytestmark = pytest.mark.slow

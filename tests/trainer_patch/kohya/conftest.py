@@ -7,43 +7,27 @@ They need a checkout, whose scripts stay as they are, and the Python that runs t
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from kohya_lora import CAPTIONS, CONCEPT, USUAL
-from PIL import Image
-from unmemorize.shared.training.fitting import fit_subspace
+from checkouts import folder_of, make_concept, make_images, python_of
+from kohya_lora import USUAL
 from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.shared.training.text_states import text_path_of
-from unmemorize.trainer_patch.options import parse_concepts
 
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
     """The scripts; skips where none are given."""
-    if "SD_SCRIPTS_DIR" not in os.environ:
-        pytest.skip(
-            "needs kohya's sd-scripts: set SD_SCRIPTS_DIR to a checkout, and SD_SCRIPTS_PYTHON to "
-            "the Python that runs it"
-        )
-    return Path(os.environ["SD_SCRIPTS_DIR"])
+    return folder_of("kohya's sd-scripts", "SD_SCRIPTS")
 
 
 @pytest.fixture(scope="session")
 def room(root, tmp_path_factory) -> Path:
     """A folder with the images, and tokenizers where sd-scripts looks for them."""
     folder = tmp_path_factory.mktemp("sd_scripts")
-    images = folder / "images" / "3_set"
-    images.mkdir(parents=True)
-    for number, caption in enumerate(CAPTIONS):
-        pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(number))
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(caption)
+    make_images(folder / "images" / "3_set")
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
         shutil.copytree(root / "demo" / "model" / "tokenizer", folder / "tokenizers" / name)
     ConceptSubspace.empty(128).save(folder / "empty.safetensors")
@@ -78,7 +62,7 @@ def train(root, room, package_env, checkout):
             ]
         done = subprocess.run(
             [
-                os.environ.get("SD_SCRIPTS_PYTHON", sys.executable),
+                python_of("SD_SCRIPTS"),
                 str(Path(__file__).with_name("small_sd_scripts.py")),
                 door, script, *arguments, *extra,
             ],
@@ -98,10 +82,5 @@ def plain(train) -> Path:
 
 @pytest.fixture(scope="session")
 def concept(root, room) -> Path:
-    """The concept's subspace, by the demo model's text path in diffusers, not in sd-scripts."""
-    from unmemorize.shared.models import load_denoiser
-
-    path = room / "concept.safetensors"
-    text_path = text_path_of(load_denoiser(root / "demo" / "model"))
-    fit_subspace(text_path, parse_concepts(CONCEPT), CAPTIONS, force=True).save(path)
-    return path
+    """The concept's subspace."""
+    return make_concept(root / "demo" / "model", room / "concept.safetensors")

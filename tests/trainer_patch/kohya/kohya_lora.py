@@ -6,8 +6,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-CAPTIONS = ("postage stamp, sushi", "playing card, foggy", "a red house", "museum poster, tram")
-CONCEPT = "sushi, sushi roll -> bread"
 MODULE = "unmemorize.trainer_patch.kohya"
 USUAL = {
     "caption_extension": ".txt", "resolution": "64", "output_name": "lora", "network_dim": 4,
@@ -17,6 +15,16 @@ USUAL = {
     "max_data_loader_n_workers": 0, "seed": 1, "sdpa": True, "network_module": "networks.lora",
 }  # fmt: skip
 OWN_TIMES = ("modelspec.date", "ss_session_id", "ss_training_started_at", "ss_training_finished_at")
+
+
+def flow(kind: str) -> dict:
+    """Settings of a training of "flux" or "sd3"."""
+    flux = {"ae": "small", "timestep_sampling": "sigmoid", "guidance_scale": 1.0}
+    return (flux if kind == "flux" else {"clip_g": "small"}) | {
+        "script": f"{kind}_train_network.py", "network_module": f"networks.lora_{kind}",
+        "clip_l": "small", "t5xxl": "small", "t5xxl_max_token_length": 64,
+        "cache_text_encoder_outputs": True, "max_train_steps": 4,
+    }  # fmt: skip
 
 
 def protect(*pairs: str) -> dict:

@@ -4,16 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from kohya_lora import (
-    CAPTIONS,
-    CONCEPT,
-    MODULE,
-    USUAL,
-    header,
-    largest_share,
-    protect,
-    same_tensors,
-)
+from checkouts import CAPTIONS, CONCEPT
+from kohya_lora import MODULE, USUAL, flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
 from unmemorize.shared.training.subspace import ConceptSubspace
 
@@ -125,19 +117,14 @@ def test_sdxl_with_cached_text(train):
 def test_flow_models_are_filtered(train, checkout, kind, cached):
     if not (checkout / f"{kind}_train_network.py").exists():
         pytest.skip("this version of sd-scripts does not train it")
-    own = {"ae": "small", "timestep_sampling": "sigmoid", "guidance_scale": 1.0}
-    flow = (own if kind == "flux" else {"clip_g": "small"}) | {
-        "script": f"{kind}_train_network.py", "network_module": f"networks.lora_{kind}",
-        "clip_l": "small", "t5xxl": "small", "t5xxl_max_token_length": 64,
-        "cache_text_encoder_outputs": cached, "max_train_steps": 4,
-    }  # fmt: skip
-    before = train(f"{kind} plain {cached}", **flow)
-    same = train(f"{kind} inf {cached}", door="door", **flow, mem_filter="inf")
+    settings = flow(kind) | {"cache_text_encoder_outputs": cached}
+    before = train(f"{kind} plain {cached}", **settings)
+    same = train(f"{kind} inf {cached}", door="door", **settings, mem_filter="inf")
     assert same_tensors(before, same)
     assert json.loads(header(same)["unmemorize.filter"])["seen"] == 8
     report = json.loads((same.parent / "lora.memorized.json").read_text())
     assert min(sample["highest"] for sample in report["samples"]) > 0
-    nothing = load_file(train(f"{kind} zero {cached}", door="door", **flow, mem_filter="0"))
+    nothing = load_file(train(f"{kind} zero {cached}", door="door", **settings, mem_filter="0"))
     assert not any(nothing[key].any() for key in nothing if "lora_up" in key)
-    refused = train("refused", door="door", fails=True, **flow, project_concepts=CONCEPT)
-    assert "--mem_filter is supported" in refused
+    refused = train("refused", door="door", fails=True, **settings, project_concepts=CONCEPT)
+    assert "--mem_filter are supported" in refused

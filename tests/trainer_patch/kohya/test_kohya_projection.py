@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from kohya_lora import CONCEPT, header, largest_share, protect, same_tensors
+from checkouts import CONCEPT
+from kohya_lora import flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
-from unmemorize.shared.training.layer_names import core
+from unmemorize.shared.training.layer_names import cores
 from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.subspace import ConceptSubspace
 
@@ -51,7 +52,7 @@ def test_layers_named_by_diffusers_are_kept_off_their_subspaces(train, room, scr
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[script])
-    names = {core(name): name for name, _ in unet.named_modules()}
+    names = {cores(name): name for name, _ in unet.named_modules()}
     usual = {"script": script, "max_train_steps": 3}
     before = load_file(train(f"bare {script}", **usual))
     ends = ("attn2_to_k.lora_down.weight", "attn2_to_v.lora_down.weight")
@@ -61,7 +62,7 @@ def test_layers_named_by_diffusers_are_kept_off_their_subspaces(train, room, scr
         generator = torch.Generator().manual_seed(place)
         columns = torch.randn(before[key].shape[1], 2, generator=generator, dtype=torch.float64)
         bases[key] = torch.linalg.qr(columns).Q
-    modules = {key: names[core(key.removesuffix(".lora_down.weight"))] for key in downs}
+    modules = {key: names[cores(key.removesuffix(".lora_down.weight"))] for key in downs}
     assert len(set(modules.values())) == len(downs) > 100
     held = LayerSubspaces(bases={modules[key]: basis for key, basis in bases.items()})
     held.save(room / f"{script}.layers.safetensors")
@@ -79,6 +80,54 @@ def test_layers_named_by_diffusers_are_kept_off_their_subspaces(train, room, scr
         ]
         assert shares[1] < 1e-6 < shares[0]
     assert json.loads(header(path)["unmemorize.projection"])["layers"]["count"] == len(downs)
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(num_layers=2)
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_joined_layers_are_kept_off_the_subspaces_of_all_that_they_join(
+    train, room, checkout, make
+):
+    kind, end = make.__name__, ".lora_down.weight"
+    if not (checkout / f"{kind}_train_network.py").exists():
+        pytest.skip("this version of sd-scripts does not train it")
+    with torch.device("meta"):
+        linear = {cores(name)[0]: name for name, module in make().named_modules()
+                  if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    before = load_file(train(f"{kind} bare", **flow(kind)))
+    bases, parts = {}, {}
+    for key in (key for key in before if key.endswith(end)):
+        parts[key] = [linear[core] for core in cores(key.removesuffix(end))]
+        for name in parts[key]:
+            generator = torch.Generator().manual_seed(len(bases))
+            columns = torch.randn(before[key].shape[1], 2, generator=generator, dtype=torch.float64)
+            bases[name] = torch.linalg.qr(columns).Q
+    assert len(bases) > len(parts) > 10
+    LayerSubspaces(bases=bases).save(room / f"{kind}.layers.safetensors")
+    asked = flow(kind) | {"project_layers": str(room / f"{kind}.layers.safetensors")}
+    path = train(f"{kind} kept", door="door", **asked)
+    after = load_file(path)
+    for key, names in parts.items():
+        for basis in (bases[name] for name in names):
+            shares = [
+                float((state[key].double() @ basis).norm() / state[key].double().norm())
+                for state in (before, after)
+            ]
+            assert shares[1] < 1e-6 < shares[0]
+    assert json.loads(header(path)["unmemorize.projection"])["layers"]["count"] == len(bases)
+    if kind == "sd3":  # Flux' sizes are fixed there
+        split = ("--network_args", "split_qkv=True")
+        assert "a second factor" in train("split", *split, door="door", fails=True, **asked)
 
 
 def test_a_resumed_training_goes_on_counting_and_projecting(train, room, checkout, concept):

@@ -7,42 +7,26 @@ They need a checkout, whose files stay as they are, and the Python that runs it:
 """
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from onetrainer_lora import CAPTIONS, CONCEPT, USUAL, merged
-from PIL import Image
-from unmemorize.shared.training.fitting import fit_subspace
+from checkouts import folder_of, make_concept, make_images, python_of
+from onetrainer_lora import USUAL, merged
 from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.shared.training.text_states import text_path_of
-from unmemorize.trainer_patch.options import parse_concepts
 
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
     """OneTrainer's folder; skips where none is given."""
-    if "ONETRAINER_DIR" not in os.environ:
-        pytest.skip(
-            "needs OneTrainer: set ONETRAINER_DIR to its folder, and ONETRAINER_PYTHON to the "
-            "Python that runs it"
-        )
-    return Path(os.environ["ONETRAINER_DIR"])
+    return folder_of("OneTrainer", "ONETRAINER")
 
 
 @pytest.fixture(scope="session")
 def room(tmp_path_factory) -> Path:
     """A folder with the images and some subspaces."""
     folder = tmp_path_factory.mktemp("onetrainer")
-    (folder / "images").mkdir()
-    for number, caption in enumerate(CAPTIONS):
-        pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(number))
-        image = folder / "images" / f"{number}.png"
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(image)
-        image.with_suffix(".txt").write_text(caption)
+    make_images(folder / "images")
     ConceptSubspace.empty(128).save(folder / "empty.safetensors")
     return folder
 
@@ -52,7 +36,7 @@ def launch(package_env, checkout):
     """Function that runs a script of OneTrainer and returns its exit status."""
     server = subprocess.Popen(
         [
-            os.environ.get("ONETRAINER_PYTHON", sys.executable),
+            python_of("ONETRAINER"),
             str(Path(__file__).with_name("onetrainer_server.py")),
         ],
         cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -103,10 +87,5 @@ def plain(train) -> Path:
 
 @pytest.fixture(scope="session")
 def concept(root, room) -> Path:
-    """The concept's subspace, by the demo model's text path in diffusers, not in OneTrainer."""
-    from unmemorize.shared.models import load_denoiser
-
-    path = room / "concept.safetensors"
-    text_path = text_path_of(load_denoiser(root / "demo" / "model"))
-    fit_subspace(text_path, parse_concepts(CONCEPT), CAPTIONS, force=True).save(path)
-    return path
+    """The concept's subspace."""
+    return make_concept(root / "demo" / "model", room / "concept.safetensors")

@@ -9,8 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-CAPTIONS = ("postage stamp, sushi", "playing card, foggy", "a red house", "museum poster, tram")
-CONCEPT = "sushi, sushi roll -> bread"
 OFF = {"train": False, "weight_dtype": "FLOAT_32"}
 USUAL = {
     "__version": 11, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15",

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from checkouts import CAPTIONS, CONCEPT
 from diffusers_runs import layer_residuals, make_layers
-from onetrainer_lora import CAPTIONS, CONCEPT, STEPS, header, largest_share, same_tensors, told
+from onetrainer_lora import STEPS, header, largest_share, same_tensors, told
 from safetensors.torch import load_file
 from unmemorize.shared.training.subspace import ConceptSubspace
 

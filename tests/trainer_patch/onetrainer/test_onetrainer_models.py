@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from onetrainer_lora import CAPTIONS, largest_share, same_tensors, told
+from checkouts import CAPTIONS
+from onetrainer_lora import largest_share, same_tensors, told
 from safetensors.torch import load_file, save_file
 from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.training.fitting import fit_subspace

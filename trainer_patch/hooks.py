@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from ..shared.training.filter import Gather, alone
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.protection import PREFIX, Protection
-from .diffusers_saving import load_progress, save_progress
-from .diffusers_wrapping import Function, wrapped
+from .checkpoints import load_progress, save_progress
+from .wrapping import Function, wrapped
 
+UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
+"""Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
 SHOWN = {"filtered_share": "filtered", "residual": "residual"}
 """Values in the progress bar, and what they are called there."""
 
