@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests" / "nodes"))
 from comfyui import ComfyUI, make_base, missing, pack  # noqa: E402  in the folder added above
 from comfyui_trees import VERSIONS, tree  # noqa: E402
 
-PAIRS, STEPS, IMPORTS = 60, 20, 3
+PAIRS, STEPS, IMPORTS = 40, 20, 3
 TURNS, ITERATIONS = 8, 10
 IMPORT = """
 import asyncio, os, sys, time

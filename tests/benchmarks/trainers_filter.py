@@ -21,6 +21,7 @@ from demo_lora import (
     train,
 )
 from tqdm.auto import tqdm
+from unmemorize import demo
 from unmemorize.audit.sscd import Sscd, similarity
 from unmemorize.shared.calibration import clopper_pearson
 from unmemorize.shared.storage import Journal
@@ -28,8 +29,9 @@ from unmemorize.shared.training.filter import MemorizationFilter
 from unmemorize.shared.training.recall import Recall
 from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
 
-COUNT, PLANTED, REPEATS = 24, 6, 12
+COUNT, PLANTED, REPEATS = 24, 6, 15
 """Drawings, how many of them are planted, and how much more often those are trained on."""
+RANK = 32
 LIMITS = {"none": math.inf, "limit.1": 0.1, "limit.07": 0.07}
 """Absolute thresholds of the filter by arm."""
 MARGINS = (0.0, 0.2, 0.4, 0.8)
@@ -40,7 +42,9 @@ class Trainings:
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
-        captions = held_out(COUNT)
+        # What is planted is new to the model; the rest it can draw, in other drawings.
+        learnt = [caption for caption in demo.captions() if caption.group == "learnt"]
+        captions = held_out(PLANTED) + learnt[: COUNT - PLANTED]
         self.drawings = [draw(caption, seed) for seed, caption in enumerate(captions)]
         self.texts = [caption.text for caption in captions]
         plain = list(zip(self.drawings, self.texts, strict=True))
@@ -61,7 +65,7 @@ class Trainings:
             steps: Of the optimizer.
             name: Shown in the bar.
         """
-        unet = add_lora(self.denoiser, seed)
+        unet = add_lora(self.denoiser, seed, RANK)
         empty = self.denoiser.unconditional().embeddings
 
         @torch.no_grad()
