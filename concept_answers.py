@@ -70,6 +70,14 @@ def layer_lines(layers: "LayerSubspaces") -> list[tuple[str, str]]:
             f"{held_out['concept']:.1%} of the concept's inside, {held_out['retained']:.1%} of the "
             "others', median over layers",
         ))  # fmt: skip
+    if layers.regions is None:
+        rows.append(("places", "none: of an earlier version, or no layer tells places apart"))
+    elif places := made.get("places"):
+        rows.append((
+            "places held out",
+            f"{places['concept']:.1%} of the concept's show it, {places['retained']:.1%} of the "
+            "others'",
+        ))  # fmt: skip
     for key in ("pictures", "settings"):
         if key in made:
             rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))

@@ -1,6 +1,7 @@
 """`unmemorize concept layers` and `build --images`, on pictures with a mark and without."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_layers_are_built_from_pictures_told_apart_by_caption(unmemorize):
     assert shown == {key: built[key] for key in built if key != "output"}
     table = CliRunner().invoke(cli.app, ["concept", "show", built["output"]]).stdout
     assert "pictures held out" in table
+    assert made.regions is not None
+    assert 0 <= built["places"]["retained"] <= built["places"]["concept"] <= 1
+    assert "places held out" in table
+    replace(made, regions=None).save(Path("earlier.safetensors"))
+    earlier = CliRunner().invoke(cli.app, ["concept", "show", "earlier.safetensors"]).stdout
+    assert "of an earlier version" in " ".join(earlier.split())
 
 
 def test_a_concept_is_built_from_pictures_alone(unmemorize):

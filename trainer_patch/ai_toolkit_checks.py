@@ -7,7 +7,7 @@ from typing import Any
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
 from .hooks import UNSUPPORTED_MODES
-from .options import NAMES, OptionError, settings_from
+from .options import NAMES, NO_REGIONS, OptionError, settings_from
 from .wrapping import HookMissing
 
 HOOKS = {
@@ -86,6 +86,7 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
     if settings.filter:
         faults += _filter_faults(process)
     if settings.projection:
+        faults += [NO_REGIONS] * settings.projection.regions
         faults += _projection_faults(process, of_text=settings.projection.of_text)
     _refuse(faults)
 

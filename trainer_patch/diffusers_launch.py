@@ -18,7 +18,7 @@ from .diffusers_saving import WEIGHTS, saving_hooks
 from .diffusers_session import protected, validate
 from .diffusers_text import load_text_side
 from .hooks import accelerate_hooks, gather_of, progress_hooks
-from .options import add_options, settings_from
+from .options import NO_REGIONS, add_options, settings_from
 from .wrapping import Function, HookMissing, wrapped
 
 NEEDED = ("pretrained_model_name_or_path", "output_dir")
@@ -98,7 +98,7 @@ class Launch:
             self.arguments = original(parser, *args, **kwargs)
             self.settings = settings_from(vars(self.arguments))
             if self.settings:
-                _validate_arguments(self.arguments)
+                _validate_arguments(self.arguments, self.settings)
             return self.arguments
 
         return parse_args
@@ -174,11 +174,13 @@ class Launch:
         return end_training
 
 
-def _validate_arguments(arguments: argparse.Namespace) -> None:
+def _validate_arguments(arguments: argparse.Namespace, settings: ProtectionSettings) -> None:
     """Raise UnsupportedTraining, with all reasons, for what a script is asked to do."""
     given = vars(arguments)
     faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
     faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
+    if settings.projection and settings.projection.regions:
+        faults.append(NO_REGIONS)
     if faults:
         raise UnsupportedTraining(
             f"This training cannot be protected. Leave away what is not supported: "

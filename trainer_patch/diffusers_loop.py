@@ -5,11 +5,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..shared.diffusers_adapter import PipelineDenoiser
 from ..shared.training.protection import Protection
 from ..shared.training.sample_log import Sample
+from .diffusers_regions import SparedTargets
 from .diffusers_saving import stamp
 from .diffusers_session import protected, validate
 from .hooks import accelerate_hooks, gather_of
@@ -24,6 +26,22 @@ class ProtectedLoop:
         self.samples: Sequence[Sample | str | Path] = ()
         """Who is in the next batch, for the report; samples or files. Set it in each step, or
         captions are told apart by what the text encoder makes of them."""
+        self._spared: SparedTargets | None = None
+
+    def target(self, target: Tensor, latents: Tensor) -> Tensor:
+        """Return what a step teaches: with `project_regions`, nothing where the concept shows.
+
+        Asked between the network's prediction and the loss. Whatever is not asked for costs
+        nothing, and the target comes back as it is.
+
+        Args:
+            target: What the loop would teach, [sample channel height width].
+            latents: Clean ones, in the network's scale, of the same shape.
+
+        Raises:
+            UnsupportedTraining: `samples` tell no captions.
+        """
+        return self._spared.target(target, latents, self._named()) if self._spared else target
 
     def stamp(self, path: str | Path) -> None:
         """Write into a saved LoRA's header how it was trained, and check the LoRA.
@@ -102,6 +120,9 @@ def protect(
         )
         if accelerator is not None:
             undo.enter_context(accelerate_hooks(accelerator, lambda: protection))
+        if protection.spared:
+            loop._spared = SparedTargets(network, denoiser, protection.spared)
+            undo.enter_context(loop._spared.attached())
         yield loop
         protection.flush()
         if accelerator is not None:

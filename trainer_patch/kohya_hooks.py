@@ -12,6 +12,7 @@ from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.settings import ProtectionSettings
 from .kohya_filter import StepFilter
+from .kohya_regions import StepRegions
 from .kohya_samples import BatchSamples
 from .kohya_saving import keep_state, output_of, wrap_saving
 from .kohya_text import TextSide
@@ -72,6 +73,10 @@ def _hook_steps(
         _replace(training.accelerator, "end_training", _before(
             lambda: _meet(training, protection), training.accelerator.end_training
         ), undo)  # fmt: skip
+
+    if protection.spared:
+        regions = StepRegions(training, protection.spared, samples, text, network)
+        _replace(trainer, *regions.wrap(), undo)
 
     def protect() -> None:
         protection.protect(network)

@@ -27,6 +27,11 @@ TRAINER_HOOKS = {
     "all_reduce_network": ("accelerator", "network"),
     "generate_step_logs": (),
 }
+STEP = "get_noise_pred_and_target"
+"""Method whose call gives a step's prediction with its target; since v0.10."""
+STEP_PARAMETERS = (
+    "noise_scheduler", "latents", "batch", "text_encoder_conds", "unet", "weight_dtype", "is_train"
+)  # fmt: skip
 NETWORK_HOOKS = ("prepare_grad_etc", "on_epoch_start", "save_weights")
 WEIGHTS = 'batch["loss_weights"]'
 """Where the trainer reads the weight of each sample's loss."""
@@ -73,11 +78,8 @@ class Training:
     @property
     def predicts(self) -> str:
         """Method whose call gives a step's prediction, and whose repetition another one."""
-        own, base = (
-            getattr(each, "get_noise_pred_and_target", None)
-            for each in (type(self.trainer), self.base)
-        )
-        return "call_unet" if own is base else "get_noise_pred_and_target"
+        own, base = (getattr(each, STEP, None) for each in (type(self.trainer), self.base))
+        return "call_unet" if own is base else STEP
 
     @property
     def has_unet(self) -> bool:
@@ -117,9 +119,14 @@ def check_training(training: Training, settings: ProtectionSettings) -> None:
     faults = []
     if not training.has_unet:
         faults += _flow_faults(training, settings)
+    spares = settings.projection is not None and settings.projection.regions
+    if spares and not hasattr(training.base, STEP):
+        faults.append("project_regions needs sd-scripts from v0.10 on")
     _refuse(faults)
     if settings:
         _require(training.trainer, TRAINER_HOOKS)
+    if spares:
+        _require(training.trainer, {STEP: STEP_PARAMETERS})
     if settings.filter:
         _require(training.trainer, {training.predicts: ("batch",)})
         _check_order(training)
@@ -137,6 +144,8 @@ def _flow_faults(training: Training, settings: ProtectionSettings) -> Iterator[s
             "of text states can be kept out exactly: leave out --project_concepts; "
             "--project_layers and --mem_filter are supported"
         )
+    if settings.projection and settings.projection.regions:
+        yield f"{name}: project_regions is there for SD 1, SD 2 and SDXL: leave it out"
     if settings.filter and not training.args.network_train_unet_only:
         yield "the filter needs the text as it was: add --network_train_unet_only"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
-from .options import NAMES, refuse_unknown
+from .options import NAMES, NO_REGIONS, refuse_unknown
 from .wrapping import Function, wrapped
 
 TIMESTEPS = 1000
@@ -75,6 +75,7 @@ def validate(config: Any, settings: ProtectionSettings) -> None:
     """
     faults = list(_of_both(config))
     if settings.projection:
+        faults += [NO_REGIONS] * settings.projection.regions
         faults += _of_projection(config, of_text=settings.projection.of_text)
     if faults:
         raise UnsupportedTraining(f"Not supported: {'; '.join(faults)}.")

@@ -15,6 +15,13 @@ PREFIXES = ("project_", "mem_filter")
 """How all of the names begin."""
 ARROW = "->"
 """Between a concept's names and its neutral word."""
+ALONE = ("project_layers", "project_regions")
+"""Of the projection, what goes without the concept's names."""
+NO_REGIONS = (
+    "project_regions is not there for this trainer, only for kohya's sd-scripts and one's own loop "
+    "(trainer_patch.diffusers_loop): leave it out"
+)
+"""Why a trainer's adapter refuses an option."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -47,6 +54,12 @@ OPTIONS = (
         help="keep every other layer of the LoRA off what the concept's pictures put into it: the "
         ".safetensors file that `unmemorize concept layers` made from them with the model that is "
         "trained. Alone, or beside --project_concepts, which the layers that read text need.",
+    ),
+    Option(
+        name="project_regions",
+        help="where training pictures whose captions name the concept show it, teach what the "
+        "model does without the LoRA: without this a LoRA can draw the concept unasked. Needs "
+        "--project_layers; up to two more forward passes without gradient for such pictures.",
     ),
     Option(
         name="project_energy",
@@ -128,9 +141,14 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
     }
     given = {name: text for name, text in texts.items() if text}
     for prefix, needed in zip(PREFIXES, ("project_concepts", "mem_filter"), strict=True):
-        idle = [name for name in given if name.startswith(prefix) and name != "project_layers"]
+        idle = [name for name in given if name.startswith(prefix) and name not in ALONE]
         if idle and needed not in given:
             raise OptionError(f"--{idle[0]} does nothing without --{needed}.")
+    if _switch(given, "project_regions") and "project_layers" not in given:
+        raise OptionError(
+            "--project_regions needs --project_layers: the file tells where pictures show the "
+            "concept."
+        )
     try:
         return ProtectionSettings(projection=_projection(given), filter=_filter(given))
     except OptionError:
@@ -172,6 +190,7 @@ def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
         concepts=() if saved else parse_concepts(text),
         file=Path(text) if saved else None,
         layers=Path(layers) if layers is not None else None,
+        regions=_switch(given, "project_regions"),
         energy=_number(given, "project_energy", float, 0.95),
         cap=_number(given, "project_cap", int, None),
         force=_switch(given, "project_force"),

@@ -15,6 +15,7 @@ from ..detection import Progress
 from .activations import CAP, fit_layers, listening, run_through, shares_inside
 from .layer_subspaces import LayerSubspaces
 from .lora_factors import TEXT_FED
+from .region_fitting import fit_regions, share_shown
 from .sketch import Sketch
 
 HOLD_OUT = 4
@@ -76,8 +77,9 @@ def fitted_layers(
         progress: Called with how many more pictures were run through the network.
 
     Returns:
-        Subspaces whose provenance tells the pictures and, for those held out, the median over the
-        layers of the share that lies inside.
+        Subspaces, and with them where pictures show the concept. The provenance tells the pictures
+        and, for those held out, the median over the layers of the share that lies inside and the
+        share of places that show the concept.
 
     Raises:
         TooFewPictures: There are fewer than `HOLD_OUT` on a side.
@@ -95,7 +97,13 @@ def fitted_layers(
     made = fit_layers(*heard, energy=energy, cap=cap)
     shares = shares_inside(made.bases, *tested)
     told = {"names": list(names)} | _told(concept, others, shares)
-    return replace(made, provenance={**made.provenance, **told})
+    regions = fit_regions(denoiser, network, made.bases, others.part(held_out=False).latents)
+    if regions is not None:
+        told["places"] = {
+            name: share_shown(regions, denoiser, network, side.part(held_out=True).latents)
+            for name, side in (("concept", concept), ("retained", others))
+        }
+    return replace(made, provenance={**made.provenance, **told}, regions=regions)
 
 
 def silent_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -12,10 +12,15 @@ from ..arrays import Tensor
 from ..storage import replace_atomically
 from ..weights import ModelError, check_finite, name_some, read_header
 from .layer_names import cores
+from .regions import ConceptRegions
 from .subspace import ConceptSubspace, provenance_in
 
 HEADER = "unmemorize.layers"
 """Where a file keeps the provenance, as JSON."""
+REGIONS = "unmemorize.regions"
+"""Where a file keeps units, limit and noise level of its regions, as JSON."""
+CENTRE = "centre/"
+"""Before the layer's name of a centre of the regions."""
 DEPENDENT = 1e-10
 """Singular values of several bases side by side up to this are rounding."""
 
@@ -41,6 +46,9 @@ class LayerSubspaces:
     """By layer [width rank], orthonormal columns, float64 on the CPU; rank 0 forbids nothing."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How they were made: plain data, kept with the file."""
+    regions: ConceptRegions | None = None
+    """Where pictures show the concept, by some of the layers, as they were measured. None where no
+    layer tells places apart, and in files of earlier versions."""
 
     def __post_init__(self):
         for name, basis in self.bases.items():
@@ -77,8 +85,13 @@ class LayerSubspaces:
         from safetensors.torch import save_file
 
         header = {HEADER: json.dumps(dict(self.provenance), sort_keys=True)}
+        tensors = dict(self.bases)
+        if found := self.regions:
+            told = {"units": dict(found.units), "limit": found.limit, "sigma": found.sigma}
+            header[REGIONS] = json.dumps(told, sort_keys=True)
+            tensors |= {CENTRE + name: centre for name, centre in found.centres.items()}
         with replace_atomically(path) as part:
-            save_file({n: b.contiguous() for n, b in self.bases.items()}, part, metadata=header)
+            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=header)
 
     @classmethod
     def load(cls, path: Path) -> "LayerSubspaces":
@@ -94,12 +107,21 @@ class LayerSubspaces:
             header = (file.metadata() or {}).get(HEADER)
             if header is None:
                 raise ModelError(f"{path} holds no subspaces of layers that this package wrote.")
+            regions = (file.metadata() or {}).get(REGIONS)
             bases = {key: file.get_tensor(key) for key in file.keys()}
         check_finite(bases, str(path))
         try:
-            return cls(bases=bases, provenance=provenance_in(header))
-        except ValueError as error:
+            found = None if regions is None else _regions_in(regions, bases)
+            return cls(bases=bases, provenance=provenance_in(header), regions=found)
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
+
+
+def _regions_in(header: str, tensors: dict[str, Tensor]) -> ConceptRegions:
+    """Return the regions of a file, and take their tensors away from those of the subspaces."""
+    told = json.loads(header)
+    centres = {name: tensors.pop(CENTRE + name) for name in told["units"]}
+    return ConceptRegions(bases={name: tensors[name] for name in centres}, centres=centres, **told)
 
 
 def _span(bases: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from .guarded import guarded_factors, guarded_in
 from .layer_subspaces import LayerSubspaces
 from .projection import Projection, ProjectionFailed, check, check_file
 from .settings import ProjectionSettings
+from .spared import SparedTraining
 from .subspace import ConceptSubspace
 from .text_states import TextPath
 
@@ -28,6 +29,8 @@ class ProjectedTraining:
         """Of text states."""
         self.layers: LayerSubspaces | None = None
         """Of the layers that read no text; once a LoRA is there, of those that it trains."""
+        self.spared: SparedTraining | None = None
+        """Where regions of the concept are asked for."""
         self.projection: Projection | None = None
         self.residual: float | None = None
         """Largest |A V| / |A| when it was last measured."""
@@ -38,6 +41,9 @@ class ProjectedTraining:
         self.layers = self.settings.layer_subspaces()
         if self.subspace is not None:
             logger.info("Concept subspace: %s", describe(self.subspace))
+        if self.settings.regions:
+            names = self.layers.provenance.get("names", ())
+            self.spared = SparedTraining(self.layers.regions, names)
 
     def protect(self, network: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
         """Find the factors to project; see `Protection.protect`."""
@@ -71,20 +77,35 @@ class ProjectedTraining:
         if not self._is_clear(factors):
             Projection(factors, self._subspaces, layers=self.layers).project_weights()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs, once there is a LoRA."""
+        state: dict[str, Any] = {"steps": self.projection.steps}
+        return state | ({"regions": self.spared.state_dict()} if self.spared else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; what is not in it starts anew."""
+        self.projection.steps = state.get("steps", self.projection.steps)
+        if self.spared and "regions" in state:
+            self.spared.load_state_dict(state["regions"])
+
     def finish(self) -> None:
         """Check the factors at the end.
 
         Raises:
             ProjectionFailed: There never were any, no step was projected, or some reach into their
                 subspace.
+            NothingSpared: Regions were asked for, and no step's target was given to them.
         """
         if self.projection is None:
             raise ProjectionFailed("No LoRA was ever given to the projection.")
         logger.info("Projection: |A V| / |A| at most %.1e", self.projection.check())
+        if self.spared:
+            self.spared.finish()
 
     def account(self) -> dict[str, Any]:
         """Return what a LoRA's header tells of it."""
-        return projection_account(self.subspace, self.layers, self.projection, self.residual)
+        told = projection_account(self.subspace, self.layers, self.projection, self.residual)
+        return told | ({"regions": self.spared.account()} if self.spared else {})
 
     @property
     def _reads_text(self) -> bool:

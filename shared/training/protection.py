@@ -21,6 +21,7 @@ from .projection import Projection, ProjectionFailed
 from .replay import RandomState
 from .sample_log import Sample
 from .settings import ProtectionSettings
+from .spared import NothingSpared, SparedTraining
 from .subspace import ConceptSubspace
 from .text_states import TextPath
 
@@ -58,10 +59,8 @@ class Protection:
             span: Lowest and highest timestep of the training.
         """
         self.settings = settings
-        self._projected: ProjectedTraining | None = None
+        self._projected = ProjectedTraining(settings.projection) if settings.projection else None
         self._filtered: FilteredTraining | None = None
-        if asked := settings.projection:
-            self._projected = ProjectedTraining(asked)
         if asked := settings.filter:
             self._filtered = FilteredTraining(
                 asked, output=output, process=process, processes=processes, gather=gather,
@@ -77,6 +76,11 @@ class Protection:
     def projection(self) -> Projection | None:
         """Of the factors, once the LoRA is there, where one is asked for."""
         return self._projected and self._projected.projection
+
+    @property
+    def spared(self) -> SparedTraining | None:
+        """Changes targets in the concept's regions, once it is fitted, where that is asked for."""
+        return self._projected and self._projected.spared
 
     @property
     def filter(self) -> MemorizationFilter | None:
@@ -213,17 +217,15 @@ class Protection:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data that JSON can hold."""
         self.flush()
-        state = {}
-        if self.projection:
-            state["steps"] = self.projection.steps
+        state = self._projected.state_dict() if self.projection else {}
         if self.filter:
             state["filter"] = self.filter.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; what another run was not asked for starts anew."""
-        if self.projection and "steps" in state:
-            self.projection.steps = state["steps"]
+        if self.projection:
+            self._projected.load_state_dict(state)
         if self.filter and "filter" in state:
             self.filter.load_state_dict(state["filter"])
         self.start()
@@ -234,15 +236,14 @@ class Protection:
         In the first process only, after the last saving.
 
         Raises:
-            ProtectionFailed: No step was projected, factors are in the subspace, or no sample was
-                seen.
+            ProtectionFailed: Something that was asked for had not happened.
             StorageError: The report cannot be written.
         """
         faults = []
         for part in filter(None, (self._projected, self._filtered)):
             try:
                 part.finish()
-            except (ProjectionFailed, NoSampleSeen) as error:
+            except (ProjectionFailed, NothingSpared, NoSampleSeen) as error:
                 faults.append(str(error))
         if faults:
             raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was asked for.")

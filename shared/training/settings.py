@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..weights import ModelError
 from .concept import Concept
 from .filter import Action
 from .fitting import fit_subspace
@@ -25,6 +26,8 @@ class ProjectionSettings:
     """A saved subspace in place of `concepts`, built with the model that is trained."""
     layers: Path | None = None
     """Saved subspaces of the layers that read no text, alone or beside one of the two above."""
+    regions: bool = False
+    """Teach nothing where pictures show the concept, as the file of `layers` tells it."""
     energy: float = 0.95
     """Share of each concept's own energy to cover, in (0, 1]."""
     cap: int | None = None
@@ -37,6 +40,8 @@ class ProjectionSettings:
             raise ValueError("Give either `concepts` or `file`, the saved subspace of some.")
         if not self.of_text and self.layers is None:
             raise ValueError("Give `concepts`, `file` or `layers`.")
+        if self.regions and self.layers is None:
+            raise ValueError("`regions` needs `layers`, whose file tells them.")
         if not 0 < self.energy <= 1:
             raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}.")
         if self.cap is not None and self.cap < 1:
@@ -71,9 +76,18 @@ class ProjectionSettings:
         """Return the saved subspaces of layers, None where there are none.
 
         Raises:
-            ModelError: The file is damaged.
+            ModelError: The file is damaged, or tells no regions that are asked for.
         """
-        return None if self.layers is None else LayerSubspaces.load(self.layers)
+        if self.layers is None:
+            return None
+        found = LayerSubspaces.load(self.layers)
+        if self.regions and found.regions is None:
+            raise ModelError(
+                f"{self.layers} does not tell where pictures show the concept. Build it again: "
+                "unmemorize concept layers. Where `concept show` tells of no places then either, "
+                "none of the model's layers tells places apart."
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from concept_regions import find_regions, spared
 from demo_lora import (
     MARK,
     MARK_COLOUR,
@@ -38,6 +37,7 @@ from unmemorize.shared.training.fitting import fit_subspace
 from unmemorize.shared.training.guarded import guarded_factors
 from unmemorize.shared.training.lora_factors import text_factors
 from unmemorize.shared.training.projection import Projection
+from unmemorize.shared.training.regions import looking, spared
 from unmemorize.shared.training.text_states import text_path_of
 
 CONCEPT = Concept(names=(MARK, f"{MARK}s", "zorp"), neutral="star")
@@ -143,8 +143,9 @@ class Trial:
         self.layers = layer_fitting.fitted_layers(
             denoiser, unet, *sides, names=CONCEPT.names, cap=max(arm.layers for arm in ARMS)
         )
-        self.regions = torch.zeros_like(self.marked.latents[:, :1])
-        self.regions[1::2] = find_regions(denoiser, unet, self.layers, *sides)
+        regions = self.layers.regions
+        self.regions = torch.zeros_like(self.marked.latents[:, :1], dtype=torch.bool)
+        self.regions[1::2] = regions.find(unet, looking(denoiser, regions.sigma), sides[0].latents)
 
     def projection(self, arm: Arm) -> Projection | None:
         """Return what an arm projects on the LoRA that is there."""

@@ -228,6 +228,11 @@ def test_no_metadata_is_none_of_ours(train):
         ((CONCEPT,), {"network_train_unet_only": False}, "add --network_train_unet_only"),
         ((CONCEPT,), {"save_model_as": "ckpt"}, "use --save_model_as safetensors"),
         (("mem_filter=1",), {"deepspeed": True}, "leave out --deepspeed"),
+        (
+            (f"project_layers={__file__}", "project_regions=true"),
+            {},
+            "project_regions needs sd-scripts from v0.10 on",
+        ),
         (("project_concept=sushi",), {}, "`project_concept` is not an option"),
         ((CONCEPT,), {}, "or force it"),
     ],

@@ -125,6 +125,12 @@ def test_what_is_not_supported_is_refused_with_what_to_set(projection, changed, 
         validate(config_of(**changed), projection)
 
 
+def test_regions_are_refused(tmp_path):
+    asked = ProjectionSettings(layers=tmp_path / "layers.safetensors", regions=True)
+    with pytest.raises(UnsupportedTraining, match="project_regions is not there for this trainer"):
+        validate(config_of("sd"), ProtectionSettings(projection=asked))
+
+
 def test_all_faults_are_told_at_once(projection):
     config = config_of(
         multi_gpu=True, cloud=SimpleNamespace(enabled=True), trained=("text_encoder",)

@@ -79,6 +79,11 @@ def test_layers_stand_alone_or_beside_concepts(tmp_path):
     assert not alone.of_text
     both = settings_from({"project_layers": str(path), "project_concepts": TEXT}).projection
     assert (both.layers, both.concepts, both.of_text) == (path, (MOUSE, PIKACHU), True)
+    spared = settings_from({"project_layers": str(path), "project_regions": "true"}).projection
+    assert spared == ProjectionSettings(layers=path, regions=True)
+    for given in ({"project_regions": True}, {"project_regions": "on", "project_concepts": TEXT}):
+        with pytest.raises(OptionError, match="--project_regions needs --project_layers"):
+            settings_from(given)
     with pytest.raises(OptionError, match="--project_energy does nothing without --project_conc"):
         settings_from({"project_layers": str(path), "project_energy": "0.9"})
 

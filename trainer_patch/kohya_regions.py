@@ -1,0 +1,115 @@
+"""The concept's regions in a step of sd-scripts: its target there is as predicted without LoRA."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..shared.training.regions import Look, still_noise
+from ..shared.training.replay import RandomState, aside
+from ..shared.training.spared import SparedTraining
+from .kohya_samples import BatchSamples
+from .kohya_text import TextSide, without_text
+from .kohya_training import STEP, Training
+from .rows import take_rows
+from .wrapping import HookMissing
+
+Hook = Callable[..., Any]
+
+
+class StepRegions:
+    """Wraps the trainer's method that gives a step's prediction together with its target."""
+
+    def __init__(
+        self,
+        training: Training,
+        spared: SparedTraining,
+        samples: BatchSamples,
+        text: TextSide,
+        network: torch.nn.Module,
+    ):
+        """Encode the empty prompt, while the text encoders are there.
+
+        Args:
+            training: Of SD 1, SD 2 or SDXL.
+            spared: Of the training.
+            samples: Who is in a batch.
+            text: The training's text path.
+            network: The LoRA, which can be turned down to nothing.
+
+        Raises:
+            HookMissing: It cannot.
+        """
+        if not hasattr(network, "set_multiplier"):
+            raise HookMissing(
+                f"{type(network).__name__} has no set_multiplier, by which project_regions turns "
+                "the LoRA off."
+            )
+        samples.show()
+        self._training, self._spared, self._samples = training, spared, samples
+        self._empty, self._network = text.encode([""]), network
+
+    def wrap(self) -> tuple[str, Hook]:
+        """Return the name of the trainer's method to replace and what to replace it by."""
+        original = getattr(self._training.trainer, STEP)
+        signature = inspect.signature(original)
+
+        def predict(*args: Any, **kwargs: Any) -> tuple:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            if not given["is_train"]:
+                return original(*args, **kwargs)
+            state = RandomState.now(self._training.accelerator.device)
+            result = original(*args, **kwargs)
+            if not (rows := self._spared.naming(self._samples.of(given["batch"]))):
+                return result
+            prediction, target, timesteps, *rest = result
+
+            def base(places: Tensor) -> Tensor:
+                with aside(state):  # draws the same noise and timesteps
+                    repeated = original(**given | {"is_train": False})
+                if not torch.equal(timesteps, repeated[2]):
+                    raise HookMissing("A repeated prediction drew other timesteps than the first.")
+                return repeated[0][places]
+
+            with aside(state), self._without_lora():
+                target = self._spared.target(
+                    target, given["latents"], rows, base=base, look=self._look(given, rows),
+                    network=self._training.accelerator.unwrap_model(given["unet"]),
+                )  # fmt: skip
+            return prediction, target, timesteps, *rest
+
+        return STEP, predict
+
+    def _look(self, given: dict[str, Any], rows: list[int]) -> Look:
+        """Return how the trainer looks at the pictures of some rows."""
+        training, scheduler = self._training, given["noise_scheduler"]
+        kept = scheduler.alphas_cumprod
+        sigmas = ((1 - kept) / kept).sqrt()
+        nearest = int((sigmas - self._spared.regions.sigma).abs().argmin())
+        places, count = torch.tensor(rows), len(given["latents"])
+        batch, text = (take_rows(given[n], places, count) for n in ("batch", "text_encoder_conds"))
+
+        def look(latents: Tensor) -> None:
+            timesteps = torch.full((len(latents),), nearest, device=latents.device)
+            noisy = scheduler.add_noise(latents, still_noise(latents), timesteps)
+            with training.accelerator.autocast():
+                training.trainer.call_unet(
+                    training.args, training.accelerator, given["unet"], noisy, timesteps,
+                    without_text(text, self._empty), batch, given["weight_dtype"],
+                )  # fmt: skip
+
+        return look
+
+    @contextmanager
+    def _without_lora(self) -> Iterator[None]:
+        before = self._network.multiplier
+        self._network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self._network.set_multiplier(before)
