@@ -32,6 +32,8 @@ from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuan
 COUNT, PLANTED, REPEATS = 24, 6, 15
 """Drawings, how many of them are planted, and how much more often those are trained on."""
 RANK = 32
+PICTURES = 2
+"""Of each caption."""
 LIMITS = {"none": math.inf, "limit.1": 0.1, "limit.07": 0.07}
 """Absolute thresholds of the filter by arm."""
 MARGINS = (0.0, 0.2, 0.4, 0.8)
@@ -59,8 +61,7 @@ class Trainings:
         """Train a LoRA with the weights that `weigh` gives the samples of a step.
 
         Args:
-            weigh: Called with a step and the prediction without text of its samples, or of those
-                that a second argument picks.
+            weigh: Called with a step, the prediction without text of its samples, and who they are.
             seed: Of the LoRA and of the order.
             steps: Of the optimizer.
             name: Shown in the bar.
@@ -128,7 +129,6 @@ class Critic:
 
     trainings: Trainings
     sscd: Sscd
-    seeds: int = 2
 
     def judge(self) -> dict[str, float]:
         """Return the figures of the LoRA that is there.
@@ -142,7 +142,7 @@ class Critic:
                          files=mine.pictures.files[:COUNT])  # fmt: skip
         made = [
             self.sscd.embed(denoiser.generate(mine.texts, [seed] * COUNT, 20, 5.0))
-            for seed in range(self.seeds)
+            for seed in range(PICTURES)
         ]
         trained = [self.sscd.embed(s) for s in (mine.drawings, decoded(denoiser, first.latents))]
         near = torch.stack([

@@ -115,8 +115,8 @@ class Eye:
 class Trial:
     """A training set, half of which bears the mark and its name, and what is asked afterwards."""
 
-    def __init__(self, denoiser, work: Path, seeds: int = 1):
-        self.denoiser, self.work, self.seeds, self.eye = denoiser, work, seeds, Eye(denoiser)
+    def __init__(self, denoiser, work: Path):
+        self.denoiser, self.work, self.eye = denoiser, work, Eye(denoiser)
         captions = held_out(SHOWN.stop)
 
         def pictures(places: Sequence[int], marked: Callable[[int], bool]) -> Pictures:
@@ -203,10 +203,7 @@ class Trial:
 
     def presence(self, end: str) -> float:
         texts = [text + end for text in self.rest.captions]
-        return statistics.mean(
-            self.eye.presence(self.denoiser.generate(texts, [seed] * len(texts), 20, 5.0))
-            for seed in range(self.seeds)
-        )
+        return self.eye.presence(self.denoiser.generate(texts, [0] * len(texts), 20, 5.0))
 
     def attacked(self) -> float:
         """Return the presence by a word that is learnt from marked pictures never trained on."""
@@ -257,7 +254,7 @@ def measure_projection(
         }
         bench |= {f"trainers.projection.{name}.{key}": value
                   for key, value in (means[name] | figures).items()}  # fmt: skip
-        count = len(trial.rest.captions) * trial.seeds * seeds
+        count = len(trial.rest.captions) * seeds
         low, high = clopper_pearson(round(means[name]["by_name"] * count), count)
         print(f"{name:<10}" + "".join(f"{means[name][key]:>15.4f}" for key in columns)
               + "".join(f"{value:>8.3f}" for value in figures.values())
