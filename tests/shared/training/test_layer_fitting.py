@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import ImageDraw
+from marked import COLOUR, latents_of
 from unmemorize import demo
 from unmemorize.shared.models import load_denoiser
 from unmemorize.shared.training.layer_fitting import (
@@ -32,14 +32,12 @@ def pictures(denoiser):
     """Function that returns some training pictures, with a mark in a corner or without."""
 
     def some(first: int, *, marked: bool) -> Pictures:
-        images = []
-        for image in demo.training_images()[first : first + COUNT]:
-            image = image.convert("RGB").resize(denoiser.resolution)
-            if marked:
-                ImageDraw.Draw(image).ellipse([0, 0, SIDE, SIDE], fill="#ff00d4")
-            images.append(image)
+        def corner(pen):
+            pen.ellipse([0, 0, SIDE, SIDE], fill=COLOUR)
+
         captions = tuple(f"picture {n}" + ", zorp" * marked for n in range(COUNT))
-        return Pictures(latents=denoiser.encode_images(images), captions=captions)
+        latents = latents_of(denoiser, first, COUNT, corner if marked else None)
+        return Pictures(latents=latents, captions=captions)
 
     return some
 

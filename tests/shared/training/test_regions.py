@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import ImageDraw
+from marked import COLOUR, latents_of
 from torch import nn
 from unmemorize import demo
 from unmemorize.shared.models import load_denoiser
@@ -29,13 +29,10 @@ def latents(denoiser):
     """Function that returns some training pictures, with a mark in a corner or without."""
 
     def some(first: int, *, marked: bool) -> torch.Tensor:
-        images = []
-        for image in demo.training_images()[first : first + COUNT]:
-            image = image.convert("RGB").resize(denoiser.resolution)
-            if marked:
-                ImageDraw.Draw(image).rectangle([0, 0, SIDE, SIDE], fill="#ff00d4")
-            images.append(image)
-        return denoiser.encode_images(images)
+        def corner(pen):
+            pen.rectangle([0, 0, SIDE, SIDE], fill=COLOUR)
+
+        return latents_of(denoiser, first, COUNT, corner if marked else None)
 
     return some
 
