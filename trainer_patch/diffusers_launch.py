@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.protection import Protection
 from ..shared.training.settings import ProtectionSettings
+from .diffusers_predictions import SparedPredictions
+from .diffusers_regions import SparedTargets
 from .diffusers_samples import BatchSamples, captions_of
 from .diffusers_saving import WEIGHTS, saving_hooks
 from .diffusers_session import protected, validate
-from .diffusers_text import load_text_side
+from .diffusers_text import complete, load_text_side
 from .hooks import accelerate_hooks, gather_of, progress_hooks
-from .options import NO_REGIONS, add_options, settings_from
+from .options import add_options, settings_from
 from .wrapping import Function, HookMissing, wrapped
 
 NEEDED = ("pretrained_model_name_or_path", "output_dir")
@@ -121,6 +123,7 @@ class Launch:
     def _protect(self, accelerator: Any, objects: Sequence[Any]) -> None:
         """Protect the training whose parts a script has just put together."""
         validate(self.network, self.settings, accelerator)
+        _validate_regions(self.network, self.settings)
         given = vars(self.arguments)
         column = given.get("caption_column")
         loaders = [each for each in objects if isinstance(each, DataLoader)]
@@ -132,24 +135,33 @@ class Launch:
             processes=accelerator.num_processes,
             gather=gather_of(accelerator),
         )
+        text_side = load_text_side(
+            given["pretrained_model_name_or_path"],
+            self.network,
+            revision=given.get("revision"),
+            variant=given.get("variant"),
+            max_sequence_length=given.get("max_sequence_length"),
+        )
+        prior_preservation = bool(given.get("with_prior_preservation"))
         self._undo.enter_context(
             protected(
                 protection,
                 self.network,
                 [each for each in objects if isinstance(each, Optimizer)],
-                load_text_side(
-                    given["pretrained_model_name_or_path"],
-                    self.network,
-                    revision=given.get("revision"),
-                    variant=given.get("variant"),
-                    max_sequence_length=given.get("max_sequence_length"),
-                ),
+                text_side,
                 captions=captions,
                 samples=self._samples,
                 prediction_type=given.get("prediction_type"),
-                prior_preservation=bool(given.get("with_prior_preservation")),
+                prior_preservation=prior_preservation,
             )
         )
+        if protection.spared:
+            targets = SparedTargets(self.network, text_side, protection.spared)
+            complete(text_side, self.network)
+            predictions = SparedPredictions(
+                self.network, targets, self._samples, prior_preservation=prior_preservation
+            )
+            self._undo.enter_context(predictions.attached())
         for loader in loaders:
             self._samples.sign(loader, column)
         self.protection = protection
@@ -179,10 +191,20 @@ def _validate_arguments(arguments: argparse.Namespace, settings: ProtectionSetti
     given = vars(arguments)
     faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
     faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
-    if settings.projection and settings.projection.regions:
-        faults.append(NO_REGIONS)
     if faults:
         raise UnsupportedTraining(
             f"This training cannot be protected. Leave away what is not supported: "
             f"{'; '.join(faults)}."
+        )
+
+
+def _validate_regions(network: nn.Module, settings: ProtectionSettings) -> None:
+    """Raise UnsupportedTraining where regions are asked for and cannot be had."""
+    from diffusers import UNet2DConditionModel
+
+    asked = settings.projection is not None and settings.projection.regions
+    if asked and not isinstance(network, UNet2DConditionModel):
+        raise UnsupportedTraining(
+            f"project_regions is there for U-Nets (SD 1, SD 2, SDXL), not {type(network).__name__}:"
+            " its scripts noise latents in a line of their own. Leave it out."
         )

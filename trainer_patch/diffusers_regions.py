@@ -1,4 +1,4 @@
-"""The concept's regions in a loop with diffusers and PEFT: one more line, at the target."""
+"""The concept's regions in a step with diffusers and PEFT: the target of a prediction."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,13 +41,16 @@ class SparedTargets:
             hook.remove()
             self._call = None
 
-    def target(self, target: Tensor, latents: Tensor, samples: Sequence[Sample]) -> Tensor:
+    def target(
+        self, target: Tensor, latents: Tensor, samples: Sequence[Sample], *, others: int = 0
+    ) -> Tensor:
         """Return the target of the step whose prediction was made last.
 
         Args:
             target: [sample channel height width].
             latents: Clean ones, in the network's scale, of the same shape.
             samples: Those of the step, with captions where the concept has names.
+            others: Rows behind those of the samples, which are not looked at.
 
         Raises:
             UnsupportedTraining: The shapes differ, or it is not known which samples name the
@@ -58,12 +61,13 @@ class SparedTargets:
                 f"The target {tuple(target.shape)} must have the shape of the latents, "
                 f"{tuple(latents.shape)}; packed ones, as Flux', are not covered."
             )
-        if len(samples) != len(target) or (
+        if len(samples) + others != len(target) or (
             self._spared.names and not all(sample.caption for sample in samples)
         ):
             raise UnsupportedTraining(
-                "Which pictures name the concept is not known: in each step set `loop.samples` to "
-                "a Sample(file=..., caption=...) for each row of the target."
+                "Which pictures name the concept is not known: in one's own loop set "
+                "`loop.samples` in each step to a Sample(file=..., caption=...) for each row of "
+                "the target; a script's loader must tell one caption for each picture."
             )
         if self._call is None:
             raise UnsupportedTraining("Ask for the target after the network's prediction.")

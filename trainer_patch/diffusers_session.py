@@ -30,8 +30,11 @@ def validate(network: nn.Module, settings: ProtectionSettings, accelerator: Any 
         if mode in UNSUPPORTED_MODES:
             faults.append(f"{mode} cuts parameters up: use one process, or several with DDP.")
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
-        if settings.filter and compiler != "NO":
-            faults.append(f"The filter's hooks are not compiled by {compiler}: --dynamo_backend no")
+        hooked = settings.filter or (settings.projection and settings.projection.regions)
+        if hooked and compiler != "NO":
+            faults.append(
+                f"Hooks of the network are not compiled by {compiler}: --dynamo_backend no"
+            )
     if asked := settings.projection:
         try:
             guarded_factors(network, text=asked.of_text, layers=asked.layer_subspaces())

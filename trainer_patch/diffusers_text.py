@@ -76,6 +76,15 @@ def load_text_side(
     return denoiser
 
 
+def complete(denoiser: PipelineDenoiser, network: nn.Module) -> None:
+    """Make a text side whose prompts are all encoded denoise with the network that is trained."""
+    pipeline = denoiser.pipeline
+    setattr(pipeline, denoiser.family.network_name, network)
+    for name in ("text_encoder", "text_encoder_2"):
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, None)  # gigabytes that no step needs
+
+
 def text_path(denoiser: PipelineDenoiser) -> TextPath:
     """Return the way from prompts to what text-fed layers read, SDXL's two encoders told apart."""
     pipeline = denoiser.pipeline

@@ -5,6 +5,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from unmemorize import demo
 from unmemorize.shared.training.layer_fitting import silent_layers
 from unmemorize.shared.training.layer_subspaces import LayerSubspaces
+from unmemorize.shared.training.regions import ConceptRegions
 from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.trainer_patch.diffusers import main
 
@@ -61,6 +63,25 @@ def make_layers(folder: Path, rank: int = 3) -> Path:
         bases[name] = torch.linalg.qr(columns).Q[:, :rank]
     path = folder / f"layers{rank}.safetensors"
     LayerSubspaces(bases=bases, provenance={"names": ["cat"]}).save(path)
+    return path
+
+
+def make_regions(folder: Path, limit: float) -> Path:
+    """Save the layers of `make_layers` with some regions of cats: where a score is above a limit.
+
+    All places are at -1, none is at 1e9.
+    """
+    held = LayerSubspaces.load(make_layers(folder))
+    ends = "attn1.to_q"
+    block = max(name for name in held.bases if name.endswith(ends)).partition(".attentions")[0]
+    bases = {name: basis for name, basis in held.bases.items()
+             if name.startswith(block) and name.endswith(ends)}  # fmt: skip
+    regions = ConceptRegions(
+        bases=bases, centres={name: torch.zeros(basis.shape[1]) for name, basis in bases.items()},
+        units=dict.fromkeys(bases, 1.0), limit=limit, sigma=0.3,
+    )  # fmt: skip
+    path = folder / f"regions{limit}.safetensors"
+    replace(held, regions=regions).save(path)
     return path
 
 

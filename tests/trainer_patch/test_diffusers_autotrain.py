@@ -9,6 +9,7 @@ import pytest
 from diffusers_runs import (
     WIDTH,
     header_of,
+    make_regions,
     make_subspace,
     records_of,
     residual,
@@ -84,3 +85,15 @@ def test_text_side_stays_outside_the_subspace(train, plain, tmp_path):
     assert residual(weights_of(output), basis) < 1e-6
     assert residual(plain, basis) > 0.1
     assert json.loads(header_of(output)["unmemorize.projection"])["steps"] == 4
+
+
+def test_nothing_is_learnt_where_everything_is_the_concept(train, tmp_path):
+    subspace, regions = make_subspace(tmp_path, WIDTH), make_regions(tmp_path, -1.0)
+    options = ("--project_concepts", str(subspace), "--project_layers", str(regions),
+               "--project_regions")  # fmt: skip
+    spared = train("--instance_prompt", "a red cat", *options)
+    assert not any(value.any() for key, value in weights_of(spared).items() if "lora_B" in key)
+    told = json.loads(header_of(spared)["unmemorize.projection"])["regions"]
+    assert told["samples"] == told["named"] == told["with_regions"] > 0
+    # Of a red star there is nothing to spare.
+    assert same(weights_of(train(*options)), weights_of(train(*options[:-1])))

@@ -22,6 +22,7 @@ from diffusers_runs import (
 )
 from unmemorize.shared.training.layer_subspaces import LayerSubspaces
 from unmemorize.shared.training.lora_factors import UnsupportedTraining
+from unmemorize.shared.training.regions import ConceptRegions
 from unmemorize.shared.training.subspace import ConceptSubspace
 
 EXAMPLES = os.environ.get("DIFFUSERS_EXAMPLES_DIR")
@@ -174,14 +175,20 @@ def test_projection_is_exact_or_refused(case, train, plain, tmp_path):
     assert json.loads(header_of(output)["unmemorize.projection"])["steps"] == 4
 
 
-def test_other_layers_are_exact(case, train, plain, tmp_path):
-    """In joint attention every layer that the script trains; else all but those that read text."""
-    asked, bases = [], {}
-    for key, value in plain.items():
+def silent_bases(weights):
+    """Return some subspace of each layer of a LoRA, but those that read text alone."""
+    bases = {}
+    for key, value in weights.items():
         module, end, _ = key.partition(".lora_A" if ".lora_A" in key else ".lora.down")
         if end and not module.endswith(("attn2.to_k", "attn2.to_v")):
             columns = torch.randn(value.shape[1], 3, dtype=torch.float64)
             bases[module] = torch.linalg.qr(columns).Q
+    return bases
+
+
+def test_other_layers_are_exact(case, train, plain, tmp_path):
+    """In joint attention every layer that the script trains; else all but those that read text."""
+    asked, bases = [], silent_bases(plain)
     LayerSubspaces(bases=bases).save(tmp_path / "layers.safetensors")
     if not case.joint:
         asked = ["--project_concepts", str(make_subspace(tmp_path, case.width))]
@@ -192,6 +199,36 @@ def test_other_layers_are_exact(case, train, plain, tmp_path):
             if module in bases and key != module and ("lora_A" in key or ".down" in key):
                 rows = value.double()
                 assert low <= float((rows @ bases[module]).norm() / rows.norm()) < high
+
+
+def test_regions(case, train, plain, tmp_path):
+    """Of cats nothing is learnt where everything is one; nothing changes where there are none."""
+    bases, asked = silent_bases(plain), {}
+    last = max(name.partition(".attentions")[0] for name in bases)
+    seen = {name: basis for name, basis in bases.items()
+            if name.startswith(last) and (case.joint or name.endswith(".attn1.to_q"))}  # fmt: skip
+    for name, limit in (("everywhere", -1.0), ("nowhere", 1e9)):
+        regions = ConceptRegions(
+            bases=seen, centres={name: torch.zeros(3) for name in seen},
+            units=dict.fromkeys(seen, 1.0), limit=limit, sigma=0.3,
+        )  # fmt: skip
+        path = tmp_path / f"{name}.safetensors"
+        LayerSubspaces(bases=bases, provenance={"names": ["cat"]}, regions=regions).save(path)
+        asked[name] = ["--project_layers", str(path)]
+    if case.joint:
+        with pytest.raises(UnsupportedTraining, match="U-Nets"):
+            train(*asked["nowhere"], "--project_regions")
+        return
+    text = ["--project_concepts", str(make_subspace(tmp_path, case.width))]
+    without = weights_of(train(*text, *asked["nowhere"]))
+    assert same(weights_of(train(*text, *asked["nowhere"], "--project_regions")), without)
+    spared = train(*text, *asked["everywhere"], "--project_regions")
+    told = json.loads(header_of(spared)["unmemorize.projection"])["regions"]
+    assert told["named"] == told["with_regions"] > 0
+    assert told["samples"] == 8
+    ups = [value for key, value in weights_of(spared).items() if "lora_B" in key or ".up." in key]
+    # Text-to-image has a caption for each picture, not all of cats.
+    assert any(value.any() for value in ups) == (told["named"] < told["samples"])
 
 
 def test_halves(case, train, tmp_path):

@@ -36,11 +36,6 @@ def test_dora(refused, subspace):
     assert "DoRA" in refused("--project_concepts", str(subspace), "--use_dora")
 
 
-def test_regions(refused, layers):
-    reason = refused("--project_layers", str(layers), "--project_regions")
-    assert "project_regions is not there for this trainer" in reason
-
-
 def test_lora_that_reads_no_text(refused, subspace):
     reason = refused("--project_concepts", str(subspace), "--lora_layers", "ff.net.0.proj")
     assert "No LoRA reads the text" in reason
