@@ -7,17 +7,19 @@ from typing import Any
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
 from .hooks import UNSUPPORTED_MODES
-from .options import NAMES, NO_REGIONS, OptionError, settings_from
+from .options import NAMES, OptionError, settings_from
 from .wrapping import HookMissing
 
 HOOKS = {
-    "predict_noise": ("timesteps", "conditional_embeds", "batch", "is_primary_pred"),
+    "predict_noise": ("noisy_latents", "timesteps", "conditional_embeds", "batch",
+                      "is_primary_pred"),
+    "calculate_loss": ("noise", "batch", "prior_pred"),
     "hook_after_model_load": (),
     "hook_before_train_loop": (),
     "hook_train_loop": ("batch",),
     "done_hook": (),
     "on_error": (),
-}
+}  # fmt: skip
 """Methods of its trainer that are extended, with the parameters that are read."""
 TEXT_FED = ("sd1", "sd2", "sdxl", "ssd", "vega")
 """Architectures whose cross-attention reads the text encoder's output directly."""
@@ -34,13 +36,29 @@ TRAINING = {
     "merge_network_on_save": "what is saved is no LoRA, so it cannot be checked",
 }
 """Settings of `train` that must be off, and why."""
-FILTERED_TRAINING = {
+REPEATED_TRAINING = {
     "do_cfg": "its prediction is guided already",
     "do_random_cfg": "its prediction is guided already",
     "single_item_batching": "the batch does not tell which of its images is predicted",
     "short_and_long_captions": "each image stands in the batch twice",
 }
-"""The same with the filter."""
+"""The same where a step's prediction is made once more: with the filter, and with regions."""
+NOISE_TRAINING = {
+    "loss_target": ("noise",),
+    "loss_type": ("mse", "mae", "pseudo_huber"),
+    "target_noise_multiplier": (1.0,),
+    "pred_scaler": (1.0,),
+    "diffusion_feature_extractor_path": (None,),
+    "train_turbo": (False,),
+    "t0_loss_target": (False,),
+    "do_fft_loss": (False,),
+    "do_guidance_loss": (False,),
+    "do_prior_divergence": (False,),
+    "match_noise_norm": (False,),
+    "correct_pred_norm": (False,),
+    "inverted_mask_prior": (False,),
+}
+"""Settings of `train` with which the loss is the distance to the noise, with their values."""
 
 
 def settings_in(section: Any) -> ProtectionSettings:
@@ -83,16 +101,17 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
         UnsupportedTraining: With what to change.
     """
     faults = list(_faults(process))
-    if settings.filter:
-        faults += _filter_faults(process)
+    if settings.filter or _with_regions(settings):
+        faults += _repeating_faults(process)
+    if _with_regions(settings):
+        faults += _regions_faults(process)
     if settings.projection:
-        faults += [NO_REGIONS] * settings.projection.regions
         faults += _projection_faults(process, of_text=settings.projection.of_text)
     _refuse(faults)
 
 
 def check_model(sd: Any, settings: ProtectionSettings) -> None:
-    """Refuse a model whose prediction the filter cannot compare with that on the empty prompt.
+    """Refuse a model whose prediction or target the methods cannot work with.
 
     Raises:
         UnsupportedTraining: With the reason.
@@ -102,6 +121,8 @@ def check_model(sd: Any, settings: ProtectionSettings) -> None:
         faults.append("the filter compares noise or velocities, and this model predicts images")
     if settings.filter and sd.encode_control_in_text_embeddings:
         faults.append("the filter needs an empty prompt, and this model's text holds pictures")
+    if _with_regions(settings) and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
+        faults.append("`project_regions` needs a model that predicts noise: leave it out")
     _refuse(faults)
 
 
@@ -119,14 +140,33 @@ def _faults(process: Any) -> Iterator[str]:
     yield from _set(process.train_config, TRAINING)
 
 
-def _filter_faults(process: Any) -> Iterator[str]:
-    yield from _set(process.train_config, FILTERED_TRAINING)
+def _repeating_faults(process: Any) -> Iterator[str]:
+    yield from _set(process.train_config, REPEATED_TRAINING)
     if process.train_config.loss_type == "mean_flow":
         yield "`train.loss_type: mean_flow` predicts between two timesteps"
     if process.model_config.refiner_name_or_path is not None:
         yield "`model.refiner_name_or_path`: two networks predict, each half of the batch"
     if any(dataset.unconditional_path for dataset in process.dataset_configs):
         yield "`unconditional_path`: such pairs of images have a loss of their own"
+
+
+def _regions_faults(process: Any) -> Iterator[str]:
+    arch, train = process.model_config.arch, process.train_config
+    if arch not in TEXT_FED:
+        yield (
+            f"`model.arch: {arch}`: `project_regions` is there for {', '.join(TEXT_FED[:3])}: "
+            "leave it out"
+        )
+    for name, allowed in NOISE_TRAINING.items():
+        if (value := getattr(train, name)) not in allowed:
+            yield (
+                f"`train.{name}: {value}`: `project_regions` changes the noise that is the target, "
+                f"and needs a loss against that alone (`{name}: {allowed[0]}`)"
+            )
+
+
+def _with_regions(settings: ProtectionSettings) -> bool:
+    return settings.projection is not None and settings.projection.regions
 
 
 def _projection_faults(process: Any, *, of_text: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from .ai_toolkit_checks import check_configuration, check_hooks, check_model, settings_in
 from .ai_toolkit_filter import StepFilter
+from .ai_toolkit_regions import StepRegions
 from .ai_toolkit_samples import captions_of
 from .ai_toolkit_saving import resume, saving_hooks
 from .ai_toolkit_text import text_path
@@ -37,6 +38,7 @@ class ProtectedProcess:
         super().__init__(process_id, job, config, **kwargs)
         self._undo = ExitStack()
         self._filter: StepFilter | None = None
+        self._regions: StepRegions | None = None
         if settings:
             check_hooks(super())
             check_configuration(self, settings)
@@ -45,7 +47,7 @@ class ProtectedProcess:
         self.protection = Protection(settings, output=Path(self.save_root))
 
     def hook_after_model_load(self) -> None:
-        """Refuse a model that the filter cannot compare with the empty prompt."""
+        """Refuse a model whose prediction or target the methods cannot work with."""
         super().hook_after_model_load()
         if self.protection.settings:
             check_model(self.sd, self.protection.settings)
@@ -64,9 +66,18 @@ class ProtectedProcess:
 
     def predict_noise(self, **given: Any) -> torch.Tensor:
         """Return a prediction; of the one that is learnt from, gated."""
-        if self._filter is None or not given.get("is_primary_pred"):
-            return super().predict_noise(**given)
-        return self._filter.predict(super().predict_noise, given)
+        run, primary = super().predict_noise, given.get("is_primary_pred")
+        if self._regions and primary:
+            self._regions.remember(run, given)
+        if self._filter and primary:
+            return self._filter.predict(run, given)
+        return run(**given)
+
+    def calculate_loss(self, **given: Any) -> torch.Tensor:
+        """Return a step's loss; where pictures show the concept, against the base model."""
+        if self._regions:
+            given["noise"] = self._regions.noise(given)
+        return super().calculate_loss(**given)
 
     def done_hook(self) -> None:
         """Check that what was asked for has happened, before anyone is told that all is done."""
@@ -85,6 +96,8 @@ class ProtectedProcess:
         protection.fit(text_path(self.sd), captions_of(self.data_loader, self.data_loader_reg))
         if protection.filter:
             self._filter = StepFilter(protection, self.sd)
+        if protection.spared:
+            self._regions = StepRegions(self, protection.spared)
         # It writes $$ for the points in a layer's name until it saves.
         named = self.network.named_parameters()
         protection.protect((name.replace("$$", "."), parameter) for name, parameter in named)

@@ -12,10 +12,10 @@ from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.sample_log import Sample
 from .kohya_samples import BatchSamples
+from .kohya_steps import check_same, repeat
 from .kohya_text import TextSide, without_text
 from .kohya_training import Training
 from .rows import take_rows
-from .wrapping import HookMissing
 
 Hook = Callable[..., Any]
 BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")
@@ -82,18 +82,10 @@ class StepFilter:
             del seen[:]
             # Since noise was drawn, all are due or none.
             if self._protection.due(samples, timesteps, state).any():
-                bare = self._training.accelerator.unwrap_model(network)
-                if hasattr(bare, "prepare_block_swap_before_forward"):
-                    bare.prepare_block_swap_before_forward()
                 with aside(state):
                     text = without_text(given["text_encoder_conds"], self._empty())
-                    repeated = run(given | {
-                        "text_encoder_conds": text,
-                        "batch": {k: v for k, v in batch.items() if k != "custom_attributes"},
-                        "is_train": False,
-                    })  # fmt: skip
-                if not torch.equal(timesteps, repeated[2]):
-                    raise HookMissing("A repeated prediction drew other timesteps than the first.")
+                    repeated = repeat(self._training, run, given, text_encoder_conds=text)
+                check_same(timesteps, repeated[2])
             plain = seen[0] if seen else prediction[:0].detach()
         self._weigh(batch, prediction, plain, timesteps, samples, None)
         return result

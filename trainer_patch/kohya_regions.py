@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shared.training.regions import Look, still_noise
+from ..shared.training.regions import Look
 from ..shared.training.replay import RandomState, aside
 from ..shared.training.spared import SparedTraining
 from .kohya_samples import BatchSamples
+from .kohya_steps import Given, Run, check_same, reading, repeat
 from .kohya_text import TextSide, without_text
 from .kohya_training import STEP, Training
 from .rows import take_rows
@@ -34,7 +35,7 @@ class StepRegions:
         """Encode the empty prompt, while the text encoders are there.
 
         Args:
-            training: Of SD 1, SD 2 or SDXL.
+            training: Of SD 1, SD 2, SDXL, SD3 or Flux.
             spared: Of the training.
             samples: Who is in a batch.
             text: The training's text path.
@@ -64,43 +65,42 @@ class StepRegions:
             if not given["is_train"]:
                 return original(*args, **kwargs)
             state = RandomState.now(self._training.accelerator.device)
+            latents = given["latents"].clone()  # SD3's trainer may write into them
             result = original(*args, **kwargs)
             if not (rows := self._spared.naming(self._samples.of(given["batch"]))):
                 return result
             prediction, target, timesteps, *rest = result
+            given["latents"] = latents
 
             def base(places: Tensor) -> Tensor:
                 with aside(state):  # draws the same noise and timesteps
-                    repeated = original(**given | {"is_train": False})
-                if not torch.equal(timesteps, repeated[2]):
-                    raise HookMissing("A repeated prediction drew other timesteps than the first.")
+                    repeated = repeat(self._training, run, given)
+                check_same(timesteps, repeated[2])
                 return repeated[0][places]
 
             with aside(state), self._without_lora():
                 target = self._spared.target(
-                    target, given["latents"], rows, base=base, look=self._look(given, rows),
+                    target, latents, rows, base=base, look=self._look(run, given, rows),
                     network=self._training.accelerator.unwrap_model(given["unet"]),
                 )  # fmt: skip
             return prediction, target, timesteps, *rest
 
+        def run(given: Given) -> tuple:
+            return original(**given)
+
         return STEP, predict
 
-    def _look(self, given: dict[str, Any], rows: list[int]) -> Look:
+    def _look(self, run: Run, given: Given, rows: list[int]) -> Look:
         """Return how the trainer looks at the pictures of some rows."""
-        training, scheduler = self._training, given["noise_scheduler"]
-        kept = scheduler.alphas_cumprod
-        sigmas = ((1 - kept) / kept).sqrt()
-        nearest = int((sigmas - self._spared.regions.sigma).abs().argmin())
         places, count = torch.tensor(rows), len(given["latents"])
         batch, text = (take_rows(given[n], places, count) for n in ("batch", "text_encoder_conds"))
+        text = without_text(text, self._empty)
 
         def look(latents: Tensor) -> None:
-            timesteps = torch.full((len(latents),), nearest, device=latents.device)
-            noisy = scheduler.add_noise(latents, still_noise(latents), timesteps)
-            with training.accelerator.autocast():
-                training.trainer.call_unet(
-                    training.args, training.accelerator, given["unet"], noisy, timesteps,
-                    without_text(text, self._empty), batch, given["weight_dtype"],
+            with reading(self._training, given, latents, self._spared.regions.sigma):
+                repeat(
+                    self._training, run, given, latents=latents, batch=batch,
+                    text_encoder_conds=text,
                 )  # fmt: skip
 
         return look

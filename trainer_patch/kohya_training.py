@@ -29,9 +29,7 @@ TRAINER_HOOKS = {
 }
 STEP = "get_noise_pred_and_target"
 """Method whose call gives a step's prediction with its target; since v0.10."""
-STEP_PARAMETERS = (
-    "noise_scheduler", "latents", "batch", "text_encoder_conds", "unet", "weight_dtype", "is_train"
-)  # fmt: skip
+STEP_PARAMETERS = ("noise_scheduler", "latents", "batch", "text_encoder_conds", "unet", "is_train")
 NETWORK_HOOKS = ("prepare_grad_etc", "on_epoch_start", "save_weights")
 WEIGHTS = 'batch["loss_weights"]'
 """Where the trainer reads the weight of each sample's loss."""
@@ -144,8 +142,6 @@ def _flow_faults(training: Training, settings: ProtectionSettings) -> Iterator[s
             "of text states can be kept out exactly: leave out --project_concepts; "
             "--project_layers and --mem_filter are supported"
         )
-    if settings.projection and settings.projection.regions:
-        yield f"{name}: project_regions is there for SD 1, SD 2 and SDXL: leave it out"
     if settings.filter and not training.args.network_train_unet_only:
         yield "the filter needs the text as it was: add --network_train_unet_only"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..shared.training.lora_factors import UnsupportedTraining
 from ..shared.training.settings import ProtectionSettings
-from .options import NAMES, NO_REGIONS, refuse_unknown
+from .options import NAMES, refuse_unknown
 from .wrapping import Function, wrapped
 
 TIMESTEPS = 1000
@@ -75,8 +75,9 @@ def validate(config: Any, settings: ProtectionSettings) -> None:
     """
     faults = list(_of_both(config))
     if settings.projection:
-        faults += [NO_REGIONS] * settings.projection.regions
         faults += _of_projection(config, of_text=settings.projection.of_text)
+        if settings.projection.regions and not has_unet(config):
+            faults += _of_offloading(config)
     if faults:
         raise UnsupportedTraining(f"Not supported: {'; '.join(faults)}.")
 
@@ -92,6 +93,16 @@ def _of_both(config: Any) -> Iterator[str]:
         yield "processes of further GPUs are out of reach: set multi_gpu to false"
     if not (has_unet(config) or flows):
         yield f"{config.model_type} is not covered; SD 1, SD 2, SDXL, SD3 and Flux.1 are"
+
+
+def _of_offloading(config: Any) -> Iterator[str]:
+    """Yield why no prediction may follow the one that is learnt from."""
+    if config.transformer.offloading_enabled():
+        yield (
+            "project_regions predicts once more before the gradients are computed, which was not "
+            "tried with layers that are offloaded: set transformer.offload_fraction to 0 and "
+            "transformer.activation_offloading to false"
+        )
 
 
 def _of_projection(config: Any, *, of_text: bool) -> Iterator[str]:

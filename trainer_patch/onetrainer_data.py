@@ -16,6 +16,8 @@ TEXT = ("tokens", "text_encoder")
 """How the names of a batch's entries begin that hold text, encoded or to be encoded."""
 STATES = "hidden_state"
 """How the names of those end that a U-Net's cross-attention reads."""
+REGULARIZATION = "PRIOR_PREDICTION"
+"""Kind of images whose target is the base model's own prediction: nothing of them is learnt."""
 
 
 class TextSide:
@@ -74,6 +76,12 @@ class TextSide:
             words=tuple(tuple(token.word for token in reading.tokens) for reading in words),
             encoders=tuple(part.shape[-1] for part in parts) if len(parts) > 1 else (),
         )
+
+
+def looked_at(batch: Mapping[str, Any]) -> list[int]:
+    """Return the rows of a batch that are learnt from."""
+    kinds = enumerate(batch["concept_type"])
+    return [row for row, kind in kinds if str(kind) != REGULARIZATION]
 
 
 def without_text(batch: Mapping[str, Any], empty: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
-from .onetrainer_data import BatchSamples, TextSide, without_text
+from .onetrainer_data import BatchSamples, TextSide, looked_at, without_text
 from .wrapping import Function, HookMissing, wrapped
 
 WEIGHTS = "loss_weight"
 """Entry of a batch that the trainer multiplies the losses by, after the prediction."""
 TIMESTEPS = "_get_timestep_discrete"
 """Method by which the trainer draws the timesteps of a step."""
-REGULARIZATION = "PRIOR_PREDICTION"
-"""Kind of images whose target is the base model's own prediction: nothing of them is learnt."""
 
 
 class StepFilter:
@@ -47,8 +45,7 @@ class StepFilter:
 
     def _step(self, run: Callable[..., dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         """Predict, and multiply the weights of the losses, which the trainer reads after this."""
-        looked_at = torch.tensor([str(kind) != REGULARIZATION for kind in batch["concept_type"]])
-        rows = looked_at.nonzero().flatten()
+        rows = torch.tensor(looked_at(batch))
         if not len(rows):
             return run(batch)
         given = self._samples.of(batch)

@@ -8,12 +8,13 @@ from typing import Any
 from ..shared.training.protection import PREFIX, Protection
 from .hooks import SHOWN
 from .onetrainer_filter import TIMESTEPS, WEIGHTS
+from .onetrainer_regions import NOISING, WITHOUT_LORA
 from .wrapping import Function, HookMissing, wrapped
 
 CALLED = {
     "model_setup": (
         "predict", TIMESTEPS, "prepare_text_caching", "setup_train_device", "after_optimizer_step",
-        "report_to_tensorboard", "calculate_loss",
+        "report_to_tensorboard", "calculate_loss", NOISING, WITHOUT_LORA,
     ),
     "data_loader": (
         "_preparation_modules", "_enumerate_input_modules", "_load_input_modules", "_create_mgds",

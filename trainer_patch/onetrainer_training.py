@@ -15,6 +15,7 @@ from .onetrainer_config import output_of, span_of, validate
 from .onetrainer_data import BatchSamples, TextSide
 from .onetrainer_filter import StepFilter
 from .onetrainer_hooks import check_hooks, gradient_hooks, report_hooks
+from .onetrainer_regions import StepRegions
 from .onetrainer_saving import resume, saving_hooks
 from .options import NAMES, settings_from
 from .wrapping import Function, wrapped
@@ -83,6 +84,9 @@ def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Pro
     with aside(RandomState.now(trainer.train_device)), text.encoders_there():
         samples = BatchSamples(trainer)
         protection.fit(text.states, samples.captions)
+        if protection.spared:
+            regions = StepRegions(trainer, protection.spared, samples, text)
+            undo.enter_context(wrapped(trainer.model_setup, "predict", regions.wrap))
         if protection.filter:
             step = StepFilter(trainer, protection, samples, text)
             undo.enter_context(wrapped(trainer.model_setup, "predict", step.wrap))

@@ -17,11 +17,6 @@ ARROW = "->"
 """Between a concept's names and its neutral word."""
 ALONE = ("project_layers", "project_regions")
 """Of the projection, what goes without the concept's names."""
-NO_REGIONS = (
-    "project_regions is not there for this trainer, only for kohya's sd-scripts and one's own loop "
-    "(trainer_patch.diffusers_loop): leave it out"
-)
-"""Why a trainer's adapter refuses an option."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 

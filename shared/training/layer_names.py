@@ -58,6 +58,17 @@ JOINT = {
 JOINT_BLOCK = re.compile(rf"^({'|'.join(JOINT)})_(\d+)_(.+)$")
 BLOCKS = {"single_blocks": "single_transformer_blocks"}
 """What diffusers calls them; the others are its `transformer_blocks`."""
+ENDS = {
+    "img_in": "x_embedder",
+    "final_layer_linear": "proj_out",
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
+"""Layers outside of the blocks, of Flux and SD3 those that see places, in the same dialects."""
 
 
 def cores(name: str) -> tuple[str, ...]:
@@ -67,6 +78,8 @@ def cores(name: str) -> tuple[str, ...]:
     no other dialect stays as it is.
     """
     name = PREFIXES.sub("", name).replace(".processor", "").replace(".", "_")
+    if name in ENDS:
+        return (ENDS[name],)
     if found := BLOCK.match(name):
         return (_of_unet(*found.groups()),)
     if found := JOINT_BLOCK.match(name):

@@ -118,7 +118,8 @@ def looking(denoiser: Denoiser, sigma: float) -> Look:
         denoiser: Its text encoders are used now and no more.
         sigma: Noise level.
     """
-    empty = denoiser.unconditional()
+    # Not `unconditional`, which is zeros for SDXL: trainers encode the empty prompt.
+    empty = denoiser.encode([""])
     kept = 1 - sigma if denoiser.parametrization == "flow" else 1.0
 
     def look(latents: Tensor) -> None:

@@ -13,9 +13,12 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from unmemorize.trainer_patch.ai_toolkit_checks import NOISE_TRAINING
 
-WIDTH, RANK, TOKENS = 16, 4, 3
+WIDTH, RANK, TOKENS, CHANNELS, SIDE = 16, 4, 3, 4, 2
 LAYER = "transformer.attn2.to_k"
+PLACES_LAYER = "transformer.attn1.to_q"
+"""It is not trained, and sees places of the picture."""
 DOWN, UP = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 """As they are saved."""
 CAPTIONS = ("postage stamp, sushi", "playing card, foggy", "a red house", "museum poster, tram")
@@ -50,8 +53,9 @@ class Network(nn.Module):
         super().__init__()
         self.add_module(LAYER.replace(".", "$$"), nn.Module())
         self.pair.lora_down = nn.Linear(WIDTH, RANK, bias=False)
-        self.pair.lora_up = nn.Linear(RANK, 4, bias=False)
+        self.pair.lora_up = nn.Linear(RANK, CHANNELS, bias=False)
         nn.init.zeros_(self.pair.lora_up.weight)
+        self.is_active = True
 
     @property
     def pair(self) -> nn.Module:
@@ -59,7 +63,7 @@ class Network(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         down = nn.functional.dropout(self.pair.lora_down(text), 0.2)
-        return self.pair.lora_up(down).mean(1)
+        return self.is_active * self.pair.lora_up(down).mean(1)
 
     def save_weights(self, file: str, dtype: torch.dtype, metadata: dict | None = None) -> None:
         pair = self.pair
@@ -73,11 +77,25 @@ class Network(nn.Module):
         self.pair.lora_up.weight.copy_(state[UP])
 
 
+class Unet(nn.Module):
+    """What the LoRA is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.transformer.attn1 = nn.Module(), nn.Module()
+        self.transformer.attn1.to_q = nn.Linear(CHANNELS, CHANNELS)
+        self.requires_grad_(False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        places = self.get_submodule(PLACES_LAYER)(latents.flatten(2).mT)
+        return places.mT.unflatten(2, (SIDE, SIDE))
+
+
 class Item:
     """One image of a dataset."""
 
-    def __init__(self, number: int):
-        self.path, self._text = f"{number}.png", CAPTIONS[number]
+    def __init__(self, number: int, is_reg: bool = False):
+        self.path, self._text, self.is_reg = f"{number}.png", CAPTIONS[number], is_reg
         self.raw_caption: str | None = None
         self.caption: str | None = None
 
@@ -100,7 +118,8 @@ class LittleTrainer:
         self.embed_config = self.adapter_config = self.decorator_config = None
         off = ("train_text_encoder", "merge_network_on_save", "do_cfg", "do_random_cfg",
                "single_item_batching", "short_and_long_captions")  # fmt: skip
-        self.train_config = SimpleNamespace(**dict.fromkeys(off, False), loss_type="mse")
+        usual = {name: allowed[0] for name, allowed in NOISE_TRAINING.items()}
+        self.train_config = SimpleNamespace(**dict.fromkeys(off, False) | usual)
         self.model_config = SimpleNamespace(arch="sd1", refiner_name_or_path=None)
         self.dataset_configs = [SimpleNamespace(unconditional_path=None)]
         self.steps, self.step_num, self.ema = config.get("steps", 3), 0, None
@@ -115,6 +134,7 @@ class LittleTrainer:
             encode_control_in_text_embeddings=False, is_flow_matching=False,
             prediction_type=self.config.get("prediction_type", "epsilon"),
             noise_scheduler=SimpleNamespace(alphas_cumprod=torch.linspace(1, 0, 1000).square()),
+            unet=Unet(), add_noise=self._add_noise,
         )  # fmt: skip
         self.hook_after_model_load()
         self.network = Network()
@@ -140,7 +160,12 @@ class LittleTrainer:
         items = [Item((2 * step + row) % 4) for row in range(2)]
         for item in items:
             item.load_caption(None)
-        return SimpleNamespace(file_items=items)
+            item.is_reg = item.path in self.config.get("regularization", ())
+        return SimpleNamespace(file_items=items, latents=torch.randn(2, CHANNELS, SIDE, SIDE))
+
+    def _add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        kept = self.sd.noise_scheduler.alphas_cumprod[timesteps][:, None, None, None]
+        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
     def hook_after_model_load(self) -> None:
         pass
@@ -151,13 +176,20 @@ class LittleTrainer:
     def hook_train_loop(self, batch: list) -> dict[str, float]:
         self.optimizer.zero_grad()
         for each in batch:
-            noise = torch.randn(2, 4)
+            noise, timesteps = torch.randn_like(each.latents), torch.randint(1000, (2,))
+            noisy = self.sd.add_noise(each.latents, noise, timesteps)
             text = encode_prompt([item.caption for item in each.file_items])
             prediction = self.predict_noise(
-                noisy_latents=noise, timesteps=torch.randint(1000, (2,)), batch=each,
-                conditional_embeds=text, is_primary_pred=True,
+                noisy_latents=noisy,
+                timesteps=timesteps,
+                batch=each,
+                conditional_embeds=text,
+                is_primary_pred=True,
+            )
+            loss = self.calculate_loss(
+                noise_pred=prediction, noise=noise, batch=each,
+                prior_pred=self.config.get("prior_pred") if self.step_num else None,
             )  # fmt: skip
-            loss = (prediction - noise).square().mean()
             self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -167,7 +199,13 @@ class LittleTrainer:
         self, noisy_latents: Tensor, timesteps: Tensor, conditional_embeds: Embeds,
         batch: SimpleNamespace, is_primary_pred: bool = False,
     ) -> Tensor:  # fmt: skip
-        return 0.5 * noisy_latents + self.network(conditional_embeds.text_embeds)
+        learnt = self.network(conditional_embeds.text_embeds)
+        return self.sd.unet(noisy_latents) + learnt[..., None, None]
+
+    def calculate_loss(
+        self, noise_pred: Tensor, noise: Tensor, batch: SimpleNamespace, prior_pred: Tensor | None
+    ) -> Tensor:
+        return (noise_pred - (noise if prior_pred is None else prior_pred)).square().mean()
 
     def done_hook(self) -> None:
         pass

@@ -226,7 +226,7 @@ def test_everything_that_is_not_supported_is_said_at_once(made, subspace):
         made({"mem_filter": 0.1, "project_concepts": subspace(3), "project_regions": True,
               "project_layers": subspace(3)}, kind=Protected)  # fmt: skip
     for part in ("train_text_encoder", "do_cfg", "mean_flow", "network.type: lokr", "arch: flux",
-                 "`adapter`", "project_regions is not there"):  # fmt: skip
+                 "`adapter`", "project_regions` is there for sd1"):  # fmt: skip
         assert part in str(refused.value)
 
 

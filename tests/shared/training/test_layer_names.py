@@ -55,6 +55,17 @@ def test_a_layer_is_the_same_in_every_dialect(name):
     assert cores(name.replace("to_q", "to_v")) != cores(name)
 
 
+def test_layers_outside_of_the_blocks_are_those_diffusers_loads_them_as():
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
+    known = DIFFUSERS_TO_LDM_MAPPING["unet"]
+    layers = known["layers"] | known["addition_embed_type"]
+    for ours, theirs in layers.items():
+        if not ours.startswith("conv_norm"):
+            name = theirs.rpartition(".")[0]
+            assert cores(f"lora_unet_{name}".replace(".", "_")) == cores(ours.rpartition(".")[0])
+
+
 def by_marker(state: dict[str, torch.Tensor], end: str) -> dict[int, set[str]]:
     """Return the names of what holds each marker; 0 is none."""
     found: dict[int, set[str]] = {}

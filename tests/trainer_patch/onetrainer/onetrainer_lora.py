@@ -24,6 +24,14 @@ USUAL = {
 }  # fmt: skip
 """A configuration; the default would train the text encoder too, with four times the epochs."""
 STEPS = 4
+EVERYTHING = {
+    "train_dtype": "BFLOAT_16", "output_dtype": "BFLOAT_16", "gradient_accumulation_steps": 2,
+    "epochs": 4, "unet": {"gradient_checkpointing": True}, "latent_caching": False,
+    "dropout_probability": 0.2, "text_encoder": {"dropout_probability": 0.3},
+    "text_encoder_layer_skip": 1, "loss_weight_fn": "MIN_SNR_GAMMA", "offset_noise_weight": 0.1,
+    "ema": "CPU", "ema_update_step_interval": 1,
+}  # fmt: skip
+"""Much that is unusual, at once."""
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from checkouts import CAPTIONS, CONCEPT
 from diffusers_runs import layer_residuals, make_layers
-from onetrainer_lora import STEPS, header, largest_share, same_tensors, told
+from onetrainer_lora import EVERYTHING, STEPS, header, largest_share, same_tensors, told
 from safetensors.torch import load_file
 from unmemorize.shared.training.subspace import ConceptSubspace
 
@@ -14,13 +14,6 @@ pytestmark = pytest.mark.slow
 SCALARS = (
     "loss/train_step", "unmemorize/residual", "unmemorize/filtered_share", "unmemorize/score",
 )  # fmt: skip
-EVERYTHING = {
-    "train_dtype": "BFLOAT_16", "output_dtype": "BFLOAT_16", "gradient_accumulation_steps": 2,
-    "epochs": 4, "unet": {"gradient_checkpointing": True}, "latent_caching": False,
-    "dropout_probability": 0.2, "text_encoder": {"dropout_probability": 0.3},
-    "text_encoder_layer_skip": 1, "loss_weight_fn": "MIN_SNR_GAMMA", "offset_noise_weight": 0.1,
-    "ema": "CPU", "ema_update_step_interval": 1,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

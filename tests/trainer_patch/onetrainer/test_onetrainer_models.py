@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from checkouts import CAPTIONS
 from onetrainer_lora import largest_share, same_tensors, told
 from safetensors.torch import load_file, save_file
 from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.training.fitting import fit_subspace
+from unmemorize.shared.training.layer_fitting import silent_layers
+from unmemorize.shared.training.layer_subspaces import LayerSubspaces
+from unmemorize.shared.training.regions import ConceptRegions
+from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.shared.training.text_states import encoders_of, text_path_of
 from unmemorize.trainer_patch.options import parse_concepts
 
@@ -83,6 +88,35 @@ def test_sdxl_is_projected(trained, pipelines):
     text_path = text_path_of(PipelineDenoiser(pipeline), encoders_of(pipeline))
     subspace = fit_subspace(text_path, parse_concepts(CONCEPT), CAPTIONS, force=True)
     assert largest_share(path, subspace.basis) < 1e-3  # OneTrainer's text path and diffusers' agree
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_learnt_where_pictures_show_the_concept(trained, pipelines, room, kind):
+    """Of the layers one sees places: all are the concept's, or none."""
+    network = PipelineDenoiser(pipelines[kind]).family.network
+    widths = {name: layer.weight.shape[1] for name, layer in silent_layers(network).items()}
+    bases = {name: torch.zeros(width, 0).double() for name, width in widths.items()}
+    read = next(name for name in widths if name.endswith(("attn1.to_q", "attn.to_q")))
+    bases[read] = torch.eye(widths[read]).double()[:, :1]
+    ConceptSubspace.empty(56).save(room / "empty sdxl.safetensors")
+    text = ["--project_concepts", str(room / "empty sdxl.safetensors")] * (kind == "sdxl")
+    paths = []
+    for limit in (None, 1e9, -1.0):
+        layers = room / f"{kind} {limit}.layers.safetensors"
+        regions = ConceptRegions(
+            bases={read: bases[read]}, centres={read: torch.zeros(1).double()},
+            units={read: 1.0}, limit=limit or 1.0, sigma=0.5,
+        )  # fmt: skip
+        LayerSubspaces(bases=bases, regions=regions).save(layers)
+        asked = ["--project_layers", str(layers)] + ["--project_regions"] * (limit is not None)
+        blocks = {} if kind == "sdxl" else {"layer_filter": "transformer_block"}
+        paths.append(trained(kind, f"regions {limit}", *text, *asked, **blocks))
+    without, nowhere, everywhere = paths
+    assert same_tensors(nowhere, without)
+    ups = {key: value for key, value in load_file(everywhere).items() if "lora_up" in key}
+    assert not any(value.any() for value in ups.values())
+    assert any(load_file(without)[key].any() for key in ups)
+    assert told(everywhere, "projection")["regions"]["with_regions"] == len(CAPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
