@@ -13,8 +13,8 @@ from .dependencies import require
 from .lora_files import COMPONENTS, LoraFile, Place, read_lora
 from .lycoris import attach_products, detach_products
 from .quiet import quiet
-from .weights import ModelError, name_some
-from .wording import counted
+from .weights import ModelError
+from .wording import counted, name_some
 
 ADAPTER = "unmemorize"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .lora_dialects import MERGE, convert, from_peft
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
-from .weights import ModelError, check_finite, name_some, read_header
-from .wording import counted
+from .weights import ModelError, check_finite, read_header
+from .wording import counted, name_some
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that can carry a LoRA."""

@@ -19,13 +19,13 @@ from .weights import (
     check_memory,
     check_values,
     fill,
-    name_some,
     plain,
     refuse_pickle,
     require_weights,
     sha256_of,
     variant_of,
 )
+from .wording import name_some
 
 __all__ = ["ModelError", "load_denoiser", "model_fingerprint", "resolve"]
 

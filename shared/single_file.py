@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .flow_families import FAMILIES
 from .quiet import quiet
-from .weights import ModelError, check_memory, name_some, read_header
-from .wording import counted
+from .weights import ModelError, check_memory, read_header
+from .wording import counted, name_some
 
 PIPELINES = {
     "v1": "StableDiffusionPipeline",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .wording import counted
+from .wording import counted, name_some
 
 GIB = 1024**3
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -148,13 +148,6 @@ def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None
             f"The model needs about {needed / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB "
             f"are free on {device}. Close other programs, run it{smaller} or on another device."
         )
-
-
-def name_some(keys: Iterable[str], most: int = 5) -> str:
-    """Return the first keys, and how many more there are."""
-    keys = sorted(keys)
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

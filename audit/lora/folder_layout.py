@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...shared.prompts import IMAGE_SUFFIXES, METADATA, caption_of, read_table
-from ...shared.weights import name_some
-from ...shared.wording import counted
+from ...shared.wording import counted, name_some
 from .header import Header
 
 REPEATED = re.compile(r"0*([1-9]\d{0,5})_(.*)", re.DOTALL)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...shared.pictures import visible
-from ...shared.weights import name_some
-from ...shared.wording import counted
+from ...shared.wording import counted, name_some
 from .base_model import BaseModel, named_architecture
 from .header import Header
 from .lora_kinds import Kind

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ...shared.detection import Progress
 from ...shared.prompts import PromptError
-from ...shared.weights import name_some
-from ...shared.wording import counted
+from ...shared.wording import counted, name_some
 from ..training_images import read_image
 from .folder_layout import Shown, read_layout
 from .header import Header

@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ...shared.prompts import IMAGE_SUFFIXES
-from ...shared.weights import name_some
-from ...shared.wording import counted
+from ...shared.wording import counted, name_some
 from .document import SCHEMA_VERSION, TITLE
 from .leave import DOCUMENT
 from .seal import DIGEST, digest_of, file_sha256, parse

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..arrays import Float, Tensor
 from ..denoiser import Denoiser
+from ..wording import counted
 from .acceptance import PRICE
 from .contrast import contrast, leading
 from .layer_subspaces import LayerSubspaces
@@ -45,7 +46,8 @@ def owners(network: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, nn.Mo
     """
     modules = {id(p): m for m in network.modules() for p in m.parameters(recurse=False)}
     if strange := [name for name, factor in factors.items() if id(factor) not in modules]:
-        raise ValueError(f"{len(strange)} factors are not the network's, first {strange[0]}.")
+        told = counted(len(strange), "factor is", "factors are")
+        raise ValueError(f"{told} not the network's, first {strange[0]}.")
     return {name: modules[id(factor)] for name, factor in factors.items()}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from ..weights import name_some
+from ..wording import name_some
 from .layer_subspaces import LayerSubspaces
 from .lora_factors import TEXT_FED, UnsupportedTraining, factors_of, text_factors
 

@@ -10,7 +10,8 @@ import torch
 
 from ..arrays import Tensor
 from ..storage import replace_atomically
-from ..weights import ModelError, check_finite, name_some, read_header
+from ..weights import ModelError, check_finite, read_header
+from ..wording import counted, name_some
 from .layer_names import cores
 from .regions import ConceptRegions
 from .subspace import ConceptSubspace, provenance_in
@@ -68,7 +69,8 @@ class LayerSubspaces:
         """
         known = {core: name for name in names for core in cores(name)}
         if missing := [name for name in self.bases if cores(name)[0] not in known]:
-            raise ValueError(f"{len(missing)} layers are not there: {name_some(missing, 3)}.")
+            told = counted(len(missing), "layer is", "layers are")
+            raise ValueError(f"{told} not there: {name_some(missing, 3)}.")
         joined: dict[str, list[Tensor]] = {}
         for name, basis in self.bases.items():
             joined.setdefault(known[cores(name)[0]], []).append(basis)

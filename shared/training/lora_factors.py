@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..lora_files import FACTORS, check_pairs
-from ..weights import ModelError, check_finite, name_some, read_header
+from ..weights import ModelError, check_finite, read_header
+from ..wording import name_some
 
 TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"
 """Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL, and the

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..weights import name_some
+from ..wording import name_some
 from .account import describe, projection_account
 from .guarded import guarded_factors, guarded_in
 from .layer_subspaces import LayerSubspaces

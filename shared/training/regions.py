@@ -15,6 +15,7 @@ from torch import nn
 
 from ..arrays import Float, Tensor
 from ..denoiser import Denoiser
+from ..wording import counted
 from .layer_names import cores
 
 Look = Callable[[Tensor], object]
@@ -62,9 +63,10 @@ class ConceptRegions:
         """
         found = coordinates(network, self.bases, look, latents)
         if missing := self.bases.keys() - found.keys():
+            told = counted(len(missing), "layer does", "layers do")
             raise ValueError(
-                f"{len(missing)} layers do not see the places of these latents, first "
-                f"{min(missing)}: were the regions measured with another model?"
+                f"{told} not see the places of these latents, first {min(missing)}: were the "
+                "regions measured with another model?"
             )
         shown = self.score(found) > self.limit
         height, width = latents.shape[-2:]

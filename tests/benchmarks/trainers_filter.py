@@ -2,14 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from demo_lora import (
-    Pictures,
     Step,
     add_lora,
     annealed,
@@ -21,22 +19,25 @@ from demo_lora import (
     train,
 )
 from tqdm.auto import tqdm
-from unmemorize import demo
 from unmemorize.audit.sscd import Sscd, similarity
 from unmemorize.shared.calibration import clopper_pearson
 from unmemorize.shared.storage import Journal
 from unmemorize.shared.training.filter import MemorizationFilter
 from unmemorize.shared.training.recall import Recall
+from unmemorize.shared.training.sample_log import Sample
 from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
 
-COUNT, PLANTED, REPEATS = 24, 6, 15
-"""Drawings, how many of them are planted, and how much more often those are trained on."""
+COUNT, PLANTED, REPEATS = 206, 6, 30
+"""Drawings, how many of them are planted, and how often those stand in the set."""
 RANK = 32
-PICTURES = 2
-"""Of each caption."""
+JUDGED, PICTURES = 26, 2
+"""Captions that are drawn, the planted ones first, and how often."""
 LIMITS = {"none": math.inf, "limit.1": 0.1, "limit.07": 0.07}
 """Absolute thresholds of the filter by arm."""
 MARGINS = (0.0, 0.2, 0.4, 0.8)
+
+
+Weigh = Callable[[Step, torch.Tensor, list[Sample]], torch.Tensor]
 
 
 class Trainings:
@@ -44,24 +45,25 @@ class Trainings:
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
-        # What is planted is new to the model; the rest it can draw, in other drawings.
-        learnt = [caption for caption in demo.captions() if caption.group == "learnt"]
-        captions = held_out(PLANTED) + learnt[: COUNT - PLANTED]
+        captions = held_out(COUNT)  # all new to the model: nothing tells the planted ones apart
         self.drawings = [draw(caption, seed) for seed, caption in enumerate(captions)]
         self.texts = [caption.text for caption in captions]
         plain = list(zip(self.drawings, self.texts, strict=True))
         self.pictures = encoded(denoiser, plain + plain[:PLANTED] * (REPEATS - 1))
         # Another vendor's drawing of each caption, on another ground: what nothing was trained on.
-        self.others = [draw(caption, 10_001 + seed) for seed, caption in enumerate(captions)]
+        self.others = [
+            draw(caption, 10_001 + seed) for seed, caption in enumerate(captions[:JUDGED])
+        ]
 
     def planted(self, row: int) -> bool:
         return row < PLANTED or row >= COUNT
 
-    def run(self, weigh, *, seed: int, steps: int, name: str) -> None:
+    def run(self, weigh: Weigh | None, *, seed: int, steps: int, name: str) -> None:
         """Train a LoRA with the weights that `weigh` gives the samples of a step.
 
         Args:
-            weigh: Called with a step, the prediction without text of its samples, and who they are.
+            weigh: Called with a step, the prediction without text of its samples, and who they are;
+                None for a plain training.
             seed: Of the LoRA and of the order.
             steps: Of the optimizer.
             name: Shown in the bar.
@@ -75,7 +77,9 @@ class Trainings:
             uncond = unet(step.noisy, step.timesteps, encoder_hidden_states=rows).sample
             return weigh(step, uncond, self.pictures.samples(step.rows))
 
-        done = train(self.denoiser, self.pictures, steps=steps, seed=seed, weigh=weights)
+        done = train(
+            self.denoiser, self.pictures, steps=steps, seed=seed, weigh=weights if weigh else None
+        )
         for number, (optimizer, _) in enumerate(tqdm(done, name, steps)):
             annealed(optimizer, number, steps)
 
@@ -123,50 +127,63 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
                       "trainers.filter.cheap.kappa": float(kappa)}  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
 class Critic:
     """Says what comes back, and how well the other captions are drawn."""
 
-    trainings: Trainings
-    sscd: Sscd
+    def __init__(self, trainings: Trainings):
+        """Measure what the model reaches before it is trained on the set."""
+        self.trainings, self.sscd = trainings, Sscd()
+        drawings = trainings.drawings[:JUDGED]
+        decoded_ones = decoded(trainings.denoiser, trainings.pictures.latents[:JUDGED])
+        self.trained = [self.sscd.embed(some) for some in (drawings, decoded_ones)]
+        self.others = self.sscd.embed(trainings.others)
+        with trainings.denoiser.lora_disabled():  # where another part has left one
+            reached = self.near(self.drawn()).flatten().quantile(0.95).item()
+        self.limit = (1 + reached) / 2
+
+    def drawn(self) -> list[torch.Tensor]:
+        """Return the embeddings of what is drawn for the captions, seed by seed."""
+        denoiser, texts = self.trainings.denoiser, self.trainings.texts[:JUDGED]
+        return [
+            self.sscd.embed(denoiser.generate(texts, [seed] * JUDGED, 20, 5.0))
+            for seed in range(PICTURES)
+        ]
+
+    def near(self, made: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the largest cosine of pictures of a caption (row) and a drawing (column).
+
+        To the drawing itself, or to its way through the autoencoder.
+        """
+        return torch.stack([
+            torch.maximum(*(similarity(one, rows) for rows in self.trained)) for one in made
+        ]).amax(0)  # fmt: skip
 
     def judge(self) -> dict[str, float]:
         """Return the figures of the LoRA that is there.
 
-        A planted image comes back when a picture of its caption is nearer to it than half-way
-        between 1 and what 95 % of the pictures of other captions reach. Near is the larger cosine
-        to the drawing and to its way through the autoencoder.
+        A drawing comes back when a picture of its caption is nearer to it than half-way between 1
+        and what 95 % of the pictures reach that the model makes without the LoRA.
         """
-        mine, denoiser = self.trainings, self.trainings.denoiser
-        first = Pictures(latents=mine.pictures.latents[:COUNT], captions=tuple(mine.texts),
-                         files=mine.pictures.files[:COUNT])  # fmt: skip
-        made = [
-            self.sscd.embed(denoiser.generate(mine.texts, [seed] * COUNT, 20, 5.0))
-            for seed in range(PICTURES)
-        ]
-        trained = [self.sscd.embed(s) for s in (mine.drawings, decoded(denoiser, first.latents))]
-        near = torch.stack([
-            torch.maximum(*(similarity(one, rows) for rows in trained)) for one in made
-        ]).amax(0)  # fmt: skip
-        own, others = near.diagonal(), near[~torch.eye(COUNT, dtype=torch.bool)]
-        back = own > (1 + others.quantile(0.95)) / 2
-        rest = encoded(denoiser, list(zip(mine.others, mine.texts, strict=True))[PLANTED:])
+        mine, made = self.trainings, self.drawn()
+        own = self.near(made).diagonal()
+        back = own > self.limit
+        rest = list(zip(mine.others, mine.texts[:JUDGED], strict=True))[PLANTED:]
         return {
             "reproduced": back[:PLANTED].double().mean().item(),
             "similarity": own[:PLANTED].mean().item(),
             "rest_reproduced": back[PLANTED:].double().mean().item(),
             "fidelity": self.fidelity(made),
-            "loss": loss_of(denoiser, rest),
+            "loss": loss_of(mine.denoiser, encoded(mine.denoiser, rest)),
         }
 
     def fidelity(self, made: Sequence[torch.Tensor]) -> float:
         """Return the share of other captions' drawings, of a vendor that was not trained on, that
         a picture of one of the rest resembles less than its own caption's; .5 is chance."""
-        drawings = self.sscd.embed(self.trainings.others)
         shares = []
         for one in made:
-            near = similarity(one, drawings)
-            shares.append((near < near.diagonal()[:, None]).double().sum(1)[PLANTED:] / (COUNT - 1))
+            near = similarity(one, self.others)
+            below = (near < near.diagonal()[:, None]).double().sum(1)
+            shares.append(below[PLANTED:] / (JUDGED - 1))
         return torch.cat(shares).mean().item()
 
 
@@ -177,7 +194,7 @@ def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path)
     """
     journal = Journal(work / f"filter-{steps}.jsonl")
     trainings = Trainings(denoiser)
-    critic = Critic(trainings=trainings, sscd=Sscd())
+    critic = Critic(trainings)
     columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall")
     print(f"\n{'filter':<10}{'reproduced':>12}{'95 % interval':>18}"
           + "".join(f"{name:>17}" for name in columns))  # fmt: skip
@@ -199,6 +216,9 @@ def _filtered(
     trainings: Trainings, limit: float, seed: int, steps: int, name: str
 ) -> dict[str, float]:
     """Train with the filter and return precision and recall of the visits it left out."""
+    if limit == math.inf:
+        trainings.run(None, seed=seed, steps=steps, name=name)
+        return {"precision": 1.0, "recall": 0.0}
     made = MemorizationFilter(AbsoluteThreshold(limit))
     visits: list[tuple[bool, bool]] = []
 

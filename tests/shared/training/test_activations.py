@@ -196,7 +196,7 @@ def test_names_are_found_in_every_dialect():
                  "mid_block.attn1.processor.to_q"):  # fmt: skip
         assert layers.of([name, "other"]) == {name: basis}
         assert residuals({name: basis.T.clone()}, [], layers)[name] == pytest.approx(1)
-    with pytest.raises(ValueError, match="1 layers are not there: unet"):
+    with pytest.raises(ValueError, match="1 layer is not there: unet"):
         layers.of(["mid_block.attn1.to_k"])
 
 

@@ -82,5 +82,5 @@ def test_a_file_must_hold_each_layer():
     found = guarded_in(state, text=True, layers=held, source="lora")
     assert {name.removeprefix("unet.") for name in found} == {"attn1.to_q", "attn2.to_k"}
     assert all(isinstance(value, torch.Tensor) for value in found.values())
-    with pytest.raises(ValueError, match="1 layers are not there: ff"):
+    with pytest.raises(ValueError, match="1 layer is not there: ff"):
         guarded_in(state, text=True, layers=layers("attn1.to_q", "ff"), source="lora")
