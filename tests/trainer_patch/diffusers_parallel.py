@@ -46,7 +46,7 @@ def main(model, output, *options):
             loop.samples = [Sample(file=str(index), caption=CAPTIONS[index]) for index in own]
             noisy = scheduler.add_noise(latents, noise, timesteps)
             prediction = network(noisy, timesteps, text, return_dict=False)[0]
-            accelerator.backward(F.mse_loss(prediction, noise))
+            accelerator.backward(F.mse_loss(prediction, loop.target(noise, latents)))
             accelerator.clip_grad_norm_(factors, 1.0)
             optimizer.step()
             optimizer.zero_grad()
