@@ -74,7 +74,7 @@ ARMS = (
     Arm(name="exact", text=True),
     Arm(name="layers", text=True, layers=24),
     Arm(name="once", text=True, layers=24, when="end"),
-    Arm(name="regions", text=True, regions=True),
+    Arm(name="regions", text=True, layers=24, regions=True),
 )
 
 
