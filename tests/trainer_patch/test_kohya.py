@@ -95,6 +95,12 @@ def middle(unchanged) -> float:
 
 
 @pytest.fixture(scope="module")
+def cheaper(train) -> Path:
+    """With a filter that lets everything pass and measures some samples only."""
+    return train("cheaper", "mem_filter=inf", "mem_filter_recall=9", max_train_epochs=9)
+
+
+@pytest.fixture(scope="module")
 def empty(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "empty.safetensors"
     ConceptSubspace.empty(128).save(path)
@@ -155,23 +161,23 @@ def test_both_doors_and_the_file_say_the_same(train, plain, middle):
     assert logged["unmemorize/filtered_share"] == counts["flagged"] / counts["seen"]
 
 
-def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train, plain):
-    path = train("cheaper", "mem_filter=inf", "mem_filter_recall=9", max_train_epochs=9)
-    assert same_tensors(path, train("plain, longer", max_train_epochs=9))
-    told = json.loads(header(path)["unmemorize.filter"])
+def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train, cheaper):
+    assert same_tensors(cheaper, train("plain, longer", max_train_epochs=9))
+    told = json.loads(header(cheaper)["unmemorize.filter"])
     assert 0 < told["measured"] < told["seen"] == 36
-    records = read_records([path.with_name("lora.memorized.jsonl")])
+    records = read_records([cheaper.with_name("lora.memorized.jsonl")])
     assert sum(record.measured for record in records) == told["measured"]
     # Rows of the same batch: one was measured, the other expected.
     pairs = zip(records[::2], records[1::2], strict=True)
     assert any(one.measured != other.measured for one, other in pairs)
 
 
-def test_the_cheaper_filter_measures_what_the_full_one_does(train):
+def test_the_cheaper_filter_measures_what_the_full_one_does(train, cheaper):
     full = train("full", "mem_filter=inf", max_train_epochs=9)
-    cheap = full.parents[1] / "cheaper" / full.name
-    pairs = zip(*(read_records([path.with_name("lora.memorized.jsonl")]) for path in (full, cheap)),
-                strict=True)  # fmt: skip
+    pairs = zip(
+        *(read_records([path.with_name("lora.memorized.jsonl")]) for path in (full, cheaper)),
+        strict=True,
+    )
     for one, other in pairs:
         assert (one.sample, one.timestep) == (other.sample, other.timestep)
         if other.measured:
