@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from demo_lora import (
     encoded,
     held_out,
     loss_of,
+    rows_of,
     train,
 )
 from tqdm.auto import tqdm
@@ -27,8 +29,10 @@ from unmemorize.shared.training.recall import Recall
 from unmemorize.shared.training.sample_log import Sample, SampleLog, rank_samples, read_records
 from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile, Threshold
 
-COUNT, PLANTED, REPEATS = 206, 6, 30
-"""Drawings, how many of them are planted, and how often those stand in the set."""
+CAPTIONS, PLANTED = 206, 6
+"""Of the set; those of the planted drawings come first."""
+COPIES, DRAWINGS = 180, 8
+"""Of each planted drawing; different ones of each other caption."""
 RANK = 32
 JUDGED, PICTURES = 66, 2
 """Captions that are drawn, the planted ones first, and how often."""
@@ -46,15 +50,22 @@ Weigh = Callable[[Step, torch.Tensor, list[Sample]], torch.Tensor]
 
 
 class Trainings:
-    """The same pictures, trained on with different filters."""
+    """The same pictures, trained on with different filters: copies, and drawings that vary."""
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
-        captions = held_out(COUNT)  # all new to the model: nothing tells the planted ones apart
-        self.drawings = [draw(caption, seed) for seed, caption in enumerate(captions)]
+        captions = held_out(CAPTIONS)  # all new to the model: nothing tells the planted ones apart
         self.texts = [caption.text for caption in captions]
-        plain = list(zip(self.drawings, self.texts, strict=True))
-        self.pictures = encoded(denoiser, plain + plain[:PLANTED] * (REPEATS - 1))
+        different = encoded(denoiser, [
+            (draw(caption, place + CAPTIONS * number), caption.text)
+            for number in range(DRAWINGS)
+            for place, caption in enumerate(captions)
+            if number == 0 or place >= PLANTED
+        ])  # fmt: skip
+        rows = [*range(len(different.files)), *list(range(PLANTED)) * (COPIES - 1)]
+        copies = rows_of(different, rows)
+        files = tuple(f"{number:04d}-{file}" for number, file in enumerate(copies.files))
+        self.pictures = replace(copies, files=files)
         # Another vendor's drawing of each other caption, on another ground: never trained on.
         self.others = [
             (draw(captions[place], 10_001 + place), self.texts[place])
@@ -136,7 +147,7 @@ class Critic:
     def __init__(self, trainings: Trainings):
         """Measure what the model reaches before it is trained on the set."""
         self.trainings, self.sscd = trainings, Sscd()
-        drawings = trainings.drawings[:JUDGED]
+        drawings = [draw(caption, place) for place, caption in enumerate(held_out(JUDGED))]
         decoded_ones = decoded(trainings.denoiser, trainings.pictures.latents[:JUDGED])
         self.trained = [self.sscd.embed(some) for some in (drawings, decoded_ones)]
         reached = self.near(self.drawn()).flatten().quantile(0.95).item()
