@@ -37,8 +37,6 @@ JUDGED, PICTURES = 66, 2
 FILTERS: dict[str, Callable[[], Threshold]] = {
     "none": lambda: AbsoluteThreshold(math.inf),  # records, and changes nothing
     "limit.1": lambda: AbsoluteThreshold(0.1),
-    "limit.07": lambda: AbsoluteThreshold(0.07),
-    "quantile.5": lambda: RunningQuantile(0.5),
 }
 """Thresholds by arm."""
 MARGINS = (0.0, 0.2, 0.4, 0.8)
