@@ -53,7 +53,7 @@ CONCEPTS = (
     (("volcano", "erupting volcano"), "mountain"),
     (("mickey mouse", "mickey", "the famous mouse"), "character"),
 )
-SHARE = 0.34
+SHARE = 0.36
 """Of the visits that the cheaper filter measures, where `cheap` has not found out."""
 
 
