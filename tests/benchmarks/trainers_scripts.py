@@ -100,6 +100,7 @@ def measure_scripts(denoiser, bench: dict, *, steps: int, seeds: int, work: Path
     for name, variable in given.items():
         if variable not in os.environ:
             print(f"\n{name}'s script is not run: set {variable} to its folder")
+    work = work.resolve()  # sd-scripts runs in its own folder
     journal = Journal(work / f"scripts-{steps}.jsonl")
     trial = Trial(denoiser, work)
     scripts = Scripts(trial, work / "scripts", steps)

@@ -5,8 +5,9 @@ folder `ai_toolkit`; this one is for what must hold wherever its code is not at 
 """
 
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,14 @@ class Embeds:
 
 def concat_prompt_embeds(several: list[Embeds]) -> Embeds:
     return Embeds(torch.cat([each.text_embeds for each in several]))
+
+
+def install(monkeypatch) -> None:
+    """Put the one function of ai-toolkit that is called by name where it is looked for."""
+    module = ModuleType("toolkit.prompt_utils")
+    module.concat_prompt_embeds = concat_prompt_embeds
+    monkeypatch.setitem(sys.modules, "toolkit", ModuleType("toolkit"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def encode_prompt(prompts: list[str]) -> Embeds:

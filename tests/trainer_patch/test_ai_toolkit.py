@@ -5,8 +5,7 @@ Also what is said where a version lacks a hook, or a configuration asks for too 
 
 import json
 import logging
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import little_ai_toolkit
 import pytest
@@ -33,10 +32,7 @@ class Trainer(ProtectedProcess, LittleTrainer):
 @pytest.fixture(autouse=True)
 def toolkit(monkeypatch):
     """The one function of ai-toolkit that is called by name."""
-    module = ModuleType("toolkit.prompt_utils")
-    module.concat_prompt_embeds = little_ai_toolkit.concat_prompt_embeds
-    monkeypatch.setitem(sys.modules, "toolkit", ModuleType("toolkit"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    little_ai_toolkit.install(monkeypatch)
 
 
 @pytest.fixture

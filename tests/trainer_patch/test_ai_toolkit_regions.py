@@ -1,8 +1,7 @@
 """Regions of the concept at ai-toolkit's hooks, on a small trainer that has them."""
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import little_ai_toolkit
 import pytest
@@ -28,10 +27,7 @@ class Trainer(ProtectedProcess, LittleTrainer):
 @pytest.fixture(autouse=True)
 def toolkit(monkeypatch):
     """The one function of ai-toolkit that is called by name."""
-    module = ModuleType("toolkit.prompt_utils")
-    module.concat_prompt_embeds = little_ai_toolkit.concat_prompt_embeds
-    monkeypatch.setitem(sys.modules, "toolkit", ModuleType("toolkit"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    little_ai_toolkit.install(monkeypatch)
 
 
 @pytest.fixture
