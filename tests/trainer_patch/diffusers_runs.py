@@ -66,8 +66,8 @@ def make_layers(folder: Path, rank: int = 3) -> Path:
     return path
 
 
-def make_regions(folder: Path, limit: float) -> Path:
-    """Save the layers of `make_layers` with some regions of cats: where a score is above a limit.
+def make_regions(folder: Path, limit: float, names: Sequence[str] = ("cat",)) -> Path:
+    """Save the layers of `make_layers` with regions of a concept: where a score is above a limit.
 
     All places of noise are above -1, some above 1.7, none above 1e9.
     """
@@ -80,8 +80,8 @@ def make_regions(folder: Path, limit: float) -> Path:
         bases=bases, centres={name: torch.zeros(basis.shape[1]) for name, basis in bases.items()},
         units=dict.fromkeys(bases, 1.0), limit=limit, sigma=0.3,
     )  # fmt: skip
-    path = folder / f"regions{limit}.safetensors"
-    replace(held, regions=regions).save(path)
+    path = folder / f"regions{limit}-{'-'.join(names)}.safetensors"
+    replace(held, regions=regions, provenance={"names": list(names)}).save(path)
     return path
 
 

@@ -4,7 +4,7 @@ The layers' subspaces are arbitrary: what is shown is what happens in the region
 those which diffusers finds.
 """
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,14 +48,7 @@ JOBS = {
 @pytest.fixture(scope="session")
 def layers(room):
     """Function that returns the file of the layers."""
-
-    def make(limit: float, names: tuple[str, ...]) -> Path:
-        held = LayerSubspaces.load(make_regions(room, limit))
-        path = room / f"{limit} {' '.join(names)}.layers.safetensors"
-        replace(held, provenance={"names": list(names)}).save(path)
-        return path
-
-    return make
+    return partial(make_regions, room)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ those which diffusers finds.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,7 @@ MOST = EVERYTHING | {"output_dtype": "FLOAT_16", "epochs": 2}
 @pytest.fixture(scope="session")
 def regions(room):
     """Function that returns the file of the layers: where the regions are, whose they are."""
-
-    def make(limit: float, names: tuple[str, ...] = ()) -> Path:
-        held = LayerSubspaces.load(make_regions(room, limit))
-        path = room / f"{limit} {' '.join(names)}.layers.safetensors"
-        replace(held, provenance={"names": list(names)}).save(path)
-        return path
-
-    return make
+    return partial(make_regions, room)
 
 
 @pytest.fixture(scope="session")
