@@ -40,7 +40,7 @@ class StepFilter:
         samples, timesteps = samples_of(given["batch"]), given["timesteps"]
         state = RandomState.now(timesteps.device)
         plain = None
-        if self._protection.due(samples, timesteps, state).any():
+        if self._protection.due(samples, timesteps).any():
             # Before the real one: some models leave on the batch what they predicted last.
             with aside(state):
                 plain = run(**given | {"conditional_embeds": self._without_text(len(samples))})

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ from .rows import take_rows
 
 Samples = Callable[[], Sequence[Sample]]
 """Who is in the batch of the forward pass that runs now; empty when that is not known."""
+
+
+class _Asked(NamedTuple):
+    """What is known of a step before its own prediction."""
+
+    state: RandomState
+    timesteps: Tensor
+    samples: Sequence[Sample]
+    plain: Tensor | None
+    """On the empty prompt, of the samples that are due; None where none is."""
 
 
 class Gate:
@@ -50,38 +60,54 @@ class Gate:
         self.network, self.protection, self.empty = network, protection, empty
         self.samples, self.prior_preservation = samples, prior_preservation
         self._signature = inspect.signature(type(network).forward)
-        self._before: RandomState | None = None
+        self._asked: _Asked | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Gate every forward pass with gradient, for as long as the block lasts."""
-        before = self.network.register_forward_pre_hook(self._remember)
-        after = self.network.register_forward_hook(self._gate, with_kwargs=True)
+        before = self.network.register_forward_pre_hook(self._ask, with_kwargs=True)
+        after = self.network.register_forward_hook(self._gate)
         try:
             yield
         finally:
             before.remove()
             after.remove()
 
-    def _remember(self, network: nn.Module, args: tuple) -> None:
-        if torch.is_grad_enabled():
-            self._before = RandomState.now(network.device)
+    def _ask(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Predict on the empty prompt: before the training's own pass, to share no memory with it.
 
-    def _gate(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Return the output with its gradient gated; None leaves it as it is."""
-        prediction = output[0]
-        if not (torch.is_grad_enabled() and prediction.requires_grad):
-            return None  # sampling for validation
-        call = self._call(args, kwargs)
-        rows = len(prediction) // (2 if self.prior_preservation else 1)
+        Activations that wait for the backward pass would be held beside those made here.
+        """
+        self._asked = None
+        if not torch.is_grad_enabled():
+            return  # sampling for validation
+        call, state = self._call(args, kwargs), RandomState.now(network.device)
+        count = len(next(iter(call.values())))
+        rows = count // (2 if self.prior_preservation else 1)
         timesteps, samples = self.empty.timesteps(call, rows), self._samples(call[TEXT], rows)
-        due = self.protection.due(samples, timesteps, self._before)
+        due, plain = self.protection.due(samples, timesteps), None
+        if due.any():
+            some = call if due.all() else take_rows(call, due.nonzero().flatten(), count)
+            # Not `network(...)`, which would come back to the hook.
+            with aside(state):
+                plain = network.forward(**self.empty.in_place_of_prompt(some))[0]
+            plain = plain[: int(due.sum())]
+        self._asked = _Asked(state, timesteps, samples, plain)
+
+    def _gate(self, network: nn.Module, args: tuple, output: Any) -> Any:
+        """Return the output with its gradient gated; None leaves it as it is."""
+        asked, self._asked = self._asked, None
+        prediction = output[0]
+        if asked is None or not prediction.requires_grad:
+            return None
+        rows = len(asked.samples)
         weights = self.protection.weigh(
             prediction[:rows],
-            self._repeat(call, due, prediction),
-            timesteps=timesteps,
-            samples=samples,
-            scale=self.empty.scale(timesteps),
+            prediction[:0].detach() if asked.plain is None else asked.plain,
+            timesteps=asked.timesteps,
+            samples=asked.samples,
+            scale=self.empty.scale(asked.timesteps),
+            before=asked.state,
         )
         gated = gate_gradient(
             prediction, torch.cat([weights, weights.new_ones(len(prediction) - rows)])
@@ -89,17 +115,6 @@ class Gate:
         if gated is prediction:
             return None
         return (gated, *output[1:]) if isinstance(output, tuple) else type(output)(gated)
-
-    def _repeat(self, call: dict[str, Any], due: Tensor, prediction: Tensor) -> Tensor:
-        """Return the prediction on the empty prompt of the rows that are due."""
-        if not due.any():
-            return prediction[:0].detach()
-        if not due.all():
-            call = take_rows(call, due.nonzero().flatten(), len(prediction))
-        # Not `network(...)`, which would come back to the hook.
-        with aside(self._before):
-            other = self.network.forward(**self.empty.in_place_of_prompt(call))[0]
-        return other[: int(due.sum())]
 
     def _call(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of the forward pass by name."""

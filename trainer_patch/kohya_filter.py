@@ -57,18 +57,18 @@ class StepFilter:
 
     def _unet_step(self, run: Hook, given: dict[str, Any]) -> Tensor:
         """Predict with SD 1, SD 2 or SDXL, whose inputs are noised already."""
-        state = RandomState.now(self._training.accelerator.device)
-        prediction, timesteps = run(given), given["timesteps"]
+        state, timesteps = RandomState.now(self._training.accelerator.device), given["timesteps"]
         samples = self._samples.of(given["batch"])
-        due = self._protection.due(samples, timesteps, state)
-        plain = prediction[:0].detach()
+        due, plain = self._protection.due(samples, timesteps), None
         if due.any():
             some = given | _rows(given, due)
+            # Before the training's own, whose activations would be held beside those made here.
             with aside(state):
                 text = without_text(some["text_conds"], self._empty())
                 plain = run(some | {"text_conds": text})
+        prediction = run(given)
         scale = None if self._scale is None else self._scale[timesteps.cpu().long()]
-        self._weigh(given["batch"], prediction, plain, timesteps, samples, scale)
+        self._weigh(given["batch"], prediction, plain, timesteps, samples, scale, state)
         return prediction
 
     def _transformer_step(self, run: Hook, given: dict[str, Any]) -> tuple:
@@ -80,14 +80,13 @@ class StepFilter:
             result = run(given)
             prediction, timesteps = seen[0], result[2]
             del seen[:]
-            # Since noise was drawn, all are due or none.
-            if self._protection.due(samples, timesteps, state).any():
+            if self._protection.due(samples, timesteps).any():
                 with aside(state):
                     text = without_text(given["text_encoder_conds"], self._empty())
                     repeated = repeat(self._training, run, given, text_encoder_conds=text)
                 check_same(timesteps, repeated[2])
-            plain = seen[0] if seen else prediction[:0].detach()
-        self._weigh(batch, prediction, plain, timesteps, samples, None)
+            plain = seen[0] if seen else None
+        self._weigh(batch, prediction, plain, timesteps, samples, None, state)
         return result
 
     def _empty(self) -> list[Tensor | None]:
@@ -100,14 +99,20 @@ class StepFilter:
         self,
         batch: dict[str, Any],
         prediction: Tensor,
-        plain: Tensor,
+        plain: Tensor | None,
         timesteps: Tensor,
         samples: Sequence[Sample],
         scale: Tensor | None,
+        before: RandomState,
     ) -> None:
         """Multiply the weights of the losses, which the trainer reads after this."""
         weights = self._protection.weigh(
-            prediction, plain, timesteps=timesteps, samples=samples, scale=scale
+            prediction,
+            prediction[:0].detach() if plain is None else plain,
+            timesteps=timesteps,
+            samples=samples,
+            scale=scale,
+            before=before,
         )
         losses = batch["loss_weights"]
         batch["loss_weights"] = losses * weights.to(losses.device, losses.dtype)

@@ -54,7 +54,7 @@ class StepFilter:
         with aside(before):
             timesteps = self._timesteps(run, batch)
         plain = None
-        if self._protection.due(samples, timesteps[rows], before).any():
+        if self._protection.due(samples, timesteps[rows]).any():
             # Before the training's own prediction, whose activations a later one would throw away
             # where layers are offloaded. All rows: others would draw other noise.
             with aside(before):

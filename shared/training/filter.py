@@ -63,6 +63,8 @@ class MemorizationFilter:
         self.calls = self.seen = self.measured = self.flagged = 0
         """Calls of `weigh`; over all processes the samples seen, those of them whose score was
         measured and not expected, and those at or above threshold."""
+        self.draws = False
+        """Whether the network was seen to draw random numbers, as dropout does."""
         self.latest = 0.0
         """Mean score of the last call, over all processes."""
 
@@ -168,12 +170,14 @@ class MemorizationFilter:
         """Return what a resumed training needs, plain data."""
         counts = {name: getattr(self, name) for name in COUNTS}
         recalled = {} if self.recall is None else {"recall": self.recall.state_dict()}
-        return counts | {"threshold": self.threshold.state_dict()} | recalled
+        told = {"draws": self.draws, "threshold": self.threshold.state_dict()}
+        return counts | told | recalled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; records of steps done again replace the old ones."""
         for name in COUNTS:
             setattr(self, name, state[name])
+        self.draws = state.get("draws", True)  # an older version did not say: to be safe
         self.threshold.load_state_dict(state["threshold"])
         if self.recall is not None and "recall" in state:
             self.recall.load_state_dict(state["recall"])

@@ -50,13 +50,17 @@ class FilteredTraining:
         beside = output.parent / f"{output.name.removesuffix('.safetensors')}.memorized.json"
         self._report = settings.report or beside
 
-    def due(self, samples: Sequence[Sample], timesteps: Tensor, before: RandomState) -> Tensor:
+    def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
         """Return which samples need another prediction; see `Protection.due`."""
         due = self.filter.due(samples, timesteps)
-        return torch.ones_like(due) if due.any() and before.is_past() else due
+        return torch.ones_like(due) if due.any() and self.filter.draws else due
 
-    def weigh(self, cond: Tensor, uncond: Tensor, **told: Any) -> Tensor:
-        """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`."""
+    def weigh(
+        self, cond: Tensor, uncond: Tensor, *, before: RandomState | None, **told: Any
+    ) -> Tensor:
+        """Return what to multiply each sample's loss by; see `Protection.weigh`."""
+        if before is not None and before.is_past():
+            self.filter.draws = True
         if self.filter.log is None:
             self.filter.log = self._open_log()
         return self.filter.weigh(cond, uncond, **told)

@@ -120,22 +120,22 @@ class Protection:
         if self._projected:
             self._projected.start()
 
-    def due(self, samples: Sequence[Sample], timesteps: Tensor, before: RandomState) -> Tensor:
+    def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
         """Return of which samples `weigh` needs the prediction on the empty prompt.
 
         All, unless a cheaper filter is asked for. An adapter that cannot repeat some rows of a
-        batch repeats all when any is due.
+        batch repeats all when any is due. Best asked, and that prediction made, before the step's
+        own: the activations of that wait for the backward pass and hold memory.
 
         Args:
             samples: Those of the step.
             timesteps: Theirs, [sample].
-            before: Taken before the step's own prediction. If that has drawn random numbers, as
-                dropout does, only the whole batch draws the same again: all are due or none.
 
         Returns:
-            [sample] of booleans.
+            [sample] of booleans; all are due or none where the network draws random numbers, as
+            dropout does, since only the whole batch draws the same twice.
         """
-        return self._filtered.due(samples, timesteps, before)
+        return self._filtered.due(samples, timesteps)
 
     def weigh(
         self,
@@ -145,9 +145,22 @@ class Protection:
         timesteps: Tensor,
         samples: Sequence[Sample],
         scale: Float[Tensor, " sample"] | None = None,
+        before: RandomState | None = None,
     ) -> Float[Tensor, " sample"]:
-        """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`."""
-        return self._filtered.weigh(cond, uncond, timesteps=timesteps, samples=samples, scale=scale)
+        """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`.
+
+        Args:
+            cond: See there, as the others.
+            uncond: Of those that were `due`.
+            timesteps: Theirs.
+            samples: Which they are.
+            scale: From output to noise.
+            before: Taken before the step's own prediction, to tell whether that draws random
+                numbers; an adapter that repeats whole batches only needs none.
+        """
+        return self._filtered.weigh(
+            cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before
+        )
 
     def before_clip(self) -> None:
         """Project the gradients: when they are complete, before they are clipped."""

@@ -145,7 +145,7 @@ def test_only_samples_that_are_due_are_run_again(tmp_path, denoiser, dropout):
         call(denoiser, ("a red cat", "a green cat", "a house with tall tree"))
         del network.forward
     # Under dropout a part of the batch would draw other masks.
-    assert rows == [3, 3, 3 if dropout else 1]
+    assert rows == [3, 3 if dropout else 1, 3]
     found = records(protection, tmp_path)
     assert [each.measured for each in found[3:6]] == [False] * 3
     assert [each.measured for each in found[6:]] == [bool(dropout), True, bool(dropout)]
@@ -155,6 +155,15 @@ def test_only_samples_that_are_due_are_run_again(tmp_path, denoiser, dropout):
             call(denoiser, ("a red cat", "a green cat", "a house with tall tree"))
         expected = records(protection, tmp_path / "full")[1].score
         assert full == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_of_the_step_is_held_while_it_predicts_without_text(tmp_path, denoiser):
+    network, order = denoiser.family.network, []
+    inner = next(module for name, module in network.named_modules() if name.endswith("to_q"))
+    inner.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
+    with gated(denoiser, tmp_path):
+        call(denoiser)
+    assert order == [False, True]
 
 
 def test_sampling_is_not_looked_at(tmp_path, denoiser):

@@ -82,7 +82,7 @@ class Training:
         cond = size * seeded(BATCH, 4, 2, 2, seed=300 + self.done, dtype=torch.float32).abs()
         samples = [Sample(file=f"{row}.png", caption=f"caption {row}") for row in range(BATCH)]
         timesteps = torch.full((BATCH,), 500)
-        due = self.protection.due(samples, timesteps, RandomState.now())
+        due = self.protection.due(samples, timesteps)
         return self.protection.weigh(
             cond, torch.zeros_like(cond)[due], timesteps=timesteps, samples=samples
         )
@@ -236,17 +236,25 @@ def test_under_dropout_a_batch_is_repeated_whole_or_not_at_all(tmp_path):
     protection = Protection(filtering(limit=100.0, recall=9), output=tmp_path / "lora")
     known, fresh = Sample(file="known"), Sample(file="fresh")
 
-    def due(samples: list[Sample], draws: bool) -> list[bool]:
-        before = RandomState.now()
+    def due(protection: Protection, *samples: Sample) -> list[bool]:
+        return protection.due(samples, torch.full((len(samples),), 500)).tolist()
+
+    def step(*, draws: bool) -> None:
+        cond, before = torch.ones(1, 4, 2, 2), RandomState.now()
         if draws:
             torch.rand(1)
-        return protection.due(samples, torch.full((len(samples),), 500), before).tolist()
+        told = {"timesteps": torch.tensor([500]), "samples": [known], "before": before}
+        protection.weigh(cond, 0 * cond, **told)
 
-    cond = torch.ones(1, 4, 2, 2)
-    protection.weigh(cond, 0 * cond, timesteps=torch.tensor([500]), samples=[known])
-    assert due([known, fresh], draws=False) == [False, True]
-    assert due([known, fresh], draws=True) == [True, True]
-    assert due([known, known], draws=True) == [False, False]
+    step(draws=False)
+    assert due(protection, known, fresh) == [False, True]
+    step(draws=True)
+    assert due(protection, known, fresh) == [True, True]
+    assert due(protection, known, known) == [False, False]
+    step(draws=False)  # by chance, or since a schedule turned it off: it may again
+    resumed = Protection(filtering(limit=100.0, recall=9), output=tmp_path / "again")
+    resumed.load_state_dict(protection.state_dict())
+    assert due(resumed, known, fresh) == [True, True]
 
 
 def test_everything_left_out_leaves_the_up_factors_at_zero(tmp_path):
