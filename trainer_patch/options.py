@@ -1,7 +1,6 @@
 """The options that every trainer gets: on the command line, in TOML, and as `key=value` strings."""
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +72,10 @@ OPTIONS = (
     Option(
         name="mem_filter",
         metavar="THRESHOLD",
-        help="leave samples out of the loss while they are being memorized: a quantile for each "
-        "range of timesteps (q0.95 passes 95 of 100), or an absolute RMS magnitude (0.05); inf "
-        "only records. One more forward pass without gradient in each step.",
+        help="leave samples out of the loss while they are being memorized. x1.5: whose captions "
+        "move the prediction 1.5 times as far as the median caption does, over several visits; "
+        "q0.95: all but 95 of 100 visits in each range of timesteps; 0.05: from this RMS magnitude "
+        "on; inf only records. One more forward pass without gradient in each step.",
     ),
     Option(
         name="mem_filter_action",
@@ -196,15 +196,17 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
     text = given.get("mem_filter", "off")
     if text.lower() in OFF and text != "0":
         return None
-    quantile = text.lower().startswith("q")
-    number = _number({"mem_filter": text[quantile:]}, "mem_filter", float, None)
+    kind = {"q": "quantile", "x": "ratio"}.get(text[0].lower())
+    try:
+        number = float(text[1:] if kind else text)
+    except ValueError as error:
+        raise OptionError(f"--mem_filter cannot be {text!r}: see --help.") from error
     action = given.get("mem_filter_action", "drop")
     if action not in get_args(Action):
         raise OptionError(f"--mem_filter_action is one of {get_args(Action)}, got {action!r}.")
     report = given.get("mem_filter_report")
     return FilterSettings(
-        limit=math.inf if quantile else number,
-        quantile=number if quantile else None,
+        **{kind or "limit": number},
         action=action,
         recall=_number(given, "mem_filter_recall", int, None),
         report=Path(f"{report.removesuffix('.json')}.json") if report else None,

@@ -45,7 +45,7 @@ def projection_account(
 def filter_account(asked: FilterSettings, done: MemorizationFilter) -> dict[str, Any]:
     """Return what was asked of the filter and what it saw, plain data."""
     return {
-        "threshold": str(asked.limit) if asked.quantile is None else f"q{asked.quantile}",
+        "threshold": asked.text,
         "action": done.action,
         "unit": done.unit,
         "recall": asked.recall,

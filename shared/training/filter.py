@@ -12,7 +12,8 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..metrics import per_element, text_noise_norm
-from .recall import Recall, identities
+from .expectation import Expectation, Visits
+from .recall import Recall
 from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
 
@@ -22,6 +23,8 @@ Gather = Callable[[Tensor], Tensor]
 """From this process's [sample column], float64 on the CPU, to that of all, one order everywhere."""
 COUNTS = ("calls", "seen", "measured", "flagged")
 """Attributes of a filter that a resumed training goes on counting."""
+REMEMBERING = ("threshold", "expectation", "recall")
+"""Attributes with a state of their own."""
 
 
 def alone(values: Tensor) -> Tensor:
@@ -40,6 +43,7 @@ class MemorizationFilter:
         unit: Unit = "rms",
         log: SampleLog | None = None,
         gather: Gather = alone,
+        expectation: Expectation | None = None,
         recall: Recall | None = None,
     ):
         """Set up the filter.
@@ -52,14 +56,17 @@ class MemorizationFilter:
                 resolution, or "l2", the paper's norm, which grows with it.
             log: Where each decision is written, one file per process.
             gather: Needed with several processes, whose batches must be of one size.
-            recall: Leaves out the extra pass on most visits; None measures always. Every process
-                remembers the samples of all.
+            expectation: Of scores, by what earlier visits say; for a relative threshold and for
+                `recall`. Every process remembers the samples of all. None makes one where needed.
+            recall: Leaves out the extra pass on most visits; None measures always.
         """
         for name, value, known in (("action", action, Action), ("unit", unit, Unit)):
             if value not in get_args(known):
                 raise ValueError(f"`{name}` must be one of {get_args(known)}, got {value!r}.")
         self.threshold, self.action, self.unit = threshold, action, unit
         self.log, self.gather, self.recall = log, gather, recall
+        needed = threshold.relative or recall is not None
+        self.expectation = (expectation or Expectation()) if needed else None
         self.calls = self.seen = self.measured = self.flagged = 0
         """Calls of `weigh`; over all processes the samples seen, those of them whose score was
         measured and not expected, and those at or above threshold."""
@@ -72,8 +79,7 @@ class MemorizationFilter:
         """Return which samples of a step need the extra pass, [sample] of booleans."""
         if self.recall is None:
             return torch.ones(len(samples), dtype=torch.bool)
-        places = timesteps.cpu().double()
-        return self.recall.due(identities(samples), places, self.threshold.at(places))
+        return self._due(Visits.of(samples, timesteps))
 
     @torch.no_grad()
     def weigh(
@@ -102,26 +108,42 @@ class MemorizationFilter:
         """
         if len(samples) != len(cond):
             raise ValueError(f"`samples` must name all {len(cond)}, got {len(samples)}.")
-        places, who = timesteps.cpu().double(), identities(samples)
-        due = self.due(samples, timesteps)
+        visits = Visits.of(samples, timesteps)
+        due = self._due(visits)
         if len(uncond) == len(cond):
             due = torch.ones_like(due)
         elif len(uncond) != due.sum():
             raise ValueError(f"`uncond` must hold the {int(due.sum())} due, got {len(uncond)}.")
-        scores = torch.full_like(places, torch.nan)
-        if self.recall is not None:
-            scores = self.recall.expected(who, places)
+        scores = self._expected(visits).scores
         scores[due] = self._measured(cond.detach(), uncond, due, scale)
-        own = torch.stack([places, scores, due.double(), who], dim=1)
-        everyone = self.gather(own)
-        limits = self.threshold.at(own[:, 0])
-        remaining = self._remaining(own[:, 1], limits)
-        limits_of_all = self.threshold.at(everyone[:, 0])
-        total = self._remaining(everyone[:, 1], limits_of_all).sum()
-        self._record(own, limits, remaining, samples)
-        self._learn(everyone, limits_of_all)
-        weights = remaining * len(everyone) / total if total else remaining
+        own = visits._replace(scores=scores, measured=due.double())
+        everyone = Visits.from_table(self.gather(own.table()))
+        if self.expectation is not None:
+            self.expectation.learn(everyone)  # what a relative threshold judges holds this visit
+        limits, judged = self.threshold.at(own.timesteps), self._judged(own)
+        limits_of_all, judged_of_all = self.threshold.at(everyone.timesteps), self._judged(everyone)
+        remaining = self._remaining(judged, limits)
+        total = self._remaining(judged_of_all, limits_of_all).sum()
+        self._record(own, judged >= limits, remaining, samples)
+        self._count(everyone, judged_of_all >= limits_of_all)
+        weights = remaining * len(everyone.scores) / total if total else remaining
         return weights.to(cond.device, torch.promote_types(cond.dtype, torch.float32))
+
+    def _due(self, visits: Visits) -> Tensor:
+        """Return which visits need the extra pass, [sample] of booleans."""
+        if self.recall is None:
+            return torch.ones(len(visits.scores), dtype=torch.bool)
+        limits = self.threshold.at(visits.timesteps)
+        return self.recall.due(visits, self._judged(self._expected(visits)), limits)
+
+    def _expected(self, visits: Visits) -> Visits:
+        """Return visits with the scores to expect where measuring may be spared."""
+        known = self.recall is not None
+        return visits._replace(scores=self.expectation.scores(visits)) if known else visits
+
+    def _judged(self, visits: Visits) -> Float[Tensor, " sample"]:
+        """Return what the threshold is compared with."""
+        return self.expectation.ratios(visits) if self.threshold.relative else visits.scores
 
     def _measured(
         self, cond: Tensor, uncond: Tensor, due: Tensor, scale: Tensor | None
@@ -133,54 +155,56 @@ class MemorizationFilter:
         scores = per_element(scores, cond.shape[1:]) if self.unit == "rms" else scores
         return scores if scale is None else scores * scale.cpu().double()[due]
 
-    def _learn(self, everyone: Tensor, limits: Tensor) -> None:
+    def _count(self, everyone: Visits, flagged: Tensor) -> None:
         """Count the samples of all processes, and remember their scores."""
-        timesteps, scores, measured, who = everyone.unbind(1)
         self.calls += 1
-        self.seen += len(everyone)
-        self.measured += int(measured.sum())
-        self.flagged += int((scores >= limits).sum())
-        self.latest = float(scores.mean())
-        self.threshold.learn(timesteps, scores)
+        self.seen += len(flagged)
+        self.measured += int(everyone.measured.sum())
+        self.flagged += int(flagged.sum())
+        self.latest = float(everyone.scores.mean())
+        self.threshold.learn(everyone.timesteps, everyone.scores)
         if self.recall is not None:
-            self.recall.learn(who, timesteps, scores, measured.bool())
+            self.recall.learn(everyone)
 
-    def _remaining(self, scores: Tensor, limits: Tensor) -> Float[Tensor, " sample"]:
+    def _remaining(self, judged: Tensor, limits: Tensor) -> Float[Tensor, " sample"]:
         """Return the share of each sample that stays in the loss, 0 to 1."""
         if self.action == "log":
-            return torch.ones_like(scores)
-        over = scores >= limits
-        reduced = limits / scores if self.action == "downweight" else torch.zeros_like(scores)
-        return torch.where(over & (scores > 0), reduced, (~over).to(scores.dtype))
+            return torch.ones_like(judged)
+        over = judged >= limits
+        reduced = limits / judged if self.action == "downweight" else torch.zeros_like(judged)
+        return torch.where(over & (judged > 0), reduced, (~over).to(judged.dtype))
 
     def _record(
-        self, own: Tensor, limits: Tensor, remaining: Tensor, samples: Sequence[Sample]
+        self, own: Visits, flagged: Tensor, remaining: Tensor, samples: Sequence[Sample]
     ) -> None:
         if self.log is None:
             return
-        rows = zip(samples, own.tolist(), (own[:, 1] >= limits).tolist(), remaining.tolist(),
-                   strict=True)  # fmt: skip
+        columns = (own.timesteps, own.scores, own.measured.bool(), flagged, remaining)
+        rows = zip(samples, *(column.tolist() for column in columns), strict=True)
         self.log.add(self.calls, [
-            Record(sample=sample, timestep=timestep, score=score, measured=bool(measured),
-                   flagged=flagged, kept=kept)
-            for sample, (timestep, score, measured, _), flagged, kept in rows
+            Record(sample=sample, timestep=timestep, score=score, measured=measured,
+                   flagged=over, kept=kept)
+            for sample, timestep, score, measured, over, kept in rows
         ])  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data."""
         counts = {name: getattr(self, name) for name in COUNTS}
-        recalled = {} if self.recall is None else {"recall": self.recall.state_dict()}
-        told = {"draws": self.draws, "threshold": self.threshold.state_dict()}
-        return counts | told | recalled
+        parts = {name: getattr(self, name).state_dict() for name in self._parts()}
+        return counts | {"draws": self.draws} | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; records of steps done again replace the old ones."""
         for name in COUNTS:
             setattr(self, name, state[name])
         self.draws = state.get("draws", True)  # an older version did not say: to be safe
-        self.threshold.load_state_dict(state["threshold"])
-        if self.recall is not None and "recall" in state:
-            self.recall.load_state_dict(state["recall"])
+        for name in self._parts():
+            if name in state:  # not what another run had no need of
+                getattr(self, name).load_state_dict(state[name])
+
+    def _parts(self) -> list[str]:
+        """Return the names of what remembers something."""
+        return [name for name in REMEMBERING if getattr(self, name) is not None]
 
 
 def gate_gradient(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .account import filter_account
-from .filter import Gather, MemorizationFilter
+from .filter import Gather
 from .replay import RandomState
 from .sample_log import Sample, SampleLog
 from .sample_report import records_path, write_report
@@ -40,12 +40,7 @@ class FilteredTraining:
     ):
         """Set up; nothing is written yet. See `Protection` for the arguments."""
         self.settings = settings
-        self.filter = MemorizationFilter(
-            settings.threshold(span),
-            action=settings.action,
-            gather=gather,
-            recall=settings.memory(span),
-        )
+        self.filter = settings.make(span, gather)
         self._process, self._processes = process, processes
         beside = output.parent / f"{output.name.removesuffix('.safetensors')}.memorized.json"
         self._report = settings.report or beside

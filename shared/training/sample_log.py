@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ FLUSH = 50
 """Calls after which records are written: a sync to disk at each would cost more than a step."""
 BINS = 10
 """Of timesteps, in which scores are compared."""
+SMALLEST = 1e-6
+"""Scores below it come from captions that were dropped, and say nothing of the caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,9 @@ class RankedSample:
     """Visits at or above the threshold."""
     highest: float
     """Score."""
+    ratio: float
+    """Its caption's score over the median caption's at like timesteps, a geometric mean over all
+    visits; 1 where all samples have one caption, 0 where none of its scores says anything."""
     duplicates: tuple[str, ...]
     """Other files with the same content or the same caption."""
 
@@ -118,6 +124,7 @@ def rank_samples(
         fingerprint: Equal for files with the same picture; the default compares bytes.
     """
     finite = [record for record in records if math.isfinite(record.score)]
+    ratios = _ratios(finite)
     visits: dict[Sample, list[tuple[Record, float]]] = defaultdict(list)
     for record, standing in _standings(finite):
         visits[record.sample].append((record, standing))
@@ -135,6 +142,7 @@ def rank_samples(
             measured=sum(record.measured for record, _ in seen),
             flagged=sum(record.flagged for record, _ in seen),
             highest=max(record.score for record, _ in seen),
+            ratio=ratios.get(sample.caption or sample.file, 0.0),
             duplicates=tuple(sorted(set().union(*map(alike.__getitem__, filter(
                 lambda key: key[1], marks[sample]))) - {sample.file})),
         )
@@ -145,15 +153,7 @@ def rank_samples(
 
 def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:
     """Yield each record with the share of others in its bin of timesteps that score lower."""
-    if not records:
-        return
-    low = min(record.timestep for record in records)
-    span = max(record.timestep for record in records) - low or 1.0
-
-    def bin_of(record: Record) -> int:
-        return min(BINS - 1, int((record.timestep - low) / span * BINS))
-
-    for _, group in groupby(sorted(records, key=bin_of), key=bin_of):
+    for group in _binned(records):
         members = sorted(group, key=lambda record: record.score)
         lower = 0
         for _, equal in groupby(members, key=lambda record: record.score):
@@ -161,3 +161,28 @@ def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:
             for record in ties:
                 yield record, lower / max(1, len(members) - 1)
             lower += len(ties)
+
+
+def _ratios(records: Sequence[Record]) -> dict[str, float]:
+    """Return by caption, or by file where there is none, its score over the median one's."""
+    logs: dict[str, list[float]] = defaultdict(list)
+    for group in _binned(records):
+        members = [(each, math.log(each.score)) for each in group if each.score >= SMALLEST]
+        level = statistics.fmean(score for _, score in members) if members else 0.0
+        for record, score in members:
+            logs[record.sample.caption or record.sample.file].append(score - level)
+    means = {name: statistics.fmean(each) for name, each in logs.items()}
+    usual = statistics.median(means.values()) if means else 0.0
+    return {name: math.exp(mean - usual) for name, mean in means.items()}
+
+
+def _binned(records: Sequence[Record]) -> Iterable[list[Record]]:
+    """Yield the records of each bin of timesteps that has some."""
+    low = min((record.timestep for record in records), default=0.0)
+    span = max((record.timestep for record in records), default=1.0) - low or 1.0
+
+    def bin_of(record: Record) -> int:
+        return min(BINS - 1, int((record.timestep - low) / span * BINS))
+
+    for _, group in groupby(sorted(records, key=bin_of), key=bin_of):
+        yield list(group)

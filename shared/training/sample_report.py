@@ -47,10 +47,11 @@ def _lines(ranked: Sequence[RankedSample], account: Mapping[str, Any]) -> Iterab
             "earlier visits."
         )
     yield "standing: mean share of records at like timesteps with a lower score, 0 to 1"
-    yield "standing  flagged  visits  highest  sample"
+    yield "times: what the caption scores at like timesteps, over what the median caption does"
+    yield "standing  times  flagged  visits  highest  sample"
     for each in ranked[:SHOWN]:
         alike = f"  (alike: {', '.join(each.duplicates)})" if each.duplicates else ""
         yield (
-            f"{each.standing:8.2f}  {each.flagged:7d}  {each.visits:6d}  {each.highest:7.4f}  "
-            f"{each.sample.file}{alike}"
+            f"{each.standing:8.2f}  {each.ratio:5.2f}  {each.flagged:7d}  {each.visits:6d}  "
+            f"{each.highest:7.4f}  {each.sample.file}{alike}"
         )

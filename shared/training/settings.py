@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ..weights import ModelError
 from .concept import Concept
-from .filter import Action
+from .expectation import Expectation
+from .filter import Action, Gather, MemorizationFilter
 from .fitting import fit_subspace
 from .layer_subspaces import LayerSubspaces
 from .recall import Recall
 from .subspace import ConceptSubspace
 from .text_states import TextPath
-from .thresholds import AbsoluteThreshold, RunningQuantile, Threshold
+from .thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,8 @@ class FilterSettings:
     """Text-conditional magnitude, RMS per latent element; infinity only records."""
     quantile: float | None = None
     """In place of `limit`: share of samples that pass at like timesteps, in (0, 1)."""
+    ratio: float | None = None
+    """In place of `limit`: times the median caption's at like timesteps, above 1."""
     action: Action = "drop"
     """Leave the sample out of the loss, weigh it down, or only log it."""
     recall: int | None = None
@@ -107,8 +110,9 @@ class FilterSettings:
     """Ranked list of samples, JSON; None is next to the LoRA."""
 
     def __post_init__(self):
-        if self.quantile is not None and self.limit != math.inf:
-            raise ValueError("Give either `limit` or `quantile`.")
+        given = (self.limit != math.inf, self.quantile is not None, self.ratio is not None)
+        if sum(given) > 1:
+            raise ValueError("Give one of `limit`, `quantile` and `ratio`.")
         if self.recall is not None and self.recall < 1:
             raise ValueError(
                 f"`recall` must be at least 1, got {self.recall}: a sample is measured on one of "
@@ -116,15 +120,30 @@ class FilterSettings:
             )
         self.threshold((0.0, 1.0))  # refuses what is out of range
 
+    @property
+    def text(self) -> str:
+        """How the threshold is written as an option."""
+        if self.quantile is not None:
+            return f"q{self.quantile}"
+        return str(self.limit) if self.ratio is None else f"x{self.ratio}"
+
     def threshold(self, span: tuple[float, float]) -> Threshold:
         """Return a threshold for a training whose timesteps lie in `span`."""
-        if self.quantile is None:
-            return AbsoluteThreshold(self.limit)
-        return RunningQuantile(self.quantile, span=span)
+        if self.quantile is not None:
+            return RunningQuantile(self.quantile, span=span)
+        if self.ratio is not None:
+            return RelativeThreshold(self.ratio)
+        return AbsoluteThreshold(self.limit)
 
-    def memory(self, span: tuple[float, float]) -> Recall | None:
-        """Return what replaces most measurements, None where all are made."""
-        return None if self.recall is None else Recall(every=self.recall, span=span)
+    def make(self, span: tuple[float, float], gather: Gather) -> MemorizationFilter:
+        """Return the filter of a training whose timesteps lie in `span`."""
+        return MemorizationFilter(
+            self.threshold(span),
+            action=self.action,
+            gather=gather,
+            expectation=Expectation(span=span),
+            recall=None if self.recall is None else Recall(every=self.recall),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

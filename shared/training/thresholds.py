@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -12,6 +12,9 @@ from ..arrays import Float, Tensor
 @runtime_checkable
 class Threshold(Protocol):
     """What the filter asks, and tells, once a step."""
+
+    relative: ClassVar[bool]
+    """Whether it is compared with `Expectation.ratios` instead of scores."""
 
     def at(self, timesteps: Tensor) -> Tensor:
         """Return the threshold of each sample, infinity for none, [sample]."""
@@ -29,6 +32,8 @@ class Threshold(Protocol):
 @dataclass(frozen=True)
 class AbsoluteThreshold:
     """One number for all timesteps. Wen et al. took 2 (L2 norm) for full fine-tuning of SD 1.4."""
+
+    relative: ClassVar[bool] = False
 
     value: float
     """In the unit of the filter; infinity lets everything through."""
@@ -52,9 +57,43 @@ class AbsoluteThreshold:
         """Take nothing in."""
 
 
+@dataclass(frozen=True)
+class RelativeThreshold:
+    """So many times what the median caption scores at like timesteps.
+
+    Judged over a caption's latest visits, so that the noise of a single one decides nothing, and
+    the same for every model, resolution and state of a training.
+    """
+
+    relative: ClassVar[bool] = True
+
+    ratio: float
+    """Above 1."""
+
+    def __post_init__(self):
+        if not 1 < self.ratio < math.inf:
+            raise ValueError(f"`ratio` must be above 1, got {self.ratio}.")
+
+    def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return the ratio for every sample."""
+        return torch.full_like(timesteps, self.ratio)
+
+    def learn(self, timesteps: Tensor, scores: Tensor) -> None:
+        """Learn nothing: the filter's expectation does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the ratio is a setting."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing in."""
+
+
 @dataclass
 class RunningQuantile:
     """A quantile of the latest scores in each bin of timesteps, since scores move with them."""
+
+    relative: ClassVar[bool] = False
 
     quantile: float = 0.95
     """Share of samples that pass, in (0, 1)."""

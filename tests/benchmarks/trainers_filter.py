@@ -27,19 +27,28 @@ from unmemorize.shared.storage import Journal
 from unmemorize.shared.training.filter import MemorizationFilter
 from unmemorize.shared.training.recall import Recall
 from unmemorize.shared.training.sample_log import Sample, SampleLog, rank_samples, read_records
-from unmemorize.shared.training.thresholds import AbsoluteThreshold, RunningQuantile, Threshold
+from unmemorize.shared.training.thresholds import (
+    AbsoluteThreshold,
+    RelativeThreshold,
+    RunningQuantile,
+    Threshold,
+)
 
-CAPTIONS, PLANTED = 206, 6
-"""Of the set; those of the planted drawings come first."""
 RANK = 32
 JUDGED, PICTURES = 66, 2
 """Captions that are drawn, the planted ones first, and how often."""
 FILTERS: dict[str, Callable[[], Threshold]] = {
     "none": lambda: AbsoluteThreshold(math.inf),  # records, and changes nothing
-    "limit.1": lambda: AbsoluteThreshold(0.1),
+    "limit0.1": lambda: AbsoluteThreshold(0.1),
+    "x1.5": lambda: RelativeThreshold(1.5),
 }
 """Thresholds by arm."""
-MARGINS = (0.0, 0.2, 0.4, 0.8)
+CHEAP: dict[str, Callable[[], Threshold]] = {
+    "q0.95": RunningQuantile,
+    "limit0.1": lambda: AbsoluteThreshold(0.1),
+    "x1.5": lambda: RelativeThreshold(1.5),
+}
+"""Thresholds with which the cheaper filter is compared to the full one."""
 
 
 Weigh = Callable[[Step, torch.Tensor, list[Sample]], torch.Tensor]
@@ -48,29 +57,41 @@ Weigh = Callable[[Step, torch.Tensor, list[Sample]], torch.Tensor]
 class Trainings:
     """The same pictures, trained on with different filters: copies, and drawings that vary."""
 
-    def __init__(self, denoiser, *, copies: int = 180, drawings: int = 8):
-        """Draw `copies` of each planted drawing, and different `drawings` of each other caption."""
-        self.denoiser = denoiser
-        captions = held_out(CAPTIONS)  # all new to the model: nothing tells the planted ones apart
+    def __init__(
+        self, denoiser, *, captions: int = 206, planted: int = 6, copies: int = 180,
+        drawings: int = 8,
+    ):  # fmt: skip
+        """Draw `copies` of each planted drawing, and different `drawings` of each other caption.
+
+        Args:
+            denoiser: Of the demo model.
+            captions: Of the set; the first `planted` of them are those of the planted drawings.
+            planted: Of them.
+            copies: Of each.
+            drawings: Of each other.
+        """
+        self.denoiser, self.count = denoiser, planted
+        captions = held_out(captions)  # all new to the model: nothing tells the planted ones apart
         self.texts = [caption.text for caption in captions]
         different = encoded(denoiser, [
-            (draw(caption, place + CAPTIONS * number), caption.text)
+            (draw(caption, place + len(captions) * number), caption.text)
             for number in range(drawings)
             for place, caption in enumerate(captions)
-            if number == 0 or place >= PLANTED
+            if number == 0 or place >= planted
         ])  # fmt: skip
-        rows = [*range(len(different.files)), *list(range(PLANTED)) * (copies - 1)]
+        rows = [*range(len(different.files)), *list(range(planted)) * (copies - 1)]
         chosen = rows_of(different, rows)
         files = tuple(f"{number:04d}-{file}" for number, file in enumerate(chosen.files))
         self.pictures = replace(chosen, files=files)
         # Another vendor's drawing of each other caption, on another ground: never trained on.
         self.others = [
-            (draw(captions[place], 10_001 + place), self.texts[place])
-            for place in range(PLANTED, JUDGED)
+            (draw(caption, 10_001 + place), caption.text)
+            for place, caption in enumerate(captions[:JUDGED])
+            if place >= planted
         ]
 
     def planted(self, sample: Sample) -> bool:
-        return sample.caption in self.texts[:PLANTED]
+        return sample.caption in self.texts[: self.count]
 
     def run(self, weigh: Weigh, *, seed: int, steps: int, name: str) -> None:
         """Train a LoRA with the weights that `weigh` gives the samples of a step.
@@ -95,48 +116,65 @@ class Trainings:
             annealed(optimizer, number, steps)
 
 
-def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
-    """Print how often the cheaper filter decides like the full one, in one real training.
+class Comparison:
+    """The cheaper filter beside the full one, with one threshold, in one training."""
 
-    Both see every step, and the full one's weights are used. Kappa is what agreement there is
-    beyond chance, since most samples pass either way. Files are visited about eight times each:
-    nothing is known of one that was not seen before.
-    """
-    trainings = Trainings(denoiser, copies=30, drawings=1)
-    full = MemorizationFilter(RunningQuantile(bins=5))
-    cheap = {
-        margin: MemorizationFilter(RunningQuantile(bins=5), recall=Recall(margin=margin))
-        for margin in MARGINS
-    }
-    reference: list[bool] = []
-    kept: dict[float, list[bool]] = {margin: [] for margin in cheap}
-    measured = dict.fromkeys(cheap, 0)
+    def __init__(self, threshold: Callable[[], Threshold]):
+        self.full = MemorizationFilter(threshold())
+        self.cheap = MemorizationFilter(threshold(), recall=Recall())
+        self.decided: list[tuple[bool, bool]] = []
+        """By visit, whether the full one keeps it and whether the cheaper one does."""
 
-    def weigh(step: Step, uncond: torch.Tensor, samples: list) -> torch.Tensor:
+    def weigh(self, step: Step, uncond: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+        """Ask both, and return the full one's weights."""
         told = {"timesteps": step.timesteps, "samples": samples}
-        for margin, made in cheap.items():
-            due = made.due(samples, step.timesteps)
-            measured[margin] += int(due.sum())
-            kept[margin] += (made.weigh(step.prediction, uncond[due], **told) > 0).tolist()
-        weights = full.weigh(step.prediction, uncond, **told)
-        reference.extend((weights > 0).tolist())
-        return weights
+        some = uncond[self.cheap.due(samples, step.timesteps)]
+        cheap = self.cheap.weigh(step.prediction, some, **told)
+        full = self.full.weigh(step.prediction, uncond, **told)
+        self.decided += zip((full > 0).tolist(), (cheap > 0).tolist(), strict=True)
+        return full
 
-    trainings.run(weigh, seed=1, steps=steps, name="agreement")
-    truth = np.array(reference)
-    print(f"\n{len(truth)} visits of {len(set(trainings.pictures.files))} files, "
-          f"{1 - truth.mean():.3f} left out by the full filter")  # fmt: skip
-    print(f"{'margin':>7}{'measured':>10}{'equal':>8}{'kappa':>8}")
-    for margin in cheap:
-        found = np.array(kept[margin])
-        equal = float((found == truth).mean())
-        chance = found.mean() * truth.mean() + (1 - found.mean()) * (1 - truth.mean())
-        share, kappa = measured[margin] / len(truth), (equal - chance) / max(1 - chance, 1e-9)
-        print(f"{margin:>7}{share:>10.3f}{equal:>8.4f}{kappa:>8.3f}")
-        if margin == Recall().margin:
-            bench |= {"trainers.filter.cheap.measured": share,
-                      "trainers.filter.cheap.agreement": equal,
-                      "trainers.filter.cheap.kappa": float(kappa)}  # fmt: skip
+    def figures(self) -> dict[str, float]:
+        """Return shares of the visits; kappa is the agreement beyond chance, as most pass."""
+        full, cheap = np.array(self.decided).T
+        equal = (full == cheap).mean()
+        chance = cheap.mean() * full.mean() + (1 - cheap.mean()) * (1 - full.mean())
+        return {
+            "left_out": float(1 - full.mean()),
+            "measured": self.cheap.measured / self.cheap.seen,
+            "agreement": float(equal),
+            "kappa": float((equal - chance) / max(1 - chance, 1e-9)),
+        }
+
+
+def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
+    """Print how often the cheaper filter decides like the full one, in two real trainings.
+
+    One of a LoRA's usual kind, tens of pictures that are visited tens of times, and one of many
+    files with few visits each: of what was not seen before nothing is known. All filters see every
+    step; what the first full one decides is learnt.
+    """
+    sets = {
+        "few": Trainings(denoiser, captions=30, planted=2, copies=6, drawings=1),
+        "many": Trainings(denoiser, copies=30, drawings=1),
+    }
+    columns = ("left_out", "measured", "agreement", "kappa")
+    print(f"\n{'files':>6}{'visits':>8}{'threshold':>11}" + "".join(f"{c:>11}" for c in columns))
+    for name, trainings in sets.items():
+        made = {threshold: Comparison(make) for threshold, make in CHEAP.items()}
+
+        def weigh(step: Step, uncond: torch.Tensor, samples: list, made=made) -> torch.Tensor:
+            weights = [each.weigh(step, uncond, samples) for each in made.values()]
+            return weights[0]
+
+        trainings.run(weigh, seed=1, steps=steps, name=name)
+        for threshold, each in made.items():
+            found = each.figures()
+            print(f"{len(set(trainings.pictures.files)):>6}{len(each.decided):>8}{threshold:>11}"
+                  + "".join(f"{found[column]:>11.3f}" for column in columns))  # fmt: skip
+            bench |= {f"trainers.filter.cheap.{name}.{threshold}.{c}": found[c] for c in columns}
+    usual = "trainers.filter.cheap.few.q0.95"
+    bench |= {f"trainers.filter.cheap.{c}": bench[f"{usual}.{c}"] for c in columns}
 
 
 class Critic:
@@ -179,9 +217,9 @@ class Critic:
         back = own > self.limit
         others = encoded(self.trainings.denoiser, self.trainings.others)
         return {
-            "reproduced": back[:PLANTED].double().mean().item(),
-            "similarity": own[:PLANTED].mean().item(),
-            "rest_reproduced": back[PLANTED:].double().mean().item(),
+            "reproduced": back[: self.trainings.count].double().mean().item(),
+            "similarity": own[: self.trainings.count].mean().item(),
+            "rest_reproduced": back[self.trainings.count :].double().mean().item(),
             "fidelity": self.fidelity(made),
             "loss": loss_of(self.trainings.denoiser, others),
         }
@@ -193,7 +231,7 @@ class Critic:
         for one in made:
             near = similarity(one, self.trained[0])
             below = (near < near.diagonal()[:, None]).double().sum(1)
-            shares.append(below[PLANTED:] / (JUDGED - 1))
+            shares.append(below[self.trainings.count :] / (JUDGED - 1))
         return torch.cat(shares).mean().item()
 
 
@@ -216,7 +254,7 @@ def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path)
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
         means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
         bench |= {f"trainers.filter.{name}.{key}": value for key, value in means.items()}
-        total = PLANTED * seeds
+        total = trainings.count * seeds
         low, high = clopper_pearson(round(means["reproduced"] * total), total)
         print(f"{name:<10}{means['reproduced']:>12.3f}{f'{low:.3f} to {high:.3f}':>18}"
               + "".join(f"{means[key]:>17.3f}" for key in columns))  # fmt: skip

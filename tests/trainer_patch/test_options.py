@@ -69,6 +69,13 @@ def test_numbers_are_absolute_thresholds_and_zero_is_one_of_them(text, limit):
     assert settings_from({"mem_filter": text}).filter == FilterSettings(limit=limit)
 
 
+@pytest.mark.parametrize("text", ["x1.5", "X1.50", "q0.9"])
+def test_a_letter_says_what_the_number_is_of(text):
+    found = settings_from({"mem_filter": text}).filter
+    assert found == (FilterSettings(quantile=0.9) if text[0] == "q" else FilterSettings(ratio=1.5))
+    assert settings_from({"mem_filter": found.text}).filter == found
+
+
 def test_layers_stand_alone_or_beside_concepts(tmp_path):
     path = tmp_path / "layers.safetensors"
     with pytest.raises(OptionError, match=r"--project_layers: there is no file"):
@@ -115,6 +122,8 @@ def test_a_saved_subspace_is_named_by_its_file(tmp_path):
         ({"mem_filter": "1", "mem_filter_recall": "0"}, "a sample is measured"),
         ({"mem_filter": "95%"}, "--mem_filter cannot be '95%'"),
         ({"mem_filter": "q95"}, "`quantile` must be"),
+        ({"mem_filter": "x1"}, "`ratio` must be above 1"),
+        ({"mem_filter": "x"}, "--mem_filter cannot be 'x'"),
         ({"mem_filter": "-1"}, "at least 0"),
         ({"mem_filter": "1", "mem_filter_action": "stop"}, "--mem_filter_action is one of"),
     ],

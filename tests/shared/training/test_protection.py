@@ -302,7 +302,7 @@ def test_the_most_memorized_sample_leads_the_report_of_all_processes(tmp_path):
     assert report["samples"][0]["flagged"] > 5 > report["samples"][1]["flagged"]
     assert (report["threshold"], report["action"], report["seen"]) == ("1.5", "drop", 20)
     text = (tmp_path / "lora.memorized.txt").read_text().splitlines()
-    assert text[3].endswith("0.png")
+    assert text[4].endswith("0.png")
 
 
 def test_a_training_that_never_stepped_fails_at_the_end(tmp_path):
@@ -339,7 +339,9 @@ def test_weights_that_someone_else_wrote_are_found_in_the_file(tmp_path):
         (lambda: ProjectionSettings(concepts=(ZORBO,), file=Path("a")), "either `concepts`"),
         (lambda: ProjectionSettings(concepts=(ZORBO,), energy=0.0), "`energy` must be"),
         (lambda: ProjectionSettings(concepts=(ZORBO,), cap=0), "`cap` must be"),
-        (lambda: FilterSettings(limit=1.0, quantile=0.5), "either `limit` or `quantile`"),
+        (lambda: FilterSettings(limit=1.0, quantile=0.5), "Give one of `limit`"),
+        (lambda: FilterSettings(ratio=1.5, quantile=0.5), "Give one of `limit`"),
+        (lambda: FilterSettings(ratio=1.0), "`ratio` must be above 1"),
         (lambda: FilterSettings(limit=-1.0), "at least 0"),
         (lambda: FilterSettings(recall=0), "`recall` must be at least 1"),
         (lambda: FilterSettings(limit=math.nan), "at least 0"),
