@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from trainers_filter import measure_agreement, measure_filter
+from trainers_filter import FILTERS, measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
 from trainers_scripts import measure_scripts
 from unmemorize import demo
@@ -224,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of each arm and filter")
     arms = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
+    parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS))
     parser.add_argument("--side", type=int, default=32, help="of the latents in `cost`")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind in `cost`")
     parser.add_argument("--work", type=Path, default=Path("build/trainers"))
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cost": lambda _: measure_cost(
             bench, side=args.side, rounds=args.rounds, work=args.work / "cost"
         ),
-        "filter": lambda denoiser: measure_filter(denoiser, bench, **trained),
+        "filter": lambda denoiser: measure_filter(denoiser, bench, filters=args.filters, **trained),
         "projection": lambda denoiser: measure_projection(
             denoiser, bench, arms=args.arms, **trained
         ),

@@ -235,7 +235,9 @@ class Critic:
         return torch.cat(shares).mean().item()
 
 
-def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path) -> None:
+def measure_filter(
+    denoiser, bench: dict, *, filters: Sequence[str], steps: int, seeds: int, work: Path
+) -> None:
     """Print what planted duplicates and the other drawings become, without the filter and with it.
 
     What was trained and judged before lies in `work` and is not done again.
@@ -246,10 +248,10 @@ def measure_filter(denoiser, bench: dict, *, steps: int, seeds: int, work: Path)
     columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall", "ranked")
     print(f"\n{'filter':<10}{'reproduced':>12}{'95 % interval':>18}"
           + "".join(f"{name:>17}" for name in columns))  # fmt: skip
-    for name, threshold in FILTERS.items():
+    for name in filters:
         for seed in range(seeds):
             if f"{name}.seed{seed}" not in journal:
-                decided = _filtered(trainings, threshold(), seed, steps, f"{name} {seed}", work)
+                decided = _filtered(trainings, FILTERS[name](), seed, steps, f"{name} {seed}", work)
                 journal.put(f"{name}.seed{seed}", critic.judge() | decided)
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
         means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
