@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,6 +80,8 @@ class Expectation:
     """By caption, log ratio to the usual one, and of how many scores."""
     files: dict[int, tuple[float, int]] = field(default_factory=dict, repr=False)
     """By file, log ratio to what its caption has, and of how many scores."""
+    _sorted: list[float] = field(default_factory=list, init=False, repr=False)
+    """The captions' standings in rising order."""
 
     def __post_init__(self):
         if self.bins < 1 or not self.span[0] < self.span[1]:
@@ -105,7 +108,8 @@ class Expectation:
         """
         if len(self.files) < FILES_KNOWN:
             return torch.full_like(visits.timesteps, math.nan)
-        usual = np.median([standing for standing, _ in self.captions.values()])
+        places = ((len(self._sorted) - 1) // 2, len(self._sorted) // 2)
+        usual = sum(self._sorted[place] for place in places) / 2
         logs = [
             self._standing(int(caption), int(file)) - usual
             if self.captions.get(int(caption), (0.0, 0))[1] >= CAPTION_KNOWN
@@ -135,8 +139,15 @@ class Expectation:
         self.levels[place] = (level + max(LEVEL, 1 / (count + 2)) * error, count + 1)
         error = score - self._level(timestep) - standing - own
         gain = max(CAPTION, 1 / (seen + 1.5)) * error
-        self.captions[caption] = (standing + gain, seen + 1)
+        self._replace(caption, standing + gain, seen + 1)
         self.files[file] = (own + max(FILE, 1 / (times + DOUBT)) * (error - gain), times + 1)
+
+    def _replace(self, caption: int, standing: float, seen: int) -> None:
+        """Set a caption's standing, and keep all in order: their median costs nothing then."""
+        if caption in self.captions:
+            del self._sorted[bisect_left(self._sorted, self.captions[caption][0])]
+        insort(self._sorted, standing)
+        self.captions[caption] = (standing, seen)
 
     def _standing(self, caption: int, file: int) -> float:
         return self.captions[caption][0] + self.files.get(file, (0.0, 0))[0]
@@ -165,9 +176,11 @@ class Expectation:
         self.drift = state["drift"]
         for name in ("levels", "captions", "files"):
             setattr(self, name, {key: (value, count) for key, value, count in state[name]})
+        self._sorted = sorted(standing for standing, _ in self.captions.values())
 
 
 def _numbers(texts: Sequence[str]) -> Float[Tensor, " text"]:
     """Return a number for each text, by its hash."""
-    hashes = (hashlib.sha256(text.encode()).digest()[:IDENTITY_BYTES] for text in texts)
-    return torch.tensor([int.from_bytes(each, "big") for each in hashes], dtype=torch.float64)
+    hashes = [hashlib.sha256(text.encode("utf-8", "surrogatepass")) for text in texts]
+    numbers = [int.from_bytes(each.digest()[:IDENTITY_BYTES], "big") for each in hashes]
+    return torch.tensor(numbers, dtype=torch.float64)

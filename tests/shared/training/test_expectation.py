@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from small_text import seeded
@@ -74,6 +75,28 @@ def test_copies_of_few_captions_do_not_move_the_median():
     found = made.ratios(seen([0, 20], [500.0] * 2))
     assert found[0] > 2.5
     assert found[1] == pytest.approx(1, abs=0.1)
+
+
+def test_the_median_is_that_of_all_captions_and_survives_a_resume():
+    made = learnt(60, 0.5)
+    resumed = Expectation()
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for each in (made, resumed):
+        each.learn(seen(range(8), [500] * 8, torch.linspace(0.1, 9, 8)))
+        standings = [standing for standing, _ in each.captions.values()]
+        visits = seen(range(len(SAMPLES)), [500] * len(SAMPLES))
+        found = each.ratios(visits)
+        assert each._sorted == sorted(standings)
+        for row, sample in enumerate(SAMPLES):
+            own = each.files.get(int(visits.files[row]), (0.0,))[0]
+            log = each.captions[int(visits.captions[row])][0] + own - np.median(standings)
+            assert float(found[row]) == pytest.approx(math.exp(log), rel=1e-12), sample
+    assert resumed == made
+
+
+def test_names_that_are_no_unicode_are_told_apart():
+    files = [Sample(file="\udc80.png"), Sample(file="\udc81.png")]  # bytes of another encoding
+    assert len(set(Visits.of(files, torch.zeros(2)).files.tolist())) == 2
 
 
 def test_files_of_one_caption_are_told_apart():
