@@ -72,10 +72,10 @@ OPTIONS = (
     Option(
         name="mem_filter",
         metavar="THRESHOLD",
-        help="leave samples out of the loss while they are being memorized. x1.5: whose captions "
-        "move the prediction 1.5 times as far as the median caption does, over several visits; "
-        "q0.95: all but 95 of 100 visits in each range of timesteps; 0.05: from this RMS magnitude "
-        "on; inf only records. One more forward pass without gradient in each step.",
+        help="leave samples out of the loss while they are being memorized. x1.5: those whose "
+        "captions move the prediction 1.5 times as far as the median caption, over several visits; "
+        "q0.95: the highest 5 of 100 visits in each range of timesteps; 0.05: from this RMS "
+        "magnitude on; inf only records. One more forward pass without gradient in each step.",
     ),
     Option(
         name="mem_filter_action",

