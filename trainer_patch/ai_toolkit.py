@@ -10,7 +10,7 @@ Then change the type of a training in its configuration, and say what is asked f
       - type: unmemorize   # was sd_trainer, or diffusion_trainer
         unmemorize:
           project_concepts: "mickey mouse, mickey -> a character"
-          mem_filter: q0.95
+          mem_filter: x1.5
 """
 
 

@@ -1,7 +1,7 @@
 """The official LoRA scripts of diffusers, unedited, with a concept projection and a filter.
 
 Text-to-image and DreamBooth; SD 1, SD 2, SDXL, SD3 and Flux. In front of the usual command stands
-`accelerate launch -m unmemorize.trainer_patch.diffusers`, behind it `--mem_filter q0.95` or
+`accelerate launch -m unmemorize.trainer_patch.diffusers`, behind it `--mem_filter x1.5` or
 `--project_concepts "mickey mouse -> a character"`.
 """
 

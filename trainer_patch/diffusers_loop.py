@@ -69,7 +69,7 @@ def protect(
 ) -> Iterator[ProtectedLoop]:
     """Protect the training of a LoRA on a pipeline's network for as long as the block lasts.
 
-        with protect(pipeline, optimizer, output="lora.safetensors", mem_filter="q0.95") as loop:
+        with protect(pipeline, optimizer, output="lora.safetensors", mem_filter="x1.5") as loop:
             for batch in loader:
                 loop.samples = batch["file"]
                 ...  # forward, loss, backward and step as ever

@@ -3,12 +3,12 @@
 Two doors to the same thing. In the folder of sd-scripts, as a launcher:
 
     accelerate launch -m unmemorize.trainer_patch.kohya train_network.py <usual arguments> \
-        --project_concepts "mickey mouse, mickey -> a character" --mem_filter q0.95
+        --project_concepts "mickey mouse, mickey -> a character" --mem_filter x1.5
 
 Or as a network module, where a program starts the training:
 
     --network_module unmemorize.trainer_patch.kohya --network_args base_module=networks.lora \
-        "project_concepts=mickey mouse, mickey -> a character" mem_filter=q0.95
+        "project_concepts=mickey mouse, mickey -> a character" mem_filter=x1.5
 
 The options may also be keys of the file of --config_file, through both doors.
 """

@@ -3,8 +3,8 @@
 In OneTrainer's folder, in front of the script that trains or of the one that opens the window:
 
     python -m unmemorize.trainer_patch.onetrainer scripts/train.py --config-path config.json \
-        --project_concepts "mickey mouse, mickey -> a character" --mem_filter q0.95
-    python -m unmemorize.trainer_patch.onetrainer scripts/train_ui.py --mem_filter q0.95
+        --project_concepts "mickey mouse, mickey -> a character" --mem_filter x1.5
+    python -m unmemorize.trainer_patch.onetrainer scripts/train_ui.py --mem_filter x1.5
 
 The options may also be keys of the configuration, or go into `--config-value`.
 """
