@@ -60,4 +60,4 @@ class Recall:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with what another run of the same settings remembered."""
-        self.since = dict(state["since"])
+        self.since = dict(state.get("since", ()))  # an earlier version told other things

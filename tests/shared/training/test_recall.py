@@ -183,6 +183,16 @@ def test_what_does_not_fit_is_refused():
         Recall(margin=-0.1)
 
 
+def test_what_an_earlier_version_remembered_is_not_taken_over():
+    made = MemorizationFilter(AbsoluteThreshold(2.0), recall=Recall())
+    old = {"calls": 3, "seen": 6, "measured": 5, "flagged": 1, "threshold": {},
+           "recall": {"known": [[1, 0.5, 2]], "levels": [[0, -3.0]]}}  # fmt: skip
+    made.load_state_dict(old)
+    assert (made.seen, made.measured) == (6, 5)
+    assert made.due(samples_of(2), torch.zeros(2)).all()
+    assert made.draws  # it did not say, so whole batches are repeated
+
+
 def test_a_table_of_visits_comes_back():
     visits = Visits.of(samples_of(3), torch.tensor([1, 2, 3]))
     found = Visits.from_table(visits.table())
