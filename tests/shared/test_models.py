@@ -56,13 +56,22 @@ def answer(denoiser) -> torch.Tensor:
     )
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Fail unless both come from the same weights.
+
+    But for rounding: weights of a file lie at odd places in memory, where some processors add in
+    another order.
+    """
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("family", tiny.PIPELINES)
 def test_a_saved_pipeline_loads_as_it_was(family, tmp_path):
     pipeline = tiny.PIPELINES[family]()
     pipeline.save_pretrained(tmp_path)
     denoiser = load_denoiser(tmp_path, device="cpu", resolution=tiny.RESOLUTION)
     expected = PipelineDenoiser(pipeline, resolution=tiny.RESOLUTION)
-    assert torch.equal(answer(denoiser), answer(expected))
+    assert_same(answer(denoiser), answer(expected))
     assert not any(p.requires_grad for p in denoiser.family.network.parameters())
 
 
@@ -74,7 +83,7 @@ def test_key_names_of_transformers_4_and_5_load_alike(folder, prefix):
         lambda s: [s.update({prefix + k.removeprefix(strip): s.pop(k)}) for k in list(s)],
     )
     expected = answer(PipelineDenoiser(tiny.stable_diffusion()))
-    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
+    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
 
 
 def test_a_prefix_alone_is_no_other_network(folder):
@@ -231,10 +240,10 @@ def test_variants_and_shards_are_found(folder):
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", max_shard_size="100KB")
     (folder / UNET).unlink(missing_ok=True)
     assert len(weights.weight_files(folder / "unet")) > 1
-    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
+    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
     shutil.rmtree(folder / "unet")
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", variant="fp16")
-    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
+    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
 
 
 def test_the_fingerprint_is_that_of_the_weights(folder, tmp_path):

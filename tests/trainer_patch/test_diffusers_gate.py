@@ -138,10 +138,11 @@ def test_only_samples_that_are_due_are_run_again(tmp_path, denoiser, dropout):
         rows.append(next(len(each) for each in (*args, *kwargs.values()) if each is not None))
         return forward(*args, **kwargs)
 
+    known = ("a cat", "a red cat", "a house with tall tree")
     with gated(denoiser, tmp_path, recall=9) as protection:
-        call(denoiser)
+        call(denoiser, known)
         network.forward = counting
-        call(denoiser)  # all are known
+        call(denoiser, known)
         call(denoiser, ("a red cat", "a green cat", "a house with tall tree"))
         del network.forward
     # Under dropout a part of the batch would draw other masks.
