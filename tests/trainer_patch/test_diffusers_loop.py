@@ -16,7 +16,7 @@ from unmemorize.trainer_patch.diffusers_loop import protect
 from unmemorize.trainer_patch.options import OptionError
 
 LORA = "lora/pytorch_lora_weights.safetensors"
-OPTION = '    mem_filter="q0.95",\n'
+OPTION = '    mem_filter="x1.5",\n'
 
 
 @pytest.fixture
