@@ -50,19 +50,14 @@ def rename(old: str, new: str):
 
 @torch.no_grad()
 def answer(denoiser) -> torch.Tensor:
+    # Weights of a file lie at odd places in memory, where some processors add in another order.
+    for part in denoiser.pipeline.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            parameter.data = parameter.data.clone()
     sigma = denoiser.sigmas(3)[0]
     return denoiser.denoise(
         denoiser.initial_noise((0,), sigma), sigma, denoiser.encode(["a red cat"])
     )
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Fail unless both come from the same weights.
-
-    But for rounding: weights of a file lie at odd places in memory, where some processors add in
-    another order.
-    """
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("family", tiny.PIPELINES)
@@ -71,7 +66,7 @@ def test_a_saved_pipeline_loads_as_it_was(family, tmp_path):
     pipeline.save_pretrained(tmp_path)
     denoiser = load_denoiser(tmp_path, device="cpu", resolution=tiny.RESOLUTION)
     expected = PipelineDenoiser(pipeline, resolution=tiny.RESOLUTION)
-    assert_same(answer(denoiser), answer(expected))
+    assert torch.equal(answer(denoiser), answer(expected))
     assert not any(p.requires_grad for p in denoiser.family.network.parameters())
 
 
@@ -83,7 +78,7 @@ def test_key_names_of_transformers_4_and_5_load_alike(folder, prefix):
         lambda s: [s.update({prefix + k.removeprefix(strip): s.pop(k)}) for k in list(s)],
     )
     expected = answer(PipelineDenoiser(tiny.stable_diffusion()))
-    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
+    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
 
 
 def test_a_prefix_alone_is_no_other_network(folder):
@@ -240,10 +235,10 @@ def test_variants_and_shards_are_found(folder):
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", max_shard_size="100KB")
     (folder / UNET).unlink(missing_ok=True)
     assert len(weights.weight_files(folder / "unet")) > 1
-    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
+    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
     shutil.rmtree(folder / "unet")
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", variant="fp16")
-    assert_same(answer(load_denoiser(folder, device="cpu")), expected)
+    assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
 
 
 def test_the_fingerprint_is_that_of_the_weights(folder, tmp_path):

@@ -82,6 +82,9 @@ def test_ranking_finds_what_stands_out_at_its_own_timestep(tmp_path):
         assert each.visits == 30
         assert each.measured == (30 if files.index(Path(each.sample.file)) > 3 else 0)
         assert 0 <= each.standing <= 1
+        # (1.5 + noise) / (1 + noise) in geometric mean, noise from 0 to 1.
+        expected = 1.34 if each.sample.file in planted else 1.0
+        assert abs(each.ratio - expected) < 0.15
 
 
 def test_samples_with_one_caption_are_duplicates_and_empty_captions_are_not():

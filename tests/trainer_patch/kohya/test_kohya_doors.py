@@ -47,7 +47,8 @@ def test_a_threshold_of_zero_leaves_every_up_factor_at_zero(train, plain):
     for key in (key for key in nothing if "lora_up" in key):
         assert not nothing[key].any()
         # At 64 pixels the middle holds one place, which has but itself to attend to.
-        assert learnt[key].any() or "mid_block" in key
+        alone = "mid_block" in key and ("attn1_to_q" in key or "attn1_to_k" in key)
+        assert alone or learnt[key].any()
 
 
 def test_the_cheaper_filter_that_lets_everything_pass_changes_no_bit(train):
