@@ -76,6 +76,8 @@ class Expectation:
     """By bin, mean log score of the usual caption, and of how many scores."""
     drift: float = 0.0
     """What all scores have risen by lately, in logarithms."""
+    spared: int = 0
+    """Visits since the last one with a score."""
     captions: dict[int, tuple[float, int]] = field(default_factory=dict, repr=False)
     """By caption, log ratio to the usual one, and of how many scores."""
     files: dict[int, tuple[float, int]] = field(default_factory=dict, repr=False)
@@ -125,6 +127,9 @@ class Expectation:
             # A dropped caption says nothing of the caption, nor does a pass that diverged.
             if measured and SMALLEST <= score < math.inf:
                 self._learn(timestep, math.log(score), int(caption), int(file))
+                self.spared = 0
+            else:
+                self.spared += 1
 
     def _learn(self, timestep: float, score: float, caption: int, file: int) -> None:
         standing, seen = self.captions.get(caption, (0.0, 0))
@@ -134,8 +139,10 @@ class Expectation:
         level, count = self.levels.setdefault(place, (score - standing - own, 0))
         error = score - self._level(timestep) - standing - own
         if seen:
-            self.drift += DRIFT * error
-            score -= DRIFT * error
+            # Spared visits count: a drift that lags would seem to be a standing of what is measured.
+            risen = (1 - (1 - DRIFT) ** (self.spared + 1)) * error
+            self.drift += risen
+            score -= risen
         self.levels[place] = (level + max(LEVEL, 1 / (count + 2)) * error, count + 1)
         error = score - self._level(timestep) - standing - own
         gain = max(CAPTION, 1 / (seen + 1.5)) * error
@@ -169,11 +176,11 @@ class Expectation:
             name: [[key, *pair] for key, pair in sorted(each.items())]
             for name, each in named.items()
         }
-        return {"drift": self.drift, **listed}
+        return {"drift": self.drift, "spared": self.spared, **listed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with what another run of the same settings remembered."""
-        self.drift = state["drift"]
+        self.drift, self.spared = state["drift"], state.get("spared", 0)
         for name in ("levels", "captions", "files"):
             setattr(self, name, {key: (value, count) for key, value, count in state[name]})
         self._sorted = sorted(standing for standing, _ in self.captions.values())

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkouts import CAPTIONS, CONCEPT
+from checkouts import CAPTIONS, CONCEPT, can_learn
 from diffusers_runs import layer_residuals, make_layers
 from onetrainer_lora import EVERYTHING, STEPS, header, largest_share, same_tensors, told
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def test_a_threshold_of_zero_leaves_every_up_factor_at_zero(train, plain):
     nothing, learnt = load_file(path), load_file(plain)
     for key in (key for key in nothing if "lora_up" in key):
         assert not nothing[key].any()
-        assert learnt[key].any()
+        assert learnt[key].any() or not can_learn(key)
 
 
 @pytest.mark.parametrize(
