@@ -139,7 +139,7 @@ class Expectation:
         level, count = self.levels.setdefault(place, (score - standing - own, 0))
         error = score - self._level(timestep) - standing - own
         if seen:
-            # Spared visits count: a drift that lags would seem to be a standing of what is measured.
+            # Over spared visits too: else what is measured often would seem to stand out.
             risen = (1 - (1 - DRIFT) ** (self.spared + 1)) * error
             self.drift += risen
             score -= risen

@@ -43,11 +43,7 @@ FILTERS: dict[str, Callable[[], Threshold]] = {
     "x1.5": lambda: RelativeThreshold(1.5),
 }
 """Thresholds by arm."""
-CHEAP: dict[str, Callable[[], Threshold]] = {
-    "q0.95": RunningQuantile,
-    "limit0.1": lambda: AbsoluteThreshold(0.1),
-    "x1.5": lambda: RelativeThreshold(1.5),
-}
+CHEAP = {"q0.95": RunningQuantile, **{name: FILTERS[name] for name in ("limit0.1", "x1.5")}}
 """Thresholds with which the cheaper filter is compared to the full one."""
 
 
@@ -58,20 +54,22 @@ class Trainings:
     """The same pictures, trained on with different filters: copies, and drawings that vary."""
 
     def __init__(
-        self, denoiser, *, captions: int = 206, planted: int = 6, copies: int = 180,
-        drawings: int = 8,
+        self, denoiser, *, first: int = 0, captions: int = 206, planted: int = 6,
+        copies: int = 180, drawings: int = 8,
     ):  # fmt: skip
         """Draw `copies` of each planted drawing, and different `drawings` of each other caption.
 
         Args:
             denoiser: Of the demo model.
+            first: Of the captions new to the model, the one that the set begins with.
             captions: Of the set; the first `planted` of them are those of the planted drawings.
             planted: Of them.
             copies: Of each.
             drawings: Of each other.
         """
         self.denoiser, self.count = denoiser, planted
-        captions = held_out(captions)  # all new to the model: nothing tells the planted ones apart
+        # All new to the model: nothing tells the planted ones apart.
+        captions = held_out(first + captions)[first:]
         self.texts = [caption.text for caption in captions]
         different = encoded(denoiser, [
             (draw(caption, place + len(captions) * number), caption.text)
@@ -152,11 +150,12 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
 
     One of a LoRA's usual kind, tens of pictures that are visited tens of times, and one of many
     files with few visits each: of what was not seen before nothing is known. All filters see every
-    step; what the first full one decides is learnt.
+    step; what the first full one decides is learnt. The settings of the cheaper filter were chosen
+    on other captions, in another order and with other noise (`first` 0, `seed` 1).
     """
     sets = {
-        "few": Trainings(denoiser, captions=30, planted=2, copies=6, drawings=1),
-        "many": Trainings(denoiser, copies=30, drawings=1),
+        "few": Trainings(denoiser, first=300, captions=30, planted=2, copies=6, drawings=1),
+        "many": Trainings(denoiser, first=206, copies=30, drawings=1),
     }
     columns = ("left_out", "measured", "agreement", "kappa")
     print(f"\n{'files':>6}{'visits':>8}{'threshold':>11}" + "".join(f"{c:>11}" for c in columns))
@@ -167,7 +166,7 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
             weights = [each.weigh(step, uncond, samples) for each in made.values()]
             return weights[0]
 
-        trainings.run(weigh, seed=1, steps=steps, name=name)
+        trainings.run(weigh, seed=2, steps=steps, name=name)
         for threshold, each in made.items():
             found = each.figures()
             print(f"{len(set(trainings.pictures.files)):>6}{len(each.decided):>8}{threshold:>11}"

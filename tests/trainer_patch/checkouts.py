@@ -36,7 +36,7 @@ def can_learn(key: str) -> bool:
 
     At 64 pixels the middle of the network holds one place, which has but itself to attend to.
     """
-    return "mid_block" not in key or "attn1_to_q" not in key and "attn1_to_k" not in key
+    return "mid_block" not in key or ("attn1_to_q" not in key and "attn1_to_k" not in key)
 
 
 def make_images(folder: Path) -> None:
