@@ -67,6 +67,23 @@ def test_ratios_are_to_the_median_caption_whatever_the_timestep(noise, error):
     assert (found.log() - expected.log()).abs().mean() < error
 
 
+def test_what_each_part_takes_is_taken_from_the_next():
+    """Two visits of one file, worked out by hand: e, then e^2."""
+    made = Expectation()
+    made.learn(seen([0], [550], [math.e]))
+    made.learn(seen([0], [550], [math.e**2]))
+    left = 1.0 - 0.03  # of the unexpected 1, what the drift leaves
+    assert made.drift == pytest.approx(0.03)
+    (level, _), (caption, _), (file, _) = (
+        each.popitem()[1] for each in (made.levels, made.captions, made.files)
+    )
+    assert level == pytest.approx(1 + 1 / 3)
+    left -= 1 / 3
+    assert caption == pytest.approx(left / 2.5)
+    left -= caption
+    assert file == pytest.approx(left / 5)
+
+
 def test_copies_of_few_captions_do_not_move_the_median():
     made = Expectation()
     for step in range(60):
