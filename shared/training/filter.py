@@ -133,8 +133,8 @@ class MemorizationFilter:
         """Return which visits need the extra pass, [sample] of booleans."""
         if self.recall is None:
             return torch.ones(len(visits.scores), dtype=torch.bool)
-        limits = self.threshold.at(visits.timesteps)
-        return self.recall.due(visits, self._judged(self._expected(visits)), limits)
+        limits, tail = (of(visits.timesteps) for of in (self.threshold.at, self.threshold.tail))
+        return self.recall.due(visits, self._judged(self._expected(visits)), limits, tail)
 
     def _expected(self, visits: Visits) -> Visits:
         """Return visits with the scores to expect where measuring may be spared."""

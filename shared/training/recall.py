@@ -32,16 +32,21 @@ class Recall:
             raise ValueError(f"`margin` must be at least 0, got {self.margin}.")
 
     def due(
-        self, visits: Visits, expected: Float[Tensor, " sample"], limits: Float[Tensor, " sample"]
-    ) -> Tensor:
+        self, visits: Visits, expected: Float[Tensor, " sample"], limits: Float[Tensor, " sample"],
+        tail: Float[Tensor, " sample"],
+    ) -> Tensor:  # fmt: skip
         """Return which visits are to be measured, [sample] of booleans.
 
         Args:
             visits: Of a step.
             expected: What their thresholds would be compared with, NaN where that is not known.
             limits: Those thresholds.
+            tail: Of thresholds that learn, from where on they do so by what is measured: a guess
+                would move them. Half the margin is enough below, as all is measured above.
         """
-        near = (expected.log() - limits.double().log()).abs() < self.margin
+        logs = expected.log()
+        near = (logs - limits.double().log()).abs() < self.margin
+        near = torch.where(tail.isinf(), near, logs > tail.double().log() - self.margin / 2)
         names = zip(visits.captions.tolist(), visits.files.tolist(), strict=True)
         waited = [max(self.since.get(int(name), 0) for name in pair) for pair in names]
         return expected.isnan() | near | (torch.tensor(waited) + 1 >= self.every)

@@ -8,6 +8,9 @@ import torch
 
 from ..arrays import Float, Tensor
 
+TAIL_KNOWN = 8
+"""Scores from which on a bin's quantile tells where its tail begins."""
+
 
 @runtime_checkable
 class Threshold(Protocol):
@@ -18,6 +21,9 @@ class Threshold(Protocol):
 
     def at(self, timesteps: Tensor) -> Tensor:
         """Return the threshold of each sample, infinity for none, [sample]."""
+
+    def tail(self, timesteps: Tensor) -> Tensor:
+        """Return from which score on what it is told decides what it becomes, infinity for none."""
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
         """Take in the scores of a step, of all processes, in any order."""
@@ -45,6 +51,10 @@ class AbsoluteThreshold:
     def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
         """Return the number for every sample."""
         return torch.full_like(timesteps, self.value)
+
+    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return infinity: it stays what it is."""
+        return torch.full_like(timesteps, math.inf)
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
         """Learn nothing."""
@@ -77,6 +87,10 @@ class RelativeThreshold:
     def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
         """Return the ratio for every sample."""
         return torch.full_like(timesteps, self.ratio)
+
+    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return infinity: it stays what it is."""
+        return torch.full_like(timesteps, math.inf)
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
         """Learn nothing: the filter's expectation does."""
@@ -121,9 +135,17 @@ class RunningQuantile:
 
     def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
         """Return the quantile of each sample's bin, infinity while it is warming up."""
+        return self._quantiles(timesteps, self.warmup)
+
+    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return the quantile of each sample's bin, also while it is warming up."""
+        return self._quantiles(timesteps, TAIL_KNOWN)
+
+    def _quantiles(self, timesteps: Tensor, least: int) -> Tensor:
+        """Return the quantile of each sample's bin, infinity where it holds fewer scores."""
         limits = [
             math.inf
-            if len(scores) < self.warmup
+            if len(scores) < least
             else float(torch.tensor(scores, dtype=torch.float64).quantile(self.quantile))
             for scores in self.scores
         ]

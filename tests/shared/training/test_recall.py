@@ -45,6 +45,10 @@ def test_a_visit_is_measured_when_its_score_is_unknown_near_or_old():
     for distance, near in ((0.49, 1), (0.51, 0), (-0.49, 1), (-0.51, 0)):
         made = filtering(math.exp(distance), every=9, margin=0.5)
         assert [looked(made, sample, early) for _ in range(2)] == [1, near]
+    for distance, near in ((0.24, 1), (0.26, 0), (-0.9, 1)):  # of one that learns
+        threshold = RunningQuantile(0.5, bins=1, scores=[[math.exp(distance)] * 64])
+        made = MemorizationFilter(threshold, recall=Recall(every=9, margin=0.5))
+        assert [looked(made, sample, early) for _ in range(2)] == [1, near]
 
 
 def test_the_expected_score_stands_in():
@@ -90,6 +94,30 @@ def test_an_adapter_that_always_measures_decides_like_the_full_filter():
         found = [made.weigh(cond, torch.zeros_like(cond), **told) for made in (cheap, full)]
         assert torch.equal(*found)
     assert cheap.measured == full.measured == 60
+
+
+@pytest.mark.parametrize(
+    ("threshold", "guesses"),
+    [(RunningQuantile(0.6, bins=2, warmup=40), False), (AbsoluteThreshold(2.0), True)],
+    ids=["one that learns", "one that does not"],
+)
+def test_a_threshold_that_learns_is_not_moved_by_guesses_above_it(threshold, guesses, tmp_path):
+    """Not while it warms up either: what it learns then decides when it stops."""
+    log = SampleLog(tmp_path / "samples.jsonl")
+    made = MemorizationFilter(threshold, recall=Recall(), log=log)
+    generator, above = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        size = 1.0 + torch.arange(4.0) + 0.1 * torch.rand(4, generator=generator)
+        timesteps = 1000 * torch.rand(4, generator=generator)
+        tail, due = threshold.tail(timesteps), made.due(samples_of(4), timesteps)
+        expected = made.expectation.scores(Visits.of(samples_of(4), timesteps))
+        above += (~due)[expected >= tail].tolist()
+        visit(made, size.view(4, 1, 1, 1).expand(4, 4, 2, 2), timesteps)
+    log.flush()
+    records = read_records([tmp_path / "samples.jsonl"])
+    assert any(record.flagged and not record.measured for record in records) == guesses
+    assert not any(above)
+    assert made.measured < 0.8 * made.seen
 
 
 def test_the_record_tells_measured_from_expected(tmp_path):
