@@ -41,8 +41,8 @@ class Recall:
             visits: Of a step.
             expected: What their thresholds would be compared with, NaN where that is not known.
             limits: Those thresholds.
-            tail: Of thresholds that learn, from where on they do so by what is measured: a guess
-                would move them. Half the margin is enough below, as all is measured above.
+            tail: Above which scores move the threshold when it learns them, infinity for none. So
+                would guesses: all is measured there, from half the margin below on.
         """
         logs = expected.log()
         near = (logs - limits.double().log()).abs() < self.margin

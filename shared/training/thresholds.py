@@ -23,7 +23,7 @@ class Threshold(Protocol):
         """Return the threshold of each sample, infinity for none, [sample]."""
 
     def tail(self, timesteps: Tensor) -> Tensor:
-        """Return from which score on what it is told decides what it becomes, infinity for none."""
+        """Return above which scores move it when it learns them, infinity for none, [sample]."""
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
         """Take in the scores of a step, of all processes, in any order."""
