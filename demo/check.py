@@ -12,8 +12,8 @@ from pathlib import Path
 import typer
 from tqdm.auto import tqdm
 
-from ..audit.similarity import Nearest, Reference, calibrate_ratio
-from ..shared.calibration import clopper_pearson
+from ..audit.common.similarity import Nearest, Reference, calibrate_ratio
+from ..shared.score.calibration import clopper_pearson
 from . import MODEL, captions, control_images, data, training_images
 
 SEEDS = (0, 1, 2, 3)
@@ -103,7 +103,7 @@ def contact_sheet(results: Sequence[CaptionCheck], path: Path, columns: int = 4)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and write contact sheets."""
-    from ..shared.models import load_denoiser
+    from ..shared.models.load import load_denoiser
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..shared.storage import replace_atomically
+from ..shared.files.storage import replace_atomically
 from .data import RESOLUTION
 
 VOCABULARY = 2048

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from ..shared.storage import replace_atomically
+from ..shared.files.storage import replace_atomically
 from . import data
 from .networks import (
     MAX_TOKENS,

@@ -3,8 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate
-from .calibration_files import add_folder
 from .detect import DetectMemorization
+from .engine.calibration_files import add_folder
 from .guard import MemorizationGuard
 from .heatmap import TokenHeatmap
 from .load_calibration import LoadCalibration

@@ -7,15 +7,15 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..shared.calibration import Calibration, controls_needed
-from ..shared.controls import CONTROLS, load_controls
-from ..shared.storage import Journal
-from . import calibration_files
-from .comfy_denoiser import Prompt
-from .measuring import config_of, encoded, latent_input, model_input, scores, seed_inputs
-from .model_identity import digest, weights_sha256
-from .noise_levels import noise_levels
-from .schema import CalibrationSocket, schema
+from ..shared.files.storage import Journal
+from ..shared.score.calibration import Calibration, controls_needed
+from ..shared.score.controls import CONTROLS, load_controls
+from .engine import calibration_files
+from .engine.comfy_denoiser import Prompt
+from .engine.measuring import config_of, encoded, latent_input, model_input, scores, seed_inputs
+from .engine.model_identity import digest, weights_sha256
+from .engine.noise_levels import noise_levels
+from .engine.schema import CalibrationSocket, schema
 
 
 class Calibrate(io.ComfyNode):

@@ -5,9 +5,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..shared.detection import Detection
-from .comfy_denoiser import Prompt, share_negative
-from .measuring import (
+from ..shared.score.detection import Detection
+from .engine.comfy_denoiser import Prompt, share_negative
+from .engine.measuring import (
     calibration_input,
     caveat_of,
     config_of,
@@ -17,8 +17,8 @@ from .measuring import (
     scores,
     seed_inputs,
 )
-from .model_identity import weights_sha256
-from .schema import schema
+from .engine.model_identity import weights_sha256
+from .engine.schema import schema
 
 NO_VERDICT = (
     "No verdict: a score alone does not say whether a prompt is memorized. Connect a calibration "

@@ -5,12 +5,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..shared.calibration import Calibration
-from .guard_methods import chosen_method, method_inputs
-from .guarding import guard
-from .mitigating import calibration_inputs, gate_input, gate_of
-from .schema import RecordSocket, schema
-from .watching import watch
+from ..shared.score.calibration import Calibration
+from .engine.guard_methods import chosen_method, method_inputs
+from .engine.guarding import guard
+from .engine.mitigating import calibration_inputs, gate_input, gate_of
+from .engine.schema import RecordSocket, schema
+from .engine.watching import watch
 
 
 class MemorizationGuard(io.ComfyNode):

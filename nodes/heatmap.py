@@ -9,10 +9,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..shared.arrays import Float, Tensor
-from ..shared.explanation import Explanation, explain, leave_out, shortened
-from ..shared.pictures import prompt_heatmap_png, unit_map
-from .comfy_denoiser import Prompt
-from .measuring import (
+from ..shared.drawing.maps import prompt_heatmap_png, unit_map
+from ..shared.words.explanation import Explanation, explain, leave_out, shortened
+from .engine.comfy_denoiser import Prompt
+from .engine.images import to_image
+from .engine.measuring import (
     config_of,
     encoded,
     forward_rows,
@@ -21,10 +22,9 @@ from .measuring import (
     negative_input,
     seed_inputs,
 )
-from .pictures import to_image
-from .prompt_words import PromptWords, read_words
-from .sampling_work import with_denoiser
-from .schema import schema
+from .engine.prompt_words import PromptWords, read_words
+from .engine.sampling_work import with_denoiser
+from .engine.schema import schema
 
 WIDTH, LETTERS = 640, 32
 """Pixels of the picture and of its letters: readable where a node shows it at half size."""

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..shared.calibration import Calibration, CalibrationError
-from . import calibration_files
-from .schema import CalibrationSocket, schema
+from ..shared.score.calibration import Calibration, CalibrationError
+from .engine import calibration_files
+from .engine.schema import CalibrationSocket, schema
 
 
 class LoadCalibration(io.ComfyNode):

@@ -5,8 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from .demo_model import load_model
-from .schema import schema
+from .engine.demo_model import load_model
+from .engine.schema import schema
 
 LORAS = Path(__file__).resolve().parent.parent / "example_workflows" / "loras"
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..shared.controls import CONTROLS, load_controls
-from ..shared.prompts import Prompt as Caption
-from ..shared.prompts import clean, read_prompts
-from ..shared.score_changes import LoraScores, draw_score_changes
-from .comfy_denoiser import Prompt
-from .measuring import config_of, encoded, latent_input, scores, seed_inputs
-from .pictures import to_image
-from .schema import schema
+from ..shared.drawing.score_changes import LoraScores, draw_score_changes
+from ..shared.files.prompts import Prompt as Caption
+from ..shared.files.prompts import clean, read_prompts
+from ..shared.score.controls import CONTROLS, load_controls
+from .engine.comfy_denoiser import Prompt
+from .engine.images import to_image
+from .engine.measuring import config_of, encoded, latent_input, scores, seed_inputs
+from .engine.schema import schema
 
 
 class LoraCheck(io.ComfyNode):

@@ -9,13 +9,13 @@ import comfy.sample
 import torch
 from comfy_api.latest import io
 
-from ..shared.calibration import Calibration
 from ..shared.mitigation.embedding import EmbeddingOptimisation
 from ..shared.mitigation.gate import Decision, Gate
 from ..shared.mitigation.optimisation import Optimised
-from .comfy_denoiser import ModelDenoiser, Prompt
-from .measuring import model_input, negative_input
-from .mitigating import (
+from ..shared.score.calibration import Calibration
+from .engine.comfy_denoiser import ModelDenoiser, Prompt
+from .engine.measuring import model_input, negative_input
+from .engine.mitigating import (
     PROMPT,
     calibration_inputs,
     gate_input,
@@ -26,9 +26,9 @@ from .mitigating import (
     target_inputs,
     target_settings,
 )
-from .model_identity import weights_sha256
-from .sampling_work import with_denoiser
-from .schema import schema
+from .engine.model_identity import weights_sha256
+from .engine.sampling_work import with_denoiser
+from .engine.schema import schema
 
 OFF = "Off: the gate is set to never, nothing was measured."
 NOT_ITS_TEXT = (

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .schema import schema
+from .engine.schema import schema
 
 
 class MemorizationSwitch(io.ComfyNode):

@@ -6,14 +6,14 @@ import math
 import torch
 from comfy_api.latest import io, ui
 
-from ..shared.calibration import Calibration
-from ..shared.run_wording import guard_lines, metadata, report
-from ..shared.step_chart import draw_note, draw_step_chart
-from ..shared.watched_runs import WatchRecord, judge
-from .measuring import calibration_input
-from .pictures import to_image
-from .schema import RecordSocket, schema
-from .watching import latent_id, watch
+from ..shared.drawing.step_chart import draw_note, draw_step_chart
+from ..shared.sampling.run_wording import guard_lines, metadata, report
+from ..shared.sampling.watched_runs import WatchRecord, judge
+from ..shared.score.calibration import Calibration
+from .engine.images import to_image
+from .engine.measuring import calibration_input
+from .engine.schema import RecordSocket, schema
+from .engine.watching import latent_id, watch
 
 log = logging.getLogger(__name__)
 

@@ -6,24 +6,33 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("audit", "demo", "nodes", "shared", "trainer_patch")
+ROOMS = ("audit", "cli", "demo", "nodes", "shared", "trainer_patch")
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 TRAINERS = {"kohya_ss", "library", "lycoris", "networks", "toolkit", "train_network"}
 HEAVY = {
     "accelerate", "diffusers", "faiss", "jinja2", "matplotlib", "onnxruntime", "pandas", "peft",
     "PIL", "pyarrow", "scipy", "sklearn", "transformers",
 }  # fmt: skip
-PATCHED = ("ai_toolkit", "diffusers", "kohya", "onetrainer")
-"""Trainers, by which the files of `trainer_patch` are named; those without serve all."""
 BASE = ["numpy", "safetensors.torch", "torch", "tqdm.auto"]
 
 MAY_IMPORT = {  # room: the other rooms, and the outsiders that stay forbidden even in functions
     "shared": (set(), HOSTS | TRAINERS),
     "nodes": ({"shared"}, TRAINERS),
     "trainer_patch": ({"shared"}, HOSTS),
+    "demo": ({"shared"}, HOSTS | TRAINERS),
     "audit": ({"shared", "demo"}, HOSTS | TRAINERS),
-    "demo": ({"shared", "audit"}, HOSTS | TRAINERS),
+    "cli": ({"shared", "demo", "audit"}, HOSTS | TRAINERS),
 }
+MAY_IMPORT_INSIDE = {  # folder: the folders of the same room; every other folder imports freely
+    "shared/score": {"shared", "shared/files", "shared/score"},
+    "shared/mitigation": {"shared", "shared/files", "shared/score", "shared/words",
+                          "shared/mitigation"},
+    "audit/common": {"audit/common"},
+    "audit/model": {"audit/common", "audit/model"},
+    "audit/lora": {"audit/common", "audit/lora"},
+    "nodes/engine": {"nodes/engine"},
+}  # fmt: skip
+TRAINER_FOLDERS = ("ai_toolkit", "diffusers", "kohya", "onetrainer")
 
 
 def imports_of(source: str, package: str) -> set[str]:
@@ -72,42 +81,112 @@ def test_rooms_import_only_what_they_may(root, room):
     assert not found
 
 
+def modules(root: Path) -> dict[str, Path]:
+    """Return every module of the product by its name inside the package."""
+    paths = [*root.glob("*.py"), *(path for room in ROOMS for path in files(root, room))]
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
+
+
+def imported_modules(root: Path) -> dict[str, set[str]]:
+    """Return, for every module of the product, those that it imports, inside functions too."""
+    named = modules(root)
+    found = {}
+    for name, path in named.items():
+        names = imports_of(path.read_text("utf-8"), package_of(root, path))
+        inside = {other.removeprefix("unmemorize.") for other in names}
+        # `from .a import b` names a module a.b where there is one, else a name in the module a.
+        parents = {other.rpartition(".")[0] for other in inside if other in named}
+        found[name] = {other for other in inside & named.keys() if other not in parents} - {name}
+    return found
+
+
+def folder_of(root: Path, path: Path) -> str:
+    return path.parent.relative_to(root).as_posix()
+
+
+def imported_folders(root: Path) -> dict[str, set[str]]:
+    """Return, for every folder of the product, those whose modules its own modules import."""
+    named, found = modules(root), {}
+    for name, others in imported_modules(root).items():
+        folder = folder_of(root, named[name])
+        found.setdefault(folder, set()).update(folder_of(root, named[other]) for other in others)
+        found[folder].discard(folder)
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Return the names that lead back to themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            for other in imports.get(waiting.pop(), set()) - seen:
+                seen.add(other)
+                waiting.append(other)
+        return seen
+
+    return sorted(name for name in imports if name in reached(name))
+
+
+def test_no_modules_import_each_other_in_a_circle(root):
+    assert not circles(imported_modules(root))
+
+
+def test_no_folders_import_each_other_in_a_circle(root):
+    assert not circles(imported_folders(root))
+
+
+def test_the_check_of_circles_can_fail():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}})
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT_INSIDE)
+def test_folders_import_only_what_they_may(root, folder):
+    room = folder.partition("/")[0]
+    others = {other for other in imported_folders(root)[folder] if other.startswith(room)}
+    assert others <= MAY_IMPORT_INSIDE[folder]
+
+
 def of_trainer(name: str) -> str:
-    """Return the trainer that a module of `trainer_patch` is for; empty for one that serves all."""
-    module = name.removeprefix("unmemorize.trainer_patch.").partition(".")[0]
-    return next((trainer for trainer in PATCHED if module.startswith(trainer)), "")
-
-
-def other_trainers(source: str, own: str) -> set[str]:
-    """Return the imports of a file of `trainer_patch` that belong to another trainer's files."""
-    names = imports_of(source, "unmemorize.trainer_patch")
-    inside = {name for name in names if name.startswith("unmemorize.trainer_patch.")}
-    return {name for name in inside if of_trainer(name) not in ("", own)}
+    """Return the trainer whose folder a module lies in; empty for one that serves all."""
+    room, *below = name.split(".")
+    own = room == "trainer_patch" and below and below[0] in TRAINER_FOLDERS
+    return below[0] if own else ""
 
 
 def test_the_files_of_a_trainer_serve_that_trainer_alone(root):
-    found = {}
-    for path in files(root, "trainer_patch"):
-        own = of_trainer(path.stem)
-        if names := other_trainers(path.read_text("utf-8"), own):
-            found[path.name] = names
-    assert not found
-    assert {of_trainer(path.stem) for path in files(root, "trainer_patch")} == {"", *PATCHED}
+    crossings = {
+        (name, other)
+        for name, others in imported_modules(root).items()
+        for other in others
+        if of_trainer(other) not in ("", of_trainer(name))
+    }
+    assert not crossings
+    assert {of_trainer(name) for name in modules(root)} == {"", *TRAINER_FOLDERS}
 
 
-def test_the_check_of_trainers_can_fail():
-    source = "from .diffusers_text import text_path\nfrom .options import NAMES\nimport diffusers"
-    found = {"unmemorize.trainer_patch.diffusers_text",
-             "unmemorize.trainer_patch.diffusers_text.text_path"}  # fmt: skip
-    assert other_trainers(source, "kohya") == other_trainers(source, "") == found
-    assert not other_trainers(source, "diffusers")
+def test_what_belongs_to_a_trainer_is_told_by_its_folder():
+    assert of_trainer("trainer_patch.kohya.text") == of_trainer("trainer_patch.kohya") == "kohya"
+    assert of_trainer("trainer_patch.options") == of_trainer("shared.diffusers") == ""
+
+
+def test_the_root_holds_the_doors_and_nothing_else(root):
+    names = {path.name for path in root.glob("*.py")}
+    assert names == {"__init__.py", "__main__.py", "install.py"}
+
+
+def test_few_modules_lie_flat_in_shared(root):
+    assert len([path for path in (root / "shared").glob("*.py") if path.stem != "__init__"]) <= 4
 
 
 def test_imports_inside_the_repository_are_relative(root):
-    paths = [*root.glob("*.py"), *(path for room in ROOMS for path in files(root, room))]
     absolute = {
         f"{path.relative_to(root)}:{node.lineno}"
-        for path in paths
+        for path in modules(root).values()
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import)
@@ -157,7 +236,7 @@ def import_all(root: Path, room: str) -> str:
 
 def test_shared_needs_nothing_but_the_base_packages(root, base, loaded_after):
     loaded = loaded_after(import_all(root, "shared"))
-    assert "unmemorize.shared.denoiser" in loaded
+    assert "unmemorize.shared.score.denoiser" in loaded
     assert not {name for name in loaded if name.startswith("unmemorize.") and ".shared" not in name}
     extra = tops(loaded) - base - set(sys.stdlib_module_names) - {"unmemorize", "jaxtyping"}
     assert not extra

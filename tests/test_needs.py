@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from needs import need_package, need_sscd
-from unmemorize.audit import sscd
+from unmemorize.audit.common import sscd
 
 PEOPLE, CI = (None, pytest.skip.Exception), ("true", pytest.fail.Exception)
 

@@ -4,7 +4,7 @@ import json
 import logging
 from pathlib import Path
 
-from ..shared.storage import write_text
+from ..shared.files.storage import write_text
 from ..shared.training.protection import Protection
 
 logger = logging.getLogger(__name__)

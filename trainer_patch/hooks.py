@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..shared.training.filter import Gather, alone
-from ..shared.training.lora_factors import UnsupportedTraining
+from ..shared.training.filter.filter import Gather, alone
+from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.protection import PREFIX, Protection
 from .checkpoints import load_progress, save_progress
 from .wrapping import Function, wrapped

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..shared.training.concept import Concept
-from ..shared.training.filter import Action
+from ..shared.training.concept.concept import Concept
+from ..shared.training.filter.filter import Action
 from ..shared.training.settings import FilterSettings, ProjectionSettings, ProtectionSettings
 
 PREFIXES = ("project_", "mem_filter")

@@ -1,7 +1,7 @@
 """What `unmemorize audit --lora --images` prints: a table and closing sentences."""
 
-from ...shared.pictures import visible
-from ..answers import SHOWN, Table
+from ...shared.drawing.maps import visible
+from ..model.answers import SHOWN, Table
 from .leave import PAGE
 from .result import LoraAudit
 

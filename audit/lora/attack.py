@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.trajectory import guided_step
+from ...shared.score.trajectory import guided_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ...shared.diffusers_adapter import PipelineDenoiser
+    from ...shared.models.adapter import PipelineDenoiser
 
 GUIDANCE = 5.0
 """w for a LoRA; the paper takes 3 for models that were fine-tuned as a whole."""

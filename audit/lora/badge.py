@@ -2,7 +2,7 @@
 
 from html import escape
 
-from ...shared.plots import THEMES
+from ...shared.drawing.plots import THEMES
 from .result import LoraAudit
 
 LABEL = "memorization audit"

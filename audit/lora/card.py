@@ -5,8 +5,8 @@ from typing import Any
 
 from ...shared.dependencies import require
 from ...shared.wording import counted
-from ..summary import versions
-from ..wording import between, chance, percent, shown
+from ..common.wording import between, chance, percent, shown
+from ..model.summary import versions
 from .badge import LABEL, badge_text
 from .result import LoraAudit, Rate
 

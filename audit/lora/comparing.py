@@ -14,19 +14,19 @@ import numpy as np
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.storage import replace_atomically
-from ..job import Job
-from ..measure import Bars
-from ..similarity import PIXELS
-from ..sscd import similarity
-from ..subject import Subject
-from ..training_images import ImageFiles
+from ...shared.files.storage import replace_atomically
+from ..common.job import Job
+from ..common.measure import Bars
+from ..common.similarity import PIXELS
+from ..common.sscd import similarity
+from ..common.subject import Subject
+from ..common.training_images import ImageFiles
 from .attack import as_images
 from .feature_cache import FeatureCache
 from .index import Index
 
 if TYPE_CHECKING:
-    from ...shared.diffusers_adapter import PipelineDenoiser
+    from ...shared.models.adapter import PipelineDenoiser
 
 AT_ONCE = 4
 """Images in one pass through the autoencoder."""

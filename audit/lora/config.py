@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...shared.detection import DetectionConfig
-from ..config import DEMO
+from ...shared.score.detection import DetectionConfig
+from ..model.config import DEMO
 
 LEAST = {
     "captions": 1, "images_per_prompt": 1, "attack_images": 0, "generation_steps": 1,

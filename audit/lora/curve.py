@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...shared.plots import THEMES, Theme, new_figure, to_svg
+from ...shared.drawing.plots import THEMES, Theme, new_figure, to_svg
 from .result import EpochPoint, Rate
 
 

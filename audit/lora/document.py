@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...shared.prompts import CAPTION_SUFFIXES, METADATA
-from ..result import finite
-from ..summary import versions
+from ...shared.files.prompts import CAPTION_SUFFIXES, METADATA
+from ..model.result import finite
+from ..model.summary import versions
 from .result import LoraAudit, TrainingImage, TrainingSet
 from .seal import file_sha256
 from .training_set import path_of

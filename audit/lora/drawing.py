@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ...shared.storage import replace_atomically
-from ..subject import Subject
+from ...shared.files.storage import replace_atomically
+from ..common.subject import Subject
 from .asking import Shot
 from .attack import sample_attack
 from .config import LoraAuditConfig

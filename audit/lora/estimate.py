@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...shared.wording import counted
-from ..subject import Subject
+from ..common.subject import Subject
 from .config import LoraAuditConfig
 from .drawing import Batch, unfinished
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...shared.prompts import IMAGE_SUFFIXES, METADATA, caption_of, read_table
+from ...shared.files.prompts import IMAGE_SUFFIXES, METADATA, caption_of, read_table
 from ...shared.wording import counted, name_some
 from .header import Header
 

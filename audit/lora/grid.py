@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...shared.pictures import LEVELS
+from ...shared.drawing.maps import LEVELS
 from .result import Asked, Generation, ImageVerdict, LoraAudit
 
 ROWS, HELD_OUT_ROWS = 40, 10

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ...shared.storage import write_text
-from ..result import dumps
+from ...shared.files.storage import write_text
+from ..model.result import dumps
 from .badge import render_badge
 from .card import render_card
 from .document import to_document

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...shared.pictures import visible
+from ...shared.drawing.maps import visible
 from ...shared.wording import counted, name_some
 from .base_model import BaseModel, named_architecture
 from .header import Header

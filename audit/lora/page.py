@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from ...shared import pictures
-from ..pages import TEMPLATES, render_page, safe, svg_uri
-from ..summary import versions
+from ...shared.drawing import maps as pictures
+from ..common.pages import TEMPLATES, render_page, safe, svg_uri
+from ..model.summary import versions
 from .curve import epoch_figure
 from .grid import Cell, Grid, Row, gravity, load_matrix, make_grid, twins_of
 from .result import Clique, DuplicateGroup, ImageVerdict, LoraAudit

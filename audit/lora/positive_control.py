@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...shared.storage import StorageError, write_text
-from ..config import DEMO
-from ..job import content_key
-from ..measure import Bars
-from ..similarity import PIXELS
-from ..sscd import Sscd
-from ..subject import Subject
-from ..summary import versions
-from ..wording import percent
+from ...shared.files.storage import StorageError, write_text
+from ..common.job import content_key
+from ..common.measure import Bars
+from ..common.similarity import PIXELS
+from ..common.sscd import Sscd
+from ..common.subject import Subject
+from ..common.wording import percent
+from ..model.config import DEMO
+from ..model.summary import versions
 from .attack import as_images
 from .comparing import References
 from .feature_cache import default_folder
@@ -30,7 +30,7 @@ from .verdicts import rate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ...shared.diffusers_adapter import PipelineDenoiser
+    from ...shared.models.adapter import PipelineDenoiser
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from ..job import Job, content_key
-from ..measure import Bars, measure
-from ..subject import Facts, Subject
+from ..common.job import Job, content_key
+from ..common.measure import Bars, measure
+from ..common.subject import Facts, Subject
 from .asking import Question
 from .config import LoraAuditConfig
 from .result import PromptScore

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..job import content_key
-from ..subject import Facts, Subject
-from ..summary import versions
+from ..common.job import content_key
+from ..common.subject import Facts, Subject
+from ..model.summary import versions
 from .config import LoraAuditConfig
 from .epochs import Epoch
 from .result import TrainingSet

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ...shared.dependencies import require
-from ...shared.storage import write_text
+from ...shared.files.storage import write_text
 from ...shared.wording import counted
-from ..job import Job
-from ..measure import Bar, Bars
+from ..common.job import Job
+from ..common.measure import Bar, Bars
 from .config import LoraAuditConfig
 from .drawing import Batch, Subjects, draw, unfinished
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.calibration import NotEnoughControls, controls_needed
+from ...shared.score.calibration import NotEnoughControls, controls_needed
 from ...shared.wording import counted
-from ..sscd import calibrate
-from ..wording import percent
+from ..common.sscd import calibrate
+from ..common.wording import percent
 from .result import Thresholds
 
 RATE = 0.05

@@ -4,8 +4,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pages import data_uri
-from ..training_images import read_image
+from ..common.pages import data_uri
+from ..common.training_images import read_image
 from .result import LoraAudit
 from .training_set import path_of
 

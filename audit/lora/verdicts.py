@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.calibration import clopper_pearson
+from ...shared.score.calibration import clopper_pearson
 from ...shared.wording import counted
-from ..wording import between, percent
+from ..common.wording import between, percent
 from .result import Headline, ImageVerdict, PositiveControl, Rate, Thresholds, Verdict
 
 LEVEL = 0.05

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ...shared.prompts import IMAGE_SUFFIXES
+from ...shared.files.prompts import IMAGE_SUFFIXES
 from ...shared.wording import counted, name_some
 from .document import SCHEMA_VERSION, TITLE
 from .leave import DOCUMENT
@@ -151,7 +151,7 @@ def _lora(lora: Path, expected: Mapping[str, str]) -> Check:
 
 
 def _model(model: str, expected: Mapping[str, str]) -> Check:
-    from ..subject import Subject
+    from ..common.subject import Subject
 
     return _either(
         "base model", Subject(model).fingerprint == expected.get("sha256"),

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...shared.detection import DetectionConfig
-from ...shared.explanation import explain
-from ..job import Job, content_key
-from ..measure import Bars
-from ..subject import Facts, Subject
+from ...shared.score.detection import DetectionConfig
+from ...shared.words.explanation import explain
+from ..common.job import Job, content_key
+from ..common.measure import Bars
+from ..common.subject import Facts, Subject
 from .result import ImageVerdict, TrainingSet
 
 EXPLAINED = 6

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import trange
 from unmemorize import demo
-from unmemorize.shared.controls import load_controls
+from unmemorize.shared.score.controls import load_controls
 
 OUTPUT = Path(__file__).with_suffix(".safetensors")
 RANK, STEPS, LEARNING_RATE, SEED = 4, 500, 2e-3, 0

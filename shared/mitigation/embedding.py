@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..arrays import Float, Tensor
-from ..denoiser import Conditioning, Denoiser
-from ..metrics import text_noise_norm
+from ..score.denoiser import Conditioning, Denoiser
+from ..score.metrics import text_noise_norm
 from .constants import Constants
 from .method import Method, Start
 from .optimisation import (

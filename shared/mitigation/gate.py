@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import Calibration, settings_of
-from ..denoiser import Conditioning, Denoiser
-from ..detection import DetectionConfig
-from ..trajectory import Run
+from ..score.calibration import Calibration, settings_of
+from ..score.denoiser import Conditioning, Denoiser
+from ..score.detection import DetectionConfig
+from ..score.trajectory import Run
 
 MODES = ("calibrated", "always", "never")
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..denoiser import Conditioning, Denoiser
-from ..metrics import text_noise, text_noise_norm
+from ..score.denoiser import Conditioning, Denoiser
+from ..score.metrics import text_noise, text_noise_norm
 from .method import Method, Mitigation, Start, Step
 from .optimisation import (
     Optimised,

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration
-from ..denoiser import Conditioning, Denoiser
+from ..score.calibration import Calibration
+from ..score.denoiser import Conditioning, Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Conditioning, Denoiser
-from ..explanation import ROWS_OF_A_GRADIENT
-from ..trajectory import PredictionError, automatic_rows
+from ..score.denoiser import Conditioning, Denoiser
+from ..score.trajectory import PredictionError, automatic_rows
 from ..wording import counted
+from ..words.explanation import ROWS_OF_A_GRADIENT
 from .method import Mitigation, Start
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from ..controls import CONTROLS, load_controls
+from ..score.controls import CONTROLS, load_controls
 from .method import Method, Mitigation, Start
 
 KINDS = ("words", "numbers")

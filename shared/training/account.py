@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .filter import MemorizationFilter
-from .layer_subspaces import LayerSubspaces
-from .projection import Projection
+from .concept.subspace import ConceptSubspace
+from .filter.filter import MemorizationFilter
+from .layers.subspaces import LayerSubspaces
+from .projection.projection import Projection
 from .settings import FilterSettings
-from .subspace import ConceptSubspace
 
 
 def describe(subspace: ConceptSubspace) -> str:

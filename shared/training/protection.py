@@ -14,16 +14,16 @@ from typing import Any
 from torch import nn
 
 from ..arrays import Float, Tensor
-from .filter import Gather, MemorizationFilter, alone
-from .filtered import FilteredTraining, NoSampleSeen
-from .projected import ProjectedTraining
-from .projection import Projection, ProjectionFailed
+from .concept.subspace import ConceptSubspace
+from .concept.text_states import TextPath
+from .filter.filter import Gather, MemorizationFilter, alone
+from .filter.filtered import FilteredTraining, NoSampleSeen
+from .filter.sample_log import Sample
+from .layers.spared import NothingSpared, SparedTraining
+from .projection.projected import ProjectedTraining
+from .projection.projection import Projection, ProjectionFailed
 from .replay import RandomState
-from .sample_log import Sample
 from .settings import ProtectionSettings
-from .spared import NothingSpared, SparedTraining
-from .subspace import ConceptSubspace
-from .text_states import TextPath
 
 MEASURE_EVERY = 100
 """Steps between two measurements of the residual: each moves every factor to the CPU."""

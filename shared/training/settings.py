@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..weights import ModelError
-from .concept import Concept
-from .expectation import Expectation
-from .filter import Action, Gather, MemorizationFilter
-from .fitting import fit_subspace
-from .layer_subspaces import LayerSubspaces
-from .recall import Recall
-from .subspace import ConceptSubspace
-from .text_states import TextPath
-from .thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
+from ..models.weights import ModelError
+from .concept.concept import Concept
+from .concept.fitting import fit_subspace
+from .concept.subspace import ConceptSubspace
+from .concept.text_states import TextPath
+from .filter.expectation import Expectation
+from .filter.filter import Action, Gather, MemorizationFilter
+from .filter.recall import Recall
+from .filter.thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
+from .layers.subspaces import LayerSubspaces
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 import pytest
 from tiny_audit import LONG, MARKUP
 from unmemorize import demo
-from unmemorize.audit import subject
-from unmemorize.audit.config import AuditConfig
-from unmemorize.audit.run import run_audit
-from unmemorize.shared.detection import DetectionConfig
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
+from unmemorize.audit.common import subject
+from unmemorize.audit.model.config import AuditConfig
+from unmemorize.audit.model.run import run_audit
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.score.detection import DetectionConfig
 
 
 @pytest.fixture(scope="session")

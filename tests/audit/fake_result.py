@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from unmemorize.audit.config import AuditConfig
-from unmemorize.audit.inputs import Inputs
-from unmemorize.audit.result import (
+from unmemorize.audit.model.config import AuditConfig
+from unmemorize.audit.model.inputs import Inputs
+from unmemorize.audit.model.result import (
     AuditEntry,
     AuditResult,
     GeneratedImage,
@@ -17,10 +17,10 @@ from unmemorize.audit.result import (
     OccludedWord,
     WordSignificance,
 )
-from unmemorize.audit.summary import rate, summarize
-from unmemorize.shared.calibration import Calibration
-from unmemorize.shared.detection import Detection, DetectionConfig
-from unmemorize.shared.prompts import PromptSet
+from unmemorize.audit.model.summary import rate, summarize
+from unmemorize.shared.files.prompts import PromptSet
+from unmemorize.shared.score.calibration import Calibration
+from unmemorize.shared.score.detection import Detection, DetectionConfig
 
 SHAPE = (4, 16, 16)
 GROUPS = ("verbatim", "template", "learnt")

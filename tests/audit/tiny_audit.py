@@ -18,5 +18,5 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def schema(name: str) -> dict[str, Any]:
     """Return the shipped schema of summary.json or of a line of results.jsonl."""
-    path = Path(audit.__file__).with_name(f"{name}.schema.json")
+    path = Path(audit.__file__).parent / "model" / f"{name}.schema.json"
     return json.loads(path.read_text("utf-8"))

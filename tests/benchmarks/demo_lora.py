@@ -13,7 +13,7 @@ from torch import nn
 from unmemorize import demo
 from unmemorize.audit.lora.attack import as_images
 from unmemorize.demo import data
-from unmemorize.shared.training.sample_log import Sample
+from unmemorize.shared.training.filter.sample_log import Sample
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 """The trainers' default: all attention and feed-forward."""

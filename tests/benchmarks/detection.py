@@ -20,11 +20,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm.auto import tqdm
 from unmemorize import demo
 from unmemorize.demo import data
-from unmemorize.shared.calibration import Calibration, settings_of
-from unmemorize.shared.detection import Detection, DetectionConfig, detect
-from unmemorize.shared.models import load_denoiser, model_fingerprint
-from unmemorize.shared.observer import observe
-from unmemorize.shared.sequential import detect_sequentially
+from unmemorize.shared.models.load import load_denoiser, model_fingerprint
+from unmemorize.shared.sampling.observer import observe
+from unmemorize.shared.score.calibration import Calibration, settings_of
+from unmemorize.shared.score.detection import Detection, DetectionConfig, detect
+from unmemorize.shared.score.sequential import detect_sequentially
 
 REFERENCE_STEPS = 50
 TIMED_PROMPTS = 200
@@ -167,8 +167,8 @@ def measure_memory(bench: dict) -> None:
     code = (
         "import resource, sys\n"
         "from unmemorize import demo\n"
-        "from unmemorize.shared.detection import DetectionConfig, detect\n"
-        "from unmemorize.shared.models import load_denoiser\n"
+        "from unmemorize.shared.score.detection import DetectionConfig, detect\n"
+        "from unmemorize.shared.models.load import load_denoiser\n"
         "texts = [f'{c.text} {i}' for i in range(4) for c in demo.audited()][:int(sys.argv[1])]\n"
         "detect(load_denoiser(demo.MODEL), texts, DetectionConfig(seeds=(0, 1)))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"

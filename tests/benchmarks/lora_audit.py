@@ -20,9 +20,9 @@ from unmemorize import demo
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.result import LoraAudit
 from unmemorize.audit.lora.run import run_lora_audit
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
-from unmemorize.shared.models import load_denoiser
-from unmemorize.terminal import bar
+from unmemorize.cli.terminal import bar
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.load import load_denoiser
 
 COUNT, PLANTED = 20, 6
 """Images of a folder, and how many of them are shown more often."""

@@ -9,7 +9,7 @@ from demo_lora import add_lora, annealed, draw, encoded, held_out, train
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from unmemorize.demo import data
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
+from unmemorize.shared.models.adapter import PipelineDenoiser
 
 WORD = "zorp"
 """The trigger."""

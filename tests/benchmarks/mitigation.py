@@ -31,12 +31,12 @@ from mitigation_pictures import (
 from tqdm.auto import tqdm
 from unmemorize import demo
 from unmemorize.demo import data
-from unmemorize.shared.calibration import Calibration, clopper_pearson, settings_of
-from unmemorize.shared.detection import DetectionConfig, detect
-from unmemorize.shared.guard import guard
 from unmemorize.shared.mitigation import DEFAULT, METHODS, make_method
 from unmemorize.shared.mitigation.embedding import optimise_embedding
-from unmemorize.shared.models import load_denoiser, model_fingerprint
+from unmemorize.shared.models.load import load_denoiser, model_fingerprint
+from unmemorize.shared.sampling.guard import guard
+from unmemorize.shared.score.calibration import Calibration, clopper_pearson, settings_of
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 
 def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from unmemorize import demo
-from unmemorize.audit.sscd import Sscd, similarity
+from unmemorize.audit.common.sscd import Sscd, similarity
 from unmemorize.demo import data
 from unmemorize.demo.check import Judge
-from unmemorize.shared.calibration import Calibration
-from unmemorize.shared.guard import guard
+from unmemorize.shared.files.storage import Journal, replace_atomically
 from unmemorize.shared.mitigation import METHODS, make_method
-from unmemorize.shared.storage import Journal, replace_atomically
+from unmemorize.shared.sampling.guard import guard
+from unmemorize.shared.score.calibration import Calibration
 
 NONE = "none"
 STEPS, COND_SCALE = 30, 7.5

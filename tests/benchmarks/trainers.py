@@ -25,27 +25,27 @@ from trainers_filter import FILTERS, measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
 from trainers_scripts import measure_scripts
 from unmemorize import demo
-from unmemorize.shared.denoiser import Denoiser
-from unmemorize.shared.models import load_denoiser
-from unmemorize.shared.tokens import split_words
-from unmemorize.shared.training.acceptance import collateral, residual, retained_energy
-from unmemorize.shared.training.concept import Concept
-from unmemorize.shared.training.contrast import leading
-from unmemorize.shared.training.fitting import fit_subspace
-from unmemorize.shared.training.lora_factors import text_factors
-from unmemorize.shared.training.projection import Projection
-from unmemorize.shared.training.protection import Protection
-from unmemorize.shared.training.sample_log import Sample
-from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
-from unmemorize.shared.training.subspace import ConceptSubspace, remove
-from unmemorize.shared.training.text_states import (
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.models.tokens import split_words
+from unmemorize.shared.score.denoiser import Denoiser
+from unmemorize.shared.training.concept.acceptance import collateral, residual, retained_energy
+from unmemorize.shared.training.concept.concept import Concept
+from unmemorize.shared.training.concept.contrast import leading
+from unmemorize.shared.training.concept.fitting import fit_subspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace, remove
+from unmemorize.shared.training.concept.text_states import (
     TextPath,
     TextStates,
     differences,
     text_path_of,
 )
-from unmemorize.trainer_patch.diffusers_gate import Gate
-from unmemorize.trainer_patch.diffusers_text import EmptyPrompt
+from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.shared.training.projection.factors import text_factors
+from unmemorize.shared.training.projection.projection import Projection
+from unmemorize.shared.training.protection import Protection
+from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
+from unmemorize.trainer_patch.diffusers.gate import Gate
+from unmemorize.trainer_patch.diffusers.text import EmptyPrompt
 
 CONCEPTS = (
     (("bear", "teddy bear", "polar bear", "panda bear", "grizzly"), "animal"),

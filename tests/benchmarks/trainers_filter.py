@@ -21,13 +21,18 @@ from demo_lora import (
     train,
 )
 from tqdm.auto import tqdm
-from unmemorize.audit.sscd import Sscd, similarity
-from unmemorize.shared.calibration import clopper_pearson
-from unmemorize.shared.storage import Journal
-from unmemorize.shared.training.filter import MemorizationFilter
-from unmemorize.shared.training.recall import Recall
-from unmemorize.shared.training.sample_log import Sample, SampleLog, rank_samples, read_records
-from unmemorize.shared.training.thresholds import (
+from unmemorize.audit.common.sscd import Sscd, similarity
+from unmemorize.shared.files.storage import Journal
+from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.training.filter.filter import MemorizationFilter
+from unmemorize.shared.training.filter.recall import Recall
+from unmemorize.shared.training.filter.sample_log import (
+    Sample,
+    SampleLog,
+    rank_samples,
+    read_records,
+)
+from unmemorize.shared.training.filter.thresholds import (
     AbsoluteThreshold,
     RelativeThreshold,
     RunningQuantile,

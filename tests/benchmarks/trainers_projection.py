@@ -27,17 +27,18 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from unmemorize.shared.calibration import clopper_pearson
-from unmemorize.shared.storage import Journal
-from unmemorize.shared.training import layer_fitting, learnt_word
-from unmemorize.shared.training.activations import other_factors
-from unmemorize.shared.training.concept import Concept
-from unmemorize.shared.training.fitting import fit_subspace
-from unmemorize.shared.training.guarded import guarded_factors
-from unmemorize.shared.training.lora_factors import text_factors
-from unmemorize.shared.training.projection import Projection
-from unmemorize.shared.training.regions import looking, spared
-from unmemorize.shared.training.text_states import text_path_of
+from unmemorize.shared.files.storage import Journal
+from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.training.concept import learnt_word
+from unmemorize.shared.training.concept.concept import Concept
+from unmemorize.shared.training.concept.fitting import fit_subspace
+from unmemorize.shared.training.concept.text_states import text_path_of
+from unmemorize.shared.training.layers import fitting as layer_fitting
+from unmemorize.shared.training.layers.activations import other_factors
+from unmemorize.shared.training.layers.regions import looking, spared
+from unmemorize.shared.training.projection.factors import text_factors
+from unmemorize.shared.training.projection.guarded import guarded_factors
+from unmemorize.shared.training.projection.projection import Projection
 
 CONCEPT = Concept(names=(MARK, f"{MARK}s", "zorp"), neutral="star")
 TRAINED, ASKED, SHOWN = range(24), range(24, 40), range(40, 48)

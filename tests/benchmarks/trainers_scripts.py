@@ -17,8 +17,8 @@ from demo_lora import BATCH, RATE
 from trainers_projection import CONCEPT, RANK, Trial
 from unmemorize import demo
 from unmemorize.demo.data import RESOLUTION
-from unmemorize.shared.models import load_denoiser
-from unmemorize.shared.storage import Journal
+from unmemorize.shared.files.storage import Journal
+from unmemorize.shared.models.load import load_denoiser
 
 TRAINERS = Path(__file__).resolve().parents[1] / "trainer_patch"
 WAYS = ("by_name", "by_paraphrase", "without_name", "by_attack", "rest", "content")

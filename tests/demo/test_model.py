@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 from unmemorize import demo
 from unmemorize.demo import data
 from unmemorize.demo.check import check
-from unmemorize.shared.detection import DetectionConfig, detect
-from unmemorize.shared.models import load_denoiser
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "demo_scores.json"  # by make_demo_scores.py
 

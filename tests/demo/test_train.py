@@ -132,7 +132,7 @@ def test_short_training_makes_a_model_that_loads(tmp_path, run_python):
         "-W", "ignore", "-m", "unmemorize.demo.train", "--short", "--output", str(model),
         "--images", str(tmp_path / "images"), "--work", str(tmp_path / "work"),
     )  # fmt: skip
-    from unmemorize.shared.models import load_denoiser
+    from unmemorize.shared.models.load import load_denoiser
 
     assert load_denoiser(model).generate(["red apple"], [0], steps=2)[0].size == (128, 128)
     # The committed captions come from this very code, and the weights fit it.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from unmemorize import demo
-from unmemorize.shared.detection import DetectionConfig, detect
-from unmemorize.shared.models import load_denoiser
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 if __name__ == "__main__":
     groups = ("verbatim", "template", "learnt", "held_out")

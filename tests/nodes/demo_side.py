@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 from unmemorize import demo
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
-from unmemorize.shared.models import load_denoiser
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.load import load_denoiser
 
 
 @cache

@@ -6,7 +6,7 @@ from comfyui import node
 from demo_side import denoiser
 from test_node_detect import DEMO, calibrator, text
 from unmemorize import demo
-from unmemorize.shared.detection import DetectionConfig, detect
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 SAMPLING = {
     "seed": 0, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal",

@@ -7,8 +7,8 @@ import pytest
 import torch
 from comfyui import newest, pack
 from demo_side import caption, denoiser
-from unmemorize.shared.detection import DetectionConfig, detect
-from unmemorize.shared.schedules import DiscreteSchedule, FlowSchedule
+from unmemorize.shared.models.schedules import DiscreteSchedule, FlowSchedule
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 pytestmark = pytest.mark.comfy
 PROMPTS = [caption(), caption("held_out"), ""]

@@ -3,7 +3,7 @@
 import pytest
 from comfyui import newest, node, pack
 from demo_side import caption, denoiser
-from unmemorize.shared.detection import DetectionConfig, detect
+from unmemorize.shared.score.detection import DetectionConfig, detect
 
 pytestmark = pytest.mark.comfy
 PROMPTS = [caption("held_out"), caption()]

@@ -5,8 +5,8 @@ import json
 import pytest
 from comfyui import node
 from demo_side import caption, denoiser
-from unmemorize.shared.detection import DetectionConfig
-from unmemorize.shared.explanation import explain
+from unmemorize.shared.score.detection import DetectionConfig
+from unmemorize.shared.words.explanation import explain
 
 pytestmark = pytest.mark.comfy
 PROMPT = caption()

@@ -7,8 +7,8 @@ from comfyui import newest, node, pack
 from demo_side import denoiser
 from mitigated_prompts import calibrated, memorized, sampler
 from test_cancel import demo
-from unmemorize.shared.calibration import Calibration
 from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.score.calibration import Calibration
 
 pytestmark = pytest.mark.comfy
 WIDGETS = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfyui import pack
 from demo_side import denoiser
-from unmemorize.shared.observer import observe
+from unmemorize.shared.sampling.observer import observe
 from watched_sampling import PROMPT, STEPS, sample
 
 pytestmark = pytest.mark.comfy

@@ -1,9 +1,9 @@
 """Watched runs and a calibration with chosen scores."""
 
 import torch
-from unmemorize.shared.calibration import Calibration
-from unmemorize.shared.detection import Detection, DetectionConfig
-from unmemorize.shared.watched_runs import WatchedRun
+from unmemorize.shared.sampling.watched_runs import WatchedRun
+from unmemorize.shared.score.calibration import Calibration
+from unmemorize.shared.score.detection import Detection, DetectionConfig
 
 SHAPE = (4, 8, 8)
 

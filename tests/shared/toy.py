@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from unmemorize.shared.denoiser import Conditioning, Token
+from unmemorize.shared.score.denoiser import Conditioning, Token
 
 PIECE = 4
 """Letters a piece has at most: longer words have several."""

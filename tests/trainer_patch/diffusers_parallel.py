@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from unmemorize.shared.training.sample_log import Sample
-from unmemorize.trainer_patch.diffusers_loop import protect
+from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.trainer_patch.diffusers.loop import protect
 
 BATCH, STEPS = 4, 5
 CAPTIONS = [f"a drawing of a {word}" for word in "tree cat house boat dog star moon fish".split()]

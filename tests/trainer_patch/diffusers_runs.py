@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from unmemorize import demo
-from unmemorize.shared.training.layer_fitting import silent_layers
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.regions import ConceptRegions
-from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.trainer_patch.diffusers import main
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.layers.fitting import silent_layers
+from unmemorize.shared.training.layers.regions import ConceptRegions
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
+from unmemorize.trainer_patch.diffusers.__main__ import main
 
 SCRIPT = Path(__file__).parent / "diffusers_script.py"
 LORA = "pytorch_lora_weights.safetensors"

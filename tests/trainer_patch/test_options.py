@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
-from unmemorize.shared.training.concept import Concept
+from unmemorize.shared.training.concept.concept import Concept
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.settings import (
     FilterSettings,
     ProjectionSettings,
     ProtectionSettings,
 )
-from unmemorize.shared.training.subspace import ConceptSubspace
 from unmemorize.trainer_patch.options import (
     NAMES,
     OptionError,

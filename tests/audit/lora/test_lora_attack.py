@@ -10,7 +10,7 @@ from unmemorize import demo
 from unmemorize.audit.lora.attack import GUIDANCE, SMALLEST, central, cliques, sample_attack
 from unmemorize.audit.lora.extraction import judge_attack
 from unmemorize.audit.lora.result import Generation, Thresholds
-from unmemorize.shared.models import load_denoiser
+from unmemorize.shared.models.load import load_denoiser
 
 CAPTION = "sailboat, boat, resort"
 

@@ -20,7 +20,7 @@ from unmemorize.audit.lora.document import to_document
 from unmemorize.audit.lora.leave import leave
 from unmemorize.audit.lora.seal import file_sha256
 
-SCHEMA = json.loads(Path(room.__file__).with_name("audit.schema.json").read_text("utf-8"))
+SCHEMA = json.loads((Path(room.__file__).parent / "lora" / "audit.schema.json").read_text("utf-8"))
 DIGEST = "0" * 64
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from small_audit import HELD_OUT, example_lora, write_drawings, write_others
 from typer.testing import CliRunner
-from unmemorize.audit import subject
+from unmemorize.audit.common import subject
+from unmemorize.audit.common.measure import SilentBar
 from unmemorize.audit.lora import run
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.feature_cache import PLACE
 from unmemorize.audit.lora.run import run_lora_audit
-from unmemorize.audit.measure import SilentBar
 from unmemorize.cli import app
 
 pytestmark = pytest.mark.slow

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 from small_audit import example_lora
-from unmemorize.audit.job import Job
+from unmemorize.audit.common.job import Job
+from unmemorize.audit.common.measure import SilentBar, silent
 from unmemorize.audit.lora import spread
 from unmemorize.audit.lora.asking import Shot
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.drawing import Subjects, batches, unfinished
 from unmemorize.audit.lora.spread import DrawingError, draw_all
-from unmemorize.audit.measure import SilentBar, silent
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from some_audit import make_audit
 from typer.testing import CliRunner
+from unmemorize.audit.common.subject import Subject
 from unmemorize.audit.lora.leave import leave
 from unmemorize.audit.lora.seal import digest_of, file_sha256, parse
 from unmemorize.audit.lora.verify import ReportError, verify_report
-from unmemorize.audit.subject import Subject
 from unmemorize.cli import app
 
 

@@ -8,7 +8,7 @@ from needs import need_package
 from PIL import Image
 from unmemorize.audit.lora.header import Folder, Header
 from unmemorize.audit.lora.training_set import path_of, read_training_set
-from unmemorize.shared.prompts import PromptError
+from unmemorize.shared.files.prompts import PromptError
 
 
 def draw(folder, name, shade=0, caption=None, size=(8, 6)):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from toy import ToyDenoiser
-from unmemorize.shared.calibration import Calibration
-from unmemorize.shared.denoiser import Conditioning
 from unmemorize.shared.mitigation.method import Start, Step
+from unmemorize.shared.score.calibration import Calibration
+from unmemorize.shared.score.denoiser import Conditioning
 
 PROMPTS = ("red lighthouse", "old cat", "snow near a boat")
 SEEDS = (3, 1, 4)

@@ -8,7 +8,6 @@ import tiny
 import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from runs import only, seeded, start_of, step_at, step_of
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.mitigation.attention import (
     AttractionRepulsion,
     TwoForces,
@@ -16,6 +15,7 @@ from unmemorize.shared.mitigation.attention import (
     damped,
     damping,
 )
+from unmemorize.shared.models.adapter import PipelineDenoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 PROMPTS = ["a red cat on the mat", "tall tree", "sea and a green house"]

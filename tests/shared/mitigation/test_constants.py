@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from unmemorize.shared.denoiser import Denoiser
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.mitigation.constants import Constants
 from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.score.denoiser import Denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

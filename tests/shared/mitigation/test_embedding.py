@@ -8,11 +8,11 @@ import tiny
 import torch
 from runs import calibration_of, magnitudes, only, start_of, wide_toy
 from toy import ToyDenoiser
-from unmemorize.shared.denoiser import concatenate
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
 from unmemorize.shared.mitigation.optimisation import descend, find_target
-from unmemorize.shared.trajectory import PredictionError
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.score.denoiser import concatenate
+from unmemorize.shared.score.trajectory import PredictionError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
-from unmemorize.shared.calibration import Calibration, CalibrationMismatch, settings_of
-from unmemorize.shared.denoiser import concatenate
-from unmemorize.shared.detection import DetectionConfig, detect
 from unmemorize.shared.mitigation.gate import Decision, Gate, Probe
-from unmemorize.shared.trajectory import PredictionError
+from unmemorize.shared.score.calibration import Calibration, CalibrationMismatch, settings_of
+from unmemorize.shared.score.denoiser import concatenate
+from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.trajectory import PredictionError
 
 SEEDS = (3, 5, 8)
 CONTROLS = [f"a {a} {b}" for a in ("red", "old") for b in ("cat", "dog", "boat", "river", "snow")]

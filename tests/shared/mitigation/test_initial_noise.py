@@ -7,7 +7,7 @@ import torch
 from runs import calibration_of, magnitudes, only, seeded, start_of, step_of, wide_toy
 from toy import ToyDenoiser
 from unmemorize.shared.mitigation.initial_noise import InitialNoise
-from unmemorize.shared.trajectory import PredictionError
+from unmemorize.shared.score.trajectory import PredictionError
 
 
 @pytest.fixture(scope="module")

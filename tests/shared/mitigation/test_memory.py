@@ -3,8 +3,8 @@
 import pytest
 import tiny
 import torch
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
 from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.models.adapter import PipelineDenoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from PIL import ImageDraw
 from unmemorize import demo
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
+from unmemorize.shared.models.adapter import PipelineDenoiser
 
 COLOUR = "#ff00d4"
 

@@ -4,9 +4,9 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from unmemorize.shared.training.concept import Concept
-from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.shared.training.text_states import TextStates
+from unmemorize.shared.training.concept.concept import Concept
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.text_states import TextStates
 
 WIDTH, COMMON, POSITIONS = 64, 16, 20
 MARKS = {"zorbo": 0, "zorb": 1, "quix": 2}

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import save_file
 from small_text import CAPTIONS, WIDTH, ZORBO, seeded, subspace_of, text_path
 from torch import nn
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.projection import ProjectionFailed
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.filter.sample_log import Sample, read_records
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
+from unmemorize.shared.training.projection.projection import ProjectionFailed
 from unmemorize.shared.training.protection import Protection, ProtectionFailed
 from unmemorize.shared.training.replay import RandomState
-from unmemorize.shared.training.sample_log import Sample, read_records
 from unmemorize.shared.training.settings import (
     FilterSettings,
     ProjectionSettings,
     ProtectionSettings,
 )
-from unmemorize.shared.training.subspace import ConceptSubspace
 
 STEPS, BATCH, RANK = 12, 4, 3
 PROJECTION = ProjectionSettings(concepts=(ZORBO,))

@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable
 
 import torch
-from unmemorize.shared.training.filter import Gather, MemorizationFilter
-from unmemorize.shared.training.sample_log import Sample
-from unmemorize.shared.training.thresholds import AbsoluteThreshold
+from unmemorize.shared.training.filter.filter import Gather, MemorizationFilter
+from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.shared.training.filter.thresholds import AbsoluteThreshold
 
 NEVER = AbsoluteThreshold(math.inf)
 

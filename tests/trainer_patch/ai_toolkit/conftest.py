@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ai_toolkit_lora import JOBS, REFUSED, USUAL
 from checkouts import folder_of, make_concept, make_images, python_of
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
 EXTENSION = "from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS\n"
 

@@ -16,7 +16,7 @@ from ai_toolkit_lora import (
 )
 from checkouts import CAPTIONS, can_learn
 from safetensors.torch import load_file
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
 pytestmark = pytest.mark.slow
 SCALARS = ("unmemorize/residual", "unmemorize/filtered_share", "unmemorize/score")

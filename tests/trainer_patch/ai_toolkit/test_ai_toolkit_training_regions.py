@@ -12,10 +12,10 @@ from ai_toolkit_lora import CACHED, MIXED, STEPS, USUAL, header, same_tensors, u
 from diffusers_runs import make_regions
 from safetensors.torch import load_file
 from unmemorize import demo
-from unmemorize.shared.models import load_denoiser
-from unmemorize.shared.training.layer_names import cores
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.regions import looking
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.training.layers.names import cores
+from unmemorize.shared.training.layers.regions import looking
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
 EVERYWHERE, NOWHERE = -1.0, 1e9

@@ -7,7 +7,7 @@ import pytest
 from checkouts import CAPTIONS, CONCEPT, can_learn
 from kohya_lora import MODULE, USUAL, flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
 pytestmark = pytest.mark.slow
 SCALARS = (

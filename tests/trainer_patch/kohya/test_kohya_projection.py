@@ -7,9 +7,9 @@ import torch
 from checkouts import CONCEPT
 from kohya_lora import flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
-from unmemorize.shared.training.layer_names import cores
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.layers.names import cores
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
 

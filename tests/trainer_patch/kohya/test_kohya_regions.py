@@ -16,12 +16,12 @@ from kohya_lora import header, protect, same_tensors
 from safetensors.torch import load_file
 from test_kohya_projection import UNETS
 from unmemorize import demo
-from unmemorize.shared.models import load_denoiser
-from unmemorize.shared.training.layer_fitting import silent_layers
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.region_fitting import fit_regions
-from unmemorize.shared.training.regions import ConceptRegions, looking
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.layers.fitting import silent_layers
+from unmemorize.shared.training.layers.region_fitting import fit_regions
+from unmemorize.shared.training.layers.regions import ConceptRegions, looking
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
 

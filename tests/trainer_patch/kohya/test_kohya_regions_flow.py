@@ -7,9 +7,9 @@ import pytest
 import torch
 from kohya_lora import flow, header, same_tensors
 from safetensors.torch import load_file
-from unmemorize.shared.training.layer_names import cores
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.regions import ConceptRegions, still_noise
+from unmemorize.shared.training.layers.names import cores
+from unmemorize.shared.training.layers.regions import ConceptRegions, still_noise
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
 

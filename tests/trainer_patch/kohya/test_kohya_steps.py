@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from unmemorize.shared.training.regions import still_noise
-from unmemorize.trainer_patch.kohya_steps import reading
-from unmemorize.trainer_patch.kohya_training import Training
+from unmemorize.shared.training.layers.regions import still_noise
+from unmemorize.trainer_patch.kohya.steps import reading
+from unmemorize.trainer_patch.kohya.training import Training
 
 SIGMA = 0.5
 SCHEDULER = DDPMScheduler(

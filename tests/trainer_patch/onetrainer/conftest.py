@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkouts import folder_of, make_concept, make_images, python_of
 from onetrainer_lora import USUAL, merged
-from unmemorize.shared.training.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ import torch
 from checkouts import CAPTIONS
 from onetrainer_lora import largest_share, same_tensors, told
 from safetensors.torch import load_file, save_file
-from unmemorize.shared.diffusers_adapter import PipelineDenoiser
-from unmemorize.shared.training.fitting import fit_subspace
-from unmemorize.shared.training.layer_fitting import silent_layers
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.regions import ConceptRegions
-from unmemorize.shared.training.subspace import ConceptSubspace
-from unmemorize.shared.training.text_states import encoders_of, text_path_of
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.training.concept.fitting import fit_subspace
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.concept.text_states import encoders_of, text_path_of
+from unmemorize.shared.training.layers.fitting import silent_layers
+from unmemorize.shared.training.layers.regions import ConceptRegions
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.trainer_patch.options import parse_concepts
 
 pytestmark = pytest.mark.slow

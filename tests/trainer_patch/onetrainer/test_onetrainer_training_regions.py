@@ -17,9 +17,9 @@ from onetrainer_lora import EVERYTHING, STEPS, header, same_tensors, told
 from PIL import Image
 from safetensors.torch import load_file
 from unmemorize import demo
-from unmemorize.shared.models import load_denoiser
-from unmemorize.shared.training.layer_subspaces import LayerSubspaces
-from unmemorize.shared.training.regions import coordinates, looking
+from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.training.layers.regions import coordinates, looking
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
 EVERYWHERE, NOWHERE = -1.0, 1e9

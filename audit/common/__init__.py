@@ -1,0 +1,1 @@
+"""What the audit of a model and that of a LoRA have in common."""

@@ -1,0 +1,145 @@
+"""Detection with a journal: what was measured before is never measured again."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ...shared.files.storage import Journal
+from ...shared.score.calibration import Calibration
+from ...shared.score.denoiser import Conditioning, Denoiser
+from ...shared.score.detection import Detection, DetectionConfig, detect
+from ...shared.score.sequential import detect_sequentially
+from ..model.result import finite
+from .job import content_key
+from .subject import Facts, Subject
+
+
+@runtime_checkable
+class Bar(Protocol):
+    """What the work tells about its progress; tqdm's bars fit."""
+
+    def update(self, n: int) -> object:
+        """Count `n` more."""
+
+    def close(self) -> None:
+        """End the bar."""
+
+
+Bars = Callable[[str, int, int, str], Bar]
+"""Makes a bar from description, total, how many are done already, and unit."""
+
+
+class SilentBar:
+    """A bar that shows nothing."""
+
+    def update(self, n: int) -> None:
+        """Ignore the count."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def silent(description: str, total: int, initial: int, unit: str) -> Bar:
+    """Return a bar that shows nothing."""
+    return SilentBar()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A detection and what the text encoder did not read."""
+
+    detection: Detection
+    cuts: tuple[str, ...]
+    """Per prompt, the end that was cut off, or nothing."""
+
+
+def measure(
+    subject: Subject,
+    facts: Facts,
+    prompts: Sequence[str],
+    config: DetectionConfig,
+    journal: Journal,
+    *,
+    job_key: str,
+    sequentially: Calibration | None = None,
+    bar: Bar | None = None,
+) -> Measured:
+    """Score prompts; each batch is stored as soon as it is finished.
+
+    Args:
+        subject: The model; not loaded when the journal knows every prompt.
+        facts: Of the same job.
+        prompts: Distinct.
+        config: What to measure.
+        journal: Of this phase.
+        job_key: Stands for model and settings in the keys.
+        sequentially: Draw only the seeds that a verdict by this calibration needs.
+        bar: Counts prompts.
+    """
+    keys = [content_key(job_key, prompt) for prompt in prompts]
+    config, bar = replace(config, batch_size=facts.rows), bar or SilentBar()
+    known = {i: _trace(journal.get(key)) for i, key in enumerate(keys) if key in journal}
+    if len(known) < len(prompts):
+        watched, pending = _CutWatch(subject.denoiser), dict[str, Any]()
+
+        def store(_: int = 0) -> None:
+            done = dict(pending)
+            if done:
+                journal.put_all(done)
+                pending.clear()
+                bar.update(len(done))
+
+        def on_result(index: int, trace: Tensor) -> None:
+            cut = watched.cuts.get(prompts[index], "")
+            pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
+
+        run = detect if sequentially is None else _sequential(sequentially)
+        run(watched, prompts, config, known=known, on_result=on_result, progress=store)
+        store()
+    return Measured(
+        detection=Detection(
+            prompts=tuple(prompts),
+            traces=torch.stack([_trace(journal.get(key)) for key in keys]),
+            latent_elements=math.prod(facts.info.latent_shape),
+            config=config,
+            seed_levels=sequentially.seed_scores.mean(0) if sequentially else None,
+        ),
+        cuts=tuple(journal.get(key)["cut"] for key in keys),
+    )
+
+
+def _sequential(calibration: Calibration) -> Callable[..., Detection]:
+    def run(denoiser: Denoiser, prompts: Sequence[str], config: DetectionConfig, **hooks: Any):
+        return detect_sequentially(denoiser, prompts, config, calibration, **hooks)
+
+    return run
+
+
+def _trace(value: dict[str, Any]) -> Tensor:
+    """Return [seed step] float64; None in the journal is a seed that was not drawn."""
+    rows = [[math.nan if item is None else item for item in row] for row in value["trace"]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+class _CutWatch:
+    """A denoiser that remembers what its text encoder cut off each prompt."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.parametrization = denoiser.parametrization
+        self.latent_shape = denoiser.latent_shape
+        self.guidance_distilled = denoiser.guidance_distilled
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.unconditional, self.sigmas = denoiser.unconditional, denoiser.sigmas
+        self.initial_noise, self.denoise = denoiser.initial_noise, denoiser.denoise
+        self._encode = denoiser.encode
+        self.cuts: dict[str, str] = {}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode and take note."""
+        cond = self._encode(prompts)
+        self.cuts.update(zip(prompts, cond.cut, strict=False))
+        return cond

@@ -1,0 +1,104 @@
+"""Pages that need nothing else: one file, everything escaped, nothing foreign runs in it."""
+
+import base64
+import hashlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ...shared.dependencies import require
+from .wording import between, chance, number, percent, shown
+
+TEMPLATES = Path(__file__).parent / "templates"
+FOLD = 240
+"""Characters of a prompt that are shown before it folds."""
+LONGEST = 100_000
+"""Characters of a prompt that are shown when it is unfolded."""
+SIDE = 384
+"""Pixels of the longer side of an embedded picture, at most."""
+
+
+def render_page(template: str, *, script: str = "", style: str = "", **values: Any) -> str:
+    """Return a page as HTML, the same text for the same values.
+
+    Args:
+        template: File in `templates`; it escapes everything that is not marked safe.
+        script: File in `templates` that the page runs, the only one a browser lets it run.
+        style: Further rules, besides those all pages share.
+        values: For the template.
+
+    Raises:
+        ImportError: The extra `reports` is not installed.
+    """
+    jinja2 = require("jinja2", purpose="The report", extra="reports")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": shown, "number": number, "percent": percent, "between": between, "chance": chance
+    }  # fmt: skip
+    environment.globals |= {"fold": FOLD, "longest": LONGEST}
+    css = (TEMPLATES / "report.css").read_text("utf-8") + style
+    js = (TEMPLATES / script).read_text("utf-8") if script else ""
+    return environment.get_template(template).render(
+        css=safe(css),
+        js=safe(js),
+        # The browser runs and applies nothing but these two texts, whatever a prompt contains.
+        css_hash=_source_hash(css),
+        js_hash=_source_hash(js),
+        **values,
+    )
+
+
+def safe(markup: str) -> Any:
+    """Return markup of our own making, which templates must not escape."""
+    return require("markupsafe", purpose="The report", extra="reports").Markup(markup)
+
+
+def _source_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class Embedder:
+    """Pictures of one folder as data URIs, each read once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.resolve()
+        self._known: dict[str, str | None] = {}
+
+    def __call__(self, name: str | None) -> str | None:
+        """Return the picture as a data URI, None when there is none in the folder."""
+        if name is None:
+            return None
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def _read(self, name: str) -> str | None:
+        from PIL import Image, UnidentifiedImageError
+
+        path = (self._folder / name).resolve()
+        if not path.is_relative_to(self._folder) or not path.is_file():
+            return None
+        try:
+            image = Image.open(path).convert("RGB")
+        except (OSError, UnidentifiedImageError):
+            return None
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        stream = BytesIO()
+        image.save(stream, "webp", quality=88, method=4)
+        return data_uri("image/webp", stream.getvalue())
+
+
+def svg_uri(svg: str) -> str:
+    """Return an SVG as a data URI."""
+    return data_uri("image/svg+xml", svg.encode())
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Return bytes of a media type as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

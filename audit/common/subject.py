@@ -1,0 +1,109 @@
+"""The model under audit, loaded only when something has to be computed with it."""
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...shared.files.storage import Journal
+from ...shared.models.load import load_denoiser, model_fingerprint
+from ...shared.score.calibration import settings_of
+from ...shared.score.detection import DetectionConfig
+from ...shared.score.trajectory import automatic_rows
+from ..model.config import DEMO, AuditConfig
+from ..model.result import ModelInfo
+
+if TYPE_CHECKING:
+    from ...shared.models.adapter import PipelineDenoiser
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Subject:
+    """A model with its LoRA, device and dtype; a finished job never loads it."""
+
+    def __init__(
+        self,
+        model: str = DEMO,
+        *,
+        lora: Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        resolution: int | None = None,
+        config: Path | None = None,
+    ):
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
+        self.is_demo = model == DEMO
+        self.location = _demo_folder() if self.is_demo else model
+        # The name is printed and kept; the folders above it are nobody's business.
+        self.name = (
+            "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
+        )
+
+    @classmethod
+    def of(cls, config: AuditConfig) -> "Subject":
+        """Return the model that the settings of an audit name."""
+        return cls(
+            config.model, lora=config.lora, device=config.device, dtype=config.dtype,
+            revision=config.revision, resolution=config.resolution, config=config.model_config,
+        )  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return the sha256 over the weights, LoRA included."""
+        return model_fingerprint(self.location, self.lora, self.revision)
+
+    @cached_property
+    def denoiser(self) -> "PipelineDenoiser":
+        """Return the model, loaded on first use."""
+        return load_denoiser(
+            self.location, lora=self.lora, device=self.device, dtype=getattr(torch, self.dtype),
+            revision=self.revision, resolution=self.resolution, config=self.config,
+        )  # fmt: skip
+
+    def facts(self, journal: Journal, config: DetectionConfig) -> "Facts":
+        """Return what a report says about the model, from the journal when it stands there."""
+        if "model" not in journal:
+            denoiser = self.denoiser
+            info = ModelInfo(
+                name=self.name,
+                fingerprint=self.fingerprint,
+                lora=self.lora.name if self.lora else None,
+                parametrization=denoiser.parametrization,
+                dtype=self.dtype,
+                device=self.device,
+                latent_shape=tuple(denoiser.latent_shape),
+                guidance_distilled=denoiser.guidance_distilled,
+            )
+            journal.put("model", {
+                "info": asdict(info),
+                "settings": settings_of(denoiser, config),
+                # Another batch size moves the last digits: a continued job keeps the first one's.
+                "rows": config.batch_size or automatic_rows(denoiser),
+                "caveats": list(denoiser.caveats),
+            })  # fmt: skip
+        return Facts(journal.get("model"))
+
+
+class Facts:
+    """What was written down about a model when it was first loaded for this job."""
+
+    def __init__(self, values: dict[str, Any]):
+        info = values["info"]
+        self.info = ModelInfo(**info | {"latent_shape": tuple(info["latent_shape"])})
+        self.settings: dict[str, Any] = values["settings"]
+        self.rows: int = values["rows"]
+        self.caveats: tuple[str, ...] = tuple(values["caveats"])
+
+
+def _demo_folder() -> str:
+    from ... import demo
+
+    return str(demo.MODEL)

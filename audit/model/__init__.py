@@ -1,0 +1,1 @@
+"""Audit of a model: which prompts give training images back."""

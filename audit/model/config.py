@@ -1,0 +1,65 @@
+"""The settings of an audit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...shared.score.detection import DetectionConfig
+
+DEMO = "demo"
+"""As model: the bundled demo. As prompts or controls: its captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What to audit, how hard to look, and where to write."""
+
+    model: str = DEMO
+    """Diffusers folder, single-file .safetensors checkpoint, hub id, or `demo`."""
+    lora: Path | None = None
+    revision: str | None = None
+    """Of a hub id."""
+    model_config: Path | None = None
+    """Diffusers folder that a single-file checkpoint takes its configuration from."""
+    resolution: int | None = None
+    """Side of the images in pixels; None for what the model was made for."""
+    prompts: tuple[Path, ...] = ()
+    """Files or training folders; none means the demo's own captions."""
+    controls: str = ""
+    """`photographs`, `art`, `demo`, or a file of ordinary prompts. Empty: chosen for the model."""
+    calibration: Path | None = None
+    """A calibration made earlier; `controls` are then not run."""
+    force: bool = False
+    """Use a calibration of another model or setting; the result says so."""
+    output: Path = Path("unmemorize-audit")
+    overwrite: bool = False
+    """Replace the files of another audit in `output`."""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    sequential: bool = False
+    """Stop drawing seeds for a prompt once its verdict is settled."""
+    false_positive_rate: float = 0.01
+    """Share of ordinary prompts above the threshold, 0 to 1."""
+    explain: int | None = None
+    """At most so many flagged prompts are explained, highest score first; None: all."""
+    flagged_pictured: int = 24
+    """Flagged prompts that get images, highest score first."""
+    images_per_prompt: int = 2
+    """Images of each of them; 0 generates none at all."""
+    sample: int = 8
+    """Other prompts that get one image each, spread evenly over the rest."""
+    generation_steps: int = 30
+    """Sampling steps of an image."""
+    device: str | None = None
+    dtype: str | None = None
+    """float32, float16 or bfloat16; None: float32 on a processor, float16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.false_positive_rate < 1:
+            raise ValueError(
+                "`false_positive_rate` must lie between 0 and 1, "
+                f"got {self.false_positive_rate}. 0.01 flags one ordinary prompt in a hundred."
+            )
+        for name in ("flagged_pictured", "images_per_prompt", "sample", "explain"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        if self.generation_steps < 1:
+            raise ValueError(f"`generation_steps` must be at least 1, got {self.generation_steps}.")

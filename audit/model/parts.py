@@ -1,0 +1,190 @@
+"""The parts of an audit on their own: scores, explanations, a calibration, the demo's state."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...shared.drawing.maps import prompt_heatmap_html, prompt_heatmap_png
+from ...shared.files.storage import Journal, replace_atomically, write_text
+from ...shared.score.calibration import Calibration
+from ...shared.score.detection import DetectionConfig
+from ...shared.words.explanation import explain as explain_prompt
+from ..common.job import content_key
+from ..common.measure import Bars, Measured, measure
+from ..common.subject import Facts, Subject
+from .config import DEMO
+from .explain import to_values
+from .inputs import BUNDLED_CONTROLS, read_controls, read_named
+from .result import dumps, finite
+from .summary import versions
+
+
+def score_prompts(
+    subject: Subject,
+    *,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    config: DetectionConfig,
+    calibration: Path | None,
+    force: bool,
+    sequential: bool,
+    output: Path | None,
+    bars: Bars,
+) -> list[dict[str, Any]]:
+    """Return one row a prompt; p-values and verdicts are None without a calibration.
+
+    Args:
+        subject: The model.
+        files: With prompts.
+        texts: Further prompts.
+        config: What to measure.
+        calibration: Gives the verdicts.
+        force: Use it although it was made for something else.
+        sequential: Draw only the seeds a verdict needs; needs a calibration.
+        output: JSON lines; work is kept beside it until it is finished.
+        bars: Makes the progress bar.
+    """
+    prompts = read_named(files, texts, demo=subject.is_demo).prompts
+    if sequential and calibration is None:
+        raise ValueError("Stopping early needs a threshold: give --calibration FILE, made by "
+                         "`unmemorize calibrate`, or leave --fast out.")  # fmt: skip
+    judge = Calibration.load(calibration) if calibration else None
+    stopping = judge.control_scores if judge and sequential else None
+    with _kept(subject, config, output, stopping) as (journal, key):
+        facts = subject.facts(journal, config)
+        caveat = judge.check(subject.fingerprint, facts.settings, force=force) if judge else ""
+        used = judge if sequential else None
+        measured = _measure(subject, facts, prompts, config, journal, key, used, bars)
+        rows = _rows(measured, judge, caveat)
+        if output:
+            write_text(output, "".join(dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _rows(measured: Measured, judge: Calibration | None, caveat: str) -> list[dict[str, Any]]:
+    detection = measured.detection
+    scores = detection.scores
+    blank = [None] * len(scores)
+    columns = zip(
+        detection.prompts, measured.cuts, scores.tolist(), detection.scores_per_element.tolist(),
+        detection.traces.tolist(), judge.p_values(scores).tolist() if judge else blank,
+        judge.adjusted(scores).tolist() if judge else blank,
+        judge.flags(scores).tolist() if judge else blank, strict=True,
+    )  # fmt: skip
+    return [
+        {
+            "prompt": prompt, "cut": cut, "score": score, "score_per_element": per_element,
+            "trace": finite(trace), "p_value": p_value, "q_value": q_value, "memorized": memorized,
+            "caveat": caveat,
+        }
+        for prompt, cut, score, per_element, trace, p_value, q_value, memorized in columns
+    ]  # fmt: skip
+
+
+def explain_prompts(
+    subject: Subject,
+    *,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    seeds: int,
+    steps: int,
+    output: Path | None,
+    bars: Bars,
+) -> list[dict[str, Any]]:
+    """Return which words carry each prompt's score; write coloured prompts into `output`."""
+    if not files and not texts:
+        raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
+    prompts = read_named(files, texts, demo=subject.is_demo).prompts
+    config = DetectionConfig(seeds=tuple(range(seeds)), steps=steps)
+    rows, bar = [], bars("explanation", len(prompts), 0, "prompt")
+    try:
+        for index, prompt in enumerate(prompts):
+            values = to_values(explain_prompt(subject.denoiser, prompt, config))
+            rows.append(finite({"prompt": prompt, **values}))
+            if output:
+                words, significance = values["words"], values["significance"]
+                write_text(output / f"{index:05d}.html", prompt_heatmap_html(words, significance))
+                with replace_atomically(output / f"{index:05d}.png") as part:
+                    prompt_heatmap_png(words, significance).save(part, format="PNG")
+            bar.update(1)
+    finally:
+        bar.close()
+    return rows
+
+
+def make_calibration(
+    subject: Subject, *, controls: str, config: DetectionConfig, rate: float, output: Path,
+    bars: Bars,
+) -> dict[str, Any]:  # fmt: skip
+    """Score controls and write a calibration; return what it says."""
+    name = controls or (DEMO if subject.is_demo else BUNDLED_CONTROLS[0])
+    prompts = tuple(read_controls(name))
+    with _kept(subject, config, output) as (journal, key):
+        facts = subject.facts(journal, config)
+        measured = _measure(subject, facts, prompts, config, journal, key, None, bars)
+        made = Calibration.from_controls(
+            measured.detection, model=subject.fingerprint, settings=facts.settings,
+            name=Path(name).name, false_positive_rate=rate,
+        )  # fmt: skip
+        made.save(output)
+    return {
+        "controls": made.controls,
+        "n": len(made.control_scores),
+        "threshold": made.threshold,
+        "false_positive_rate": made.false_positive_rate,
+        "interval": list(made.interval),
+        "model": made.model,
+    }
+
+
+def check_demo() -> dict[str, Any]:
+    """Return where the demo model is, its size, its caption groups, and whether it is intact."""
+    from ... import demo
+
+    damaged = demo.verify()
+    captions = demo.captions()
+    groups = {name: sum(c.group == name for c in captions) for name in
+              dict.fromkeys(c.group for c in captions)}  # fmt: skip
+    size = sum(path.stat().st_size for path in demo.MODEL.rglob("*") if path.is_file())
+    return {
+        "path": str(demo.MODEL),
+        "megabytes": round(size / 1e6, 1),
+        **groups,
+        "controls": len(demo.controls()),
+        "damaged": damaged,
+        "intact": not damaged,
+    }
+
+
+def _measure(
+    subject: Subject, facts: Facts, prompts: tuple[str, ...], config: DetectionConfig,
+    journal: Journal, key: str, sequentially: Calibration | None, bars: Bars,
+) -> Measured:  # fmt: skip
+    known = sum(content_key(key, prompt) in journal for prompt in prompts)
+    bar = bars("detection", len(prompts), known, "prompt")
+    try:
+        return measure(subject, facts, prompts, config, journal, job_key=key,
+                       sequentially=sequentially, bar=bar)  # fmt: skip
+    finally:
+        bar.close()
+
+
+@contextmanager
+def _kept(
+    subject: Subject, config: DetectionConfig, output: Path | None, stopping: Any = None
+) -> Iterator[tuple[Journal, str]]:
+    """Yield a journal beside `output` and the key of this work; it goes when the work is done."""
+    key = content_key(
+        subject.fingerprint, subject.device, subject.dtype, list(config.seeds), config.steps,
+        config.schedule_steps, config.cond_scale, subject.resolution, versions(), stopping,
+    )  # fmt: skip
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="unmemorize-") as folder:
+            yield Journal(Path(folder) / "journal.jsonl"), key
+        return
+    # The key in the name: work on another model or setting never meets this one's.
+    path = output.with_name(f".{output.name}.{key[:12]}.journal")
+    yield Journal(path), key
+    path.unlink(missing_ok=True)

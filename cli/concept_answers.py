@@ -1,0 +1,132 @@
+"""What `unmemorize concept` prints: tables, one JSON document."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..shared.training.concept.examination import Examination, LayerShare
+    from ..shared.training.concept.subspace import ConceptSubspace
+    from ..shared.training.layers.subspaces import LayerSubspaces
+
+
+def document(subspace: "ConceptSubspace") -> dict[str, Any]:
+    """Return everything a subspace says of itself."""
+    size = {"schema_version": 1, "width": subspace.width, "rank": subspace.rank}
+    return size | dict(subspace.provenance)
+
+
+def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
+    """Return the lines of a subspace's table."""
+    made = subspace.provenance
+    rows = [("dimensions", f"{subspace.rank} of {subspace.width}")]
+    parts = zip(made.get("concepts", ()), made.get("ranks", ()), made.get("residuals", ()),
+                strict=False)  # fmt: skip
+    for concept, rank, missed in parts:
+        rows.append((
+            concept["names"][0],
+            f"{', '.join(concept['names'])} against {concept['neutral']}: {rank} dimensions, "
+            f"{missed:.1%} of it outside{_limit(made, 'residual')}",
+        ))  # fmt: skip
+    if "collateral" in made:
+        rows.append(("other text inside", f"{made['collateral']:.1%}{_limit(made, 'collateral')}"))
+    for name in made.get("not_separable", ()):
+        rows.append(("not separable", f"{name}: no subspace of this text encoder would pass"))
+    if learnt := made.get("learnt"):
+        rows.append((
+            "learnt",
+            f"from {learnt['pictures']} pictures in {learnt['steps']} steps: loss from "
+            f"{learnt['loss_before']:.3f} to {learnt['loss_after']:.3f}",
+        ))  # fmt: skip
+    for key in ("captions", "settings"):
+        if key in made:
+            rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))
+    if "templates" in made:
+        rows.append(("templates", str(len(made["templates"]))))
+    if "accepted" in made:
+        rows.append(("accepted", "yes" if made["accepted"] else "NO, it was forced"))
+    return rows
+
+
+def layer_document(layers: "LayerSubspaces") -> dict[str, Any]:
+    """Return everything subspaces of layers say of themselves."""
+    ranks = {name: basis.shape[1] for name, basis in layers.bases.items()}
+    return {"schema_version": 1, "ranks": ranks} | dict(layers.provenance)
+
+
+def layer_lines(layers: "LayerSubspaces") -> list[tuple[str, str]]:
+    """Return the lines of a table of subspaces of layers."""
+    made = layers.provenance
+    ranks = sorted(basis.shape[1] for basis in layers.bases.values())
+    rows = [
+        ("layers", str(len(ranks))),
+        ("dimensions", f"{ranks[0]} to {ranks[-1]} a layer, half of them up to {median(ranks):g}"),
+    ]
+    if names := made.get("names"):
+        rows.append(("named", ", ".join(names)))
+    if held_out := made.get("held_out"):
+        rows.append((
+            "pictures held out",
+            f"{held_out['concept']:.1%} of the concept's inside, {held_out['retained']:.1%} of the "
+            "others', median over layers",
+        ))  # fmt: skip
+    if layers.regions is None:
+        rows.append(("places", "none: of an earlier version, or no layer tells places apart"))
+    elif places := made.get("places"):
+        rows.append((
+            "places held out",
+            f"{places['concept']:.1%} of the concept's show it, {places['retained']:.1%} of the "
+            "others'",
+        ))  # fmt: skip
+    for key in ("pictures", "settings"):
+        if key in made:
+            rows.append((key, ", ".join(f"{k} {v}" for k, v in made[key].items())))
+    return rows
+
+
+def _limit(made: Mapping[str, Any], name: str) -> str:
+    limits = made.get("limits", {})
+    return f" (at most {limits[name]:.0%})" if name in limits else ""
+
+
+def findings(found: "Examination | None", read: "Mapping[str, LayerShare]") -> dict[str, Any]:
+    """Return the one JSON document of `test`."""
+    from dataclasses import asdict
+
+    told = {} if found is None else {
+        "residuals": dict(found.residuals),
+        "collateral": found.collateral,
+        "within": found.within,
+        "prompts": [asdict(each) | {"within": each.within} for each in found.prompts],
+    }  # fmt: skip
+    return {"schema_version": 1} | told | {"lora": {name: asdict(read[name]) for name in read}}
+
+
+def tables(found: "Examination | None", read: "Mapping[str, LayerShare]") -> list[tuple]:
+    """Return the tables of `test`."""
+    made = [] if found is None else _text_tables(found)
+    if read:
+        lines = [
+            (name, "no subspace" if layer.share is None else f"{layer.share:.1e}",
+             "yes" if layer.within else "NO")
+            for name, layer in read.items()
+        ]  # fmt: skip
+        columns = ["layer", "|A V| / |A|", "rounding only"]
+        made.append(("What the LoRA reads of the subspace", columns, lines))
+    return made
+
+
+def _text_tables(found: "Examination") -> list[tuple]:
+    from ..shared.training.concept.acceptance import COLLATERAL, RESIDUAL
+
+    rows = [(f"{name} outside", f"{share:.1%}", f"{RESIDUAL:.0%}")
+            for name, share in found.residuals.items()]  # fmt: skip
+    rows.append(("other text inside", f"{found.collateral:.1%}", f"{COLLATERAL:.0%}"))
+    made = [("Held-out sentences and captions", ["what", "share", "at most"], rows)]
+    if found.prompts:
+        lines = [
+            (each.prompt, f"{each.named} outside" if each.named else "inside", f"{each.share:.1%}")
+            for each in found.prompts
+        ]
+        made.append(("Prompts", ["prompt", "what", "share"], lines))
+    return made

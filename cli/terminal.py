@@ -1,0 +1,128 @@
+"""What a command shows: progress and errors on stderr, answers on stdout, any text made safe."""
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from tqdm.auto import tqdm
+
+from ..shared.drawing.maps import visible
+
+NOTHING_FOUND, FAILED, FOUND, INTERRUPTED = 0, 1, 3, 130
+PACKAGE = __name__.rpartition(".")[0]
+
+
+class _Told(logging.Handler):
+    """Shows each message once, on stderr, above a running progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record unless its text was printed before."""
+        text = one_paragraph(record.getMessage())
+        if text not in self.told:
+            self.told.add(text)
+            tqdm.write(f"{record.levelname.capitalize()}: {text}", file=sys.stderr)
+
+
+def one_paragraph(text: str) -> str:
+    """Return `text` on one line, with characters that do not print as signs."""
+    return visible(" ".join(text.split("\n")))
+
+
+def bar(description: str, total: int, initial: int, unit: str) -> Any:
+    """Return a progress bar on stderr with rate and remaining time."""
+    # Where nobody watches, a line every ten seconds is enough.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        desc=description, total=total, initial=initial, unit=unit, file=sys.stderr,
+        mininterval=interval, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def explain_error(error: BaseException) -> str:
+    """Return one paragraph that says what happened and, where it is known, what to type."""
+    known = type(error).__module__.split(".")[0] == PACKAGE
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return f"Not enough memory: {error}. Try --batch-size 1, or --dtype float16 on a GPU."
+    if isinstance(error, OSError) and error.strerror and not known:
+        return f"{error.strerror}: {error.filename}."
+    if isinstance(error, ModuleNotFoundError):
+        from ..shared.doctor import EXTRAS
+
+        extras = (name for name, (_, modules) in EXTRAS.items() if error.name in modules)
+        return f'{error}. Type: pip install "unmemorize[{next(extras, "all")}]"'
+    if known or isinstance(error, ValueError | ImportError):
+        return str(error) or type(error).__name__
+    return (f"Unexpected {type(error).__name__}: {error}. "
+            "Add --debug for the place where it happened.")  # fmt: skip
+
+
+@contextlib.contextmanager
+def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """Run a command: its errors become one paragraph and exit codes, never a traceback.
+
+    While it works, everything that libraries print goes to stderr.
+
+    Args:
+        as_json: On failure also print ``{"error": ...}`` as the one document on stdout.
+        debug: Let errors through.
+    """
+    package = logging.getLogger(PACKAGE)
+    handler = _Told()
+    package.addHandler(handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not when a test has replaced it
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _fail("Interrupted. The same command continues where it stopped.", "Interrupted",
+              as_json=as_json)  # fmt: skip
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        _fail(one_paragraph(explain_error(error)), type(error).__name__, as_json=as_json)
+        raise typer.Exit(FAILED) from None
+    finally:
+        package.removeHandler(handler)
+
+
+def _fail(message: str, kind: str, *, as_json: bool) -> None:
+    typer.echo(f"Error: {message}" if kind != "Interrupted" else message, err=True)
+    if as_json:
+        print_json({"error": {"type": kind, "message": message}})
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout, in ASCII so that no terminal can spoil it."""
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on stdout; cells may hold anything, markup stays text."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(visible(title)), title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(str(cell))) for cell in row))
+    console = Console()
+    # Piped into a file a table needs no wrapping to a screen that is not there.
+    Console(width=None if console.is_terminal else 160).print(table)

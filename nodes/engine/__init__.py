@@ -1,0 +1,1 @@
+"""What the nodes call: everything that speaks to ComfyUI itself."""

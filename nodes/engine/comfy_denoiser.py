@@ -1,0 +1,202 @@
+"""A MODEL of ComfyUI with CONDITIONINGs as a `Denoiser`."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import comfy.model_management
+import comfy.samplers
+import torch
+
+from ...shared.arrays import Float, Tensor
+from ...shared.score.denoiser import Conditioning, Token
+from .differentiable import differentiable, normal, writes_in_place
+from .live_progress import OnPrediction
+from .noise_levels import noise_levels, parametrization_of
+
+NEGATIVE = "\0negative"
+"""Name of the unconditional prompt; no text can hold it."""
+SHARED_WITH_NEGATIVE = ("area", "control", "gligen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A CONDITIONING, with its text where that is known."""
+
+    entries: list
+    """As ComfyUI passes it: pairs of embeddings [1 token width] and a dict."""
+    tokens: tuple[Token, ...] = ()
+    """What stands at each position of the first entry's embeddings."""
+    words: tuple[str, ...] = ()
+    """Words of the text, in order; `Token.word` indexes them."""
+
+
+class ModelDenoiser:
+    """What ComfyUI's sampler has prepared, as a `Denoiser`.
+
+    One prompt is one CONDITIONING with everything in it. Several entries (Conditioning Combine,
+    areas, masks, timestep ranges) are averaged as the sampler averages them, long prompts keep all
+    their chunks, pooled text and sizes go along; the embeddings that can be differentiated are
+    those of the first entry. What is measured is the difference to the negative CONDITIONING,
+    whatever that says: connect the empty prompt (for SDXL, zeroed out) to compare with other hosts.
+    """
+
+    def __init__(
+        self,
+        guider: comfy.samplers.CFGGuider,
+        prompts: Mapping[str, Prompt],
+        model_options: dict,
+        noise: Tensor,
+        on_prediction: OnPrediction,
+    ):
+        """Wrap a guider inside its call of the sampler.
+
+        Args:
+            guider: With one list of conds per prompt, by the prompt's name, and the negative's.
+            prompts: By name, as `encode` will be asked for them.
+            model_options: Of this sampling run.
+            noise: [row *latent] on the device of the network.
+            on_prediction: Called with x and the x0-prediction after each forward pass.
+        """
+        self._made_from = guider, prompts, model_options, noise, on_prediction
+        self.network, self.sampling = guider.inner_model, guider.inner_model.model_sampling
+        self.parametrization = parametrization_of(self.sampling)
+        self.latent_shape = tuple(noise.shape[1:])
+        self.device: torch.device = noise.device
+        self.dtype: torch.dtype = self.network.manual_cast_dtype or self.network.get_dtype()
+        config = self.network.model_config.unet_config
+        self.guidance_distilled = (
+            bool(config.get("guidance_embed")) or config.get("image_model") == "flux"
+        )
+        self._prompts, self._options, self._on_prediction = prompts, model_options, on_prediction
+        self._conds = {
+            name: [_normal_cond(cond) for cond in guider.conds[key]]
+            for name, key in guider_keys(prompts).items()
+        }
+
+    @contextmanager
+    def with_gradients(self) -> Iterator["ModelDenoiser"]:
+        """Yield the same for a block in which inference mode is off and gradients flow.
+
+        This one must rest meanwhile: nothing in the block may go back to inference mode.
+        """
+        guider, _, options, *_ = self._made_from
+        with differentiable(self.network, in_place=writes_in_place(guider, options)):
+            yield ModelDenoiser(*self._made_from)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the prompts of these names; shorter embeddings are padded with zeros."""
+        tensors = [self._embeddings(name) for name in prompts]
+        embeddings = torch.zeros(
+            len(tensors), max(t.shape[1] for t in tensors), tensors[0].shape[2]
+        ).to(tensors[0])
+        for row, tensor in zip(embeddings, tensors, strict=True):
+            row[: tensor.shape[1]] = tensor[0]
+        return Conditioning(
+            embeddings=embeddings,
+            tokens=tuple(self._prompts[name].tokens for name in prompts),
+            words=tuple(self._prompts[name].words for name in prompts),
+            sources=tuple(prompts),
+        )
+
+    def unconditional(self) -> Conditioning:
+        """Return the negative CONDITIONING as a single row."""
+        return Conditioning(embeddings=self._embeddings(NEGATIVE), sources=(NEGATIVE,))
+
+    def sigmas(self, steps: int) -> Float[Tensor, " level"]:
+        """Return the noise levels of a sampling run, [steps + 1], noisiest first, on the CPU."""
+        return noise_levels(self.sampling, steps)
+
+    def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Float[Tensor, " seed *latent"]:
+        """Return x at `sigma` from ``torch.Generator("cpu")`` of each seed, in float32.
+
+        Drawn in the network's dtype, as diffusers does; in float32 it is KSampler's own noise.
+        """
+        rows = [
+            torch.randn(
+                self.latent_shape,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                dtype=self.dtype,
+            )
+            for seed in seeds
+        ]
+        return torch.stack(rows).float().to(self.device) * self.noise_scale(sigma)
+
+    def noise_scale(self, sigma: Tensor) -> float:
+        """Return the standard deviation of pure noise where sampling starts at `sigma`."""
+        return 1.0 if self.parametrization == "flow" else (1 + float(sigma) ** 2) ** 0.5
+
+    def denoise(
+        self, x: Float[Tensor, " row *latent"], sigma: Tensor, cond: Conditioning
+    ) -> Float[Tensor, " row *latent"]:
+        """Return the x0-prediction, [row *latent], differentiable in x and in the embeddings.
+
+        Args:
+            x: [row *latent] at `sigma`.
+            sigma: Scalar noise level, an element of `sigmas`.
+            cond: One row per row of `x`, from `encode` or `unconditional`.
+
+        Raises:
+            comfy.model_management.InterruptProcessingException: The user pressed Cancel.
+        """
+        parts, start = [], 0
+        for source, rows in groupby(cond.sources):
+            # ComfyUI's own layers look at every operation, those of other packs need not.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            part = slice(start, start + len(list(rows)))
+            level = torch.full((part.stop - start,), float(sigma), device=x.device)
+            conds = self._with_embeddings(source, cond.embeddings[part])
+            (x0,) = comfy.samplers.calc_cond_batch(
+                self.network, [conds], x[part], level, self._options
+            )
+            parts.append(x0)
+            self._on_prediction(x[part], x0)
+            start = part.stop
+        return torch.cat(parts)
+
+    def _embeddings(self, source: str) -> Float[Tensor, "1 token width"]:
+        return self._conds[source][0]["model_conds"]["c_crossattn"].cond[:1]
+
+    def _with_embeddings(self, source: str, embeddings: Tensor) -> list[dict]:
+        """Return the conds of `source`, the first with these embeddings [row token width]."""
+        first, *others = self._conds[source]
+        model_conds = first["model_conds"]
+        own = model_conds["c_crossattn"]
+        replaced = own._copy_with(embeddings[:, : own.cond.shape[1]].to(own.cond))
+        return [first | {"model_conds": model_conds | {"c_crossattn": replaced}}, *others]
+
+
+def share_negative(prompts: Mapping[str, Prompt]) -> list[dict[str, Prompt]]:
+    """Return groups of prompts whose negative is the same prediction.
+
+    ComfyUI gives the negative the areas, ControlNets and GLIGEN of a positive, so a prompt that has
+    one is measured by itself.
+    """
+    groups: list[dict[str, Prompt]] = [{}]
+    for name, prompt in prompts.items():
+        if any(key in entry for _, entry in prompt.entries for key in SHARED_WITH_NEGATIVE):
+            groups.append({name: prompt})
+        else:
+            groups[0][name] = prompt
+    return [group for group in groups if group]
+
+
+def guider_keys(prompts: Iterable[str]) -> dict[str, str]:
+    """Return under which key a guider holds the conds of each prompt and of `NEGATIVE`.
+
+    ComfyUI itself knows "positive" and "negative"; further keys are treated alike.
+    """
+    keys = {
+        name: f"positive {number}" if number else "positive" for number, name in enumerate(prompts)
+    }
+    return keys | {NEGATIVE: "negative"}
+
+
+def _normal_cond(cond: dict) -> dict:
+    """Return a cond whose tensors autograd may save; the guider's own stays as it is."""
+    copied = {key: normal(value) for key, value in cond.items()}
+    copied["model_conds"] = {
+        key: value._copy_with(normal(value.cond)) for key, value in cond["model_conds"].items()
+    }
+    return copied

@@ -1,0 +1,110 @@
+"""Looking on while ComfyUI samples: wrappers on a clone of the model, nothing else.
+
+The wrapper sits where the network's answers come back, before the hooks of other packs change
+them. It is a closure: versions before 0.16 copy callable objects when a model is cloned.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.sampler_helpers import convert_cond
+
+from ...shared.sampling.guard_record import GuardedImage
+from ...shared.sampling.watched_runs import WatchedRun, WatchRecord
+from .model_identity import weights_sha256
+
+KEY = "unmemorize"
+EMPTY = "unmemorize empty prompt"
+NO_GUIDANCE = (
+    "cfg is 1 or the guider has no negative prompt, so the network was asked for the prompt alone. "
+    "Sample with cfg above 1, or switch on measure_anyway in Memorization Watch: one more pass of "
+    "the network per step"
+)
+NO_NEGATIVE = (
+    "the guider has no negative prompt. Connect an encoded empty text to Memorization Watch to "
+    "have it measured anyway"
+)
+NO_PAIR = "the guider never asks for positive and negative prompt together"
+BEGINS_BEFORE = 0.25
+"""A run that starts within this part of the schedule starts at noise."""
+
+
+def latent_id(samples: torch.Tensor) -> str:
+    """Return what a latent is recognised by, also after it was moved to another device."""
+    if getattr(samples, "is_nested", False):
+        samples = samples.unbind()[0]
+    plain = samples.detach().float().cpu().contiguous()
+    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+
+
+def watch(
+    model: ModelPatcher,
+    *,
+    measure_anyway: bool = False,
+    empty: list | None = None,
+    guarded: Callable[[], tuple[GuardedImage, ...]] = tuple,
+) -> tuple[ModelPatcher, WatchRecord]:
+    """Return a clone of a model and the record that its sampling runs will fill.
+
+    Args:
+        model: Stays as it is.
+        measure_anyway: Where guidance does not ask for the negative prompt, ask for it: one more
+            pass of the network per step, and the same images.
+        empty: CONDITIONING that stands in where the guider has no negative prompt at all.
+        guarded: Returns what a guard decided about the images of the run that has just ended.
+    """
+    watched = model.clone()
+    record = WatchRecord(model=lambda: weights_sha256(watched))
+    guider: Any = None
+    run: WatchedRun | None = None
+
+    def on_run(executor: Any, noise: Any, image: Any, sampler: Any, sigmas: Any, *args, **kwargs):
+        nonlocal guider, run
+        before = guider, run
+        guider, run = executor.class_obj, WatchedRun(reason=NO_PAIR)
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        run.from_noise = float(sigmas[0]) >= float(sampling.percent_to_sigma(BEGINS_BEFORE))
+        if measure_anyway and empty and not guider.conds.get("negative"):
+            guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
+        try:
+            latent = executor(noise, image, sampler, sigmas, *args, **kwargs)
+            run.latent_id, run.guarded = latent_id(latent), guarded()
+            record.start(run)
+            return latent
+        finally:
+            guider, run = before
+
+    def on_predictions(
+        executor: Callable, network: Any, conds: Sequence, x: Any, sigma: Any, options: dict
+    ) -> Sequence:
+        predictions = executor(network, conds, x, sigma, options)
+        if run is None:
+            return predictions
+        positive, negative = (place(guider.conds.get(k), conds) for k in ("positive", "negative"))
+        if positive is not None and negative is not None:
+            run.add(predictions[positive], predictions[negative], sigma)
+        elif positive is not None and len(conds) > 1 and conds[1 - positive] is None:
+            other = guider.conds.get("negative") or guider.conds.get(EMPTY)
+            run.reason = NO_NEGATIVE if measure_anyway else NO_GUIDANCE
+            if measure_anyway and other:
+                (uncond,) = executor(network, [other], x, sigma, options)
+                run.add(predictions[positive], uncond, sigma)
+                run.extra_passes += 1
+        return predictions
+
+    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, on_run)
+    watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, on_predictions)
+    return watched, record
+
+
+def place(prompt: Any, conds: Sequence) -> int | None:
+    """Return where the guider's own prompt stands among those asked for.
+
+    By identity: attention guidance and its like ask again with lists of their own.
+    """
+    places = (i for i, entries in enumerate(conds) if entries is prompt and prompt is not None)
+    return next(places, None)

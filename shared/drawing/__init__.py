@@ -1,0 +1,1 @@
+"""Scores made visible, for nodes and pages."""

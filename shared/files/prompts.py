@@ -1,0 +1,259 @@
+"""Prompts from text files, tables and training folders; whatever they contain stays data."""
+
+import csv
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..dependencies import require
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "caption", "text", "Prompt", "Caption", "Text", "TEXT")
+"""Column or field that holds the prompt, first match wins."""
+FILE_COLUMNS = ("file_name", "file", "image", "path")
+CAPTION_SUFFIXES = (".txt", ".caption")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class PromptError(ValueError):
+    """A prompt file cannot be read or holds no prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt and where it came from."""
+
+    text: str
+    """As read; only the line's end and a byte-order mark are removed."""
+    source: str
+    """`file:line` or the image's file name."""
+    image: Path | None = None
+    """Training image it describes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Distinct prompts in order of first occurrence."""
+
+    prompts: tuple[str, ...]
+    sources: tuple[tuple[str, ...], ...]
+    """Per prompt, all places where it stands."""
+    images: tuple[tuple[Path, ...], ...]
+    """Per prompt, the training images it describes."""
+    read: int
+    """Prompts before cleaning."""
+    empty: int
+    """Dropped because nothing but white space stood there."""
+
+    @property
+    def duplicates(self) -> int:
+        """Return how many prompts were merged into an earlier, equal one."""
+        return self.read - self.empty - len(self.prompts)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a txt, csv, jsonl or parquet file, or of a training folder.
+
+    Raises:
+        PromptError: No such file, an unknown kind, no prompt column, or not a single prompt.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PromptError(f"No such file or folder: {path}. Give prompts as .txt, .csv, .jsonl, "
+                          ".parquet, or a training folder with captions.")  # fmt: skip
+    readers: dict[str, Callable[[Path], Iterable[Prompt]]] = {
+        ".txt": _read_txt, ".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl, ".parquet": _read_parquet,
+    }  # fmt: skip
+    reader = _read_folder if path.is_dir() else readers.get(path.suffix.lower())
+    if reader is None:
+        raise PromptError(
+            f"{path.name} ends in {path.suffix or 'nothing'!r}, expected one of "
+            f"{', '.join(readers)} or a training folder."
+        )
+    try:
+        prompts = list(reader(path))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not any(prompt.text.strip() for prompt in prompts):
+        raise PromptError(
+            f"{path} holds no prompts: it is empty or has nothing but white space. "
+            "Write one prompt a line (.txt) or fill the caption column or files."
+        )
+    return prompts
+
+
+def clean(prompts: Iterable[Prompt]) -> PromptSet:
+    """Drop empty prompts with a warning and merge equal ones; texts are not changed."""
+    merged: dict[str, list[Prompt]] = {}
+    read = empty = 0
+    for prompt in prompts:
+        read += 1
+        if prompt.text.strip():
+            merged.setdefault(prompt.text, []).append(prompt)
+        else:
+            empty += 1
+    if empty:
+        noun, verb = "prompt" if read == 1 else "prompts", "is" if empty == 1 else "are"
+        logger.warning("%d of %d %s %s empty and left out.", empty, read, noun, verb)
+    if duplicates := read - empty - len(merged):
+        one, many = "prompt repeats an earlier one and is", "prompts repeat an earlier one and are"
+        logger.warning("%d %s merged with it.", duplicates, one if duplicates == 1 else many)
+    return PromptSet(
+        prompts=tuple(merged),
+        sources=tuple(tuple(p.source for p in group) for group in merged.values()),
+        images=tuple(
+            tuple(dict.fromkeys(p.image for p in group if p.image)) for group in merged.values()
+        ),
+        read=read,
+        empty=empty,
+    )
+
+
+def _text(path: Path) -> str:
+    """Return the file as text; control characters other than line ends stay."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 and try again."
+        ) from error
+
+
+def _lines(text: str) -> list[str]:
+    """Split at newlines only: `str.splitlines` also splits at form feeds and U+2028."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def _read_txt(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(_lines(_text(path)), 1):
+        yield Prompt(text=line, source=f"{path.name}:{number}")
+
+
+def _read_csv(path: Path) -> Iterator[Prompt]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    text = _text(path)
+    if not text.strip():
+        return
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        yield from _from_rows(path, rows, lambda index: rows.line_num)
+    except csv.Error as error:
+        raise PromptError(f"{path} is not a valid table: {error}.") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Prompt]:
+    def rows() -> Iterator[Any]:
+        for number, line in enumerate(_lines(_text(path)), 1):
+            numbers.append(number)
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise PromptError(f"{path}:{number} is not JSON: {error}.") from error
+
+    numbers: list[int] = []
+    yield from _from_rows(path, rows(), lambda index: numbers[-1])
+
+
+def _read_parquet(path: Path) -> Iterator[Prompt]:
+    parquet = require("pyarrow.parquet", purpose="Reading prompts from parquet", extra="parquet")
+    arrow = require("pyarrow", purpose="Reading prompts from parquet", extra="parquet")
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        wanted = [name for name in names if name in (*COLUMNS, *FILE_COLUMNS)]
+        rows = (
+            # A file without a known column has no rows to show, but its names go into the error.
+            row if wanted else dict.fromkeys(names)
+            for batch in file.iter_batches(columns=wanted or names[:1])
+            for row in batch.to_pylist()
+        )
+        yield from _from_rows(path, rows, lambda index: index + 1)
+    except arrow.ArrowException as error:
+        raise PromptError(f"{path} is not a readable parquet file: {error}.") from error
+
+
+def _from_rows(
+    path: Path, rows: Iterable[Any], line: Callable[[int], int], folder: Path | None = None
+) -> Iterator[Prompt]:
+    """Yield prompts from mappings or plain strings."""
+    for index, row in enumerate(rows):
+        where = f"{path.name}:{line(index)}"
+        if isinstance(row, str):
+            yield Prompt(text=row, source=where)
+            continue
+        names = list(row) if isinstance(row, dict) else []
+        column = next((name for name in COLUMNS if name in names), None)
+        if column is None:
+            found = ", ".join(map(repr, names)) or type(row).__name__
+            raise PromptError(f"{where} has no column for prompts: found {found}, expected one of "
+                              f"{', '.join(COLUMNS[:3])}.")  # fmt: skip
+        value = row[column]
+        if value is not None and not isinstance(value, str):
+            raise PromptError(f"{where}: {column!r} holds {type(value).__name__}, expected text.")
+        # JSON can spell half a character, which no tokenizer takes.
+        value = re.sub("[\ud800-\udfff]", "\ufffd", value or "")
+        file = next((row[name] for name in FILE_COLUMNS if isinstance(row.get(name), str)), None)
+        yield Prompt(text=value, source=where, image=_inside(path.parent, file))
+
+
+def _inside(folder: Path, name: str | None) -> Path | None:
+    """Return the named file when it exists below `folder`; tables may name anything."""
+    if not name or "\0" in name:
+        return None
+    image = folder / name
+    below = folder.resolve() in image.resolve().parents
+    return image if below and image.is_file() else None
+
+
+def _read_folder(folder: Path) -> Iterator[Prompt]:
+    """Yield the captions of a training folder: kohya sidecars, or a diffusers metadata table."""
+    tables = sorted(path for name in METADATA for path in folder.rglob(name))
+    for table in tables:
+        for prompt in read_table(table):
+            yield replace(prompt, source=f"{table.relative_to(folder).as_posix()}"
+                                         f":{prompt.source.rpartition(':')[2]}")  # fmt: skip
+    if tables:
+        return
+    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
+                          "Give the folder that the training reads.")  # fmt: skip
+    for image in images:
+        caption = caption_of(image)
+        yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
+
+
+def read_table(path: Path) -> Iterator[Prompt]:
+    """Return the rows of a metadata file of a training folder; `image` is None for absent files.
+
+    Raises:
+        PromptError: It is not a table, or a row has no column for prompts.
+    """
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
+    return reader(path)
+
+
+def caption_of(image: Path) -> str:
+    """Return what kohya's scripts train an image on: the file beside it, or its folder's name.
+
+    Raises:
+        PromptError: The file beside it is not UTF-8.
+    """
+    sidecar = next(
+        (s for suffix in CAPTION_SUFFIXES if (s := image.with_suffix(suffix)).is_file()), None
+    )
+    if sidecar:
+        return (_lines(_text(sidecar)) or [""])[0]
+    number, _, name = image.parent.name.partition("_")
+    return name if number.isdecimal() else ""

@@ -1,0 +1,1 @@
+"""Models read strictly, and seen as denoisers."""

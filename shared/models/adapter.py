@@ -1,0 +1,232 @@
+"""Any supported diffusers text-to-image pipeline as a `Denoiser`."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..arrays import Float
+from ..quiet import no_progress_bar, quiet
+from ..score.denoiser import Conditioning, Token
+from .autoencoder import decode, encode
+from .families.flow import Flux, family_of
+from .lora.attach import has_lora, lora_disabled
+from .predictions import x0_from_output
+from .tokens import Reading, read, split_words
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+DISTILLED = (
+    "The network guides itself and has no unconditional branch: the empty prompt is run as an "
+    "extra pass, and scores are on another scale than those of guided models. Calibrate on this "
+    "model."
+)
+
+
+class PipelineDenoiser:
+    """SD 1/2, SDXL, SD3 and Flux pipelines, with whatever LoRA is loaded, as a `Denoiser`.
+
+    The pipeline stays the user's: nothing of it is changed. Its scheduler is only read.
+    """
+
+    def __init__(self, pipeline: Any, *, resolution: int | tuple[int, int] | None = None):
+        """Wrap a pipeline.
+
+        Args:
+            pipeline: A diffusers text-to-image pipeline, on its device and in its dtype.
+            resolution: Side of the images in pixels, or height and width; None for what the model
+                was made for.
+        """
+        self.pipeline = pipeline
+        self.family = family_of(pipeline)(pipeline, resolution)
+        self.schedule = self.family.schedule()
+        self.parametrization = self.family.parametrization()
+        self.latent_shape = self.family.latent_shape
+        self.guidance_distilled = self.family.guidance_distilled
+        self.caveats: tuple[str, ...] = (DISTILLED,) if self.guidance_distilled else ()
+        for caveat in self.caveats:
+            log.warning(caveat)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return torch.device(self.pipeline._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.family.network.dtype
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.family.height, self.family.width
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the pipeline carries a LoRA."""
+        return has_lora(self.pipeline)
+
+    def lora_disabled(self) -> AbstractContextManager[None]:
+        """Switch the loaded LoRA off for a block."""
+        return lora_disabled(self.pipeline)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the prompts as the network reads them, one row a prompt."""
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
+        with quiet():  # what is cut is told below, once and as data
+            embeddings, pooled = self.family.encode(prompts)
+            readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
+        words = tuple(split_words(prompt) for prompt in prompts)
+        cut = tuple(" ".join(w[r.first_cut :]) for w, r in zip(words, readings, strict=True))
+        for prompt, end in zip(prompts, cut, strict=True):
+            if end:
+                log.warning(
+                    "A prompt is too long for the text encoder. It starts with %r; its last "
+                    "%d words are not read, from %r on.",
+                    prompt[:40], len(end.split()), end[:40],
+                )  # fmt: skip
+        return Conditioning(
+            embeddings=embeddings,
+            pooled=pooled,
+            tokens=tuple(reading.tokens for reading in readings),
+            words=words,
+            cut=cut,
+        )
+
+    def _read(self, prompt: str, positions: int) -> Reading:
+        """Return what stands at each position, over all encoders whose tokens are joined."""
+        tokens: tuple[Token, ...] = ()
+        first_cut = 0
+        for tokenizer, length in self.family.readers():
+            if tokenizer is None:  # an encoder that was left out: zeros stand there
+                tokens += (Token(text="", word=None),) * (positions - len(tokens))
+                continue
+            convert = getattr(self.pipeline, "maybe_convert_prompt", _as_typed)
+            reading = read(tokenizer, prompt, length, partial(convert, tokenizer=tokenizer))
+            tokens += reading.tokens
+            first_cut = max(first_cut, reading.first_cut)  # what no encoder reads is cut
+        return Reading(tokens=tokens, first_cut=first_cut)
+
+    @torch.no_grad()
+    def unconditional(self) -> Conditioning:
+        """Return the single row guidance moves away from: the empty prompt, or zeros."""
+        empty = self.encode([""])
+        if not self.family.zero_unconditional:
+            return empty
+        return Conditioning(
+            embeddings=torch.zeros_like(empty.embeddings),
+            pooled=None if empty.pooled is None else torch.zeros_like(empty.pooled),
+            tokens=empty.tokens,
+            words=empty.words,
+            cut=empty.cut,
+        )
+
+    def sigmas(self, steps: int) -> Float[Tensor, " level"]:
+        """Return the noise levels of DDIM or Euler, [steps + 1], noisiest first, on the CPU."""
+        return self.schedule.sigmas(steps)
+
+    def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Float[Tensor, " seed *latent"]:
+        """Return x at `sigma` as the pipeline starts from ``torch.Generator("cpu")`` of each seed.
+
+        The noise is drawn in the network's dtype, as the pipeline does, and returned in float32.
+        """
+        shape = (1, *self.latent_shape)
+        rows = [
+            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=self.dtype)
+            for seed in seeds
+        ]
+        noise = torch.cat(rows).float().to(self.device)
+        return noise * self.schedule.latent_scale(float(sigma))
+
+    def denoise(
+        self, x: Float[Tensor, " row *latent"], sigma: Tensor, cond: Conditioning
+    ) -> Float[Tensor, " row *latent"]:
+        """Return the x0-prediction in the dtype of `x`, differentiable in x and the embeddings.
+
+        Args:
+            x: [row *latent] at `sigma`; float32 keeps the digits that fp16 networks do not need.
+            sigma: Scalar noise level, an element of `sigmas`.
+            cond: One row per row of `x`.
+        """
+        if len(cond) != len(x):
+            raise ValueError(f"`cond` must have one row per row of `x`, {len(x)}, got {len(cond)}.")
+        level = float(sigma)
+        scale = self.schedule.latent_scale(level)
+        timestep = self.schedule.timestep(level).to(self.device)
+        output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
+        return x0_from_output(self.parametrization, x, level, output)
+
+    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Tensor:
+        """Return images [row 3 height width] in 0..1 of clean latents."""
+        return decode(self.pipeline.vae, latents)
+
+    def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
+        """Return clean latents of pictures, each resized to the network's own size."""
+        import numpy as np
+
+        height, width = self.resolution
+        pixels = [np.asarray(image.convert("RGB").resize((width, height))) for image in images]
+        return encode(
+            self.pipeline.vae, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 30,
+        cond_scale: float = 7.5,
+    ) -> "list[Image]":
+        """Return one image per prompt and seed, made by the pipeline's own call and scheduler.
+
+        Args:
+            prompts: As many as `seeds`, or one, used for every seed.
+            seeds: Each starts its own ``torch.Generator("cpu")``.
+            steps: Denoising steps.
+            cond_scale: Guidance; a network that guides itself keeps its own constant.
+        """
+        if len(prompts) == 1:
+            prompts = [*prompts] * len(seeds)
+        if len(prompts) != len(seeds) or not seeds:
+            raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
+        if isinstance(self.family, Flux):
+            cond_scale = self.family.guidance_embedding
+        height, width = self.resolution
+        with quiet(), no_progress_bar(self.pipeline), _unchecked(self.pipeline):
+            return self.pipeline(
+                list(prompts),
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=cond_scale,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            ).images
+
+
+def _as_typed(text: str, tokenizer: Any) -> str:
+    return text
+
+
+@contextmanager
+def _unchecked(pipeline: Any) -> Iterator[None]:
+    """Take the safety checker out, which would replace images by black ones."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    try:
+        pipeline.safety_checker = None
+        yield
+    finally:
+        pipeline.safety_checker = checker

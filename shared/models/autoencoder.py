@@ -1,0 +1,55 @@
+"""Images to latents and back through a diffusers autoencoder, in the scale the network reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..arrays import Float, Tensor
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Float[Tensor, "row channel height width"]) -> Tensor:
+    """Return images [row 3 height width] in 0..1 of clean latents."""
+    with _safe_dtype(vae):
+        factor, shift = _scale(vae)
+        images = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift, return_dict=False)
+    return (images[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Float[Tensor, "row 3 height width"]) -> Tensor:
+    """Return the most likely clean latents [row channel height width] of images in 0..1."""
+    with _safe_dtype(vae):
+        factor, shift = _scale(vae)
+        latents = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        return (latents - shift).float() * factor
+
+
+def _scale(vae: Any) -> tuple[Any, Any]:
+    """Return factor and shift, by which (x - shift) * factor is what the network reads.
+
+    Numbers for most; some keep a mean and a deviation per channel, [1 channel 1 1].
+    """
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.scaling_factor, config.get("shift_factor") or 0.0
+    like = {"dtype": vae.dtype, "device": vae.device}
+    mean, std = (torch.tensor(values, **like).view(1, -1, 1, 1) for values in (mean, std))
+    return config.scaling_factor / std, mean
+
+
+@contextmanager
+def _safe_dtype(vae: Any) -> Iterator[None]:
+    """Run an autoencoder that overflows in fp16 (SDXL's) in float32."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)

@@ -1,0 +1,1 @@
+"""How each family of pipelines reads prompts and calls its network, one file each."""

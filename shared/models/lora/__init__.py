@@ -1,0 +1,1 @@
+"""LoRA files in every dialect, and a LoRA on a pipeline."""

@@ -1,0 +1,205 @@
+"""Checkpoints in one file, read through diffusers without the network, nothing left out."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quiet import quiet
+from ..wording import counted, name_some
+from .families.flow import FAMILIES
+from .weights import ModelError, check_memory, read_header
+
+PIPELINES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}
+"""By the start of what diffusers calls the kinds of checkpoints."""
+GROUPS = {
+    "unet": ("model.diffusion_model.",),
+    "transformer": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": (
+        "cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l.",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.", "conditioner.embedders.0.model.",
+                       "text_encoders.clip_g."),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
+}  # fmt: skip
+"""How the keys of each part begin."""
+BOOKKEEPING = re.compile(
+    r"^(model_ema\.|model\.model_ema\.|denoiser\.sigmas$|v_pred$|ztsnr$|edm_)"
+    r"|position_ids$|logit_scale$|^[a-z0-9_]*(betas|alphas|posterior|cumprod)[a-z0-9_]*$"
+    # SD 2 is used one layer below the last, and without a pooled vector.
+    r"|^cond_stage_model\.model\.(text_projection$|transformer\.resblocks\.23\.)"
+)
+"""Keys that no network reads: schedules, averaged copies, constants of the training code."""
+
+
+def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Path | None) -> Any:
+    """Return the pipeline of a checkpoint, or raise ModelError naming what is wrong with it.
+
+    Args:
+        path: A .safetensors file that holds network, autoencoder and text encoders.
+        device: Where it will run; its memory is checked.
+        dtype: What it will compute in.
+        config: Diffusers folder for configuration and tokenizers; None for what the hub's cache
+            holds. Nothing is downloaded.
+    """
+    import diffusers
+
+    from .load import dtype_argument
+
+    header = read_header(path)
+    _refuse_parts(path, header)
+    for place in {"cpu", device}:
+        check_memory([path], dtype, place)
+    name, folder = _configuration(path, header, config)
+    _refuse_gaps(path, header, folder)
+    kwargs = {dtype_argument("diffusers"): dtype, "local_files_only": True}
+    if name == "StableDiffusionPipeline":
+        kwargs |= {"safety_checker": None, "feature_extractor": None}
+    try:
+        with quiet():
+            pipeline = getattr(diffusers, name).from_single_file(
+                str(path), config=str(folder), **kwargs
+            )
+    except Exception as error:  # the converters raise whatever a missing key makes them raise
+        raise ModelError(
+            f"{path} does not fit the configuration in {folder}: {type(error).__name__}: {error}. "
+            "Is the checkpoint whole, and of the same architecture?"
+        ) from error
+    check_complete(pipeline, path, header)
+    return pipeline
+
+
+def _refuse_parts(path: Path, header: dict) -> None:
+    """Raise ModelError for files that are no whole checkpoint."""
+    if any("lora" in key for key in header):
+        raise ModelError(f"{path} is a LoRA: give it with --lora, and its base model as MODEL.")
+    prefix = GROUPS["unet"][0]
+    if not any(key.startswith(prefix) for key in header):
+        raise ModelError(
+            f"{path} is not a whole checkpoint: no key begins with {prefix!r}; found "
+            f"{name_some(header, 3) or 'nothing'}. Give the diffusers folder it comes from."
+        )
+
+
+def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, Path]:
+    """Return pipeline class and the folder its configuration is read from."""
+    from diffusers.loaders.single_file_utils import (
+        DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+        infer_diffusers_model_type,
+    )
+
+    shapes = {key: torch.empty(shape, device="meta") for key, (_, shape) in header.items()}
+    kind = infer_diffusers_model_type(shapes)  # reads names and shapes only
+    if config is not None:
+        from .load import read_index
+
+        return read_index(Path(config))["_class_name"], Path(config)
+    name = next((cls for start, cls in PIPELINES.items() if kind.startswith(start)), None)
+    if name is None or name not in FAMILIES:
+        raise ModelError(f"{path} is of the kind {kind}; supported are {', '.join(PIPELINES)}.")
+    repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    from huggingface_hub import snapshot_download
+
+    try:
+        return name, Path(snapshot_download(repository, local_files_only=True))
+    except Exception as error:  # OSError and ValueError of several releases
+        raise ModelError(
+            f"{path} holds weights only; its configuration and tokenizers come from a diffusers "
+            f"folder such as {repository}, which is not on this machine. Give one with --config "
+            f'FOLDER, or type: hf download {repository} --include "*.json" "*.txt"'
+        ) from error
+
+
+def _refuse_gaps(path: Path, header: dict, folder: Path) -> None:
+    """Raise ModelError naming parameters the file leaves unset, before anything is loaded.
+
+    Runs diffusers' own converters on tensors without data, since they only fail without a name.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as CONVERTERS
+
+    from .load import read_components
+
+    unset: list[str] = []
+    for part, (_, name) in read_components(folder).items():
+        convert = CONVERTERS.get(name, {}).get("checkpoint_mapping_fn")
+        if convert is None:  # text encoders: counted after loading
+            continue
+        cls = getattr(diffusers, name)
+        config = cls.load_config(folder, subfolder=part)
+        with torch.device("meta"):
+            expected = cls.from_config(config).state_dict()
+            given = {key: torch.empty(shape) for key, (_, shape) in header.items()}
+        try:
+            converted = convert(config=dict(config), checkpoint=given)
+        except KeyError as error:
+            unset.append(f"{part}: {error.args[0]}")
+            continue
+        unset += [f"{part}.{key}" for key in expected if key not in converted]
+    if unset:
+        count = counted(len(unset), "parameter", "parameters")
+        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
+
+
+def check_complete(pipeline: Any, path: Path, header: dict) -> None:
+    """Raise ModelError when parameters stay unset or keys unused: the converters only pass by.
+
+    Every part of the pipeline must have as many values as the file has for it.
+    """
+    parts = {n: getattr(pipeline, n, None) for n in GROUPS}
+    unset = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        if part is not None
+        for key, tensor in part.state_dict().items()
+        if tensor.is_meta
+    ]
+    if unset:
+        count = counted(len(unset), "parameter", "parameters")
+        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
+    keys = {key for key in header if not BOOKKEEPING.search(key)}
+    starts = tuple(s for n, p in parts.items() if p is not None for s in GROUPS[n])
+    stray = [key for key in keys if not key.startswith(starts)]
+    if stray:
+        count = counted(len(stray), "key", "keys")
+        raise ModelError(f"{path} has {count} that nothing reads: {name_some(stray)}.")
+    for name, part in parts.items():
+        if part is None:
+            continue
+        own = [key for key in keys if key.startswith(GROUPS[name])]
+        held = sum(tensor.numel() for tensor in part.state_dict().values())
+        given = sum(_size(header[key][1]) for key in own)
+        if held != given:
+            raise ModelError(
+                f"{path} holds {given:,} values for {name}, which has {held:,}: "
+                f"{name_some(_unmatched(path, own, part.state_dict().values())) or 'some'} "
+                "were not read, or parameters were left unset."
+            )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+def _unmatched(path: Path, keys: Iterable[str], loaded: Iterable[Tensor]) -> list[str]:
+    """Return the keys whose values are in no loaded tensor, whatever its name became."""
+    from safetensors import safe_open
+
+    tensors = list(loaded)
+    seen = {(t.numel(), float(t.double().sum())) for t in tensors}
+    dtype = tensors[0].dtype
+    with safe_open(path, "pt") as file:
+        values = {key: file.get_tensor(key).to(dtype) for key in keys if "in_proj" not in key}
+    return [k for k, v in values.items() if (v.numel(), float(v.double().sum())) not in seen]

@@ -1,0 +1,245 @@
+"""Weight files looked at before anything is loaded: what they hold, and what is wrong with them."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..wording import counted, name_some
+
+GIB = 1024**3
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
+"""Buffers that older files hold and newer libraries compute."""
+MARGIN = 1.1
+"""Memory for activations and the like, relative to the weights."""
+
+
+class ModelError(ValueError):
+    """A model or LoRA that cannot be used as it is; the message says what to do."""
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ModelError for a file that could run code when it is read."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # Old and new torch.save; the length that opens a safetensors file can begin with 80, too.
+    pickled = (start[:1] == b"\x80" and start[8:] != b"{") or start[:4] == b"PK\x03\x04"
+    if path.suffix.lower() in PICKLES or pickled:
+        renamed = " renamed to .safetensors" if path.suffix.lower() == ".safetensors" else ""
+        raise ModelError(
+            f"{path} is a pickle{renamed}: reading it can run any program hidden in it, so it is "
+            "refused. Type: torch.load(path, weights_only=True) where you trust the file, and "
+            "write its state dict with safetensors.torch.save_file."
+        )
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a safetensors file, without loading any.
+
+    Raises:
+        ModelError: When the file is missing, a pickle, cut off, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"There is no such file: {path}")
+    refuse_pickle(path)
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({size:,} bytes): {error}. It is cut off or "
+            "of another kind; download or copy it again and compare its sha256."
+        ) from error
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the safetensors files of one component, shards in order.
+
+    Prefers the plain files; where only a variant ("fp16") is there, takes that.
+    """
+    suffix = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for end in (f".safetensors.index{suffix}.json", f"{suffix}.safetensors.index.json"):
+            index = folder / f"{stem}{end}"
+            if index.is_file():
+                shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(shards))]
+        single = folder / f"{stem}{suffix}.safetensors"
+        if single.is_file():
+            return [single]
+    if variant is None:
+        return weight_files(folder, "fp16")
+    return []
+
+
+def variant_of(files: Iterable[Path]) -> str | None:
+    """Return the variant that these files are, to be given to the libraries."""
+    return "fp16" if any(".fp16" in file.name for file in files) else None
+
+
+def require_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a component, or say why there are none that may be read."""
+    if files := weight_files(folder):
+        return files
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in PICKLES)
+    if pickles:
+        refuse_pickle(folder / pickles[0])
+    found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else "no such folder"
+    raise ModelError(
+        f"{folder} has no weights: expected diffusion_pytorch_model.safetensors or "
+        f"model.safetensors, found {found or 'nothing'}."
+    )
+
+
+def bytes_needed(files: Iterable[Path], dtype: torch.dtype) -> int:
+    """Return the memory that the tensors of `files` take in `dtype`, in bytes."""
+    sizes = (math.prod(shape) for file in files for _, shape in read_header(file).values())
+    return sum(sizes) * torch.empty(0, dtype=dtype).element_size()
+
+
+def available_memory(device: str) -> int | None:
+    """Return the free memory of a device in bytes, None where it cannot be known."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    free = [_limit_of_container()]
+    try:
+        import psutil
+
+        free.append(psutil.virtual_memory().available)
+    except ImportError:
+        if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((value for value in free if value is not None), default=None)
+
+
+def _limit_of_container() -> int | None:
+    """Return what a Linux container may still take: system-wide figures do not know its limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        used = int((root / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+        return max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return None
+
+
+def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None:
+    """Raise ModelError, saying how much, when the weights cannot fit."""
+    needed = int(bytes_needed(files, dtype) * MARGIN)
+    free = available_memory(device)
+    if free is not None and needed > free:
+        name = str(dtype).removeprefix("torch.")
+        smaller = " in half precision (--dtype float16)," if dtype == torch.float32 else ""
+        raise ModelError(
+            f"The model needs about {needed / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB "
+            f"are free on {device}. Close other programs, run it{smaller} or on another device."
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ModelError naming the tensors that hold NaN or infinity."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        dtypes = {str(tensors[name].dtype).removeprefix("torch.") for name in bad}
+        raise ModelError(
+            f"{what} has {counted(len(bad), 'weight', 'weights')} with NaN or infinity (in "
+            f"{', '.join(sorted(dtypes))}): {name_some(bad)}. The training has diverged, the file "
+            "is damaged, or the values do not fit this precision; try --dtype float32."
+        )
+
+
+def check_keys(
+    what: object, *, missing: Iterable[str], unused: Iterable[str], wrong: Iterable[str] = ()
+) -> None:
+    """Raise ModelError naming parameters the file leaves unset and keys nothing reads."""
+    faults = {
+        ("parameter it leaves unset", "parameters it leaves unset"): missing,
+        ("key that nothing reads", "keys that nothing reads"): unused,
+        ("weight of the wrong shape", "weights of the wrong shape"): wrong,
+    }
+    faults = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
+    if any(faults.values()):
+        told = "; ".join(f"{counted(len(v), *k)}: {name_some(v)}" for k, v in faults.items() if v)
+        raise ModelError(
+            f"{what} does not fit the network it is for ({told}). Libraries would fill the gaps "
+            "with random numbers; is the file of another version, cut, or only a part?"
+        )
+
+
+def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -> None:
+    """Raise ModelError when a weight differs from the file: nobody's report is taken on trust.
+
+    Key names changed between transformers 4 and 5 (``text_model.``), and a reader that does not
+    know one of them starts from random weights. Compares the first row of each weight.
+    """
+    from safetensors import safe_open
+
+    state = {plain(name): tensor for name, tensor in module.state_dict().items()}
+    wrong = []
+    for file in files:
+        with safe_open(file, "pt") as reader:
+            for key in reader.keys():
+                own = state.get(plain(key))
+                view = reader.get_slice(key)
+                if own is None or tuple(view.get_shape()) != tuple(own.shape) or not own.ndim:
+                    continue  # converted on the way; the libraries' report covers it
+                row = view[:1].to(own.dtype)
+                if not torch.equal(row.nan_to_num(), own[:1].cpu().nan_to_num()):
+                    wrong.append(key)
+    if wrong:
+        raise ModelError(
+            f"{what}: after loading, {counted(len(wrong), 'weight differs', 'weights differ')} "
+            f"from the file: {name_some(wrong)}. This version of the libraries does not know the "
+            "file's key names."
+        )
+
+
+def fill(module: torch.nn.Module, files: Iterable[Path]) -> set[str]:
+    """Copy weights whose names differ by a prefix alone; return the keys that found no place."""
+    from safetensors.torch import load_file
+
+    state = {plain(name): tensor for name, tensor in module.state_dict().items()}
+    lost = set()
+    for file in files:
+        for key, value in load_file(file).items():
+            if plain(key) in state:
+                state[plain(key)].copy_(value)
+            else:
+                lost.add(key)
+    return lost
+
+
+def plain(key: str) -> str:
+    """Return a key without the prefix that transformers 4 writes and transformers 5 does not."""
+    return key.removeprefix("text_model.")
+
+
+def sha256_of(files: Iterable[Path], root: Path) -> str:
+    """Return one sha256 over the names below `root` and the contents of files."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        part = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                part.update(chunk)
+        total.update(f"{name}\0{part.hexdigest()}\n".encode())
+    return total.hexdigest()

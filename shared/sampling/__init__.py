@@ -1,0 +1,1 @@
+"""A pipeline followed from outside: observed, guarded, watched."""

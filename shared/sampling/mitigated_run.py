@@ -1,0 +1,249 @@
+"""One call of a pipeline with a method at work on some of its images."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..mitigation.method import Method, Mitigation, Start, Step
+from ..models.adapter import PipelineDenoiser
+from ..models.predictions import output_from_x0, x0_from_output
+from ..score.calibration import Calibration
+from ..score.denoiser import Conditioning
+from ..score.metrics import text_noise_norm
+from .follower import argument_of, patched, prediction_of, unwatched
+from .network_call import NetworkCall, written
+
+
+class MitigatedRun:
+    """Changes the rows of some images in what a network reads and answers, and no others.
+
+    A batch holds the rows of the negatives, then those of the prompts; the network reads the rows
+    of the prompts alone where guidance is off, and both one after the other where it is `separate`.
+    """
+
+    def __init__(
+        self, denoiser: PipelineDenoiser, *, images: int, fired: Sequence[int], separate: bool
+    ):
+        """Prepare a run.
+
+        Args:
+            denoiser: The pipeline's, at the size of the run.
+            images: In the batch.
+            fired: Which of them the method acts on.
+            separate: The network is called for the prompts first, then for the negatives.
+        """
+        self.denoiser, self.family, self.pipeline = denoiser, denoiser.family, denoiser.pipeline
+        self.images, self.fired, self.separate = images, list(fired), separate
+        self.mitigation = Mitigation()
+        self._undo = ExitStack()
+        self._moved: list[int] = []
+        self._noise: Tensor | None = None  # [moved *latent] as the network reads it
+        self._waiting: tuple[NetworkCall, Tensor] | None = None
+        self._written: Tensor | None = None  # what the last guided call was made to say
+        self._index = 0
+
+    def start(
+        self,
+        method: Method,
+        call: NetworkCall,
+        *,
+        sigma: Tensor,
+        empty: Conditioning,
+        prompts: tuple[str, ...],
+        seed: int,
+        calibration: Calibration | None,
+    ) -> Start:
+        """Let the method act on the first call, and return what it was told.
+
+        Raises:
+            ValueError: The method refuses, or its answer does not fit the run.
+        """
+        rows = [self._at(call)[0] + image for image in self.fired]
+        latent, read = self._units_of_noise(call)
+        scale = self.denoiser.schedule.latent_scale(float(sigma))
+        # Autograd refuses inference tensors: what is indexed here is copied, and is none.
+        with unwatched(), torch.inference_mode(False), torch.no_grad():
+            x = self.family.unpack(call.latents[rows]).float() / read * scale
+            start = Start(
+                denoiser=self.denoiser,
+                cond=Conditioning(
+                    embeddings=call.embeddings[rows],
+                    pooled=None if call.pooled is None else call.pooled[rows],
+                ),
+                x=x,
+                sigma=sigma.clone(),
+                x0_uncond=self.denoiser.denoise(x, sigma, empty[[0] * len(rows)]),
+                generator=torch.Generator("cpu").manual_seed(seed),
+                prompts=prompts,
+                calibration=calibration,
+                network=self.family.network,
+            )
+            with torch.enable_grad():
+                self.mitigation = method.start(start)
+            _check(method, self.mitigation, start)
+            if self.mitigation.x is not None:
+                noise = self.mitigation.x.detach() / scale
+                self._replace_noise(noise, (self.mitigation.x != x).flatten(1).any(1), latent, read)
+        return start
+
+    def close(self) -> None:
+        """Undo everything that reaches beyond this object."""
+        try:
+            self.mitigation.close()
+        finally:
+            self._undo.close()
+
+    def prepare(self, call: NetworkCall) -> NetworkCall:
+        """Return the call with what the method replaced."""
+        cond_at, uncond_at = self._at(call)
+        if self._noise is not None:
+            for at in {cond_at, uncond_at} - {None}:
+                call = call.replaced([at + image for image in self._moved], latents=self._noise)
+        if cond_at is not None and (cond := self.mitigation.cond) is not None:
+            call = call.replaced(
+                [cond_at + image for image in self.fired],
+                embeddings=cond.embeddings.detach(),
+                pooled=None if cond.pooled is None else cond.pooled.detach(),
+            )
+        return call
+
+    def answer(self, network: Callable[..., Any], call: NetworkCall, output: Any) -> Any:
+        """Return the output with the method's guidance in it, or None when it has none.
+
+        It stands in the rows of the prompt and of the negative alike: whatever the scale, the
+        pipeline's uncond + scale * (cond - uncond) is then what the method says.
+        """
+        cond_at, uncond_at = self._at(call)
+        prediction = prediction_of(output)
+        if call.kwargs.get("skip_layers"):
+            # SD3 adds (cond - this) * scale; in the rows of the method both are the same.
+            return None if self._written is None else self._put(output, self.fired, self._written)
+        if self.separate and uncond_at is None:
+            self._waiting = call, prediction
+            return None
+        self._written, waiting, self._waiting = None, self._waiting, None
+        if uncond_at is None or type(self.mitigation).guide is Mitigation.guide:
+            return None
+        rows = [uncond_at + image for image in self.fired]
+        if waiting is not None:
+            conditional, cond = waiting[0].only(self.fired), waiting[1]
+            said = self._guide(network, conditional, cond[self.fired], prediction[rows])
+            if said is not None:
+                # The pipeline holds this very tensor and combines it with what is returned now.
+                cond[self.fired] = said.to(cond)
+        else:
+            of_cond = [cond_at + image for image in self.fired]
+            said = self._guide(network, call.only(of_cond), prediction[of_cond], prediction[rows])
+            rows, said = rows + of_cond, None if said is None else torch.cat([said, said])
+        if said is None:
+            return None
+        self._written = said[: len(self.fired)]
+        return self._put(output, rows, said)
+
+    def _guide(
+        self, network: Callable[..., Any], call: NetworkCall, cond: Tensor, uncond: Tensor
+    ) -> Tensor | None:
+        """Ask the method; all in the shape of the network, one row per fired image."""
+        schedule, kind = self.denoiser.schedule, self.denoiser.parametrization
+        timestep = call.timestep * self.family.timestep_unit
+        sigma = schedule.sigma(timestep)
+        with unwatched(), torch.inference_mode(False), torch.no_grad():
+            tensors = (call.latents, cond, uncond)  # cloned: autograd refuses inference tensors
+            read, cond, uncond = (self.family.unpack(t).clone() for t in tensors)
+            x = read.float() * schedule.latent_scale(sigma)
+            # eps = sqrt(abar) v + sqrt(1 - abar) x: differences of v are larger than those of eps.
+            unit = (1 + sigma**2) ** -0.5 if kind == "v_prediction" else 1.0
+            step = Step(
+                index=self._index,
+                percent=schedule.percent(timestep),
+                x=read,
+                cond=cond,
+                uncond=uncond,
+                cond_scale=self._cond_scale(),
+                magnitude=text_noise_norm(cond, uncond) * unit,
+                predict=lambda: self.family.unpack(
+                    prediction_of(network(*call.args, **call.kwargs))
+                ),
+                to_x0=lambda prediction: x0_from_output(kind, x, sigma, prediction.float()),
+                from_x0=lambda x0: output_from_x0(kind, x, sigma, x0.float()),
+            )
+            said = self.mitigation.guide(step)
+            self._index += 1
+            if said is None:
+                return None
+            if said.shape != cond.shape:
+                raise ValueError(_misfit("a guided prediction", said, cond))
+            return self.family.pack(said)
+
+    def _at(self, call: NetworkCall) -> tuple[int | None, int | None]:
+        """Return where the rows of the prompts and of the negatives begin; None: not in there."""
+        if self.separate:
+            return (0, None) if self._waiting is None else (None, 0)
+        if call.kwargs.get("skip_layers"):
+            return 0, None
+        if getattr(self.pipeline, "do_classifier_free_guidance", False):
+            return self.images, 0
+        return 0, None
+
+    def _cond_scale(self) -> float:
+        if self.separate:
+            return argument_of(self.pipeline, "true_cfg_scale")
+        return float(self.pipeline.guidance_scale)
+
+    def _units_of_noise(self, call: NetworkCall) -> tuple[float, float]:
+        """Return what noise of std 1 is at the start, as it is kept and as it is read."""
+        scheduler = self.pipeline.scheduler
+        if self.denoiser.parametrization == "flow":
+            return 1.0, 1.0
+        latent = float(scheduler.init_noise_sigma)
+        return latent, float(scheduler.scale_model_input(torch.tensor(latent), call.timestep))
+
+    def _replace_noise(self, noise: Tensor, changed: Tensor, latent: float, read: float) -> None:
+        """Let the network read other noise until the first step, which then starts from it."""
+        places = changed.nonzero().flatten().tolist()
+        if not places:
+            return
+        self._moved = [self.fired[place] for place in places]
+        self._noise = self.family.pack(noise[places] * read)
+        kept = self.family.pack(noise[places] * latent)
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def step(
+                model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
+                self._noise = None
+                self._undo.close()
+                sample = written(sample, self._moved, kept)
+                return original(model_output, timestep, sample, *args, **kwargs)
+
+            return step
+
+        self._undo.enter_context(patched(self.pipeline.scheduler, "step", wrap))
+
+    def _put(self, output: Any, rows: list[int], values: Tensor) -> Any:
+        prediction = written(prediction_of(output), rows, values)
+        if isinstance(output, tuple):
+            return (prediction, *output[1:])
+        return dataclasses.replace(output, sample=prediction)
+
+
+def _check(method: Method, mitigation: Mitigation, start: Start) -> None:
+    """Raise ValueError unless what the method replaces has the shape of the run."""
+    pairs = [("noise", mitigation.x, start.x)]
+    if mitigation.cond is not None:
+        pairs += [
+            ("embeddings", mitigation.cond.embeddings, start.cond.embeddings),
+            ("pooled text", mitigation.cond.pooled, start.cond.pooled),
+        ]
+    for what, found, expected in pairs:
+        if found is not None and (expected is None or found.shape != expected.shape):
+            raise ValueError(_misfit(f"{what} by {method.name!r}", found, expected))
+
+
+def _misfit(what: str, found: Tensor, expected: Tensor | None) -> str:
+    shape = "none" if expected is None else f"{tuple(expected.shape)}, the shape of the run"
+    return f"Found {what} of shape {tuple(found.shape)}, expected {shape}."

@@ -1,0 +1,1 @@
+"""How strongly a prompt steers the prediction, and what ordinary prompts do."""

@@ -1,0 +1,166 @@
+"""Detection by magnitude: how strongly a prompt alone steers the first denoising steps.
+
+Wen et al., ICLR 2024, arXiv:2407.21720. At the first step x depends on the seed alone, so the
+unconditional prediction is computed once per seed and shared by all prompts.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..arrays import Float, Tensor
+from .denoiser import Denoiser
+from .metrics import per_element
+from .trajectory import PredictionError, Run, encode
+
+__all__ = ["Detection", "DetectionConfig", "PredictionError", "detect", "mean_over_seeds"]
+
+OnResult = Callable[[int, Tensor], None]
+Progress = Callable[[int], object]
+
+ENCODED_AT_ONCE = 16
+"""Prompts whose embeddings are held at the same time, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """What is measured. All but `batch_size` decide the score."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Starting noises; the score is the mean over them."""
+    steps: int = 1
+    """Denoising steps to average over, counted from the noisiest."""
+    schedule_steps: int = 50
+    """Length of the sampling run those steps are taken from."""
+    cond_scale: float = 7.5
+    """Guidance along the trajectory, 1.0 = none; without effect when `steps` is 1."""
+    batch_size: int | None = None
+    """Rows of one forward pass; None chooses by device and latent size."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(
+                f"`seeds` must be one or more different integers from 0, got {list(self.seeds)}."
+            )
+        if not 1 <= self.steps <= self.schedule_steps:
+            raise ValueError(
+                f"`steps` must be between 1 and `schedule_steps` ({self.schedule_steps}), "
+                f"got {self.steps}."
+            )
+        if not math.isfinite(self.cond_scale):
+            raise ValueError(f"`cond_scale` must be finite, got {self.cond_scale}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Detection:
+    """Scores of a set of prompts, in the order they were given."""
+
+    prompts: tuple[str, ...]
+    traces: Float[Tensor, " prompt seed step"]
+    """|D|, L2 norm, float64 on the CPU; NaN for seeds a sequential run did not draw."""
+    latent_elements: int
+    """Number of elements of one latent."""
+    config: DetectionConfig
+    seed_levels: Float[Tensor, " seed"] | None = None
+    """Mean score of the controls at each seed; levels the scores where seeds were not drawn."""
+
+    @property
+    def scores(self) -> Float[Tensor, " prompt"]:
+        """Return the mean |D| over seeds and steps (L2 norm, latent units, >= 0)."""
+        return mean_over_seeds(self.traces.mean(2), self.seed_levels)
+
+    @property
+    def scores_per_element(self) -> Float[Tensor, " prompt"]:
+        """Return the scores as root mean square, which does not move with resolution."""
+        return per_element(self.scores, (self.latent_elements,))
+
+    @property
+    def seeds_drawn(self) -> Tensor:
+        """Return how many seeds each prompt was given, [prompt]."""
+        return (~self.traces[..., 0].isnan()).sum(1)
+
+
+def mean_over_seeds(
+    scores: Float[Tensor, " prompt seed"], seed_levels: Float[Tensor, " seed"] | None = None
+) -> Float[Tensor, " prompt"]:
+    """Return the mean over seeds, estimated where some are NaN because they were not drawn.
+
+    Some starting noises give every prompt a larger score. The ratio estimator takes that out:
+    mean of the drawn * (level of all seeds / level of the drawn ones). Without NaN it is the mean.
+    """
+    drawn = ~scores.isnan()
+    mean = scores.nanmean(1)
+    if seed_levels is None:
+        return mean
+    level = (drawn * seed_levels).sum(1) / drawn.sum(1)
+    return torch.where(drawn.all(1), mean, mean * (seed_levels.mean() / level))
+
+
+def detect(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    config: DetectionConfig | None = None,
+    *,
+    known: Mapping[int, Tensor] | None = None,
+    on_result: OnResult | None = None,
+    progress: Progress | None = None,
+) -> Detection:
+    """Score prompts by the mean magnitude of the text-conditional prediction.
+
+    A score depends on its prompt alone, to float tolerance: not on batch size, order or the others.
+    Forward rows for one step: prompts * seeds + seeds. Only the traces of all prompts are held.
+
+    Args:
+        denoiser: The network.
+        prompts: Any strings; kept in order, duplicates included.
+        config: What to measure.
+        known: Traces [seed step] by index, of an interrupted run. Batches are cut as if nothing was
+            known, so that the rest comes out bit for bit as in a run that was not interrupted.
+        on_result: Called once per prompt that was not known, with its index and trace [seed step].
+        progress: Called with the number of prompts finished since the last call.
+
+    Raises:
+        PredictionError: A prediction is NaN or infinite; names the prompt.
+    """
+    config, known = config or DetectionConfig(), known or {}
+    run, seeds = Run(denoiser, config), len(config.seeds)
+    at_once = max(1, run.rows // seeds)
+    chunk = at_once * math.ceil(ENCODED_AT_ONCE / at_once)
+    traces = torch.full((len(prompts), seeds, config.steps), torch.nan, dtype=torch.float64)
+    for start in range(0, len(prompts), chunk):
+        texts, cond = prompts[start : start + chunk], None
+        for first in range(0, len(texts), at_once):
+            part = range(first, min(first + at_once, len(texts)))
+            if not all(start + i in known for i in part):
+                cond = encode(denoiser, texts) if cond is None else cond
+                prompt_of_row = [i for i in part for _ in range(seeds)]
+                rows = run.traces(texts, cond, prompt_of_row, [*range(seeds)] * len(part))
+                traces[[start + i for i in part]] = rows.view(len(part), seeds, -1)
+            report([start + i for i in part], traces, known, on_result)
+            if progress is not None:
+                progress(len(part))
+    return Detection(
+        prompts=tuple(prompts),
+        traces=traces,
+        latent_elements=math.prod(denoiser.latent_shape),
+        config=config,
+    )
+
+
+def report(
+    indices: Sequence[int],
+    traces: Float[Tensor, " prompt seed step"],
+    known: Mapping[int, Tensor],
+    on_result: OnResult | None,
+) -> None:
+    """Put what was known into `traces`, and hand over each trace that is new."""
+    for index in indices:
+        if index in known:
+            traces[index] = torch.as_tensor(known[index], dtype=torch.float64)
+        elif on_result is not None:
+            on_result(index, traces[index].clone())

@@ -1,0 +1,67 @@
+"""Magnitudes of the text-conditional prediction: numbers with units and no opinion.
+
+All of them work on D = (x0_uncond - x0_cond) / sigma, which is the difference of the noise
+predictions of epsilon and v-prediction networks and of the velocities of flow networks.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..arrays import Float, Tensor
+
+
+def text_noise(
+    x0_uncond: Float[Tensor, " row *latent"],
+    x0_cond: Float[Tensor, " row *latent"],
+    sigma: Float[Tensor, ""] | float,
+) -> Float[Tensor, " row *latent"]:
+    """Return D, what the text adds to the network's prediction (units of the noise, std 1).
+
+    Half precision is widened first: the two predictions agree in most of their digits.
+
+    Args:
+        x0_uncond: Clean latents predicted from the empty prompt.
+        x0_cond: Clean latents predicted from the prompt.
+        sigma: Noise level of both, above 0, in the units of `Denoiser`.
+    """
+    return (_wide(x0_uncond) - _wide(x0_cond)) / sigma
+
+
+def text_noise_norm(
+    cond: Float[Tensor, " row *latent"], uncond: Float[Tensor, " row *latent"]
+) -> Float[Tensor, " row"]:
+    """Return the L2 norm of what the text adds, per row (latent units, >= 0).
+
+    Wen et al., ICLR 2024, arXiv:2407.21720, Eq. 2. Of noise predictions or velocities it is |D|; of
+    x0-predictions it is sigma * |D|. Grows with latent size: compare like with like.
+    """
+    difference = (_wide(cond) - _wide(uncond)).flatten(1)
+    # A float32 sum of 16,384 squares is wrong in the fifth digit; Apple's GPUs have nothing wider.
+    wide = torch.float32 if difference.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(difference, dim=1, dtype=wide).to(difference.dtype)
+
+
+def per_element(norm: Tensor, latent_shape: Sequence[int]) -> Tensor:
+    """Return an L2 norm as a root mean square (>= 0), which does not grow with resolution.
+
+    Args:
+        norm: Any shape, L2 over one latent.
+        latent_shape: Shape of that latent, without the batch.
+    """
+    return norm / math.sqrt(math.prod(latent_shape))
+
+
+def difference_map(
+    text_noise: Float[Tensor, " row channel *place"],
+) -> Float[Tensor, " row *place"]:
+    """Return where in the latent the text acts, log(1 + sum over channels of D squared), >= 0.
+
+    The score-difference map of memorization masks: large where the prompt dictates the pixels.
+    """
+    return text_noise.square().sum(dim=1).log1p()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

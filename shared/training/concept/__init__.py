@@ -1,0 +1,1 @@
+"""A concept's subspace in the input of text-fed layers."""

@@ -1,0 +1,153 @@
+"""A finished subspace looked at again: with another model, other prompts, a trained LoRA."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models.weights import ModelError
+from ..layers.subspaces import LayerSubspaces
+from ..projection.factors import TEXT_FED, factors_of, saved_state
+from ..projection.projection import TOLERANCES, residuals
+from .acceptance import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
+from .concept import Concept
+from .subspace import ConceptSubspace
+from .text_states import TextPath, differences
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptShare:
+    """One prompt."""
+
+    prompt: str
+    named: str | None
+    """First name of the concept that it names; None for none."""
+    share: float
+    """Of a named concept what lies outside the subspace, of other text what lies inside; 0..1."""
+
+    @property
+    def within(self) -> bool:
+        """Whether the share is within the limit that holds for its kind."""
+        return self.share <= (COLLATERAL if self.named is None else RESIDUAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """One layer of a trained LoRA."""
+
+    share: float | None
+    """|A V| / |A| (Frobenius norms, 0 to 1); None where the layer has no subspace."""
+    within: bool
+    """Whether there is one, and rounding explains the share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What a subspace does to the states of one text encoder."""
+
+    residuals: Mapping[str, float]
+    """By first name, the share of the concept in held-out sentences that lies outside."""
+    collateral: float
+    """Share of ordinary captions that lies inside."""
+    prompts: tuple[PromptShare, ...] = ()
+    """Prompts that were asked for."""
+
+    @property
+    def within(self) -> bool:
+        """Whether both acceptance limits hold; single prompts do not count."""
+        most = max(self.residuals.values(), default=0.0)
+        return most <= RESIDUAL and self.collateral <= COLLATERAL
+
+
+def concepts_of(provenance: Mapping[str, Any]) -> tuple[Concept, ...]:
+    """Return the concepts that a subspace was built from.
+
+    Raises:
+        ValueError: The provenance names none: the subspace was not built from words alone.
+    """
+    if "learnt" in provenance:
+        raise ValueError(
+            "The subspace was learnt from pictures, and the word for them is known only while it "
+            "is built: build it again."
+        )
+    try:
+        templates = tuple(provenance["templates"])
+        return tuple(
+            Concept(names=tuple(each["names"]), neutral=each["neutral"], templates=templates)
+            for each in provenance["concepts"]
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "The subspace does not say from which names it was built; build it again."
+        ) from error
+
+
+def examine(
+    text_path: TextPath,
+    subspace: ConceptSubspace,
+    captions: Sequence[str],
+    prompts: Sequence[str] = (),
+) -> Examination:
+    """Return residuals and collateral of a subspace in the states of a text path.
+
+    Args:
+        text_path: Of the model that is asked about.
+        subspace: Built from words, with this model or another one of the same width.
+        captions: Ordinary ones; those that name a concept are left out, and one must remain.
+        prompts: Of special interest, looked at one by one.
+    """
+    concepts = concepts_of(subspace.provenance)
+    kept = [text for text in captions if not any(c.is_named_in(text) for c in concepts)]
+    if not kept:
+        raise ValueError("`captions` must hold one that names no concept.")
+    basis = subspace.basis
+    held_out = {c.names[0]: differences(text_path, c.pairs(held_out=True)) for c in concepts}
+    return Examination(
+        residuals={name: residual(change, basis) for name, change in held_out.items()},
+        collateral=collateral(retained_energy(text_path, kept), basis),
+        prompts=tuple(_share(text_path, subspace, concepts, prompt) for prompt in prompts),
+    )
+
+
+def shares_read(lora: Path, subspace: ConceptSubspace | LayerSubspaces) -> dict[str, LayerShare]:
+    """Return by layer what a saved LoRA reads of a subspace.
+
+    Args:
+        lora: File of kohya, PEFT or diffusers.
+        subspace: Of text states, for the layers that read text; or those of single layers, for all
+            others. Of these none may be without one: a LoRA could learn the concept there.
+
+    Raises:
+        ModelError: The file is no whole LoRA, changes a text encoder, or has none of the layers.
+        ValueError: The subspace is of another width.
+    """
+    state, source = saved_state(lora), str(lora)
+    if isinstance(subspace, ConceptSubspace):
+        factors = factors_of(state, source=source)
+        found = residuals(factors, [subspace])
+    else:
+        every = factors_of(state, text_fed="", source=source)
+        factors = {name: each for name, each in every.items() if not re.search(TEXT_FED, name)}
+        held = subspace.among(factors)
+        if not held.bases:
+            raise ModelError(f"{source} has none of the {len(subspace.bases)} layers.")
+        found = residuals({name: factors[name] for name in held.of(factors)}, [], held)
+    return {name: _layer(found.get(name), factor.dtype) for name, factor in factors.items()}
+
+
+def _layer(share: float | None, dtype: torch.dtype) -> LayerShare:
+    return LayerShare(share=share, within=share is not None and share <= TOLERANCES[dtype])
+
+
+def _share(
+    text_path: TextPath, subspace: ConceptSubspace, concepts: Sequence[Concept], prompt: str
+) -> PromptShare:
+    for concept in concepts:
+        if pair := concept.pair_of(prompt):
+            missed = residual(differences(text_path, [pair]), subspace.basis)
+            return PromptShare(prompt=prompt, named=concept.names[0], share=missed)
+    taken = collateral(retained_energy(text_path, [prompt]), subspace.basis)
+    return PromptShare(prompt=prompt, named=None, share=taken)

@@ -1,0 +1,1 @@
+"""Samples that are being memorized, left out of the loss."""

@@ -1,0 +1,188 @@
+"""What the filter decided for each sample, and which samples are most memorized."""
+
+import hashlib
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+from ...files.storage import Journal
+
+FLUSH = 50
+"""Calls after which records are written: a sync to disk at each would cost more than a step."""
+BINS = 10
+"""Of timesteps, in which scores are compared."""
+SMALLEST = 1e-6
+"""Scores below it come from captions that were dropped, and say nothing of the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """An image with its caption, as the trainer knows them."""
+
+    file: str
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One decision."""
+
+    sample: Sample
+    timestep: float
+    score: float
+    """Text-conditional magnitude in the filter's unit; not finite when the training diverged."""
+    measured: bool
+    """By an extra pass of this step; else expected from earlier ones."""
+    flagged: bool
+    """At or above the threshold."""
+    kept: float
+    """Share that stayed in the loss, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedSample:
+    """One sample over the whole training."""
+
+    sample: Sample
+    standing: float
+    """Mean over its visits of the share of records at like timesteps with a lower score, 0..1."""
+    visits: int
+    measured: int
+    """Visits whose score was measured and not expected."""
+    flagged: int
+    """Visits at or above the threshold."""
+    highest: float
+    """Score."""
+    ratio: float
+    """Its caption's score over the median caption's at like timesteps, a geometric mean over all
+    visits; 1 where all samples have one caption, 0 where none of its scores says anything."""
+    duplicates: tuple[str, ...]
+    """Other files with the same content or the same caption."""
+
+
+class SampleLog:
+    """Records of one process in a JSON Lines file of its own, continued by a resumed training.
+
+    They are written every `FLUSH` calls; call `flush` at each checkpoint and at the end.
+    """
+
+    def __init__(self, path: Path):
+        self._journal = Journal(path)
+        self._waiting: dict[str, dict] = {}
+
+    def add(self, call: int, records: Sequence[Record]) -> None:
+        """Take in the records of the filter's `call`."""
+        for row, record in enumerate(records):
+            value = asdict(record) | asdict(record.sample)
+            del value["sample"]
+            value["score"] = record.score if math.isfinite(record.score) else None
+            self._waiting[f"{call}/{row}"] = value
+        if call % FLUSH == FLUSH - 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            StorageError: The disk is full or the file cannot be written.
+        """
+        if self._waiting:
+            self._journal.put_all(self._waiting)
+            self._waiting = {}
+
+
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """Return the records in the files of all processes, each decision once."""
+    found = []
+    for path in paths:
+        for value in Journal(path).values():
+            sample = Sample(file=value.pop("file"), caption=value.pop("caption"))
+            score = math.nan if value["score"] is None else value["score"]
+            found.append(Record(**(value | {"sample": sample, "score": score})))
+    return found
+
+
+def content_of(file: str) -> str:
+    """Return the sha256 of a file, or its name where it cannot be read."""
+    path = Path(file)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+
+
+def rank_samples(
+    records: Iterable[Record], fingerprint: Callable[[str], str] = content_of
+) -> list[RankedSample]:
+    """Return every sample with its duplicates, the most memorized first.
+
+    Scores move strongly with the timestep, so each is compared with those of its bin only.
+
+    Args:
+        records: Of all processes.
+        fingerprint: Equal for files with the same picture; the default compares bytes.
+    """
+    finite = [record for record in records if math.isfinite(record.score)]
+    ratios = _ratios(finite)
+    visits: dict[Sample, list[tuple[Record, float]]] = defaultdict(list)
+    for record, standing in _standings(finite):
+        visits[record.sample].append((record, standing))
+    alike: dict[tuple[str, str], set[str]] = defaultdict(set)
+    marks = {s: (("content", fingerprint(s.file)), ("caption", s.caption)) for s in visits}
+    for sample, keys in marks.items():
+        for key in keys:
+            if key[1]:
+                alike[key].add(sample.file)
+    ranked = [
+        RankedSample(
+            sample=sample,
+            standing=sum(standing for _, standing in seen) / len(seen),
+            visits=len(seen),
+            measured=sum(record.measured for record, _ in seen),
+            flagged=sum(record.flagged for record, _ in seen),
+            highest=max(record.score for record, _ in seen),
+            ratio=ratios.get(sample.caption or sample.file, 0.0),
+            duplicates=tuple(sorted(set().union(*map(alike.__getitem__, filter(
+                lambda key: key[1], marks[sample]))) - {sample.file})),
+        )
+        for sample, seen in visits.items()
+    ]  # fmt: skip
+    return sorted(ranked, key=lambda each: (-each.standing, each.sample.file))
+
+
+def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:
+    """Yield each record with the share of others in its bin of timesteps that score lower."""
+    for group in _binned(records):
+        members = sorted(group, key=lambda record: record.score)
+        lower = 0
+        for _, equal in groupby(members, key=lambda record: record.score):
+            ties = list(equal)
+            for record in ties:
+                yield record, lower / max(1, len(members) - 1)
+            lower += len(ties)
+
+
+def _ratios(records: Sequence[Record]) -> dict[str, float]:
+    """Return by caption, or by file where there is none, its score over the median one's."""
+    logs: dict[str, list[float]] = defaultdict(list)
+    for group in _binned(records):
+        members = [(each, math.log(each.score)) for each in group if each.score >= SMALLEST]
+        level = statistics.fmean(score for _, score in members) if members else 0.0
+        for record, score in members:
+            logs[record.sample.caption or record.sample.file].append(score - level)
+    means = {name: statistics.fmean(each) for name, each in logs.items()}
+    usual = statistics.median(means.values()) if means else 0.0
+    return {name: math.exp(mean - usual) for name, mean in means.items()}
+
+
+def _binned(records: Sequence[Record]) -> Iterable[list[Record]]:
+    """Yield the records of each bin of timesteps that has some."""
+    low = min((record.timestep for record in records), default=0.0)
+    span = max((record.timestep for record in records), default=1.0) - low or 1.0
+
+    def bin_of(record: Record) -> int:
+        return min(BINS - 1, int((record.timestep - low) / span * BINS))
+
+    for _, group in groupby(sorted(records, key=bin_of), key=bin_of):
+        yield list(group)

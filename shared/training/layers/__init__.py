@@ -1,0 +1,1 @@
+"""A concept's subspaces in what single layers read, and its regions in images."""

@@ -1,0 +1,1 @@
+"""A LoRA's factors kept off a concept's subspace."""

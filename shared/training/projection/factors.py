@@ -1,0 +1,133 @@
+"""Which LoRA factors read text, in a live network and in a file; what cannot be kept exact."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...models.lora.files import FACTORS, check_pairs
+from ...models.weights import ModelError, check_finite, read_header
+from ...wording import name_some
+
+TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"
+"""Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL, and the
+entry layer of SD3 and Flux, which trainers leave alone unless it is asked for."""
+TEXT_ENCODER = r"(^|\.)(lora_te\d?_|text_encoder(_\d)?\.|text_model\.)"
+"""Parameters of a text encoder, in the names of trainers."""
+DOWN = re.compile(r"\.(?:lora_down|lora_A|lora\.down)(?:\.[^.]+)?\.weight$")
+UP = re.compile(r"\.(?:lora_up|lora_B|lora\.up)(?:\.[^.]+)?\.weight$")
+"""What ends the names of live factors, an adapter's name in between (PEFT)."""
+OTHER_KINDS = {
+    "hada_": "LoHa: a product of entries, which no factor of its own can keep off a subspace",
+    "lokr_": "LoKr: a Kronecker product mixes the input's coordinates",
+    "lora_magnitude_vector": "DoRA: it rescales the base weight, and what that reads with it",
+    "dora_scale": "DoRA: it rescales the base weight, and what that reads with it",
+    "ia3_": "(IA)3: it rescales the base weight's output, whatever was read",
+    "oft_": "OFT: it rotates the base weight",
+    "lora_": "not a plain pair of factors: AdaLoRA, a bias, or the like",
+}
+"""Marks of parametrizations in names, and why A V = 0 says nothing for them."""
+
+
+class UnsupportedTraining(ValueError):
+    """The projection would not be exact for what is trained; the message says which part."""
+
+
+def text_factors(
+    network: nn.Module | Iterable[tuple[str, nn.Parameter]], text_fed: str = TEXT_FED
+) -> dict[str, nn.Parameter]:
+    """Return the down factors of the plain LoRA on text-fed layers, by module.
+
+    With y = W x + s B A x, A V = 0 gives B A V = 0 for every B. A convolution's down factor is
+    exact too, of any kernel: it is a linear map of the channels at each place of the kernel.
+
+    Args:
+        network: The LoRA's network or the whole model, or its named parameters.
+        text_fed: Regular expression searched in module names.
+
+    Raises:
+        UnsupportedTraining: No LoRA reads text, or something else that reads or makes text states
+            is trained: full weights, LoHa, LoKr, DoRA, (IA)3, a text encoder.
+    """
+    named = network.named_parameters() if isinstance(network, nn.Module) else network
+    factors, faults = {}, []
+    for name, parameter in named:
+        down = DOWN.search(name)
+        if re.search(TEXT_ENCODER, name):
+            if parameter.requires_grad:
+                faults.append(f"{name} (a text encoder: its states leave the subspace)")
+        elif down and re.search(text_fed, module := name[: down.start()]):
+            if module in factors:
+                faults.append(f"{name} (a second factor that reads what another one reads)")
+            factors[module] = parameter
+        elif parameter.requires_grad and not UP.search(name) and _feeds(name, text_fed):
+            kinds = (why for mark, why in OTHER_KINDS.items() if mark in name)
+            faults.append(f"{name} ({next(kinds, 'full fine-tuning: the weight itself moves')})")
+    if faults:
+        raise UnsupportedTraining(
+            "Projection is exact for plain LoRA on text-fed layers with the text encoder frozen. "
+            f"Also trained: {name_some(faults, 3)}."
+        )
+    if not factors:
+        raise UnsupportedTraining(
+            "No LoRA reads the text encoder's output directly, so there is nothing to project. "
+            "Joint-attention models (SD3, Flux) read it through entry layers; their other layers "
+            "can be kept off subspaces of their own, built from pictures."
+        )
+    return factors
+
+
+def saved_factors(path: Path, text_fed: str = TEXT_FED) -> dict[str, Tensor]:
+    """Return the down factors of text-fed layers in a LoRA file of kohya, PEFT or diffusers.
+
+    Raises:
+        ModelError: The file is no whole LoRA, or none of its modules reads text.
+    """
+    return factors_of(saved_state(path), text_fed, source=str(path))
+
+
+def saved_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file of kohya, PEFT or diffusers.
+
+    Raises:
+        ModelError: The file is no whole LoRA.
+    """
+    from safetensors.torch import load_file
+
+    read_header(path)
+    state = load_file(path)
+    check_pairs(state, path)
+    check_finite(state, str(path))
+    return state
+
+
+def factors_of(
+    state: Mapping[str, Tensor], text_fed: str = TEXT_FED, *, source: str = "The state dict"
+) -> dict[str, Tensor]:
+    """Return the down factors of text-fed layers in a LoRA's state dict.
+
+    Args:
+        state: In the keys of kohya, PEFT or diffusers.
+        text_fed: Regular expression searched in module names.
+        source: What it is, for the message.
+
+    Raises:
+        ModelError: A text encoder is part of it, or none of its modules reads text.
+    """
+    if encoder := [key for key in state if re.search(TEXT_ENCODER, key)]:
+        raise ModelError(f"{source} changes a text encoder too: {name_some(encoder, 3)}.")
+    factors = {}
+    for key, value in state.items():
+        down = next((end for end, _ in FACTORS if key.endswith(end)), None)
+        if down and re.search(text_fed, module := key.removesuffix(down)):
+            factors[module] = value
+    if not factors:
+        raise ModelError(f"{source} holds no LoRA factor that reads text.")
+    return factors
+
+
+def _feeds(name: str, text_fed: str) -> bool:
+    """Return whether a parameter belongs to a text-fed module, at any depth."""
+    parts = name.split(".")
+    return any(re.search(text_fed, ".".join(parts[:end])) for end in range(1, len(parts) + 1))

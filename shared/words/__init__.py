@@ -1,0 +1,1 @@
+"""Which words of a prompt carry its score, and which edits lower it."""

@@ -1,0 +1,60 @@
+"""The residual probe brings a memorized picture back, and not its mirror image."""
+
+import dataclasses
+
+import pytest
+from PIL import Image, ImageOps
+from unmemorize import demo
+from unmemorize.audit.common.measure import silent
+from unmemorize.audit.common.training_images import known_images
+from unmemorize.audit.model import probing
+from unmemorize.audit.model.comparison import Comparer
+from unmemorize.audit.model.config import DEMO, AuditConfig
+from unmemorize.shared.files.prompts import PromptSet
+
+
+@pytest.fixture(scope="module")
+def known():
+    return known_images(DEMO, PromptSet(prompts=(), sources=(), images=(), read=0, empty=0), silent)
+
+
+@pytest.fixture(scope="module")
+def memorized():
+    return next(c.text for c in demo.captions() if c.group == "verbatim")
+
+
+@pytest.mark.slow
+def test_a_memorized_picture_comes_back_without_its_prompt(denoiser, known, memorized, tmp_path):
+    comparer = Comparer(known, tmp_path)
+    config = AuditConfig(generation_steps=20)
+    probed = probing.probe_prompt(denoiser, comparer, config, memorized, (0, 1, 2), "x")
+    assert sum(probed.training.copied) >= 2
+    assert sum(probed.mirror.copied) <= 1
+    assert probed.training.loss_after < 0.8 * probed.training.loss_before
+    for path in (*probed.training.images, *probed.mirror.images):
+        with Image.open(tmp_path / path) as picture:
+            assert picture.size == (128, 128)
+
+
+def quick(monkeypatch):
+    slow = probing.probe
+    monkeypatch.setattr(probing, "probe", lambda *a, **k: slow(*a, **k | {"iterations": 1}))
+
+
+def test_a_symmetric_picture_is_no_control_for_itself(
+    denoiser, known, memorized, tmp_path, monkeypatch
+):
+    quick(monkeypatch)
+    image = demo.training_image(memorized)
+    half = image.crop((0, 0, 64, 128))
+    image.paste(ImageOps.mirror(half), (64, 0))
+    small = [*known.thumbnails, image.resize((32, 32), Image.Resampling.BOX)]
+    image.save(tmp_path / "symmetric.png")
+    symmetric = dataclasses.replace(
+        known, thumbnails=small, captions=[*known.captions, "symmetric"],
+        paths=[*known.paths, tmp_path / "symmetric.png"],
+    )  # fmt: skip
+    comparer, config = Comparer(symmetric, tmp_path), AuditConfig(generation_steps=1)
+    probed = probing.probe_prompt(denoiser, comparer, config, "symmetric", (0,), "x")
+    assert probed.mirror is None
+    assert probing.probe_prompt(denoiser, comparer, config, "unknown", (0,), "x") is None

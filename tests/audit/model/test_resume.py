@@ -1,0 +1,88 @@
+"""An audit that was stopped continues, and nothing is computed twice."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+
+import pytest
+from unmemorize.audit.model.run import run_audit
+from unmemorize.shared.files.storage import StorageError
+
+
+def test_a_finished_job_is_used_again_without_loading_the_model(result, config, work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    again = run_audit(dataclasses.replace(config, output=output))
+    assert work == {"loads": 0, "rows": 0, "images": 0}
+    assert again.entries == result.entries
+    for name in ("results.jsonl", "report.html", "calibration.json"):
+        assert (output / name).read_bytes() == (config.output / name).read_bytes()
+
+
+@pytest.mark.parametrize("phase", ["controls", "detection", "explanations", "images"])
+def test_a_torn_job_computes_only_what_is_missing(phase, result, config, work, tmp_path):
+    """Cut the last line of one journal in half, as a kill does, and everything after it."""
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    phases = ["controls", "detection", "explanations", "images", "similarity"]
+    path = output / "journal" / f"{phase}.jsonl"
+    content = path.read_bytes()
+    lost = content.splitlines(keepends=True)[-1]
+    path.write_bytes(content[: -len(lost) // 2])
+    for later in phases[phases.index(phase) + 1 :]:
+        (output / "journal" / f"{later}.jsonl").unlink()
+    again = run_audit(dataclasses.replace(config, output=output))
+    assert again.entries == result.entries
+    assert (output / "results.jsonl").read_bytes() == (config.output / "results.jsonl").read_bytes()
+    keys = [json.loads(line)["key"] for line in path.read_bytes().splitlines()]
+    assert len(keys) == len(set(keys)) == content.count(b"\n")
+    assert work["loads"] == 1
+    if phase == "images":
+        assert work["images"] == len(json.loads(lost)["value"]["files"])
+
+
+def test_batch_size_is_no_other_job(result, config, work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    other = dataclasses.replace(config.detection, batch_size=1)
+    again = run_audit(dataclasses.replace(config, output=output, detection=other))
+    assert again.entries == result.entries
+    assert work["rows"] == 0
+
+
+def test_overwrite_replaces_another_job_and_continues_the_same(result, config, work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    (output / "mine.txt").write_text("keep me")
+    other = dataclasses.replace(
+        config, output=output, images_per_prompt=0, explain=0, overwrite=True
+    )
+    assert run_audit(other).summary["counts"]["images"] == 0
+    assert (output / "mine.txt").read_text() == "keep me"
+    assert not (output / "images").exists()
+    assert work["rows"] > 0
+    work["rows"] = 0
+    run_audit(other)
+    assert work["rows"] == 0
+
+
+def test_no_space_left_keeps_what_was_computed(config, result, work, tmp_path, monkeypatch):
+    output, replace = tmp_path / "out", os.replace
+
+    def full(part, path):
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match=r"No space left to write .*run the same command again"):
+        run_audit(dataclasses.replace(config, output=output))
+    monkeypatch.setattr(os, "replace", replace)
+    rows, images = work["rows"], work["images"]
+    assert images == 2  # of the first prompt: they could not be written
+    again = run_audit(dataclasses.replace(config, output=output))
+    assert again.entries == result.entries
+    assert work["images"] - images == result.summary["counts"]["images"]
+    assert work["rows"] == rows  # the pipeline's own call is not counted there

@@ -1,0 +1,133 @@
+"""The audit on the demo model: what it writes, and what decides its verdicts."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jsonschema
+import pytest
+import torch
+from tiny_audit import LONG, MARKUP, lines, schema
+from unmemorize.audit.model.run import run_audit
+from unmemorize.shared.score.calibration import CalibrationMismatch
+from unmemorize.shared.score.detection import DetectionConfig
+
+
+def test_the_folder_holds_what_the_result_says(result, config):
+    entries = lines(config.output)
+    assert [e["prompt"] for e in entries] == [e.prompt for e in result.entries]
+    assert [e["score"] for e in entries] == [e.score for e in result.entries]
+    assert all(e["schema_version"] == 1 for e in entries)
+    summary = json.loads((config.output / "summary.json").read_text("utf-8"))
+    assert summary == json.loads(json.dumps(result.summary))
+    counts = summary["counts"]
+    assert counts["prompts"] == len(entries) == 11
+    assert (counts["prompts_read"], counts["empty_dropped"], counts["duplicates_merged"]) == (
+        13,
+        1,
+        1,
+    )
+    assert counts["flagged"] == sum(e["memorized"] for e in entries) == len(result.flagged)
+    assert counts["images"] == len(list(config.output.glob("images/*-seed*.png")))
+    for entry in entries:
+        for image in entry["images"]:
+            assert (config.output / image["path"]).is_file()
+    assert (config.output / "report.html").stat().st_size > 1000
+
+
+def test_verdicts_follow_from_the_calibration(result):
+    threshold = result.calibration.threshold
+    for entry in result.entries:
+        assert entry.memorized == (entry.score > threshold)
+        trace = torch.tensor(entry.trace, dtype=torch.float64)
+        assert entry.score == pytest.approx(trace.mean().item(), rel=1e-12)
+        assert entry.q_value >= entry.p_value
+        assert (entry.explanation is not None) == entry.memorized
+    assert 0 < len(result.flagged) < len(result.entries)
+
+
+def test_merged_prompts_keep_their_sources(result):
+    assert result.entries[0].sources == ("prompts.txt:1", "prompts.txt:6")
+    assert result.entries[0].count == 2
+    assert result.entries[1].count == 1
+
+
+def test_the_cut_of_an_endless_prompt_is_named(result, denoiser, caplog):
+    entry = next(e for e in result.entries if e.prompt == LONG)
+    read = len(LONG.split()) - len(entry.cut.split())
+    assert 10 < read < 76  # 75 tokens, a word has one or more
+    assert any("too long" in warning for warning in result.summary["warnings"])
+    assert result.summary["counts"]["cut"] == 1
+    with caplog.at_level(logging.WARNING):
+        denoiser.encode([LONG])
+    assert "too long for the text encoder" in caplog.text
+
+
+def test_markup_stays_data_in_results_and_text_in_the_report(result, config):
+    assert MARKUP in [e["prompt"] for e in lines(config.output)]
+    page = (config.output / "report.html").read_text("utf-8")
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_calibration_can_be_given_and_must_fit(result, config, work, tmp_path):
+    given = dataclasses.replace(
+        config, calibration=config.output / "calibration.json", output=tmp_path / "a",
+        images_per_prompt=0, explain=0,
+    )  # fmt: skip
+    again = run_audit(given)
+    assert [e.score for e in again.entries] == [e.score for e in result.entries]
+    assert again.calibration == result.calibration
+    assert again.summary["calibration"]["reused"]
+    # Prompts and seeds once, no controls.
+    assert work["rows"] == len(again.entries) * 2 + 2
+
+    other = dataclasses.replace(
+        given, detection=DetectionConfig(seeds=(0, 3)), output=tmp_path / "b"
+    )
+    with pytest.raises(CalibrationMismatch, match=r"seeds: calibrated \[0, 1\], now \[0, 3\]"):
+        run_audit(other)
+    forced = run_audit(dataclasses.replace(other, force=True))
+    assert any("other conditions" in caveat for caveat in forced.summary["caveats"])
+
+
+def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, work, tmp_path):
+    fast = run_audit(
+        dataclasses.replace(
+            config, calibration=config.output / "calibration.json", output=tmp_path / "a",
+            images_per_prompt=0, explain=0, sequential=True,
+        )
+    )  # fmt: skip
+    assert [e.memorized for e in fast.entries] == [e.memorized for e in result.entries]
+    assert work["rows"] <= len(fast.entries) * 2 + 2
+    undrawn = [e for e in fast.entries if e.trace[-1][0] is None]
+    assert work["rows"] == len(fast.entries) * 2 + 2 - len(undrawn)
+
+
+def test_training_images_beside_captions_are_compared(config, captions, work, tmp_path):
+    """The images an audit generated, put into a training folder, are found to be copies."""
+    from PIL import Image
+
+    folder = tmp_path / "training"
+    folder.mkdir()
+    texts = captions["learnt"][:3]
+    for number, text in enumerate(texts):
+        noise = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(number))
+        image = Image.fromarray(noise.to(torch.uint8).numpy()).resize((128, 128))
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    settings = {"flagged_pictured": 3, "sample": 3, "images_per_prompt": 1}
+    first = dataclasses.replace(config, prompts=(folder,), output=tmp_path / "a", **settings)
+    entry = next(e for e in run_audit(first).entries if e.index == 1)
+    shutil.copy(tmp_path / "a" / entry.images[0].path, folder / "1.png")
+    second = run_audit(dataclasses.replace(first, output=tmp_path / "b"))
+    nearest = next(e for e in second.entries if e.index == 1).images[0].nearest
+    assert nearest.similarity == pytest.approx(1, abs=1e-3)
+    assert nearest.is_own
+    assert nearest.caption == texts[1]
+    assert nearest.copied is None  # three training images calibrate nothing
+    assert any("not enough" in caveat for caveat in second.summary["caveats"])
+    assert (tmp_path / "b" / nearest.path).is_file()
+    for entry in lines(tmp_path / "b"):
+        jsonschema.validate(entry, schema("results"))

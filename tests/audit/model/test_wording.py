@@ -1,0 +1,133 @@
+"""What a report and a terminal say: numbers, and sentences that agree with them."""
+
+import dataclasses
+import logging
+
+import pytest
+from fake_result import make_result
+from unmemorize.audit.common import wording
+from unmemorize.audit.model.answers import audit_verdict
+from unmemorize.audit.model.inputs import Inputs
+from unmemorize.audit.model.summary import rate, summarize
+from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
+
+
+def test_headline_follows_the_counts_and_chance():
+    def headline(hits: int, chance: float = 1e-9) -> str:
+        return wording.headline({"hits": hits, "n": 40}, chance)
+
+    assert headline(0, 1.0) == "None of 40 prompts scored above the threshold"
+    assert headline(1) == "1 of 40 prompts looks memorized"
+    assert headline(6) == "6 of 40 prompts look memorized"
+    assert headline(1, 0.33).endswith("scored above the threshold, as chance alone might bring")
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.0, "0"), (1.0, "100"), (0.084, "8.4"), (0.5, "50"), (0.01, "1"), (0.996, "99.6"),
+     (0.0001, "0.01"), (0.99995, "over 99.9"), (0.0996, "10")],
+)  # fmt: skip
+def test_percent(rate, text):
+    assert wording.percent(rate).split("\u00a0")[0].removesuffix(".0") == text
+
+
+def test_numbers():
+    shown = [wording.number(v) for v in (3.14159, 12.0, 0.00662, 1234.5678, 2e-7, float("nan"))]
+    assert shown == ["3.14", "12", "0.00662", "1.23e+03", "2.0e-7", "\u2013"]
+    assert wording.chance(1e-12) == "below 0.0001"
+    assert wording.between(0.012, 0.09) == "1.2 to 9\u00a0%"
+
+
+def test_one_prompt_is_said_in_the_singular():
+    assert wording.headline({"hits": 0, "n": 1}, 1.0).startswith("None of 1 prompt scored")
+    assert wording.headline({"hits": 1, "n": 1}, 0.0) == "1 of 1 prompt looks memorized"
+
+
+def told(tmp_path, prompts: int, flagged: int, copies: tuple[int, int]) -> str:
+    """Return what page and terminal say when so many are flagged and so many pictures copies."""
+    names = [f"prompt {i}" for i in range(prompts)]
+    result = make_result(tmp_path, names, hits=flagged, demo=False)
+    similarity = {"method": "pixels", "training_images": 9, "threshold": 0.3,
+                  "copies": rate(*copies)}  # fmt: skip
+    summary = result.summary | {"similarity": similarity, "chance_p_value": 0.0}
+    result = dataclasses.replace(result, summary=summary)
+    return " ".join([*wording.lead(result), audit_verdict(result)])
+
+
+def test_verdicts_agree_with_their_numbers(tmp_path):
+    one = told(tmp_path, 40, 1, (1, 1))
+    for sentence in (
+        "It steers the model",
+        "Of 1 picture made from flagged prompts and compared with the training pictures, 1 came "
+        "out as a copy.",
+        "1 of 40 prompts is above the threshold",
+        "1 of 1 image generated for it is a copy of a training image.",
+    ):
+        assert sentence in one
+    many = told(tmp_path, 40, 2, (0, 3))
+    for sentence in (
+        "They steer the model",
+        "Of 3 pictures made from flagged prompts and compared with the training pictures, 0 came "
+        "out as copies.",
+        "2 of 40 prompts are above the threshold",
+        "0 of 3 images generated for them are copies of a training image.",
+    ):
+        assert sentence in many
+
+
+def test_nothing_found_agrees_with_its_numbers(tmp_path):
+    one, many = told(tmp_path, 1, 0, (0, 1)), told(tmp_path, 2, 0, (0, 1))
+    assert "only this prompt was looked at" in one
+    assert "0 of 1 prompt is above" in one
+    assert "only these prompts were looked at" in many
+    assert "0 of 2 prompts are above" in many
+
+
+@pytest.mark.parametrize(
+    ("n", "sentences"),
+    [
+        (0, []),
+        (1, ["1 empty prompt was left out.",
+             "1 repeated prompt was merged with its first.",
+             "1 control prompt is audited as well: the threshold may be too high.",
+             "Prompt 0 is too long for the text encoder: its last word is not read, from "
+             "'end' on."]),
+        (2, ["2 empty prompts were left out.",
+             "2 repeated prompts were merged with their first.",
+             "2 control prompts are audited as well: the threshold may be too high.",
+             "Prompt 0 is too long for the text encoder: its last 2 words are not read, from "
+             "'end end' on."]),
+    ],
+)  # fmt: skip
+def test_warnings_agree_with_their_numbers(n, sentences, tmp_path):
+    result = make_result(tmp_path, hits=0)
+    first = dataclasses.replace(result.entries[0], cut=" ".join(["end"] * n))
+    entries = (first, *result.entries[1:])
+    texts = tuple(entry.prompt for entry in entries)
+    inputs = Inputs(
+        prompts=PromptSet(prompts=texts, sources=(("a.txt:1",),) * len(texts),
+                          images=((),) * len(texts), read=len(texts) + 2 * n, empty=n),
+        groups=(None,) * len(texts), controls_name="mine", controls=("another", *texts[:n]),
+    )  # fmt: skip
+    summary = summarize(
+        result.config, inputs, result.model, result.calibration, entries, caveats=[],
+        similarity=None, timings={},
+    )  # fmt: skip
+    assert summary["warnings"] == sentences
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentences"),
+    [
+        (["a", "b"], []),
+        ([""], ["1 of 1 prompt is empty and left out."]),
+        (["a", ""], ["1 of 2 prompts is empty and left out."]),
+        (["a", "", ""], ["2 of 3 prompts are empty and left out."]),
+        (["a", "a"], ["1 prompt repeats an earlier one and is merged with it."]),
+        (["a", "a", "a"], ["2 prompts repeat an earlier one and are merged with it."]),
+    ],
+)
+def test_what_is_dropped_is_counted_in_words_that_fit(texts, sentences, caplog):
+    with caplog.at_level(logging.WARNING):
+        clean(Prompt(text=text, source="a.txt:1") for text in texts)
+    assert caplog.messages == sentences

@@ -1,0 +1,131 @@
+"""The command line of an audit: each option is a setting, and the report names what moved a result.
+
+Everything is read off the command itself, so that an option or setting added later is asked for.
+"""
+
+import dataclasses
+import inspect
+import shlex
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import pytest
+import typer
+from fake_result import make_result
+from typer.models import ArgumentInfo
+from typer.testing import CliRunner
+from unmemorize import cli
+from unmemorize.audit.common import wording
+from unmemorize.audit.model import run
+from unmemorize.audit.model.config import AuditConfig
+from unmemorize.cli import audit as cli_audit
+from unmemorize.cli import audit_lora as cli_lora
+
+PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(cli_audit.audit).parameters.items()
+    if name not in {"images", *cli_lora.OF_LORA}  # they ask for the audit of a LoRA instead
+}
+CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "as_json", "debug"}
+"""Need not be given again to get the same page."""
+
+
+def innermost(kind: Any) -> type:
+    """Return the type without `Optional` and `list`."""
+    inner = [part for part in get_args(kind) if part is not NoneType]
+    return innermost(inner[0]) if inner else kind
+
+
+def changed(name: str) -> list[str]:
+    """Return words of the command line that give one parameter another value than its default."""
+    kind, info = get_args(PARAMETERS[name].annotation)
+    kind, default = innermost(kind), PARAMETERS[name].default
+    value = {
+        int: lambda: max(default or 0, info.min or 0) + 1,
+        float: lambda: default * 2,
+        Path: lambda: "my file.txt",
+        str: lambda: "word",
+        bool: lambda: None,
+    }[kind]()  # fmt: skip
+    words = [] if value is None else [str(value)]
+    if isinstance(info, ArgumentInfo):
+        return words
+    # In an annotation, typer.Option takes the first name in the place of the default.
+    given = [n for n in (info.default, *(info.param_decls or ())) if str(n).startswith("--")]
+    return [*(given or [f"--{name.replace('_', '-')}"])[:1], *words]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return make_result(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Function that returns the settings the command makes of its words."""
+
+    def configured(*words: str) -> AuditConfig:
+        made = []
+
+        def keep(config: AuditConfig, bars: Any) -> None:
+            made.append(config)
+            raise typer.Exit
+
+        monkeypatch.setattr(run, "run_audit", keep)
+        done = CliRunner().invoke(cli.app, ["audit", *words])
+        assert done.exit_code == 0, done.output
+        return made[0]
+
+    return configured
+
+
+def named(result, config: AuditConfig) -> list[str]:
+    """Return the words after `unmemorize audit` in the report."""
+    lora = config.lora.name if config.lora else None
+    model = dataclasses.replace(result.model, name=Path(config.model).name, lora=lora)
+    words = shlex.split(wording.reproduce(dataclasses.replace(result, config=config, model=model)))
+    assert words[:2] == ["unmemorize", "audit"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_report_names_every_option_that_can_move_a_result(name, configured, result):
+    words = changed(name)
+    assert named(result, configured(*words)) == ([] if name in CHANGE_NO_RESULT else words)
+
+
+def test_what_changes_no_result_are_options():
+    assert set(PARAMETERS) >= CHANGE_NO_RESULT
+
+
+def test_the_command_of_the_report_makes_the_same_settings(configured, result):
+    everything = [w for n in PARAMETERS if n not in CHANGE_NO_RESULT for w in changed(n)]
+    config = configured(*everything)
+    assert configured(*named(result, config)) == config != configured()
+
+
+def test_every_setting_has_an_option(configured):
+    default, reached = configured(), set()
+    for name in PARAMETERS:
+        config = configured(*changed(name))
+        reached |= {
+            field.name
+            for field in dataclasses.fields(config)
+            if getattr(config, field.name) != getattr(default, field.name)
+        }
+    assert reached == {field.name for field in dataclasses.fields(AuditConfig)}
+
+
+def test_command_names_files_without_their_folders(result, tmp_path):
+    path = tmp_path / "my captions.txt"
+    config = dataclasses.replace(
+        result.config, model="m", prompts=(path,), controls=str(path), calibration=path,
+        model_config=path, revision="refs/pr/1", false_positive_rate=0.05,
+    )  # fmt: skip
+    command = wording.reproduce(dataclasses.replace(result, config=config))
+    assert str(tmp_path) not in command
+    for option in ("prompts", "controls", "calibration", "model-config"):
+        assert f"--{option} 'my captions.txt'" in command
+    assert "--revision refs/pr/1" in command
+    assert "--false-positive-rate 0.05" in command

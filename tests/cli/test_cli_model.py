@@ -1,0 +1,32 @@
+"""The options that name a model reach it, whichever command they are given to."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+from unmemorize import cli
+from unmemorize.audit.common.subject import Subject
+
+GIVEN = {
+    "model": "some/model", "lora": Path("my lora.safetensors"), "device": "cuda:1",
+    "dtype": "bfloat16", "revision": "refs/pr/1", "resolution": 64, "config": Path("sd 15"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["detect", "explain", "calibrate"])
+def test_options_of_the_model_reach_the_model(command, monkeypatch):
+    made = []
+
+    def keep(self, **options):
+        made.append(options)
+        raise typer.Exit
+
+    monkeypatch.setattr(Subject, "__init__", keep)
+    options = {"model_config" if name == "config" else name: v for name, v in GIVEN.items()}
+    model = options.pop("model")
+    words = [word for name, value in options.items()
+             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    done = CliRunner().invoke(cli.app, [command, model, *words])
+    assert done.exit_code == 0, done.output
+    assert made == [GIVEN]

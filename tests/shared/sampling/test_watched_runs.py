@@ -1,0 +1,113 @@
+"""Runs that a host reports: scores by noise level, verdicts at one seed, the right run found."""
+
+import math
+
+import pytest
+import torch
+from runs_to_watch import SHAPE, add, calibration, run
+from unmemorize.shared.sampling.guard_record import GuardedImage
+from unmemorize.shared.sampling.run_wording import (
+    guard_lines,
+    headline,
+    image_line,
+    metadata,
+    report,
+)
+from unmemorize.shared.sampling.watched_runs import KEPT_RUNS, WatchedRun, WatchRecord, judge
+
+
+def test_scores_are_norms_over_sigma_image_by_image():
+    made = run([3.0, 0.5], levels=4)
+    assert made.sigmas == pytest.approx(torch.linspace(14.6, 0.1, 4).tolist())
+    torch.testing.assert_close(
+        made.traces, torch.tensor([[3.0] * 4, [0.5] * 4], dtype=torch.float64),
+        rtol=1e-6, atol=0,
+    )  # fmt: skip
+
+
+def test_the_last_evaluation_of_a_level_counts_and_levels_come_noisiest_first():
+    made = WatchedRun()
+    for sigma, score in [(14.0, 1.0), (7.0, 2.0), (7.0000001, 3.0), (1.0, 4.0), (0.0, 9.0)]:
+        add(made, sigma, [score])
+    assert made.sigmas == pytest.approx((14.0, 7.0, 1.0))
+    assert made.traces[0].tolist() == pytest.approx([1.0, 3.0, 4.0])
+
+
+def test_a_verdict_is_that_of_the_controls_at_one_seed():
+    made, cal = run([2.9, 3.5]), calibration()
+    verdict = judge(made, cal)
+    first = sorted(scores[0] for scores in cal.control_scores)
+    assert verdict.threshold == first[math.ceil(121 * 0.99) - 1]  # the order statistic at 1 %
+    assert verdict.threshold < cal.threshold  # which is for the mean over all seeds
+    assert [image.memorized for image in verdict.images] == [False, True]
+    at_least = sum(score >= verdict.images[0].score for score in first)
+    assert verdict.images[0].p_value == pytest.approx((1 + at_least) / 121)
+    assert verdict.images[1].p_value == pytest.approx(1 / 121)
+    assert verdict.hits == 1
+    assert verdict.caveats == ()
+
+
+def test_the_calibration_decides_how_many_steps_count():
+    made = WatchedRun()
+    for sigma, score in [(14.0, 1.0), (7.0, 5.0), (1.0, 9.0)]:
+        add(made, sigma, [score])
+    assert judge(made).images[0].score == pytest.approx(1.0)
+    assert judge(made, steps=2).images[0].score == pytest.approx(3.0)
+    verdict = judge(made, calibration(steps=2), steps=1)
+    assert verdict.images[0].score == pytest.approx(3.0)
+    assert verdict.images[0].per_element == pytest.approx(3.0 / math.sqrt(math.prod(SHAPE)))
+
+
+def test_what_does_not_fit_is_told():
+    cal = calibration(steps=3)
+    assert judge(run([1.0]), cal).caveats == ()
+    short = judge(run([1.0], levels=2, from_noise=False), cal)
+    assert [c.split()[0] for c in short.caveats] == ["Sampling", "Calibrated"]
+    assert judge(run([1.0]), cal, model="m").caveats == ()
+    assert "other weights" in judge(run([1.0]), cal, model="n").caveats[0]
+    other = run([1.0])
+    other.latent_shape = (4, 16, 16)
+    assert "4 x 16 x 16" in judge(other, cal).caveats[0]
+    assert "does not fit" in report(judge(other, cal), cal, 0)
+
+
+def test_the_run_of_a_latent_is_found_and_old_runs_are_let_go():
+    record = WatchRecord()
+    assert record.find("a") is None
+    record.start(run([1.0], latent_id="a"))
+    assert record.find("changed since") is record.runs[0]  # there is no other it could be
+    again = run([2.0], latent_id="a")
+    record.start(again)
+    record.start(run([3.0], latent_id="b"))
+    assert record.find("a") is again
+    assert record.find("changed since") is None
+    for number in range(2 * KEPT_RUNS):
+        record.start(run([1.0], latent_id=str(number)))
+    assert len(record.runs) == KEPT_RUNS
+    assert record.find("a") is None
+
+
+def test_wording_follows_the_numbers():
+    cal = calibration()
+    one, none, some = (judge(run(s), cal) for s in ([9.0], [1.0, 1.5], [9.0, 1.0]))
+    assert headline(one) == "Looks memorized"
+    assert headline(none) == "None of 2 images looks memorized"
+    assert headline(some) == "1 of 2 images looks memorized"
+    assert headline(judge(run([9.0]))) == "Scores only: no calibration"
+    assert image_line(some, 0) == "image 1  ·  score 9  ·  p = 0.0083  ·  looks memorized"
+    assert "120 controls (made up)" in report(some, cal, 0)
+    assert "7 additional passes" in report(judge(run([9.0])), None, 7)
+    assert metadata(some)["memorized"] == [True, False]
+
+
+def test_what_a_guard_decided_is_told_image_by_image():
+    shut = GuardedImage(prompt=None, fired=False, threshold=2.0, score_before=1.25)
+    acted = GuardedImage(
+        prompt=None, fired=True, threshold=None, score_before=None, noise_before=9.0,
+        noise_after=1.5, method="initial_noise",
+    )  # fmt: skip
+    assert guard_lines([shut, acted]) == [
+        "image 1  ·  guard did not act  ·  prompt scores 1.25, threshold 2",
+        "image 2  ·  guard acted by initial_noise  ·  initial noise 9 to 1.5",
+    ]
+    assert guard_lines(run([1.0]).guarded) == []

@@ -1,0 +1,249 @@
+"""Subspaces of single layers: what a concept's samples put there is kept out of the LoRA."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from small_text import seeded, subspace_of
+from torch import nn
+from toy import ToyDenoiser
+from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.layers.activations import (
+    fit_layers,
+    listening,
+    other_factors,
+    owners,
+    run_through,
+)
+from unmemorize.shared.training.layers.sketch import Sketch
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
+from unmemorize.shared.training.projection.factors import text_factors
+from unmemorize.shared.training.projection.projection import (
+    Projection,
+    ProjectionFailed,
+    check_file,
+    residuals,
+)
+
+WIDTH, MARK, WANTED = 24, 3, 8
+"""Inputs hold wanted directions 0..7; the concept adds one along axis `MARK` of those after."""
+
+
+class Network(nn.Module):
+    """A linear layer, a convolution behind it, and a text-fed layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(WIDTH, 12)
+        self.conv = nn.Conv2d(12, 6, 3, padding=1)
+        self.attn2 = nn.ModuleDict({"to_k": nn.Linear(16, 6)})
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        places = self.to_q(x).mT.unflatten(-1, (4, 4))
+        return self.conv(places).mean((2, 3)) + self.attn2["to_k"](text)
+
+
+def lora_network(**settings) -> nn.Module:
+    torch.manual_seed(0)
+    targets = ["to_q", "conv", "to_k"]
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=True, **settings)
+    return get_peft_model(Network(), config).eval()
+
+
+def inputs(concept: bool, seed: int, count: int = 32) -> torch.Tensor:
+    x = torch.zeros(count, 16, WIDTH)
+    x[..., :WANTED] = seeded(count, 16, WANTED, seed=seed).float()
+    x[..., 0] += 5  # what every sample holds, the concept's too
+    if concept:
+        x[..., WANTED + MARK] += 1 + seeded(count, 16, seed=seed + 1).float()
+    return x
+
+
+def hear(network: nn.Module, layers: Mapping[str, nn.Module], concept: bool) -> dict[str, Sketch]:
+    with listening(layers) as heard, torch.no_grad():
+        for seed in range(4):
+            network(inputs(concept, seed), torch.zeros(32, 16))
+    return heard
+
+
+def fitted(network: nn.Module) -> tuple[dict[str, nn.Parameter], LayerSubspaces]:
+    factors = other_factors(network)
+    layers = owners(network, factors)
+    return factors, fit_layers(hear(network, layers, True), hear(network, layers, False))
+
+
+def test_the_concepts_direction_is_found_and_what_is_wanted_is_left():
+    _, layers = fitted(lora_network())
+    basis = next(basis for name, basis in layers.bases.items() if "to_q" in name)
+    inside = basis.square().sum(1)
+    assert inside[WANTED + MARK] > 0.99
+    assert inside[:WANTED].max() < 0.01
+    named = next(shares for name, shares in layers.provenance["inside"].items() if "to_q" in name)
+    assert named["retained"] < 0.05 < named["concept"]
+
+
+def test_with_one_set_against_itself_nothing_is_forbidden():
+    network = lora_network()
+    layers = owners(network, other_factors(network))
+    heard = hear(network, layers, True)
+    assert all(not basis.shape[1] for basis in fit_layers(heard, heard).bases.values())
+
+
+def test_a_layer_is_heard_where_its_factor_reads():
+    network = lora_network()
+    factors = other_factors(network)
+    x = inputs(True, 0, count=2)
+    with listening(owners(network, factors), size=64) as heard, torch.no_grad():
+        network(x, torch.zeros(2, 16))
+        convolved = network.base_model.model.to_q(x)
+    linear, conv = (next(s for n, s in heard.items() if part in n) for part in ("to_q", "conv"))
+    rows = x.flatten(0, 1).double()
+    torch.testing.assert_close(linear.rows.T @ linear.rows, 2 * rows.T @ rows)
+    rows = convolved.flatten(0, 1).double()
+    torch.testing.assert_close(conv.rows.T @ conv.rows, rows.T @ rows)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_pairs_are_heard_as_differences():
+    network = lora_network()
+    factors = text_factors(network, text_fed="to_q")
+    ours, twins = inputs(True, 0, count=2), inputs(False, 0, count=2)
+    with listening(owners(network, factors), paired=True) as heard, torch.no_grad():
+        network(torch.cat([ours, twins]), torch.zeros(4, 16))
+    (sketch,) = heard.values()
+    rows = (ours - twins).flatten(0, 1).double()
+    torch.testing.assert_close(sketch.rows.T @ sketch.rows, rows.T @ rows)
+    assert not sketch.rows[:, :WANTED].any()
+
+
+def train(network: nn.Module, steps: int = 40) -> None:
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.02)
+    for step in range(steps):
+        x, text = inputs(True, 100 + step, count=8), seeded(8, 16, seed=step).float()
+        target = x[..., WANTED + MARK].mean(1, keepdim=True) * torch.ones(6)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(network(x, text), target).backward()
+        optimizer.step()
+        yield optimizer
+
+
+def test_each_layer_stays_outside_its_own_subspace_and_text_outside_its_widths(tmp_path):
+    network = lora_network()
+    own, layers = fitted(network)
+    factors = own | text_factors(network)
+    text = subspace_of(16, 3)
+    projection = Projection(factors, [text], layers=layers)
+    assert len(factors) == 3
+    projection.project_weights()
+    for _ in train(network):
+        projection.after_step()
+        assert max(projection.residuals().values()) < 1e-6
+    assert projection.check() < 1e-6
+    for name, basis in layers.of(factors).items():
+        rows = factors[name].detach().double().movedim(1, -1)
+        assert (rows @ basis).norm() < 1e-6 * rows.norm()
+        assert basis.shape[1]
+    state = {name.replace("base_model.model.", "unet."): value.contiguous()
+             for name, value in get_peft_model_state_dict(network).items()}  # fmt: skip
+    save_file(state, tmp_path / "lora.safetensors")
+    assert check_file(tmp_path / "lora.safetensors", [text], layers) < 1e-6
+    free = lora_network()
+    list(train(free))
+    state = {name.replace("base_model.model.", "unet."): value.contiguous()
+             for name, value in get_peft_model_state_dict(free).items()}  # fmt: skip
+    save_file(state, tmp_path / "free.safetensors")
+    with pytest.raises(ProjectionFailed, match="3 of 3"):
+        check_file(tmp_path / "free.safetensors", [text], layers)
+
+
+def test_the_lora_does_not_learn_what_its_layers_must_not_read():
+    """The mark is a bias of every output: reading it lowers the loss, unless it cannot be read."""
+    found = {}
+    for guarded in (False, True):
+        network = lora_network()
+        own, layers = fitted(network)
+        projection = Projection(own if guarded else {}, [], layers=layers if guarded else None)
+        projection.project_weights()
+        for _ in train(network):
+            projection.project_weights()
+        mark = torch.zeros(1, 16, WIDTH)
+        mark[..., WANTED + MARK] = 1
+        linear = network.base_model.model.to_q
+        delta = linear.get_delta_weight("default").detach()
+        found[guarded] = float((mark @ delta.T).norm() / delta.norm())
+    assert found[True] < 0.2 * found[False]
+
+
+def test_bases_of_different_ranks_are_one_stack():
+    factors = {name: seeded(4, WIDTH, seed=place) for place, name in enumerate("abc")}
+    bases = {"a": subspace_of(rank=2).basis, "b": subspace_of(rank=5, seed=3).basis,
+             "c": ConceptSubspace.empty(WIDTH).basis}  # fmt: skip
+    before = {name: factor.clone() for name, factor in factors.items()}
+    Projection(factors, [], layers=LayerSubspaces(bases=bases)).project_weights()
+    for name, basis in bases.items():
+        expected = before[name] - before[name] @ basis @ basis.T
+        torch.testing.assert_close(factors[name], expected)
+    assert torch.equal(factors["c"], before["c"])
+
+
+def test_names_are_found_in_every_dialect():
+    basis = subspace_of().basis
+    layers = LayerSubspaces(bases={"unet.mid_block.attn1.to_q": basis})
+    for name in ("lora_unet_mid_block_attn1_to_q", "base_model.model.mid_block.attn1.to_q",
+                 "mid_block.attn1.processor.to_q"):  # fmt: skip
+        assert layers.of([name, "other"]) == {name: basis}
+        assert residuals({name: basis.T.clone()}, [], layers)[name] == pytest.approx(1)
+    with pytest.raises(ValueError, match="1 layer is not there: unet"):
+        layers.of(["mid_block.attn1.to_k"])
+
+
+def test_a_file_gives_back_the_layers(tmp_path):
+    _, layers = fitted(lora_network())
+    path = tmp_path / "layers.safetensors"
+    layers.save(path)
+    loaded = LayerSubspaces.load(path)
+    assert loaded.provenance == layers.provenance
+    assert loaded.bases.keys() == layers.bases.keys()
+    assert all(torch.equal(loaded.bases[name], layers.bases[name]) for name in layers.bases)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        LayerSubspaces.load(path)
+    subspace_of().save(path)
+    with pytest.raises(ModelError, match="no subspaces of layers"):
+        LayerSubspaces.load(path)
+
+
+def test_what_cannot_be_fitted_is_said():
+    network = lora_network()
+    layers = owners(network, other_factors(network))
+    heard = hear(network, layers, True)
+    with pytest.raises(ValueError, match="nothing was heard"):
+        fit_layers({}, {})
+    with pytest.raises(ValueError, match="1 differ, first"):
+        fit_layers(heard, dict(list(heard.items())[:1]))
+    with pytest.raises(ValueError, match="not the network's"):
+        owners(network, {"x": torch.zeros(2, 2)})
+    narrow = LayerSubspaces(bases={"a": subspace_of(8, 2).basis})
+    with pytest.raises(ValueError, match="its subspace is for 8"):
+        Projection({"a": torch.zeros(2, WIDTH)}, [], layers=narrow)
+    with pytest.raises(ValueError, match="a: `basis` must be orthonormal"):
+        LayerSubspaces(bases={"a": torch.ones(4, 2, dtype=torch.float64)})
+
+
+def test_a_network_is_run_at_levels_spread_over_its_schedule():
+    denoiser = ToyDenoiser()
+    seen = []
+    denoise = denoiser.denoise
+    denoiser.denoise = lambda x, sigma, cond: (
+        seen.append((float(sigma), x)) or denoise(x, sigma, cond)
+    )
+    latents = torch.zeros(4, *denoiser.latent_shape)
+    run_through(denoiser, latents, ["cat", "dog", "cat", "dog"], levels=3)
+    assert len(seen) == 3
+    assert [sigma for sigma, _ in seen] == sorted((s for s, _ in seen), reverse=True)
+    for sigma, x in seen:
+        assert torch.equal(x[:2], x[2:])  # both halves share their noise
+        assert x.std() == pytest.approx(sigma, rel=0.5)

@@ -1,0 +1,196 @@
+"""What a training of ai-toolkit must be, and what its version must offer, to be protected."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ...shared.training.projection.factors import UnsupportedTraining
+from ...shared.training.settings import ProtectionSettings
+from ..hooks import UNSUPPORTED_MODES
+from ..options import NAMES, OptionError, settings_from
+from ..wrapping import HookMissing
+
+HOOKS = {
+    "predict_noise": ("noisy_latents", "timesteps", "conditional_embeds", "batch",
+                      "is_primary_pred"),
+    "calculate_loss": ("noise", "batch", "prior_pred"),
+    "hook_after_model_load": (),
+    "hook_before_train_loop": (),
+    "hook_train_loop": ("batch",),
+    "done_hook": (),
+    "on_error": (),
+}  # fmt: skip
+"""Methods of its trainer that are extended, with the parameters that are read."""
+TEXT_FED = ("sd1", "sd2", "sdxl", "ssd", "vega")
+"""Architectures whose cross-attention reads the text encoder's output directly."""
+OTHER_PARTS = {
+    "embed_config": "`embedding`: new words are trained, which change what the empty prompt and "
+    "the concept are compared with",
+    "adapter_config": "`adapter`: the network reads more than text",
+    "decorator_config": "`decorator`: the network reads more than text",
+}
+"""Sections of the configuration that must not be there, and why."""
+TRAINING = {
+    "train_text_encoder": "a trained text encoder moves its states out of the concept's subspace "
+    "and changes what the empty prompt is",
+    "merge_network_on_save": "what is saved is no LoRA, so it cannot be checked",
+}
+"""Settings of `train` that must be off, and why."""
+REPEATED_TRAINING = {
+    "do_cfg": "its prediction is guided already",
+    "do_random_cfg": "its prediction is guided already",
+    "single_item_batching": "the batch does not tell which of its images is predicted",
+    "short_and_long_captions": "each image stands in the batch twice",
+}
+"""The same where a step's prediction is made once more: with the filter, and with regions."""
+NOISE_TRAINING = {
+    "loss_target": ("noise",),
+    "loss_type": ("mse", "mae", "pseudo_huber"),
+    "target_noise_multiplier": (1.0,),
+    "pred_scaler": (1.0,),
+    "diffusion_feature_extractor_path": (None,),
+    "train_turbo": (False,),
+    "t0_loss_target": (False,),
+    "do_fft_loss": (False,),
+    "do_guidance_loss": (False,),
+    "do_prior_divergence": (False,),
+    "match_noise_norm": (False,),
+    "correct_pred_norm": (False,),
+    "inverted_mask_prior": (False,),
+}
+"""Settings of `train` with which the loss is the distance to the noise, with their values."""
+
+
+def settings_in(section: Any) -> ProtectionSettings:
+    """Return what the section `unmemorize` of a process asks for; nothing where there is none.
+
+    Raises:
+        OptionError: An option cannot be understood, or there is none of that name.
+    """
+    if not isinstance(section or {}, Mapping):
+        raise OptionError(f"`unmemorize:` must hold options, one a line, got {section!r}.")
+    section = section or {}
+    if unknown := sorted(section.keys() - set(NAMES)):
+        raise OptionError(f"`{unknown[0]}` is not an option; there are {', '.join(NAMES)}.")
+    return settings_from(section)
+
+
+def check_hooks(trainer: Any) -> None:
+    """Raise HookMissing unless ai-toolkit's trainer has the methods that are extended."""
+    faults = []
+    for name, parameters in HOOKS.items():
+        method = getattr(trainer, name, None)
+        known = inspect.signature(method).parameters if method else ()
+        if method is None or any(each not in known for each in parameters):
+            faults.append(f"{name}({', '.join(parameters)})")
+    if faults:
+        raise HookMissing(
+            f"ai-toolkit's trainer has no {', '.join(faults)}: this version is not supported. "
+            "Known to work is 0.12.26."
+        )
+
+
+def check_configuration(process: Any, settings: ProtectionSettings) -> None:
+    """Refuse what the configuration alone shows to be unsupported, all of it at once.
+
+    Args:
+        process: The training, that has read its configuration and nothing else.
+        settings: What is asked for.
+
+    Raises:
+        UnsupportedTraining: With what to change.
+    """
+    faults = list(_faults(process))
+    if settings.filter or _with_regions(settings):
+        faults += _repeating_faults(process)
+    if _with_regions(settings):
+        faults += _regions_faults(process)
+    if settings.projection:
+        faults += _projection_faults(process, of_text=settings.projection.of_text)
+    _refuse(faults)
+
+
+def check_model(sd: Any, settings: ProtectionSettings) -> None:
+    """Refuse a model whose prediction or target the methods cannot work with.
+
+    Raises:
+        UnsupportedTraining: With the reason.
+    """
+    faults = []
+    if settings.filter and sd.x0_pred:
+        faults.append("the filter compares noise or velocities, and this model predicts images")
+    if settings.filter and sd.encode_control_in_text_embeddings:
+        faults.append("the filter needs an empty prompt, and this model's text holds pictures")
+    if _with_regions(settings) and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
+        faults.append("`project_regions` needs a model that predicts noise: leave it out")
+    _refuse(faults)
+
+
+def _faults(process: Any) -> Iterator[str]:
+    mode = str(process.accelerator.distributed_type).rpartition(".")[2]
+    if mode in UNSUPPORTED_MODES:
+        yield f"{mode} cuts parameters up: use one process"
+    elif process.accelerator.num_processes > 1:
+        yield "several processes: use one"
+    if process.network_config is None:
+        yield "full fine-tuning: add a `network`, only LoRAs are protected"
+    for name, why in OTHER_PARTS.items():
+        if getattr(process, name) is not None:
+            yield why
+    yield from _set(process.train_config, TRAINING)
+
+
+def _repeating_faults(process: Any) -> Iterator[str]:
+    yield from _set(process.train_config, REPEATED_TRAINING)
+    if process.train_config.loss_type == "mean_flow":
+        yield "`train.loss_type: mean_flow` predicts between two timesteps"
+    if process.model_config.refiner_name_or_path is not None:
+        yield "`model.refiner_name_or_path`: two networks predict, each half of the batch"
+    if any(dataset.unconditional_path for dataset in process.dataset_configs):
+        yield "`unconditional_path`: such pairs of images have a loss of their own"
+
+
+def _regions_faults(process: Any) -> Iterator[str]:
+    arch, train = process.model_config.arch, process.train_config
+    if arch not in TEXT_FED:
+        yield (
+            f"`model.arch: {arch}`: `project_regions` is there for {', '.join(TEXT_FED[:3])}: "
+            "leave it out"
+        )
+    for name, allowed in NOISE_TRAINING.items():
+        if (value := getattr(train, name)) not in allowed:
+            yield (
+                f"`train.{name}: {value}`: `project_regions` changes the noise that is the target, "
+                f"and needs a loss against that alone (`{name}: {allowed[0]}`)"
+            )
+
+
+def _with_regions(settings: ProtectionSettings) -> bool:
+    return settings.projection is not None and settings.projection.regions
+
+
+def _projection_faults(process: Any, *, of_text: bool) -> Iterator[str]:
+    network, arch = process.network_config, process.model_config.arch
+    if network is not None and network.type.lower() != "lora":
+        yield (
+            f"`network.type: {network.type}` is not a plain pair of factors, so none of them can "
+            "be kept off a subspace exactly: use `type: lora`; with `conv` it covers convolutions"
+        )
+    if of_text and arch not in TEXT_FED:
+        yield (
+            f"`model.arch: {arch}` reads text mixed with the picture or through layers of its own, "
+            "so no subspace of text states can be kept out exactly: leave out `project_concepts`; "
+            "`project_layers` and `mem_filter` are supported"
+        )
+
+
+def _set(config: Any, reasons: Mapping[str, str]) -> Iterator[str]:
+    """Yield the settings of `train` that are on, with the reason why they must not be."""
+    for name, why in reasons.items():
+        if getattr(config, name):
+            yield f"`train.{name}`: {why}"
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    if listed := list(faults):
+        raise UnsupportedTraining(f"Not supported: {'; '.join(listed)}.")

@@ -1,0 +1,210 @@
+"""A training script's run: learns from the calls it makes what is trained, and protects that."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ...shared.training.projection.factors import UnsupportedTraining
+from ...shared.training.protection import Protection
+from ...shared.training.settings import ProtectionSettings
+from ..hooks import accelerate_hooks, gather_of, progress_hooks
+from ..options import add_options, settings_from
+from ..wrapping import Function, HookMissing, wrapped
+from .predictions import SparedPredictions
+from .regions import SparedTargets
+from .samples import BatchSamples, captions_of
+from .saving import WEIGHTS, saving_hooks
+from .session import protected, validate
+from .text import complete, load_text_side
+
+NEEDED = ("pretrained_model_name_or_path", "output_dir")
+"""Options of a script that the protection reads; all of the official ones have them."""
+UNSUPPORTED = {
+    "train_text_encoder": "a trained text encoder moves its states out of the concept's subspace "
+    "and changes what the empty prompt is",
+    "train_text_encoder_ti": "new tokens are trained, which the concept's subspace does not know",
+    "do_edm_style_training": "EDM's preconditioning changes what the network predicts",
+    "text_encoder_use_attention_mask": "masked prompts have no empty prompt to compare with",
+}
+"""Options of scripts that must be off, and why."""
+
+
+class Launch:
+    """One run of a script."""
+
+    def __init__(self) -> None:
+        self.arguments: argparse.Namespace | None = None
+        """As the script parsed them, ours among them."""
+        self.settings = ProtectionSettings()
+        self.network: nn.Module | None = None
+        """The first one of diffusers that is given a LoRA."""
+        self.protection: Protection | None = None
+        self._samples = BatchSamples()
+        self._finished = False
+        self._undo = ExitStack()
+
+    @contextmanager
+    def attached(self) -> Iterator["Launch"]:
+        """Hook the libraries that a script calls, for as long as the block lasts.
+
+        Raises:
+            HookMissing: One of the hooks is not there in the installed versions.
+        """
+        from accelerate import Accelerator
+        from accelerate.data_loader import DataLoaderShard
+        from diffusers.loaders.peft import PeftAdapterMixin
+
+        hooks = (
+            wrapped(argparse.ArgumentParser, "parse_args", self._parse_args),
+            wrapped(PeftAdapterMixin, "add_adapter", self._add_adapter),
+            wrapped(Accelerator, "prepare", self._prepare),
+            wrapped(Accelerator, "end_training", self._end_training),
+            wrapped(DataLoaderShard, "__iter__", self._iterate),
+            accelerate_hooks(Accelerator, self._current),
+            saving_hooks(self._current),
+            progress_hooks(self._current),
+        )
+        with self._undo:
+            for hook in hooks:
+                self._undo.enter_context(hook)
+            yield self
+
+    def finish(self) -> None:
+        """Check that what was asked for has happened.
+
+        Raises:
+            ProtectionFailed: Something has not.
+            HookMissing: The script never came to train a LoRA.
+        """
+        if self.settings and self.protection is None:
+            raise HookMissing(
+                "The script never gave a LoRA of diffusers to accelerate: nothing was protected."
+            )
+        if self.protection and not self._finished:
+            self.protection.finish()
+
+    def _current(self) -> Protection | None:
+        return self.protection
+
+    def _parse_args(self, original: Function) -> Function:
+        def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+            if self.arguments is not None:
+                return original(parser, *args, **kwargs)
+            add_options(parser)
+            self.arguments = original(parser, *args, **kwargs)
+            self.settings = settings_from(vars(self.arguments))
+            if self.settings:
+                _validate_arguments(self.arguments, self.settings)
+            return self.arguments
+
+        return parse_args
+
+    def _add_adapter(self, original: Function) -> Function:
+        def add_adapter(network: nn.Module, *args: Any, **kwargs: Any) -> None:
+            original(network, *args, **kwargs)
+            self.network = self.network or network
+
+        return add_adapter
+
+    def _prepare(self, original: Function) -> Function:
+        def prepare(accelerator: Any, *objects: Any, **kwargs: Any) -> Any:
+            if self.settings and any(each is self.network for each in objects):
+                self._protect(accelerator, objects)
+            return original(accelerator, *objects, **kwargs)
+
+        return prepare
+
+    def _protect(self, accelerator: Any, objects: Sequence[Any]) -> None:
+        """Protect the training whose parts a script has just put together."""
+        validate(self.network, self.settings, accelerator)
+        _validate_regions(self.network, self.settings)
+        given = vars(self.arguments)
+        column = given.get("caption_column")
+        loaders = [each for each in objects if isinstance(each, DataLoader)]
+        captions = [text for each in loaders for text in captions_of(each.dataset, column)]
+        protection = Protection(
+            self.settings,
+            output=Path(given["output_dir"]) / WEIGHTS,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            gather=gather_of(accelerator),
+        )
+        text_side = load_text_side(
+            given["pretrained_model_name_or_path"],
+            self.network,
+            revision=given.get("revision"),
+            variant=given.get("variant"),
+            max_sequence_length=given.get("max_sequence_length"),
+        )
+        prior_preservation = bool(given.get("with_prior_preservation"))
+        self._undo.enter_context(
+            protected(
+                protection,
+                self.network,
+                [each for each in objects if isinstance(each, Optimizer)],
+                text_side,
+                captions=captions,
+                samples=self._samples,
+                prediction_type=given.get("prediction_type"),
+                prior_preservation=prior_preservation,
+            )
+        )
+        if protection.spared:
+            targets = SparedTargets(self.network, text_side, protection.spared)
+            complete(text_side, self.network)
+            predictions = SparedPredictions(
+                self.network, targets, self._samples, prior_preservation=prior_preservation
+            )
+            self._undo.enter_context(predictions.attached())
+        for loader in loaders:
+            self._samples.sign(loader, column)
+        self.protection = protection
+
+    def _iterate(self, original: Function) -> Function:
+        def iterate(loader: Any) -> Iterator[Any]:
+            return self._samples.unsigned(original(loader))
+
+        return iterate
+
+    def _end_training(self, original: Function) -> Function:
+        def end_training(accelerator: Any) -> None:
+            if self.protection and not self._finished:
+                # The first process reports what all have written.
+                self.protection.flush()
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    self.protection.finish()
+                self._finished = True
+            original(accelerator)
+
+        return end_training
+
+
+def _validate_arguments(arguments: argparse.Namespace, settings: ProtectionSettings) -> None:
+    """Raise UnsupportedTraining, with all reasons, for what a script is asked to do."""
+    given = vars(arguments)
+    faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
+    faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
+    if faults:
+        raise UnsupportedTraining(
+            f"This training cannot be protected. Leave away what is not supported: "
+            f"{'; '.join(faults)}."
+        )
+
+
+def _validate_regions(network: nn.Module, settings: ProtectionSettings) -> None:
+    """Raise UnsupportedTraining where regions are asked for and cannot be had."""
+    from diffusers import UNet2DConditionModel
+
+    asked = settings.projection is not None and settings.projection.regions
+    if asked and not isinstance(network, UNet2DConditionModel):
+        raise UnsupportedTraining(
+            f"project_regions is there for U-Nets (SD 1, SD 2, SDXL), not {type(network).__name__}:"
+            " its scripts noise latents in a line of their own. Leave it out."
+        )

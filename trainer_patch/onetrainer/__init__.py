@@ -1,0 +1,1 @@
+"""Projection and memorization filter in OneTrainer, which stays unmodified."""
