@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from tqdm.auto import tqdm
 
-from ..shared.drawing.maps import visible
+from ..shared.wording import visible
 
 NOTHING_FOUND, FAILED, FOUND, INTERRUPTED = 0, 1, 3, 130
 PACKAGE = __name__.rpartition(".")[0]

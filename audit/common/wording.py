@@ -5,8 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...shared.drawing import maps as pictures
-from ...shared.wording import counted
+from ...shared.wording import counted, visible
 
 if TYPE_CHECKING:
     from ..model.result import AuditResult
@@ -104,7 +103,7 @@ def _about(count: float) -> str:
 
 def shown(value: Any) -> str:
     """Return any value as text without characters that do not print; not yet escaped."""
-    return pictures.visible(str(value))
+    return visible(str(value))
 
 
 def facts(result: "AuditResult") -> list[tuple[str, str]]:

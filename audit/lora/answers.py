@@ -1,6 +1,6 @@
 """What `unmemorize audit --lora --images` prints: a table and closing sentences."""
 
-from ...shared.drawing.maps import visible
+from ...shared.wording import visible
 from ..model.answers import SHOWN, Table
 from .leave import PAGE
 from .result import LoraAudit

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...shared.drawing.maps import visible
 from ...shared.models.weights import read_header as read_shapes
+from ...shared.wording import visible
 
 LONGEST = 200
 """Characters that are kept of a text."""

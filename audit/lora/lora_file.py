@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ...shared.drawing.maps import visible
+from ...shared.wording import visible
 from .base_model import BaseModel
 from .header import LONGEST, read_header
 from .lora_kinds import kind_of

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...shared.drawing.maps import visible
-from ...shared.wording import counted, name_some
+from ...shared.wording import counted, name_some, visible
 from .base_model import BaseModel, named_architecture
 from .header import Header
 from .lora_kinds import Kind

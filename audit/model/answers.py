@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...shared.drawing.maps import visible
-from ...shared.wording import counted
+from ...shared.wording import counted, visible
 from .result import AuditResult, finite
 
 SHOWN = 20

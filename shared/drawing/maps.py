@@ -5,12 +5,12 @@ Text keeps one colour whatever its background, so that it can always be read (WC
 """
 
 import html
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..wording import visible
 from .plots import THEMES, Theme, score_distribution_figure, score_trace_figure
 from .typeset import draw_words
 
@@ -29,34 +29,12 @@ __all__ = [
     "score_distribution_figure",
     "score_trace_figure",
     "unit_map",
-    "visible",
     "word_levels",
 ]
 
 LEVELS = 20
 """Steps of the word colours; level 0 is the page itself."""
 _HEAT = np.array([[0, 0, 0], [60, 20, 70], [184, 69, 12], [250, 160, 50], [255, 248, 220]], float)
-
-
-def visible(text: str) -> str:
-    """Return `text` with everything that does not print shown as a sign.
-
-    Control characters become their Unicode pictures, direction overrides, unpaired surrogates and
-    noncharacters ``<U+202E>``; letters of any script, joiners of emoji and Persian stay.
-    """
-    # Printable text holds none of them, and is nearly all text.
-    return text if text.isprintable() else "".join(map(_sign, text))
-
-
-def _sign(char: str) -> str:
-    """Return a character, or the sign that stands for it."""
-    code = ord(char)
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2421 if code == 0x7F else 0x2400 + code)
-    spoofs = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029)
-    absent = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
-    hidden = unicodedata.category(char) in ("Cc", "Cs") or spoofs or absent
-    return f"<U+{code:04X}>" if hidden else char
 
 
 def word_levels(significance: Sequence[float]) -> list[int]:

@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from ..wording import counted
-from .maps import visible
+from ..wording import counted, visible
 from .plots import THEMES, Theme
 from .typeset import fitting, write
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from unmemorize.shared.drawing import maps as pictures
-from unmemorize.shared.drawing.maps import LEVELS, THEMES, level_color, visible, word_levels
+from unmemorize.shared.drawing.maps import LEVELS, THEMES, level_color, word_levels
 
 SVG = "{http://www.w3.org/2000/svg}"
 THEME = pytest.mark.parametrize("theme", ["light", "dark"])
@@ -122,21 +122,6 @@ def test_pairs_must_match():
         pictures.prompt_heatmap_html(["a", "b"], [1.0])
     with pytest.raises(ValueError, match="1 words but 2 significances"):
         pictures.prompt_heatmap_png(["a"], [1.0, 2.0])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(codec=None)))
-def test_visible_text_can_be_written_and_read_back(text):
-    shown = visible(text)
-    shown.encode("utf-8")
-    assert not any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in shown)
-    assert visible(shown) == shown
-    plain = "Füchse, лиса, ثعلب, 狐, 🦊, نمی‌خواهم"
-    assert visible(plain) == plain
-
-
-def test_visible_shows_direction_overrides_and_lone_surrogates():
-    assert visible("a\u202eb\ud800c\n") == "a<U+202E>b<U+D800>c␊"
 
 
 @THEME
