@@ -1,19 +1,21 @@
 # Every target makes what it needs in .venv first; a warm environment costs nothing.
 #   make demo                    audit the bundled model, show the report
 #   make test                    run the tests                     (ARGS="-k borders -x")
+#   make test-all                run the slow ones too
 #   make test-comfyui            run the nodes' tests on four versions of ComfyUI
 #   make bench NAME=detection    measure the figures of the README (ARGS=...)
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format
 #   make clean                   remove .venv and what builds leave behind
 # PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file.
-# PINS holds further requirements, VENV another environment for them.
+# PINS holds further requirements, VENV another environment for them, MARK which tests are run.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NAME ?= detection
 JOBS ?= 2
 ARGS ?=
+MARK ?= not slow
 PINS ?=
 REPORT ?= build/report
 
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 AUTOTRAIN := build/autotrain
 RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-transformers4 test-comfyui bench lint clean
+.PHONY: help demo test test-all test-transformers4 test-comfyui bench lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -36,17 +38,21 @@ demo: $(VENV)/.demo
 		$(BIN)/python -m webbrowser "file://$(CURDIR)/$(REPORT)/report.html" || true; fi
 
 test: $(VENV)/.test $(AUTOTRAIN)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) -m "$(MARK)" $(ARGS)
+
+test-all:
+	$(MAKE) test MARK= ARGS="$(ARGS)"
 
 # The text encoder's files have other names there; the scores must be the same.
 test-transformers4:
-	$(MAKE) test VENV=$(VENV)-transformers4 PINS="transformers<5" ARGS="tests/demo/test_model.py \
-		tests/shared/test_diffusers_adapter.py tests/shared/test_models.py tests/shared/test_lora.py"
+	$(MAKE) test VENV=$(VENV)-transformers4 PINS="transformers<5" MARK= ARGS="tests/demo/test_model.py \
+		tests/shared/models/test_adapter.py tests/shared/models/test_load.py \
+		tests/shared/models/test_lora.py"
 
 # In an environment of its own: ComfyUI brings many packages. Skips are shown with their reasons.
 test-comfyui:
 	$(MAKE) $(VENV)-comfyui/.comfyui VENV=$(VENV)-comfyui
-	$(MAKE) test VENV=$(VENV)-comfyui JOBS=$(JOBS) ARGS="-m comfy --dist loadfile -rs tests/nodes $(ARGS)"
+	$(MAKE) test VENV=$(VENV)-comfyui MARK=comfy ARGS="--dist loadfile -rs tests/nodes $(ARGS)"
 
 ifeq ($(NAME) $(filter %-comfyui,$(VENV)),comfyui )
 bench:
@@ -61,12 +67,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(REPORT) $(AUTOTRAIN) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(VENV)-newest $(REPORT) $(AUTOTRAIN) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-		echo "$(PYTHON) is no Python 3.10 to 3.13. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is older than Python 3.10. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 

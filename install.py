@@ -3,18 +3,17 @@
 import importlib.util
 import sys
 
-PYTHONS = ((3, 10), (3, 13))
+OLDEST = (3, 10)
 NEEDED = ("torch", "safetensors", "numpy", "tqdm")
 
 
 def problems() -> list[str]:
     """Return what keeps this Python from running the pack, each with what to type."""
     found = []
-    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        lowest, highest = (".".join(map(str, version)) for version in PYTHONS)
+    if sys.version_info[:2] < OLDEST:
         found.append(
-            f"Python {sys.version.split()[0]} was found, {lowest} to {highest} is needed: "
-            "install one of these and start ComfyUI with it"
+            f"Python {sys.version.split()[0]} was found, {'.'.join(map(str, OLDEST))} or newer is "
+            "needed: install one and start ComfyUI with it"
         )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

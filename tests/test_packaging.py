@@ -20,9 +20,9 @@ else:
 NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache__", "build",
               "dist", "*.egg-info", ".*.part")  # fmt: skip
 DATA = {
-    "audit": ("templates", "*.schema.json"),
+    "audit": ("common/templates", "*/*.schema.json"),
     "demo": ("README.md", "images", "model"),
-    "shared": ("controls", "training/templates.txt"),
+    "shared": ("score/controls", "training/concept/templates.txt"),
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]

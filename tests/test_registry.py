@@ -1,7 +1,6 @@
 """What ComfyUI's registry and ComfyUI-Manager ask of a pack."""
 
 import ast
-import base64
 import re
 import struct
 import sys
@@ -50,16 +49,6 @@ def test_icon_and_banner_have_the_sizes_asked_for(root, project):
     width, height = size_of(banner)
     assert 9 * width == 21 * height
     assert icon.stat().st_size + banner.stat().st_size < 100_000
-
-
-@pytest.mark.parametrize("key", ["Icon", "Banner"])
-def test_the_addresses_hold_the_pictures(root, project, key):
-    kind, _, content = project["tool"]["comfy"][key].partition(",")
-    assert kind == "data:image/svg+xml;base64"
-    assert (
-        base64.b64decode(content, validate=True)
-        == (root / "docs" / f"{key.lower()}.svg").read_bytes()
-    )
 
 
 def test_nothing_is_left_out_that_the_pack_needs(root):
