@@ -2,8 +2,8 @@
 
 from ...shared.wording import visible
 from ..model.answers import SHOWN, Table
-from .leave import PAGE
 from .result import LoraAudit
+from .tell import PAGE
 
 ORDER = ("verbatim", "template", "near", "none")
 

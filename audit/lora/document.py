@@ -1,6 +1,13 @@
-"""audit.json: all that was found, and the sha256 of all that went in."""
+"""audit.json: every result, the sha256 of every input, and the digest that holds it together.
 
-from collections.abc import Iterable
+The digest shows that a report is the one that somebody named by it, and that its parts belong to
+each other. It is no signature: who changes a report can compute a new digest, and only one that was
+published elsewhere tells the two apart. Nor does it say that the audit was run honestly.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,12 +16,14 @@ from ...shared.files.prompts import CAPTION_SUFFIXES, METADATA
 from ..model.result import finite
 from ..model.summary import versions
 from .result import LoraAudit, TrainingImage, TrainingSet
-from .seal import file_sha256
 from .training_set import path_of
 
+DOCUMENT = "audit.json"
 SCHEMA_VERSION = 1
 """Of audit.json; raised when a field changes its meaning or goes away."""
 TITLE = "unmemorize LoRA audit"
+DIGEST = "digest"
+"""The field of audit.json that does not count for its own digest."""
 
 
 def to_document(audit: LoraAudit) -> dict[str, Any]:
@@ -23,47 +32,58 @@ def to_document(audit: LoraAudit) -> dict[str, Any]:
     Raises:
         OSError: A caption file cannot be read.
     """
-    values = asdict(audit)
+    values, training = asdict(audit), audit.training
     del values["folder"]
-    values["training"]["folder"] = audit.training.folder.name
-    held_out = audit.training.held_out_folder
-    values["training"]["held_out_folder"] = held_out and held_out.name
+    held_out = training.held_out_folder
+    values["training"] |= {"folder": training.folder.name,
+                           "held_out_folder": held_out and held_out.name}  # fmt: skip
     values["words"] = [
         {"caption": caption, "words": [{"word": w, "significance": s} for w, s in words]}
         for caption, words in audit.words
     ]
     values["settings"] = dict(audit.settings)
+    apart = [image for image in training.images if image.held_out and held_out]
+    inside = [image for image in training.images if not (image.held_out and held_out)]
     return finite({
         "title": TITLE,
         "schema_version": SCHEMA_VERSION,
         "unmemorize": versions()["unmemorize"],
-        "inputs": _inputs(audit),
+        "inputs": {
+            "lora": {"name": audit.lora.name, "sha256": audit.lora.sha256},
+            "base": {"name": audit.model, "sha256": audit.model_fingerprint},
+            "images": _files(training, training.folder, inside),
+            "held_out": _files(training, held_out, apart) if held_out else {},
+        },
         **values,
     })  # fmt: skip
 
 
-def _inputs(audit: LoraAudit) -> dict[str, Any]:
-    """Return the sha256 of every file that was read, by its name in its folder."""
-    training, other = audit.training, audit.training.held_out_folder
-    inside = [image for image in training.images if not (image.held_out and other)]
-    apart = [image for image in training.images if image.held_out and other]
-    return {
-        "lora": {"name": audit.lora.name, "sha256": audit.lora.sha256},
-        "base": {"name": audit.model, "sha256": audit.model_fingerprint},
-        "images": _files(training, training.folder, inside),
-        "held_out": _files(training, other, apart) if other else {},
-    }
-
-
 def _files(training: TrainingSet, folder: Path, images: Iterable[TrainingImage]) -> dict[str, str]:
-    """Return images with their caption files, sorted by name."""
-    found = {}
-    tables = [path for name in METADATA for path in folder.rglob(name)]
+    """Return the sha256 of images and of their caption files, by name in the folder, sorted."""
+    files = {}
+    texts = [path for name in METADATA for path in folder.rglob(name)]
     for image in images:
+        files[image.name] = image.sha256
         path = path_of(training, image)
-        found[image.name] = image.sha256
-        tables += [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    for path in tables:
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = file_sha256(path)
-    return dict(sorted(found.items()))
+        texts += [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    files |= {p.relative_to(folder).as_posix(): file_sha256(p) for p in texts if p.is_file()}
+    return dict(sorted(files.items()))
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """Return the sha256 of a JSON object without its digest, however it is laid out.
+
+    What is hashed is one line of ASCII: keys sorted, no spaces, floats as Python writes them.
+    """
+    content = {name: value for name, value in document.items() if name != DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

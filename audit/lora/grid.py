@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...shared.drawing.maps import LEVELS
-from .result import Asked, Generation, ImageVerdict, LoraAudit
+from .result import MATRIX, Asked, Generation, ImageVerdict, LoraAudit
 
 ROWS, HELD_OUT_ROWS = 40, 10
 """At most so many images are shown, those that come nearest first."""
@@ -89,11 +89,11 @@ def load_matrix(audit: LoraAudit) -> np.ndarray:
     Raises:
         ValueError: The file does not fit the audit.
     """
-    with np.load(audit.folder / "similarity.npz", allow_pickle=False) as file:
+    with np.load(audit.folder / MATRIX, allow_pickle=False) as file:
         matrix = file["matrix"]
     expected = (len(audit.generations), len(audit.training.images))
     if matrix.shape != expected:
-        raise ValueError(f"similarity.npz has shape {matrix.shape}, expected {expected}.")
+        raise ValueError(f"{MATRIX} has shape {matrix.shape}, expected {expected}.")
     return matrix
 
 

@@ -7,10 +7,9 @@ from typing import Any
 from ...shared.drawing import maps as pictures
 from ..common.pages import TEMPLATES, render_page, safe, svg_uri
 from ..model.summary import versions
-from .curve import epoch_figure
 from .grid import Cell, Grid, Row, gravity, load_matrix, make_grid, twins_of
+from .page_images import LARGE, Thumbnails, epoch_figure
 from .result import Clique, DuplicateGroup, ImageVerdict, LoraAudit
-from .thumbnails import LARGE, Thumbnails
 
 CARDS, SAMPLES = 24, 3
 """Flagged images that are shown side by side, and others for comparison."""

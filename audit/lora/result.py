@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+MATRIX = "similarity.npz"
+"""The file with `matrix`: cosines [generation image]."""
 Verdict = Literal["verbatim", "template", "near", "none"]
 """A training image comes back; only its layout; closer than controls are; nothing of the kind."""
 Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
@@ -267,4 +269,4 @@ class LoraAudit:
     settings: tuple[tuple[str, str], ...] = ()
     """Name and value of all that decides the result: seeds, steps, versions, features."""
     folder: Path = Path()
-    """Output folder; holds the pictures and `similarity.npz` (`matrix` [generation image])."""
+    """Output folder; holds the generated images and `similarity.npz`."""

@@ -31,13 +31,21 @@ from .estimate import estimate
 from .extraction import judge_attack
 from .feature_cache import FeatureCache
 from .header import read_header
-from .leave import MATRIX, leave
 from .lora_file import read_lora_facts
 from .positive_control import positive_control
-from .result import DuplicateGroup, EpochPoint, Generation, LoraAudit, Thresholds, TrainingSet
+from .result import (
+    MATRIX,
+    DuplicateGroup,
+    EpochPoint,
+    Generation,
+    LoraAudit,
+    Thresholds,
+    TrainingSet,
+)
 from .scores import Scoring
 from .settings import identity_of, settings_of
 from .spread import draw_all
+from .tell import tell
 from .thresholds import near_threshold, thresholds
 from .training_set import path_of, read_training_set
 from .verdicts import Evidence, judge_images, summarize
@@ -45,19 +53,19 @@ from .words import explain_captions
 
 NEEDS = {"reports": ("jinja2", "matplotlib", "PIL", "scipy"), "models": ("peft", "accelerate"),
          "sscd": ("faiss",)}  # fmt: skip
-Tell = Callable[[str], object]
+Notify = Callable[[str], object]
 """Takes a sentence for the user."""
 
 
 def run_lora_audit(
-    config: LoraAuditConfig, bars: Bars = silent, tell: Tell = lambda sentence: None
+    config: LoraAuditConfig, bars: Bars = silent, notify: Notify = lambda sentence: None
 ) -> LoraAudit:
     """Audit a LoRA and write page, files and pictures into `config.output`.
 
     Args:
         config: What to audit and where to write.
         bars: Makes the progress bars.
-        tell: Is told, before hours of work, of what looks wrong and how long the work will take.
+        notify: Takes sentences, before hours of work, about what looks wrong and how long it takes.
 
     Raises:
         ImportError: An optional package is missing; says what to type.
@@ -93,9 +101,9 @@ def run_lora_audit(
             raise
     with open_job(config.output, identity, overwrite=config.overwrite) as job:
         work = _LoraAudit(config, training, epochs, subjects, encoder, cache, job,
-                          content_key(identity), bars, tell)  # fmt: skip
+                          content_key(identity), bars, notify)  # fmt: skip
         audit = work.run()
-        leave(audit, include_images=config.include_images)
+        tell(audit, include_images=config.include_images)
     return audit
 
 
@@ -113,11 +121,11 @@ class _LoraAudit:
         job: Job,
         key: str,
         bars: Bars,
-        tell: Tell,
+        notify: Notify,
     ):
         self.config, self.training, self.epochs, self.subjects = config, training, epochs, subjects
         self.encoder, self.cache, self.job, self.key = encoder, cache, job, key
-        self.bars, self.tell = bars, tell
+        self.bars, self.notify = bars, notify
         self.subject = subjects.under(config.lora)
         self.drawn = FeatureCache(encoder, job.folder / "journal" / "features")
         self.trained = [i for i, image in enumerate(training.images) if not image.held_out]
@@ -128,7 +136,7 @@ class _LoraAudit:
         config, training, subject = self.config, self.training, self.subject
         lora = read_lora_facts(config.lora, training, subject.location)
         for warning in (*lora.warnings, *training.warnings):
-            self.tell(warning)
+            self.notify(warning)
         instrument = positive_control(self.encoder, self.cache.name, subject.device, self.bars)
         facts = subject.facts(self.job.journal("model"), config.detection)
         scoring = Scoring(facts, config, self.job, self.key, self.bars)
@@ -173,7 +181,7 @@ class _LoraAudit:
     def _draw(self) -> torch.Tensor:
         """Draw all images and return their embeddings."""
         planned = batches(self.config.lora, self.shots, self.config.batch_size)
-        self.tell(estimate(planned, self.subject, self.job.folder, self.config))
+        self.notify(estimate(planned, self.subject, self.job.folder, self.config))
         draw_all(planned, self.subjects, self.config, self.job, self.bars)
         return self._embed(self.shots)
 
@@ -203,7 +211,7 @@ class _LoraAudit:
         found = find_duplicates(references.rows[self.trained], [i.sha256 for i in images], limit)
         if found:
             again = sum(len(group.images) for group in found)
-            self.tell(f"{again} training images are near-duplicates of each other.")
+            self.notify(f"{again} training images are near-duplicates of each other.")
         return found
 
     def _different(self, duplicates: Sequence[DuplicateGroup]) -> list[int]:

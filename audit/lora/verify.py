@@ -1,9 +1,10 @@
-"""Whether a report of a LoRA's audit belongs to given files and is as it was written.
+"""Verify: whether the report of a LoRA's audit belongs to given files and was not edited.
 
 A report may come from anybody: nothing in it is believed, run or opened outside of the given
-folders. What fitting parts prove, and what they do not, stands in `seal`.
+folders. What fitting parts prove, and what they do not, stands in `document`.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -11,9 +12,7 @@ from typing import Any
 
 from ...shared.files.prompts import IMAGE_SUFFIXES
 from ...shared.wording import counted, name_some
-from .document import SCHEMA_VERSION, TITLE
-from .leave import DOCUMENT
-from .seal import DIGEST, digest_of, file_sha256, parse
+from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of, file_sha256
 
 LARGEST = 1 << 30
 """Bytes of an audit.json that is read."""
@@ -88,6 +87,32 @@ def _read(path: Path) -> str:
         raise ReportError(f"{path} has more than {LARGEST >> 20} MB: no audit writes so much.")
     # What is not UTF-8 was not written by an audit: replaced, it cannot fit its digest.
     return path.read_bytes().decode("utf-8", "replace")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return the JSON object of a report that may come from anywhere.
+
+    Raises:
+        ValueError: It is no JSON object, repeats a key (readers disagree which one counts), holds
+            a number that JSON does not know, or nests too deeply.
+    """
+
+    def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return values
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        document = json.loads(text, object_pairs_hook=unrepeated, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"it holds {type(document).__name__}, expected an object")
+    return document
 
 
 def _refuse_strange(document: Mapping[str, Any], path: Path) -> None:

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 from some_audit import make_epochs, rate
-from unmemorize.audit.lora.curve import epoch_figure
+from unmemorize.audit.lora.page_images import epoch_figure
 
 POINTS = make_epochs(8, 4, "")  # 0, 0, 2 and 4 of 8
 

@@ -12,7 +12,7 @@ from PIL import Image
 from some_audit import HOSTILE, HOSTILE_NAME, make_audit
 from unmemorize.audit.common.training_images import read_image
 from unmemorize.audit.lora.page import render_lora_page
-from unmemorize.audit.lora.thumbnails import BLURRED, LARGE, Thumbnails
+from unmemorize.audit.lora.page_images import BLURRED, LARGE, Thumbnails
 
 
 @pytest.fixture(scope="module")

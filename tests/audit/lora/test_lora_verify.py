@@ -10,9 +10,9 @@ import pytest
 from some_audit import make_audit
 from typer.testing import CliRunner
 from unmemorize.audit.common.subject import Subject
-from unmemorize.audit.lora.leave import leave
-from unmemorize.audit.lora.seal import digest_of, file_sha256, parse
-from unmemorize.audit.lora.verify import ReportError, verify_report
+from unmemorize.audit.lora.document import digest_of, file_sha256
+from unmemorize.audit.lora.tell import tell
+from unmemorize.audit.lora.verify import ReportError, parse, verify_report
 from unmemorize.cli import app
 
 
@@ -23,7 +23,7 @@ def original(tmp_path_factory):
     lora = folder / "mine.safetensors"
     lora.write_bytes(b"not really weights")
     audit = make_audit(folder, images=3, reproduced=1, held_out=1, epochs=False)
-    leave(replace(audit, lora=replace(audit.lora, sha256=file_sha256(lora))))
+    tell(replace(audit, lora=replace(audit.lora, sha256=file_sha256(lora))))
     return folder
 
 

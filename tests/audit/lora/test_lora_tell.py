@@ -1,4 +1,4 @@
-"""What an audit of a LoRA leaves: audit.json against its schema, the card, the badge."""
+"""What an audit of a LoRA writes: audit.json against its schema, the card, the badge."""
 
 import dataclasses
 import json
@@ -14,11 +14,8 @@ from markdown_it import MarkdownIt
 from some_audit import HOSTILE, HOSTILE_NAME, make_audit
 from unmemorize import audit as room
 from unmemorize.audit.lora import result as values
-from unmemorize.audit.lora.badge import render_badge
-from unmemorize.audit.lora.card import METRIC, render_card
-from unmemorize.audit.lora.document import to_document
-from unmemorize.audit.lora.leave import leave
-from unmemorize.audit.lora.seal import file_sha256
+from unmemorize.audit.lora.document import file_sha256, to_document
+from unmemorize.audit.lora.tell import METRIC, render_badge, render_card, tell
 
 SCHEMA = json.loads((Path(room.__file__).parent / "lora" / "audit.schema.json").read_text("utf-8"))
 DIGEST = "0" * 64
@@ -26,7 +23,7 @@ DIGEST = "0" * 64
 
 @pytest.fixture(scope="module")
 def audit(tmp_path_factory):
-    return make_audit(tmp_path_factory.mktemp("leave"), images=4, reproduced=2, held_out=1)
+    return make_audit(tmp_path_factory.mktemp("tell"), images=4, reproduced=2, held_out=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +33,30 @@ def hostile(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def left(audit):
-    return {path.name: path for path in leave(audit)}
+def written(audit):
+    return {path.name: path for path in tell(audit)}
 
 
 @pytest.fixture
-def document(left):
+def document(written):
     """The content of audit.json, free to be spoilt."""
-    return json.loads(left["audit.json"].read_text("utf-8"))
+    return json.loads(written["audit.json"].read_text("utf-8"))
 
 
 def sealed(audit) -> dict:
-    """Return the document with fields that only `leave` can fill."""
+    """Return the document with fields that only `tell` can fill."""
     return json.loads(json.dumps(to_document(audit) | {"files": {}, "digest": DIGEST}))
 
 
-def test_all_that_is_named_is_written(left, audit):
-    assert set(left) == {"report.html", "badge.svg", "audit.json", "model_card.md"}
-    assert all(path.parent == audit.folder and path.stat().st_size for path in left.values())
+def test_all_that_is_named_is_written(written, audit):
+    assert set(written) == {"report.html", "badge.svg", "audit.json", "model_card.md"}
+    assert all(path.parent == audit.folder and path.stat().st_size for path in written.values())
 
 
-def test_writing_again_changes_no_byte(left, audit):
-    before = {name: path.read_bytes() for name, path in left.items()}
-    leave(audit)
-    assert {name: path.read_bytes() for name, path in left.items()} == before
+def test_writing_again_changes_no_byte(written, audit):
+    before = {name: path.read_bytes() for name, path in written.items()}
+    tell(audit)
+    assert {name: path.read_bytes() for name, path in written.items()} == before
 
 
 def test_every_file_is_answered_for(document, audit):
@@ -95,8 +92,8 @@ def test_held_out_images_of_another_folder_stand_apart(audit, tmp_path):
     assert "x.png" not in inputs["images"]
 
 
-def test_no_folder_of_this_machine_is_named(left, audit):
-    for path in left.values():
+def test_no_folder_of_this_machine_is_named(written, audit):
+    for path in written.values():
         assert str(audit.folder.parent) not in path.read_text("utf-8")
 
 
@@ -156,8 +153,8 @@ def test_a_wrong_value_is_refused(path, wrong, document):
         jsonschema.validate(document, SCHEMA)
 
 
-def test_the_card_is_read_by_the_hubs_library(left, audit):
-    card = ModelCard.load(left["model_card.md"])
+def test_the_card_is_read_by_the_hubs_library(written, audit):
+    card = ModelCard.load(written["model_card.md"])
     results = card.data.eval_results
     assert card.data.model_name == "mine"
     assert [r.metric_type for r in results] == [METRIC] * 2
@@ -169,8 +166,8 @@ def test_the_card_is_read_by_the_hubs_library(left, audit):
     assert "Probability of such a gap by chance: 0.00040." in card.text
 
 
-def test_the_card_names_the_digest_of_the_report(left, document):
-    assert document["digest"] in left["model_card.md"].read_text("utf-8")
+def test_the_card_names_the_digest_of_the_report(written, document):
+    assert document["digest"] in written["model_card.md"].read_text("utf-8")
 
 
 def test_a_refused_headline_is_no_measurement(audit):

@@ -1,0 +1,134 @@
+"""The images in the page: small copies, training images only where their owner wants them; curves.
+
+Without the owner's leave, training images are reduced to `BLURRED` pixels before they are enlarged
+again: the detail is not hidden but gone. The same holds for generations that are as near to a
+training image as only copies are, since they show it too.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...shared.drawing.plots import THEMES, Theme, new_figure, to_svg
+from ..common.pages import data_uri
+from ..common.training_images import read_image
+from .result import EpochPoint, LoraAudit, Rate
+from .training_set import path_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGE, SMALL = 320, 144
+"""Longer side in pixels: of images to compare, and of images that only help to find them."""
+BLURRED = 8
+"""Pixels of the longer side that are left of an image that is not to be shown."""
+
+
+class Thumbnails:
+    """Images of an audit as data URIs; None where a file cannot be read."""
+
+    def __init__(self, audit: LoraAudit, *, include_images: bool):
+        self._audit, self._include = audit, include_images
+        self._positions = {g.path: n for n, g in enumerate(audit.generations)}
+
+    def training(self, index: int, side: int = SMALL) -> str | None:
+        """Return a training image by position."""
+        training = self._audit.training
+        path = path_of(training, training.images[index])
+        return _uri(path, side, blurred=not self._include)
+
+    def generation(self, index: int, side: int = SMALL) -> str | None:
+        """Return a generation by position."""
+        path = self._audit.folder / self._audit.generations[index].path
+        return _uri(path, side, blurred=self.blurs(index))
+
+    def blurs(self, index: int) -> bool:
+        """Return whether a generation is shown blurred."""
+        return self._hides(self._audit.generations[index].similarity)
+
+    def member(self, path: str, similarity: float, side: int = SMALL) -> str | None:
+        """Return an image of the output folder that has `similarity` to a training image."""
+        if path in self._positions:
+            return self.generation(self._positions[path], side)
+        return _uri(self._audit.folder / path, side, blurred=self._hides(similarity))
+
+    def _hides(self, similarity: float) -> bool:
+        near = self._audit.thresholds.near
+        return not self._include and (near is None or similarity >= near)
+
+
+def _uri(path: Path, side: int, *, blurred: bool) -> str | None:
+    from PIL.Image import Resampling
+
+    try:
+        image = read_image(path)
+    except ValueError:
+        return None
+    if blurred:
+        image = _blur(image, side)
+    else:
+        image.thumbnail((side, side), Resampling.LANCZOS)
+    stream = BytesIO()
+    image.save(stream, "webp", quality=85)
+    return data_uri("image/webp", stream.getvalue())
+
+
+def _blur(image: "Image", side: int) -> "Image":
+    """Return what is left of an image after `BLURRED` pixels, enlarged softly."""
+    from PIL.Image import Resampling
+
+    longer = max(image.size)
+    few, many = (
+        tuple(max(round(pixels * length / longer), 1) for length in image.size)
+        for pixels in (BLURRED, side)
+    )
+    return image.resize(few, Resampling.BOX).resize(many, Resampling.BICUBIC)
+
+
+def epoch_figure(
+    points: Sequence[EpochPoint],
+    controls: Rate,
+    best: int | None,
+    *,
+    theme: Theme = "light",
+    width: float = 6.4,
+) -> str:
+    """Return an SVG of the reproduced share per epoch, with intervals, and the controls' band.
+
+    Args:
+        points: Rising epochs, at least one.
+        controls: Their share and interval, drawn as a band.
+        best: Position of the epoch to publish; None when there is none.
+        theme: Colours of the page it will stand on; the ground itself is transparent.
+        width: Inches at 100 pixels; letters keep their size.
+    """
+    colors = THEMES[theme]
+    figure, axes = new_figure(theme, width, max(2.6, 0.42 * width))
+    epochs = [point.epoch for point in points]
+    shares = [100 * _share(point.reproduced) for point in points]
+    reach = [
+        [100 * abs(end - _share(p.reproduced)) for p, end in zip(points, ends, strict=True)]
+        for ends in ([p.reproduced.low for p in points], [p.reproduced.high for p in points])
+    ]
+    axes.axhspan(100 * controls.low, 100 * controls.high, color=colors["control"], alpha=0.25,
+                 linewidth=0, gid="controls")  # fmt: skip
+    axes.errorbar(
+        epochs, shares, yerr=reach, color=colors["flagged"], linewidth=2, marker="D",
+        markersize=6, elinewidth=1, capsize=4, gid="reproduced",
+    )  # fmt: skip
+    if best is not None:
+        axes.axvline(epochs[best], color=colors["ink"], linestyle="--", linewidth=1.2, gid="best")
+        right = epochs[best] > (epochs[0] + epochs[-1]) / 2
+        axes.annotate(
+            f"epoch {epochs[best]}", (epochs[best], 100), xytext=(-6 if right else 6, -2),
+            textcoords="offset points", ha="right" if right else "left", va="top",
+            color=colors["ink"],
+        )  # fmt: skip
+    axes.set(xlabel="epoch", ylabel="come back (%)", ylim=(-4, 104))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return to_svg(figure)
+
+
+def _share(rate: Rate) -> float:
+    return rate.count / rate.total if rate.total else 0.0
