@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .dependencies import has
-from .models.weights import available_memory
+from .models.checks import available_memory
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),

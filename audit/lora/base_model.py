@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from ...shared.models.weights import ModelError, read_header
+from ...shared.files.weights import ModelError, read_header
 
 ARCHITECTURES = (
     ("SDXL", r"stable-?diffusion-?xl|sdxl"),

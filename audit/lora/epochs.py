@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...shared.arrays import Float, Tensor
-from ...shared.models.weights import sha256_of
+from ...shared.files.weights import sha256_of
 from .asking import Shot, chosen_images
 from .config import LoraAuditConfig
 from .drawing import Batch, batches

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...shared.models.weights import read_header as read_shapes
+from ...shared.files.weights import read_header as read_shapes
 from ...shared.wording import visible
 
 LONGEST = 200

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...shared.files.weights import ModelError, read_header
 from ...shared.models.lora.dialects import PEFT_PREFIX
 from ...shared.models.lora.files import FACTORS
 from ...shared.models.lora.lycoris import MAGNITUDES
-from ...shared.models.weights import ModelError, read_header
 from ...shared.wording import counted
 
 Dialect = Literal["kohya", "peft", "diffusers", "lycoris"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...shared.models.weights import ModelError, check_keys
+from ...shared.files.weights import ModelError
+from ...shared.models.checks import check_keys
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..arrays import Float
-from ..quiet import no_progress_bar, quiet
 from ..score.denoiser import Conditioning, Token
+from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
-from .families.flow import Flux, family_of
+from .families import family_of
 from .lora.attach import has_lora, lora_disabled
-from .predictions import x0_from_output
+from .quiet import no_progress_bar, quiet
 from .tokens import Reading, read, split_words
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class PipelineDenoiser:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if isinstance(self.family, Flux):
+        if self.family.guidance_embedding is not None:
             cond_scale = self.family.guidance_embedding
         height, width = self.resolution
         with quiet(), no_progress_bar(self.pipeline), _unchecked(self.pipeline):

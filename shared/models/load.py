@@ -1,41 +1,19 @@
-"""Models read strictly: what a library would only warn about is refused and named."""
+"""A model by its folder, file or hub id, so that nothing of it is random, missing or ignored."""
 
-import json
+import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..dependencies import require
-from ..quiet import quiet
-from ..wording import name_some
+from ..files.weights import ModelError, check_finite, refuse_pickle, sha256_of
 from .adapter import PipelineDenoiser
-from .families.flow import FAMILIES
+from .checks import require_weights
+from .folder import COMPONENTS, PURPOSE, load_folder, read_components
 from .lora.attach import load_lora
-from .weights import (
-    ModelError,
-    check_finite,
-    check_keys,
-    check_memory,
-    check_values,
-    fill,
-    plain,
-    refuse_pickle,
-    require_weights,
-    sha256_of,
-    variant_of,
-)
-
-__all__ = ["ModelError", "load_denoiser", "model_fingerprint", "resolve"]
-
-COMPONENTS = (
-    "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
-)  # fmt: skip
-"""Parts with weights that a score or an image depends on."""
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that are not loaded: images are looked at as they come."""
-PURPOSE = "Running a diffusion model"
+from .quiet import quiet
+from .single_file import load_single_file
 
 
 def load_denoiser(
@@ -69,18 +47,17 @@ def load_denoiser(
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
     path = resolve(model, revision)
     if path.is_file():
-        from .single_file import load_single_file
-
         pipeline = load_single_file(path, device=device, dtype=dtype, config=config)
     else:
-        pipeline = _load_folder(path, device=device, dtype=dtype)
+        pipeline = load_folder(path, device=device, dtype=dtype)
     parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
     for name, part in parts.items():
         if part is not None:
             check_finite(part.state_dict(), f"{name} of {path}")
             part.eval().requires_grad_(False)  # gradients are asked for embeddings, never weights
     if lora is not None:
-        load_lora(pipeline, Path(lora))
+        with quiet():
+            load_lora(pipeline, Path(lora))
     return PipelineDenoiser(pipeline.to(device), resolution=resolution)
 
 
@@ -100,8 +77,6 @@ def model_fingerprint(
         parts.append(sha256_of([Path(lora)], Path(lora).parent))
     if len(parts) == 1:
         return parts[0]
-    import hashlib
-
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -140,90 +115,3 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"There is no folder {hub_id} here, and as a hub id it could not be fetched: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return model_index.json, or say what the folder is instead."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        files = sorted(p.name for p in folder.iterdir())
-        checkpoints = [name for name in files if name.endswith(".safetensors")]
-        hint = f" Did you mean {folder / checkpoints[0]}?" if checkpoints else ""
-        raise ModelError(
-            f"{folder} is not a diffusers model: model_index.json is missing; found "
-            f"{name_some(files) or 'nothing'}.{hint}"
-        )
-    try:
-        index = json.loads(path.read_text("utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error!r}.") from error
-    if name not in FAMILIES:
-        raise ModelError(f"{path} describes a {name}; supported are {', '.join(FAMILIES)}.")
-    return index
-
-
-def read_components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return library and class of the parts with weights."""
-    index = read_index(folder)
-    parts = {name: tuple(index[name]) for name in COMPONENTS if index.get(name)}
-    return {name: part for name, part in parts.items() if part[0] is not None}
-
-
-def _load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-    """Return the pipeline of a diffusers folder, every part of it checked."""
-    import diffusers
-
-    index, components = read_index(folder), read_components(folder)
-    files = {name: require_weights(folder / name) for name in components}
-    everything = [file for part in files.values() for file in part]
-    for place in {"cpu", device}:  # weights pass through the CPU
-        check_memory(everything, dtype, place)
-    with quiet():
-        loaded = {
-            name: _load_component(folder / name, *components[name], files[name], dtype)
-            for name in components
-        }
-        absent = {name: None for name in UNUSED if name in index}
-        cls = getattr(diffusers, index["_class_name"])
-        try:
-            return cls.from_pretrained(folder, local_files_only=True, **loaded, **absent)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"{folder} could not be put together: {error}") from error
-
-
-def _load_component(
-    folder: Path, library: str, name: str, files: list[Path], dtype: torch.dtype
-) -> torch.nn.Module:
-    """Load one part and refuse it unless every parameter came from the file, and all of it."""
-    if library not in ("diffusers", "transformers"):
-        raise ModelError(
-            f"{folder} asks for {library}.{name}: only classes of diffusers and transformers are "
-            "loaded, others could run any program."
-        )
-    cls = getattr(require(library, purpose=PURPOSE, extra="models"), name, None)
-    if cls is None:
-        raise ModelError(f"{folder} asks for {library}.{name}, which this {library} does not have.")
-    kwargs = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
-    kwargs |= {"variant": variant_of(files), dtype_argument(library): dtype}
-    try:
-        module, info = cls.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} does not fit its configuration: {error}") from error
-    missing, unused = set(info["missing_keys"]), set(info["unexpected_keys"])
-    if missing and {plain(key) for key in missing} == {plain(key) for key in unused}:
-        missing, unused = set(), fill(module, files)
-    check_keys(
-        folder, missing=missing, unused=unused,
-        wrong=[str(key) for key in info["mismatched_keys"]],
-    )  # fmt: skip
-    check_values(module, files, folder)
-    return module
-
-
-def dtype_argument(library: str) -> str:
-    """Return what the installed library calls its dtype; the other name only warns, or worse."""
-    module = require(library, purpose=PURPOSE, extra="models")
-    version = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:2])
-    renamed = {"diffusers": (0, 42), "transformers": (4, 56)}[library]
-    return "dtype" if version >= renamed else "torch_dtype"

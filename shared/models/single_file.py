@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quiet import quiet
+from ..files.weights import ModelError, read_header
 from ..wording import counted, name_some
-from .families.flow import FAMILIES
-from .weights import ModelError, check_memory, read_header
+from .checks import check_memory
+from .families import FAMILIES
+from .folder import dtype_argument, read_components, read_index
+from .quiet import quiet
 
-PIPELINES = {
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-}
-"""By the start of what diffusers calls the kinds of checkpoints."""
+PIPELINES = {start: name for name, family in FAMILIES.items() for start in family.checkpoints}
+"""By the start of what diffusers calls a checkpoint's architecture."""
 GROUPS = {
     "unet": ("model.diffusion_model.",),
     "transformer": ("model.diffusion_model.",),
@@ -52,8 +49,6 @@ def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Pat
             holds. Nothing is downloaded.
     """
     import diffusers
-
-    from .load import dtype_argument
 
     header = read_header(path)
     _refuse_parts(path, header)
@@ -100,12 +95,10 @@ def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, 
     shapes = {key: torch.empty(shape, device="meta") for key, (_, shape) in header.items()}
     kind = infer_diffusers_model_type(shapes)  # reads names and shapes only
     if config is not None:
-        from .load import read_index
-
         return read_index(Path(config))["_class_name"], Path(config)
     name = next((cls for start, cls in PIPELINES.items() if kind.startswith(start)), None)
-    if name is None or name not in FAMILIES:
-        raise ModelError(f"{path} is of the kind {kind}; supported are {', '.join(PIPELINES)}.")
+    if name is None:
+        raise ModelError(f"{path} is a {kind}; supported are {', '.join(PIPELINES)}.")
     repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     from huggingface_hub import snapshot_download
 
@@ -126,8 +119,6 @@ def _refuse_gaps(path: Path, header: dict, folder: Path) -> None:
     """
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as CONVERTERS
-
-    from .load import read_components
 
     unset: list[str] = []
     for part, (_, name) in read_components(folder).items():

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.families.flow import family_of
-from ..models.families.stable_diffusion import Family, StableDiffusion
+from ..models.families import Family, StableDiffusion, family_of
 
 Function = Callable[..., Any]
 

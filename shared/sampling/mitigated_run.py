@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..mitigation.method import Method, Mitigation, Start, Step
 from ..models.adapter import PipelineDenoiser
-from ..models.predictions import output_from_x0, x0_from_output
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
+from ..score.noise_levels import output_from_x0, x0_from_output
 from .follower import argument_of, patched, prediction_of, unwatched
 from .network_call import NetworkCall, written
 

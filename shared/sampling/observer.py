@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families.stable_diffusion import StableDiffusion
-from ..models.schedules import DiscreteSchedule
+from ..models.families import StableDiffusion
+from ..models.families.schedules import DiscreteSchedule
 from .follower import Follower, Texts, prediction_of, watching
 
 NO_GUIDANCE = (

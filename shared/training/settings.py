@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models.weights import ModelError
+from ..files.weights import ModelError
 from .concept.concept import Concept
 from .concept.fitting import fit_subspace
 from .concept.subspace import ConceptSubspace

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui import newest, pack
 from demo_side import caption, denoiser
-from unmemorize.shared.models.schedules import DiscreteSchedule, FlowSchedule
+from unmemorize.shared.models.families.schedules import DiscreteSchedule, FlowSchedule
 from unmemorize.shared.score.detection import DetectionConfig, detect
 
 pytestmark = pytest.mark.comfy

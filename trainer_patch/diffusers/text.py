@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...shared.models.adapter import PipelineDenoiser
-from ...shared.models.families.flow import family_of
-from ...shared.models.load import dtype_argument
-from ...shared.quiet import quiet
+from ...shared.models.families import family_of
+from ...shared.models.folder import dtype_argument
+from ...shared.models.quiet import quiet
 from ...shared.training.concept.text_states import TextPath, text_path_of
 from ...shared.training.projection.factors import UnsupportedTraining
 

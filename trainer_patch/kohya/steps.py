@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shared.models.families.flow import Flux
+from ...shared.models.families.flux import Flux
 from ...shared.training.layers.regions import still_noise
 from ..wrapping import HookMissing
 from .training import Training

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...shared.models.families.flow import Flux
+from ...shared.models.families.flux import Flux
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside

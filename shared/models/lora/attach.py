@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...dependencies import require
-from ...quiet import quiet
+from ...files.weights import ModelError
 from ...wording import counted, name_some
-from ..weights import ModelError
 from .files import COMPONENTS, LoraFile, Place, read_lora
 from .lycoris import attach_products, detach_products
 
@@ -30,10 +29,9 @@ def load_lora(pipeline: Any, path: Path) -> None:
         ModelError: When the file is not a whole LoRA for this architecture; names the keys.
     """
     require("peft", purpose="Loading a LoRA", extra="models")
-    with quiet():
-        file = read_lora(pipeline, path)
-        _check_fits(pipeline, file, path)
-        _attach(pipeline, file, path)
+    file = read_lora(pipeline, path)
+    _check_fits(pipeline, file, path)
+    _attach(pipeline, file, path)
 
 
 def _modules(pipeline: Any, component: str) -> dict[str, torch.nn.Module]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..weights import ModelError
+from ...files.weights import ModelError
+from ..families import family_of
 
 PEFT_PREFIX = "base_model.model."
 MERGE = "Merge it into its base model with the tool that made it, and give the merged model."
@@ -46,16 +47,12 @@ def convert(
     pipeline: Any, raw: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
     """Return state dict, alphas and metadata in the diffusers dialect, by diffusers' converters."""
-    kwargs: dict[str, Any] = {}
-    if type(pipeline).__name__.startswith("StableDiffusionXL"):
-        kwargs["unet_config"] = pipeline.unet.config
-    flux = type(pipeline).__name__.startswith("Flux")
-    kwargs |= {"return_alphas": True} if flux else {}
+    options = family_of(pipeline).lora_options(pipeline)
     source: Any = raw
     if not any(key.startswith(("unet.", "transformer.", "text_encoder")) for key in raw):
         source = dict(raw)  # converters take keys out of it
     try:
-        out = pipeline.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        out = pipeline.lora_state_dict(source, return_lora_metadata=True, **options)
     except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError) as error:
         raise ModelError(
             f"{path} does not fit a {type(pipeline).__name__}: {str(error)[:300]}. Is it a LoRA "

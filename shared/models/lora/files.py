@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...files.weights import ModelError, check_finite, read_header
 from ...wording import counted, name_some
-from ..weights import ModelError, check_finite, read_header
 from .dialects import MERGE, convert, from_peft
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
 

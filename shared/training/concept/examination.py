@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...models.weights import ModelError
+from ...files.weights import ModelError
 from ..layers.subspaces import LayerSubspaces
 from ..projection.factors import TEXT_FED, factors_of, saved_state
 from ..projection.projection import TOLERANCES, residuals

@@ -10,7 +10,7 @@ import torch
 
 from ...arrays import Float, Tensor
 from ...files.storage import replace_atomically
-from ...models.weights import ModelError, check_finite, read_header
+from ...files.weights import ModelError, check_finite, read_header
 
 KEY = "basis"
 HEADER = "unmemorize.subspace"

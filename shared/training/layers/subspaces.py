@@ -10,7 +10,7 @@ import torch
 
 from ...arrays import Tensor
 from ...files.storage import replace_atomically
-from ...models.weights import ModelError, check_finite, read_header
+from ...files.weights import ModelError, check_finite, read_header
 from ...wording import counted, name_some
 from ..concept.subspace import ConceptSubspace, provenance_in
 from .names import cores

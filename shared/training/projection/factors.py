@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ...files.weights import ModelError, check_finite, read_header
 from ...models.lora.files import FACTORS, check_pairs
-from ...models.weights import ModelError, check_finite, read_header
 from ...wording import name_some
 
 TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"

@@ -12,7 +12,7 @@ from unmemorize import demo
 from unmemorize.audit.lora.header import Folder, parse_header, read_header
 from unmemorize.audit.lora.lora_file import read_lora_facts
 from unmemorize.audit.lora.training_set import read_training_set
-from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.files.weights import ModelError
 
 WIDTH = 768
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

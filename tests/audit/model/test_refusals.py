@@ -9,7 +9,7 @@ from unmemorize.audit.common.job import FolderTaken
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.files.prompts import PromptError
 from unmemorize.shared.files.storage import StorageError
-from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.score.calibration import NotEnoughControls
 from unmemorize.shared.score.detection import DetectionConfig
 

@@ -8,10 +8,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from unmemorize.shared.dependencies import has, require
+from unmemorize.shared.files.weights import ModelError
+from unmemorize.shared.models import checks
 from unmemorize.shared.models import load as models
-from unmemorize.shared.models import weights
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.models.load import ModelError, load_denoiser, model_fingerprint
+from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 TEXT = "text_encoder/model.safetensors"
@@ -90,16 +91,16 @@ def test_a_prefix_alone_is_no_other_network(folder):
         folder / TEXT, lambda s: [s.update({k[len("text_model.") :]: s.pop(k)}) for k in list(s)]
     )
     change(folder / TEXT, lambda s: s.update(spare=torch.ones(1)))
-    assert weights.fill(holder, [folder / TEXT]) == {"spare"}
-    weights.check_values(holder, [folder / TEXT], folder)
+    assert checks.fill(holder, [folder / TEXT]) == {"spare"}
+    checks.check_values(holder, [folder / TEXT], folder)
 
 
 def test_weights_that_a_reader_lost_are_noticed(folder):
     """The check that trusts no report: another library version may fill gaps silently."""
     encoder = tiny.stable_diffusion(seed=1).text_encoder
     with pytest.raises(ModelError, match="weights differ from the file"):
-        weights.check_values(encoder, [folder / TEXT], folder)
-    weights.check_values(tiny.stable_diffusion().text_encoder, [folder / TEXT], folder)
+        checks.check_values(encoder, [folder / TEXT], folder)
+    checks.check_values(tiny.stable_diffusion().text_encoder, [folder / TEXT], folder)
 
 
 @pytest.mark.parametrize(
@@ -220,22 +221,22 @@ def test_folders_that_are_no_models(folder, tmp_path):
 
 
 def test_a_model_that_does_not_fit_says_how_much_it_needs(folder, monkeypatch):
-    needed = weights.bytes_needed([folder / UNET], torch.float32)
+    needed = checks.bytes_needed([folder / UNET], torch.float32)
     parameters = sum(p.numel() for p in tiny.stable_diffusion().unet.parameters())
     assert needed == 4 * parameters
-    assert weights.bytes_needed([folder / UNET], torch.float16) == needed // 2
-    monkeypatch.setattr(weights, "available_memory", lambda device: 1000)
+    assert checks.bytes_needed([folder / UNET], torch.float16) == needed // 2
+    monkeypatch.setattr(checks, "available_memory", lambda device: 1000)
     with pytest.raises(ModelError, match=r"needs about 0\.\d GiB in float32, and 0\.0 GiB are"):
         load_denoiser(folder, device="cpu")
     monkeypatch.undo()
-    assert weights.available_memory("cpu") > 1000
+    assert checks.available_memory("cpu") > 1000
 
 
 def test_variants_and_shards_are_found(folder):
     expected = answer(load_denoiser(folder, device="cpu"))
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", max_shard_size="100KB")
     (folder / UNET).unlink(missing_ok=True)
-    assert len(weights.weight_files(folder / "unet")) > 1
+    assert len(checks.weight_files(folder / "unet")) > 1
     assert torch.equal(answer(load_denoiser(folder, device="cpu")), expected)
     shutil.rmtree(folder / "unet")
     tiny.stable_diffusion().unet.save_pretrained(folder / "unet", variant="fp16")
@@ -332,6 +333,6 @@ def test_missing_packages_say_what_to_type(monkeypatch):
 
 
 def test_the_adapter_imports_nothing_heavy(loaded_after):
-    names = ("models", "observer", "lora", "single_file", "diffusers_adapter")
+    names = ("models.load", "models.lora.attach", "sampling.observer")
     modules = loaded_after("\n".join(f"import unmemorize.shared.{name}" for name in names))
     assert not {"diffusers", "transformers", "peft", "PIL"} & modules

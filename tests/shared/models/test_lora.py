@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.lora.attach import has_lora, load_lora, lora_disabled
-from unmemorize.shared.models.weights import ModelError
 
 RANK, ALPHA = 4, 2.0
 UNET_LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".proj_in")

@@ -9,8 +9,8 @@ import torch
 from needs import need_package
 from safetensors.torch import save_file
 from test_lora import answer
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.lora.attach import has_lora, load_lora, lora_disabled
-from unmemorize.shared.models.weights import ModelError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

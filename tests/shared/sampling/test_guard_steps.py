@@ -21,12 +21,12 @@ from guards import (
 )
 from unmemorize.shared.mitigation.method import Mitigation
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.models.predictions import output_from_x0, x0_from_output
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.sampling.network_call import NetworkCall
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.denoiser import concatenate
 from unmemorize.shared.score.metrics import text_noise_norm
+from unmemorize.shared.score.noise_levels import output_from_x0, x0_from_output
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),

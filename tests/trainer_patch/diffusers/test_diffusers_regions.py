@@ -12,8 +12,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ImageDraw
 from unmemorize import demo
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.models.weights import ModelError
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.layers.fitting import Pictures, fitted_layers
 from unmemorize.shared.training.layers.regions import looking

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_text import AXES, CAPTIONS, COMMON, FIRST, QUIX, WIDTH, ZORBO, seeded, text_path
 from toy import ToyDenoiser
-from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.training.concept.concept import Concept, PromptPair, load_templates
 from unmemorize.shared.training.concept.fitting import ConceptNotSeparable, fit_subspace
 from unmemorize.shared.training.concept.subspace import ConceptSubspace, remove

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from small_text import seeded, subspace_of
 from torch import nn
 from toy import ToyDenoiser
-from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.activations import (
     fit_layers,

@@ -8,8 +8,8 @@ import torch
 from marked import COLOUR, latents_of
 from torch import nn
 from unmemorize import demo
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.models.weights import ModelError
 from unmemorize.shared.training.layers.fitting import Pictures, fitted_layers
 from unmemorize.shared.training.layers.region_fitting import RARE, fit_regions, share_shown
 from unmemorize.shared.training.layers.regions import looking, place_width, spared, still_noise

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_text import seeded, subspace_of
 from torch import nn
-from unmemorize.shared.models.weights import ModelError
+from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.training.projection.factors import (
     UnsupportedTraining,
     factors_of,

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...score.noise_levels import input_scale, nearest_timestep, sigma_of
+
 ABAR_FLOOR = 2.0**-24
 """Stands for abar = 0 (zero terminal SNR), where sigma would be infinite; diffusers' own value."""
 
@@ -45,9 +47,8 @@ class DiscreteSchedule:
         # Latents are not pixels: clipping, on by default where a config does not say, is not meant.
         self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
         abar = self.scheduler.alphas_cumprod.double().clamp(min=ABAR_FLOOR)
-        self.table = ((1 - abar) / abar).sqrt()
-        final = float(self.scheduler.final_alpha_cumprod)
-        self.final = ((1 - final) / final) ** 0.5
+        self.table = sigma_of(abar)
+        self.final = sigma_of(float(self.scheduler.final_alpha_cumprod))
 
     def sigmas(self, steps: int) -> Tensor:
         """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
@@ -60,7 +61,7 @@ class DiscreteSchedule:
 
     def timestep(self, sigma: float) -> Tensor:
         """Return the training timestep whose level is nearest in the logarithm."""
-        return (self.table.log() - np.log(max(sigma, 1e-12))).abs().argmin()
+        return torch.tensor(nearest_timestep(self.table, sigma))
 
     def sigma(self, timestep: float) -> float:
         """Return the noise level of a training timestep, as k-diffusion interpolates it."""
@@ -76,7 +77,7 @@ class DiscreteSchedule:
 
     def latent_scale(self, sigma: float) -> float:
         """Return sqrt(1 + sigma^2): the pipeline keeps latents at unit variance."""
-        return (1 + sigma**2) ** 0.5
+        return input_scale(sigma)
 
 
 class FlowSchedule:

@@ -1,0 +1,83 @@
+"""Weight files read as data: never unpickled, whole or refused, nothing random in them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..wording import counted, name_some
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+class ModelError(ValueError):
+    """A model or LoRA that cannot be used as it is; the message says what to do."""
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ModelError for a file that could run code when it is read."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # Old and new torch.save; the length that opens a safetensors file can begin with 80, too.
+    pickled = (start[:1] == b"\x80" and start[8:] != b"{") or start[:4] == b"PK\x03\x04"
+    if path.suffix.lower() in PICKLES or pickled:
+        renamed = " renamed to .safetensors" if path.suffix.lower() == ".safetensors" else ""
+        raise ModelError(
+            f"{path} is a pickle{renamed}: reading it can run any program hidden in it, so it is "
+            "refused. Type: torch.load(path, weights_only=True) where you trust the file, and "
+            "write its state dict with safetensors.torch.save_file."
+        )
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a safetensors file, without loading any.
+
+    Raises:
+        ModelError: When the file is missing, a pickle, cut off, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"There is no such file: {path}")
+    refuse_pickle(path)
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({size:,} bytes): {error}. It is cut off or "
+            "of another kind; download or copy it again and compare its sha256."
+        ) from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ModelError naming the tensors that hold NaN or infinity."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        dtypes = {str(tensors[name].dtype).removeprefix("torch.") for name in bad}
+        raise ModelError(
+            f"{what} has {counted(len(bad), 'weight', 'weights')} with NaN or infinity (in "
+            f"{', '.join(sorted(dtypes))}): {name_some(bad)}. The training has diverged, the file "
+            "is damaged, or the values do not fit this precision; try --dtype float32."
+        )
+
+
+def sha256_of(files: Iterable[Path], root: Path) -> str:
+    """Return one sha256 over the names below `root` and the contents of files."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        part = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                part.update(chunk)
+        total.update(f"{name}\0{part.hexdigest()}\n".encode())
+    return total.hexdigest()
