@@ -22,7 +22,7 @@ OPTION = '    mem_filter="x1.5",\n'
 @pytest.fixture
 def example(root):
     """The runnable block of the documentation."""
-    page = (root / "docs" / "trainers.md").read_text("utf-8")
+    page = (root / "docs" / "trainers" / "own_loop.md").read_text("utf-8")
     (block,) = re.findall(r"<!-- [^>]*test_diffusers_loop.py. -->\n```python\n(.*?)```", page, re.S)
     assert OPTION in block
     return block
@@ -36,7 +36,7 @@ def run_example(example, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         torch.manual_seed(0)
-        exec(compile(example.replace(OPTION, options), "docs/trainers.md", "exec"), {})
+        exec(compile(example.replace(OPTION, options), "docs/trainers/own_loop.md", "exec"), {})
         return tmp_path / name / "lora"
 
     return run
