@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..shared.patching import Function, patched
 from ..shared.training.filter.filter import Gather, alone
 from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.protection import PREFIX, Protection
 from .checkpoints import load_progress, save_progress
-from .wrapping import Function, wrapped
 
 UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
 """Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
@@ -110,7 +110,7 @@ def accelerate_hooks(owner: Any, protection: Callable[[], Protection | None]) ->
     with ExitStack() as undo:
         for name, wrap in (("clip_grad_norm_", clip), ("log", log),
                            ("save_state", save), ("load_state", load)):  # fmt: skip
-            undo.enter_context(wrapped(owner, name, wrap))
+            undo.enter_context(patched(owner, name, wrap))
         yield
 
 
@@ -130,5 +130,5 @@ def progress_hooks(protection: Callable[[], Protection | None]) -> Iterator[None
 
         return set_postfix
 
-    with wrapped(tqdm, "set_postfix", postfix):
+    with patched(tqdm, "set_postfix", postfix):
         yield

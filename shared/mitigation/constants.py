@@ -8,10 +8,13 @@ the first self-attention. Autograd knows which parts these are.
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..patching import Function, patched
 
 
 class Constants:
@@ -78,12 +81,13 @@ class Constants:
         """Let the modules return what they returned before."""
         with ExitStack() as undo:
             for module, output in self._outputs.items():
-                if "forward" in vars(module):  # someone else's, for instance to save memory
-                    undo.callback(vars(module).__setitem__, "forward", vars(module)["forward"])
-                else:
-                    undo.callback(vars(module).pop, "forward")
-                vars(module)["forward"] = lambda *args, output=output, **kwargs: output
+                undo.enter_context(patched(module, "forward", partial(_always, output)))
             yield
+
+
+def _always(output: Any, original: Function) -> Function:
+    """Return a function that returns `output` whatever it is given."""
+    return lambda *args, **kwargs: output
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,18 +1,16 @@
 """Following a diffusers pipeline from outside: what it was asked for, where its loop is."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 from torch import Tensor
 
 from ..models.families import Family, StableDiffusion, family_of
-
-Function = Callable[..., Any]
+from ..patching import Function, patched
 
 _WATCHING: ContextVar[bool] = ContextVar("watching", default=True)
 
@@ -30,20 +28,6 @@ def unwatched() -> Iterator[None]:
         yield
     finally:
         _WATCHING.reset(token)
-
-
-@contextmanager
-def patched(owner: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
-    """Put `wrap` around a method of this one object; its signature can still be asked for."""
-    own, original = name in vars(owner), getattr(owner, name)
-    try:
-        vars(owner)[name] = wraps(original)(wrap(original))
-        yield
-    finally:
-        if own:
-            vars(owner)[name] = original
-        else:
-            vars(owner).pop(name, None)
 
 
 @dataclass(frozen=True, kw_only=True)

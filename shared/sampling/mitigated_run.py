@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..mitigation.method import Method, Mitigation, Start, Step
 from ..models.adapter import PipelineDenoiser
+from ..patching import patched
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
 from ..score.noise_levels import output_from_x0, x0_from_output
-from .follower import argument_of, patched, prediction_of, unwatched
+from .follower import argument_of, prediction_of, unwatched
 from .network_call import NetworkCall, written
 
 

@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ...shared.patching import HookMissing
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.settings import ProtectionSettings
 from ..hooks import UNSUPPORTED_MODES
 from ..options import NAMES, OptionError, settings_from
-from ..wrapping import HookMissing
 
 HOOKS = {
     "predict_noise": ("noisy_latents", "timesteps", "conditional_embeds", "batch",

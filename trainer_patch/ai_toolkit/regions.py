@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.patching import HookMissing
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
-from ..wrapping import HookMissing
 from .samples import samples_of
 
 Run = Callable[..., Tensor]

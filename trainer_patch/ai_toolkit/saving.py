@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.storage import write_text
-from ..wrapping import Function, wrapped
+from ...shared.patching import Function, patched
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def saving_hooks(process: Any) -> Iterator[None]:
 
         return save_weights
 
-    with wrapped(process.network, "save_weights", wrap):
+    with patched(process.network, "save_weights", wrap):
         yield
 
 

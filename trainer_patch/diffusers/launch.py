@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
 from ...shared.training.settings import ProtectionSettings
 from ..hooks import accelerate_hooks, gather_of, progress_hooks
 from ..options import add_options, settings_from
-from ..wrapping import Function, HookMissing, wrapped
 from .predictions import SparedPredictions
 from .regions import SparedTargets
 from .samples import BatchSamples, captions_of
@@ -61,11 +61,11 @@ class Launch:
         from diffusers.loaders.peft import PeftAdapterMixin
 
         hooks = (
-            wrapped(argparse.ArgumentParser, "parse_args", self._parse_args),
-            wrapped(PeftAdapterMixin, "add_adapter", self._add_adapter),
-            wrapped(Accelerator, "prepare", self._prepare),
-            wrapped(Accelerator, "end_training", self._end_training),
-            wrapped(DataLoaderShard, "__iter__", self._iterate),
+            patched(argparse.ArgumentParser, "parse_args", self._parse_args),
+            patched(PeftAdapterMixin, "add_adapter", self._add_adapter),
+            patched(Accelerator, "prepare", self._prepare),
+            patched(Accelerator, "end_training", self._end_training),
+            patched(DataLoaderShard, "__iter__", self._iterate),
             accelerate_hooks(Accelerator, self._current),
             saving_hooks(self._current),
             progress_hooks(self._current),

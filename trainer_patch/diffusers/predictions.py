@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...shared.patching import Function, patched
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining
-from ..wrapping import Function, wrapped
 from .regions import SparedTargets
 
 
@@ -75,7 +75,7 @@ class SparedPredictions:
         from diffusers import DDPMScheduler
 
         with ExitStack() as undo:
-            undo.enter_context(wrapped(DDPMScheduler, "add_noise", self._remember))
+            undo.enter_context(patched(DDPMScheduler, "add_noise", self._remember))
             undo.enter_context(self._targets.attached())
             undo.callback(self._network.register_forward_hook(self._move, with_kwargs=True).remove)
             yield

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.storage import replace_atomically
+from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
-from ..wrapping import Function, wrapped
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """How diffusers names a LoRA unless it is told otherwise."""
@@ -48,5 +48,5 @@ def saving_hooks(protection: Callable[[], Protection | None]) -> Iterator[None]:
 
         return write_lora_layers
 
-    with wrapped(LoraBaseMixin, "write_lora_layers", write):
+    with patched(LoraBaseMixin, "write_lora_layers", write):
         yield

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...shared.patching import HookMissing
 from ..options import add_options, settings_from
-from ..wrapping import HookMissing
 from .saving import BASE_MODULE
 from .training import check_arguments
 

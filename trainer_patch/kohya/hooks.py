@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ...shared.patching import patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from ...shared.training.settings import ProtectionSettings
@@ -142,6 +143,4 @@ def _before(first: Callable[[], None], original: Callable[..., Any]) -> Callable
 
 def _replace(owner: Any, name: str, method: Callable[..., Any], undo: ExitStack) -> None:
     """Put a method over the owner's own until the stack unwinds."""
-    own = vars(owner).get(name)
-    setattr(owner, name, method)
-    undo.callback(*((setattr, owner, name, own) if own else (delattr, owner, name)))
+    undo.enter_context(patched(owner, name, lambda original: method))

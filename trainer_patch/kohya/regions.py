@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.patching import HookMissing
 from ...shared.training.layers.regions import Look
 from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
-from ..wrapping import HookMissing
 from .samples import BatchSamples
 from .steps import Given, Run, check_same, reading, repeat
 from .text import TextSide, without_text

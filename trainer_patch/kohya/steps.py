@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...shared.models.families.flux import Flux
+from ...shared.patching import HookMissing
 from ...shared.training.layers.regions import still_noise
-from ..wrapping import HookMissing
 from .training import Training
 
 Given = dict[str, Any]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ...shared.patching import HookMissing
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.settings import ProtectionSettings
-from ..wrapping import HookMissing
 
 LOCALS = {
     "trainer": "self",

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...shared.patching import Function, HookMissing, patched
 from ..options import add_options
-from ..wrapping import Function, HookMissing, wrapped
 from .config import option_keys
 from .training import Training
 
@@ -81,7 +81,7 @@ def attached(given: dict[str, Any]) -> Iterator[None]:
 
         return create_trainer
 
-    with option_keys(TrainConfig), wrapped(create, "create_trainer", protected):
+    with option_keys(TrainConfig), patched(create, "create_trainer", protected):
         yield
 
 

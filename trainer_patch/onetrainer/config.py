@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...shared.patching import Function, patched
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.settings import ProtectionSettings
 from ..options import NAMES, refuse_unknown
-from ..wrapping import Function, wrapped
 
 TIMESTEPS = 1000
 """Of the models that are covered; the configuration has its range in shares of them."""
@@ -44,8 +44,8 @@ def option_keys(config_class: type) -> Iterator[None]:
         return from_dict
 
     with (
-        wrapped(config_class, "default_values", with_options),
-        wrapped(config_class, "from_dict", checked),
+        patched(config_class, "default_values", with_options),
+        patched(config_class, "from_dict", checked),
     ):
         yield
 

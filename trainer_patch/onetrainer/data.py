@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...shared.models.tokens import read
+from ...shared.patching import HookMissing
 from ...shared.training.concept.text_states import TextStates
 from ...shared.training.filter.sample_log import Sample
-from ..wrapping import HookMissing
 
 TEXT = ("tokens", "text_encoder")
 """How the names of a batch's entries begin that hold text, encoded or to be encoded."""

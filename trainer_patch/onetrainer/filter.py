@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ..wrapping import Function, HookMissing, wrapped
 from .data import BatchSamples, TextSide, looked_at, without_text
 
 WEIGHTS = "loss_weight"
@@ -85,7 +85,7 @@ class StepFilter:
             return draw
 
         try:
-            with wrapped(self._trainer.model_setup, TIMESTEPS, stopping):
+            with patched(self._trainer.model_setup, TIMESTEPS, stopping):
                 run(batch)
         except _Drawn as drawn:
             return drawn.timesteps

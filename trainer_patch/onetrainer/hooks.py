@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.protection import PREFIX, Protection
 from ..hooks import SHOWN
-from ..wrapping import Function, HookMissing, wrapped
 from .filter import TIMESTEPS, WEIGHTS
 from .regions import NOISING, WITHOUT_LORA
 
@@ -66,9 +66,9 @@ def gradient_hooks(trainer: Any, protection: Protection) -> Iterator[None]:
                 undo.callback(hook.remove)
         # Called between the last backward pass of a step and the clipping, also with one GPU.
         for name in ("finish_async", "reduce_grads_mean"):
-            undo.enter_context(wrapped(reductions, name, _then(protection.before_clip)))
+            undo.enter_context(patched(reductions, name, _then(protection.before_clip)))
         # Not the optimizer's own hooks: OneTrainer replaces the `step` of some optimizers.
-        undo.enter_context(wrapped(setup, "after_optimizer_step", _then(protection.after_step)))
+        undo.enter_context(patched(setup, "after_optimizer_step", _then(protection.after_step)))
         yield
 
 
@@ -98,8 +98,8 @@ def report_hooks(trainer: Any, protection: Protection) -> Iterator[None]:
         return set_postfix
 
     with (
-        wrapped(trainer.model_setup, "report_to_tensorboard", report),
-        wrapped(tqdm, "set_postfix", postfix),
+        patched(trainer.model_setup, "report_to_tensorboard", report),
+        patched(tqdm, "set_postfix", postfix),
     ):
         yield
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...shared.models.families.flux import Flux
+from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
-from ..wrapping import Function, HookMissing, wrapped
 from .config import has_unet
 from .data import BatchSamples, TextSide, looked_at, without_text
 from .filter import TIMESTEPS
@@ -97,7 +97,7 @@ class StepRegions:
 
             return add
 
-        with wrapped(self._trainer.model_setup, NOISING, seeing):
+        with patched(self._trainer.model_setup, NOISING, seeing):
             output = run(batch)
         if len(seen) != 1 or seen[0].shape != output["target"].shape:
             raise HookMissing(f"The prediction does not add its noise with `{NOISING}`.")
@@ -144,8 +144,8 @@ class StepRegions:
             with ExitStack() as undo:
                 hook = self._network.register_forward_pre_hook(guided, with_kwargs=True)
                 undo.callback(hook.remove)
-                undo.enter_context(wrapped(setup, TIMESTEPS, draw))
-                undo.enter_context(wrapped(setup, NOISING, still))
+                undo.enter_context(patched(setup, TIMESTEPS, draw))
+                undo.enter_context(patched(setup, NOISING, still))
                 run(some, deterministic=True)  # no caption is dropped
 
         return look

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
 from ..checkpoints import load_progress, save_progress
-from ..wrapping import Function, wrapped
 
 BACKUP = "INTERNAL"
 """Format of backups, which are folders."""
@@ -48,9 +48,9 @@ def saving_hooks(trainer: Any, protection: Protection) -> Iterator[None]:
         return header
 
     with (
-        wrapped(trainer.model_saver, "save", checked),
-        wrapped(LoRASaverMixin, "_write_lora_file", exact),
-        wrapped(LoRASaverMixin, "_create_safetensors_header", told),
+        patched(trainer.model_saver, "save", checked),
+        patched(LoRASaverMixin, "_write_lora_file", exact),
+        patched(LoRASaverMixin, "_create_safetensors_header", told),
     ):
         yield
 

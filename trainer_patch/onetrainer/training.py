@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from ...shared.patching import Function, patched
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from ...shared.training.settings import ProtectionSettings
 from ..options import NAMES, settings_from
-from ..wrapping import Function, wrapped
 from .config import output_of, span_of, validate
 from .data import BatchSamples, TextSide
 from .filter import StepFilter
@@ -86,10 +86,10 @@ def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Pro
         protection.fit(text.states, samples.captions)
         if protection.spared:
             regions = StepRegions(trainer, protection.spared, samples, text)
-            undo.enter_context(wrapped(trainer.model_setup, "predict", regions.wrap))
+            undo.enter_context(patched(trainer.model_setup, "predict", regions.wrap))
         if protection.filter:
             step = StepFilter(trainer, protection, samples, text)
-            undo.enter_context(wrapped(trainer.model_setup, "predict", step.wrap))
+            undo.enter_context(patched(trainer.model_setup, "predict", step.wrap))
     if settings.projection:
         _check_start(trainer.model)
     protection.protect(_named_factors(trainer.model))

@@ -13,6 +13,7 @@ import torch
 from little_ai_toolkit import CAPTIONS, DOWN, UP, WIDTH, LittleTrainer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.filter.sample_log import read_records
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
@@ -22,7 +23,6 @@ from unmemorize.trainer_patch.ai_toolkit.checks import settings_in
 from unmemorize.trainer_patch.ai_toolkit.process import ProtectedProcess
 from unmemorize.trainer_patch.ai_toolkit.samples import captions_of
 from unmemorize.trainer_patch.options import OptionError
-from unmemorize.trainer_patch.wrapping import HookMissing
 
 
 class Trainer(ProtectedProcess, LittleTrainer):

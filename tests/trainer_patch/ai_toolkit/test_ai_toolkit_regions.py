@@ -9,12 +9,12 @@ import torch
 from little_ai_toolkit import CHANNELS, PLACES_LAYER, UP, WIDTH, LittleTrainer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.trainer_patch.ai_toolkit.process import ProtectedProcess
-from unmemorize.trainer_patch.wrapping import HookMissing
 
 EVERYWHERE, NOWHERE = -1.0, 1e9
 """Limits of scores, which are never negative."""

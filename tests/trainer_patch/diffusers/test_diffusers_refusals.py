@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers_runs import SCRIPT, run
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.projection.projection import Projection
 from unmemorize.shared.training.protection import ProtectionFailed
 from unmemorize.trainer_patch.options import OptionError
-from unmemorize.trainer_patch.wrapping import HookMissing, wrapped
 
 
 @pytest.fixture
@@ -67,14 +67,6 @@ def test_script_without_a_lora(tmp_path):
     with pytest.raises(HookMissing, match="never gave a LoRA"):
         run(tmp_path / "out", given, script=script)
     run(tmp_path / "out", given[:2], script=script)  # nothing was asked for: nothing is missing
-
-
-def test_missing_hook():
-    with (
-        pytest.raises(HookMissing, match=r"`Path\.gone`"),
-        wrapped(type("Path", (), {}), "gone", lambda original: original),
-    ):
-        pytest.fail("was entered")
 
 
 def test_hooks_are_taken_off_again(images, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.settings import (
@@ -19,7 +20,6 @@ from unmemorize.trainer_patch.onetrainer.config import option_keys, output_of, s
 from unmemorize.trainer_patch.onetrainer.data import without_text
 from unmemorize.trainer_patch.onetrainer.hooks import check_hooks
 from unmemorize.trainer_patch.options import NAMES, OptionError
-from unmemorize.trainer_patch.wrapping import HookMissing
 
 MODULE = "unmemorize.trainer_patch.onetrainer"
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.filter.sample_log import read_records
 from unmemorize.shared.training.protection import Protection
 from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
 from unmemorize.trainer_patch.onetrainer.data import BatchSamples, TextSide
 from unmemorize.trainer_patch.onetrainer.filter import StepFilter
-from unmemorize.trainer_patch.wrapping import HookMissing
 
 
 class Setup:

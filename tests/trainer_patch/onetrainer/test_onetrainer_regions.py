@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.layers.regions import ConceptRegions, still_noise
 from unmemorize.shared.training.layers.spared import SparedTraining
 from unmemorize.trainer_patch.onetrainer.data import BatchSamples, TextSide
 from unmemorize.trainer_patch.onetrainer.regions import StepRegions
-from unmemorize.trainer_patch.wrapping import HookMissing
 
 CHANNELS, SIDE, SCALE = 4, 4, 0.5
 SIGMAS = torch.linspace(0.01, 20, 1000)
