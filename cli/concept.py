@@ -108,10 +108,10 @@ def build(
     """
     with answering(as_json=as_json, debug=debug):
         from ..shared.training.concept.concept import Concept, load_templates
-        from ..shared.training.concept.examination import concepts_of
         from ..shared.training.concept.fitting import fit_subspace
         from ..shared.training.concept.learnt_word import WORD
         from ..shared.training.concept.subspace import ConceptSubspace
+        from ..shared.training.examination import concepts_of
 
         sentences = tuple(_texts([templates])) if templates else load_templates()
         names = (*(name or ()), *(synonym or ()), *((WORD,) if images else ()))
@@ -190,8 +190,8 @@ def examine_file(
     if not of_layers and not model:
         raise typer.BadParameter(f"{file} is measured in the text of a model: name MODEL.")
     with answering(as_json=as_json, debug=debug):
-        from ..shared.training.concept.examination import examine, shares_read
         from ..shared.training.concept.subspace import ConceptSubspace
+        from ..shared.training.examination import examine, shares_read
 
         if of_layers:
             subspace, found = LayerSubspaces.load(file), None

@@ -5,8 +5,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..shared.training.concept.examination import Examination, LayerShare
     from ..shared.training.concept.subspace import ConceptSubspace
+    from ..shared.training.examination import Examination, LayerShare
     from ..shared.training.layers.subspaces import LayerSubspaces
 
 
@@ -117,7 +117,7 @@ def tables(found: "Examination | None", read: "Mapping[str, LayerShare]") -> lis
 
 
 def _text_tables(found: "Examination") -> list[tuple]:
-    from ..shared.training.concept.acceptance import COLLATERAL, RESIDUAL
+    from ..shared.training.concept.fitting import COLLATERAL, RESIDUAL
 
     rows = [(f"{name} outside", f"{share:.1%}", f"{RESIDUAL:.0%}")
             for name, share in found.residuals.items()]  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..shared.models.adapter import PipelineDenoiser
     from ..shared.training.concept.concept import Concept
-    from ..shared.training.layers.fitting import Pictures
+    from ..shared.training.layers.fitting import CaptionedLatents
 
 AT_ONCE = 8
 """Pictures that the autoencoder reads at once."""
@@ -55,8 +55,7 @@ def layers(
     """
     with answering(as_json=as_json, debug=debug):
         from ..audit.common.subject import Subject
-        from ..shared.training.layers.activations import CAP
-        from ..shared.training.layers.fitting import fitted_layers
+        from ..shared.training.layers.fitting import CAP, fit_layer_subspaces
 
         subject = Subject(model, revision=revision, config=model_config, device=device, dtype=dtype)
         pairs = _captioned(images)
@@ -64,7 +63,7 @@ def layers(
         denoiser = subject.denoiser
         shown = bar("pictures", len(pairs), 0, "picture")
         try:
-            made = fitted_layers(
+            made = fit_layer_subspaces(
                 denoiser, denoiser.family.network,
                 *(_pictures(denoiser, side) for side in sides),
                 names=name, energy=energy, cap=cap or CAP, progress=shown.update,
@@ -118,11 +117,13 @@ def _sides(
     return sides
 
 
-def _pictures(denoiser: "PipelineDenoiser", pairs: Sequence[tuple[str, Path]]) -> "Pictures":
+def _pictures(
+    denoiser: "PipelineDenoiser", pairs: Sequence[tuple[str, Path]]
+) -> "CaptionedLatents":
     """Return pictures as the network is trained on them."""
-    from ..shared.training.layers.fitting import Pictures
+    from ..shared.training.layers.fitting import CaptionedLatents
 
-    return Pictures(
+    return CaptionedLatents(
         latents=_latents_of(denoiser, [path for _, path in pairs]),
         captions=tuple(caption for caption, _ in pairs),
     )

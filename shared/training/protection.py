@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 
 from ..arrays import Float, Tensor
+from .base_targets import BaseTargets, NoTargetSeen
 from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath
 from .filter.filter import Gather, MemorizationFilter, alone
-from .filter.filtered import FilteredTraining, NoSampleSeen
 from .filter.sample_log import Sample
-from .layers.spared import NothingSpared, SparedTraining
-from .projection.projected import ProjectedTraining
+from .filtered import FilteredTraining, NoSampleSeen
+from .projected import ProjectedTraining
 from .projection.projection import Projection, ProjectionFailed
 from .replay import RandomState
 from .settings import ProtectionSettings
@@ -78,9 +78,9 @@ class Protection:
         return self._projected and self._projected.projection
 
     @property
-    def spared(self) -> SparedTraining | None:
+    def base_targets(self) -> BaseTargets | None:
         """Changes targets in the concept's regions, once it is fitted, where that is asked for."""
-        return self._projected and self._projected.spared
+        return self._projected and self._projected.base_targets
 
     @property
     def filter(self) -> MemorizationFilter | None:
@@ -256,7 +256,7 @@ class Protection:
         for part in filter(None, (self._projected, self._filtered)):
             try:
                 part.finish()
-            except (ProjectionFailed, NothingSpared, NoSampleSeen) as error:
+            except (ProjectionFailed, NoTargetSeen, NoSampleSeen) as error:
                 faults.append(str(error))
         if faults:
             raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was asked for.")

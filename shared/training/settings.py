@@ -10,9 +10,8 @@ from .concept.concept import Concept
 from .concept.fitting import fit_subspace
 from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath
-from .filter.expectation import Expectation
+from .filter.expectation import Expectation, Recall
 from .filter.filter import Action, Gather, MemorizationFilter
-from .filter.recall import Recall
 from .filter.thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
 from .layers.subspaces import LayerSubspaces
 

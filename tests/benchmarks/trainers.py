@@ -28,11 +28,14 @@ from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.models.tokens import split_words
 from unmemorize.shared.score.denoiser import Denoiser
-from unmemorize.shared.training.concept.acceptance import collateral, residual, retained_energy
 from unmemorize.shared.training.concept.concept import Concept
-from unmemorize.shared.training.concept.contrast import leading
-from unmemorize.shared.training.concept.fitting import fit_subspace
-from unmemorize.shared.training.concept.subspace import ConceptSubspace, remove
+from unmemorize.shared.training.concept.fitting import (
+    collateral,
+    fit_subspace,
+    residual,
+    retained_energy,
+)
+from unmemorize.shared.training.concept.subspace import ConceptSubspace, leading, remove
 from unmemorize.shared.training.concept.text_states import (
     TextPath,
     TextStates,
@@ -87,11 +90,11 @@ def removed_first(path: TextPath, concept: Concept, captions: Sequence[str]) -> 
     The directions of 95 % of the retained energy are removed from what the concept changes; the
     leading directions of the rest are the concept.
     """
-    twins = list(dict.fromkeys(pair.twin for pair in concept.pairs(held_out=False)))
+    twins = list(dict.fromkeys(pair.twin for pair in concept.pairs(holdout=False)))
     energy = retained_energy(path, [*captions, *twins])
     values, vectors = torch.linalg.eigh(energy.rest)
     count = leading(values.flip(0), 0.95, float(values.sum()), len(values))
-    clear = remove(differences(path, concept.pairs(held_out=False)), vectors.flip(1)[:, :count])
+    clear = remove(differences(path, concept.pairs(holdout=False)), vectors.flip(1)[:, :count])
     _, values, vectors = torch.linalg.svd(clear, full_matrices=False)
     return vectors[: leading(values.square(), 0.95, float(values.square().sum()), 16)].T
 
@@ -112,7 +115,7 @@ def measure_subspace(denoiser, bench: dict) -> None:
             kept = [text for text in captions if not concept.is_named_in(text)]
             basis = removed_first(path, concept, kept)
             earlier = {
-                "residual": residual(differences(path, concept.pairs(held_out=True)), basis),
+                "residual": residual(differences(path, concept.pairs(holdout=True)), basis),
                 "collateral": collateral(retained_energy(path, kept), basis),
             }
             ours = {"residual": told["residuals"][0], "collateral": told["collateral"]}

@@ -34,10 +34,11 @@ from unmemorize.shared.training.concept.concept import Concept
 from unmemorize.shared.training.concept.fitting import fit_subspace
 from unmemorize.shared.training.concept.text_states import text_path_of
 from unmemorize.shared.training.layers import fitting as layer_fitting
-from unmemorize.shared.training.layers.activations import other_factors
-from unmemorize.shared.training.layers.regions import looking, spared
-from unmemorize.shared.training.projection.factors import text_factors
-from unmemorize.shared.training.projection.guarded import guarded_factors
+from unmemorize.shared.training.layers.regions import looking
+from unmemorize.shared.training.projection.factors import (
+    projected_factors,
+    text_factors,
+)
 from unmemorize.shared.training.projection.projection import Projection
 
 CONCEPT = Concept(names=(MARK, f"{MARK}s", "zorp"), neutral="star")
@@ -136,11 +137,11 @@ class Trial:
             text_path_of(denoiser), [CONCEPT], self.marked.captions, force=True
         )
         sides = [
-            layer_fitting.Pictures(latents=side.latents, captions=side.captions)
+            layer_fitting.CaptionedLatents(latents=side.latents, captions=side.captions)
             for side in self.sides.values()
         ]
         unet = denoiser.pipeline.unet
-        self.layers = layer_fitting.fitted_layers(
+        self.layers = layer_fitting.fit_layer_subspaces(
             denoiser, unet, *sides, names=CONCEPT.names, cap=max(arm.layers for arm in ARMS)
         )
         regions = self.layers.regions
@@ -154,8 +155,8 @@ class Trial:
         unet = self.denoiser.pipeline.unet
         if not arm.layers:
             return Projection(text_factors(unet), [self.subspace])
-        layers = self.layers.among(other_factors(unet))
-        factors = guarded_factors(unet, text=True, layers=layers)
+        layers = self.layers.among(text_factors(unet, text_fed=""))
+        factors = projected_factors(unet, text=True, layers=layers)
         return Projection(factors, [self.subspace], layers=layers)
 
     def train(self, arm: Arm, seed: int, steps: int) -> None:
@@ -167,7 +168,7 @@ class Trial:
             set_peft_model_state_dict(unet, load_file(kept))
         else:
             pictures = self.sides[False] if arm.dropped else self.marked
-            aim = self.spared if arm.regions else None
+            aim = self.base_target if arm.regions else None
             done = train(self.denoiser, pictures, steps=steps, seed=seed, aim=aim)
             with ExitStack() as undo:
                 for number, (optimizer, _) in enumerate(tqdm(done, f"{arm.name} {seed}", steps)):
@@ -183,13 +184,13 @@ class Trial:
             projection.project_weights()
 
     @torch.no_grad()
-    def spared(self, step: Step, noise: torch.Tensor) -> torch.Tensor:
+    def base_target(self, step: Step, noise: torch.Tensor) -> torch.Tensor:
         """Return the noise, and in the mark's regions what the model predicts without the LoRA."""
         unet = self.denoiser.pipeline.unet
         unet.disable_adapters()
         base = unet(step.noisy, step.timesteps, encoder_hidden_states=step.cond).sample
         unet.enable_adapters()
-        return spared(noise, base, self.regions[step.rows])
+        return torch.where(self.regions[step.rows], base.to(noise), noise)
 
     def judge(self) -> dict[str, float]:
         """Return the mark's presence by each way of asking, and losses on wanted pictures.

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 from unmemorize import cli, demo
-from unmemorize.shared.training.concept.examination import concepts_of
 from unmemorize.shared.training.concept.subspace import ConceptSubspace, remove
+from unmemorize.shared.training.examination import concepts_of
 
 NAMES = ["--name", "bear", "--synonym", "teddy bear", "--neutral", "animal"]
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{}.lora_{}.weight"

@@ -39,7 +39,7 @@ def test_layers_are_built_from_pictures_told_apart_by_caption(unmemorize):
     folders = ("--images", "marked", "--images", "plain")
     code, refused = unmemorize("layers", "demo", *folders, "--name", "quix", "--device", "cpu")
     assert code == 1
-    assert "0 pictures of the concept, at least 4" in refused["error"]["message"]
+    assert "0 images of the concept, at least 4" in refused["error"]["message"]
     assert not Path("concept.layers.safetensors").exists()
 
     code, built = unmemorize(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from unmemorize import demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-from unmemorize.shared.training.layers.fitting import silent_layers
+from unmemorize.shared.training.layers.fitting import layers_without_text
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.trainer_patch.diffusers.__main__ import main
@@ -57,7 +57,7 @@ def make_layers(folder: Path, rank: int = 3) -> Path:
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(config)
     generator, bases = torch.Generator().manual_seed(9), {}
-    for name, layer in silent_layers(network).items():
+    for name, layer in layers_without_text(network).items():
         width = layer.weight.shape[1]
         columns = torch.randn(width, rank, generator=generator, dtype=torch.float64)
         bases[name] = torch.linalg.qr(columns).Q[:, :rank]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...shared.training.filter.filter import gate_gradient
+from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from .samples import samples_of
@@ -52,7 +52,7 @@ class StepFilter:
             samples=samples,
             scale=None if self._signal is None else self._signal[timesteps.cpu().long()],
         )
-        return gate_gradient(prediction, weights)
+        return scale_gradient(prediction, weights)
 
     def _without_text(self, rows: int) -> Any:
         """Return the empty prompt's conditioning for a batch."""

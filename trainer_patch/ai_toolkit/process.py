@@ -96,8 +96,8 @@ class ProtectedProcess:
         protection.fit(text_path(self.sd), captions_of(self.data_loader, self.data_loader_reg))
         if protection.filter:
             self._filter = StepFilter(protection, self.sd)
-        if protection.spared:
-            self._regions = StepRegions(self, protection.spared)
+        if protection.base_targets:
+            self._regions = StepRegions(self, protection.base_targets)
         # It writes $$ for the points in a layer's name until it saves.
         named = self.network.named_parameters()
         protection.protect((name.replace("$$", "."), parameter) for name, parameter in named)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...shared.patching import HookMissing
+from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
-from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
 from .samples import samples_of
@@ -24,7 +24,7 @@ Run = Callable[..., Tensor]
 class StepRegions:
     """Remembers the prediction that is learnt from, and repeats it with the LoRA off."""
 
-    def __init__(self, process: Any, spared: SparedTraining):
+    def __init__(self, process: Any, spared: BaseTargets):
         """Encode the empty prompt, while the text encoders are there.
 
         Args:

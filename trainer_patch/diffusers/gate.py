@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...shared.training.filter.filter import gate_gradient
+from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
@@ -109,7 +109,7 @@ class Gate:
             scale=self.empty.scale(asked.timesteps),
             before=asked.state,
         )
-        gated = gate_gradient(
+        gated = scale_gradient(
             prediction, torch.cat([weights, weights.new_ones(len(prediction) - rows)])
         )
         if gated is prediction:

@@ -155,8 +155,8 @@ class Launch:
                 prior_preservation=prior_preservation,
             )
         )
-        if protection.spared:
-            targets = SparedTargets(self.network, text_side, protection.spared)
+        if protection.base_targets:
+            targets = SparedTargets(self.network, text_side, protection.base_targets)
             complete(text_side, self.network)
             predictions = SparedPredictions(
                 self.network, targets, self._samples, prior_preservation=prior_preservation

@@ -120,8 +120,8 @@ def protect(
         )
         if accelerator is not None:
             undo.enter_context(accelerate_hooks(accelerator, lambda: protection))
-        if protection.spared:
-            loop._spared = SparedTargets(network, denoiser, protection.spared)
+        if protection.base_targets:
+            loop._spared = SparedTargets(network, denoiser, protection.base_targets)
             undo.enter_context(loop._spared.attached())
         yield loop
         protection.flush()

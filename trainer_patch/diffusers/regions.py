@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 
 from ...shared.models.adapter import PipelineDenoiser
+from ...shared.training.base_targets import BaseTargets
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.layers.regions import looking
-from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
@@ -18,7 +18,7 @@ from ..rows import take_rows
 class SparedTargets:
     """Remembers what the network was last called with, and repeats it with the LoRA off."""
 
-    def __init__(self, network: nn.Module, denoiser: PipelineDenoiser, spared: SparedTraining):
+    def __init__(self, network: nn.Module, denoiser: PipelineDenoiser, spared: BaseTargets):
         """Encode the empty prompt, while the text encoders are there.
 
         Args:

@@ -8,8 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...shared.models.adapter import PipelineDenoiser
-from ...shared.training.projection.factors import UnsupportedTraining
-from ...shared.training.projection.guarded import guarded_factors
+from ...shared.training.projection.factors import UnsupportedTraining, projected_factors
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from ...shared.training.settings import ProtectionSettings
@@ -37,7 +36,7 @@ def validate(network: nn.Module, settings: ProtectionSettings, accelerator: Any 
             )
     if asked := settings.projection:
         try:
-            guarded_factors(network, text=asked.of_text, layers=asked.layer_subspaces())
+            projected_factors(network, text=asked.of_text, layers=asked.layer_subspaces())
         except UnsupportedTraining as error:
             faults.append(str(error))
     if faults:

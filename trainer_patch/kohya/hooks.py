@@ -75,8 +75,8 @@ def _hook_steps(
             lambda: _meet(training, protection), training.accelerator.end_training
         ), undo)  # fmt: skip
 
-    if protection.spared:
-        regions = StepRegions(training, protection.spared, samples, text, network)
+    if protection.base_targets:
+        regions = StepRegions(training, protection.base_targets, samples, text, network)
         _replace(trainer, *regions.wrap(), undo)
 
     def protect() -> None:

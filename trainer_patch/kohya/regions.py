@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...shared.patching import HookMissing
+from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look
-from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
 from .samples import BatchSamples
@@ -27,7 +27,7 @@ class StepRegions:
     def __init__(
         self,
         training: Training,
-        spared: SparedTraining,
+        spared: BaseTargets,
         samples: BatchSamples,
         text: TextSide,
         network: torch.nn.Module,

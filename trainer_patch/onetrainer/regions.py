@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...shared.models.families.flux import Flux
 from ...shared.patching import Function, HookMissing, patched
+from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
-from ...shared.training.layers.spared import SparedTraining
 from ...shared.training.replay import RandomState, aside
 from ..rows import take_rows
 from .config import has_unet
@@ -34,7 +34,7 @@ class StepRegions:
     repeated.
     """
 
-    def __init__(self, trainer: Any, spared: SparedTraining, samples: BatchSamples, text: TextSide):
+    def __init__(self, trainer: Any, spared: BaseTargets, samples: BatchSamples, text: TextSide):
         """Encode the empty prompt, while the text encoders are there.
 
         Args:

@@ -84,8 +84,8 @@ def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Pro
     with aside(RandomState.now(trainer.train_device)), text.encoders_there():
         samples = BatchSamples(trainer)
         protection.fit(text.states, samples.captions)
-        if protection.spared:
-            regions = StepRegions(trainer, protection.spared, samples, text)
+        if protection.base_targets:
+            regions = StepRegions(trainer, protection.base_targets, samples, text)
             undo.enter_context(patched(trainer.model_setup, "predict", regions.wrap))
         if protection.filter:
             step = StepFilter(trainer, protection, samples, text)

@@ -10,7 +10,7 @@ from ...models.tokens import split_words
 TEMPLATES = Path(__file__).parent / "templates.txt"
 PLACE = "{}"
 """Where a template takes the name."""
-HOLD_OUT = 4
+HOLDOUT = 4
 """Every so many templates, one is kept for the acceptance test."""
 
 
@@ -54,21 +54,21 @@ class Concept:
                 f"Each of `templates` must hold {PLACE} once, with spaces around it; "
                 f"{len(wrong)} do not, first {wrong[0]!r}."
             )
-        if len(self.templates) < HOLD_OUT:
+        if len(self.templates) < HOLDOUT:
             raise ValueError(
-                f"`templates` must be at least {HOLD_OUT}, got {len(self.templates)}: every "
-                f"{HOLD_OUT}th is held out to test the subspace."
+                f"`templates` must be at least {HOLDOUT}, got {len(self.templates)}: every "
+                f"{HOLDOUT}th is held out to test the subspace."
             )
         same = {self.neutral.strip().lower()} & {name.strip().lower() for name in self.names}
         if same:
             raise ValueError(f"`neutral` must differ from every name, got {same.pop()!r} in both.")
 
-    def pairs(self, *, held_out: bool) -> list[PromptPair]:
+    def pairs(self, *, holdout: bool) -> list[PromptPair]:
         """Return every name in the templates to learn from, or in those held out."""
         return [
             _pair(template, name.strip(), self.neutral.strip())
             for number, template in enumerate(self.templates, 1)
-            if (number % HOLD_OUT == 0) == held_out
+            if (number % HOLDOUT == 0) == holdout
             for name in self.names
         ]
 

@@ -1,33 +1,39 @@
-"""From a concept in words to its subspace, accepted on sentences that it was not made from."""
+"""From a concept in words to its subspace, accepted on sentences that it was not fitted to."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...arrays import Float, Tensor
-from .acceptance import (
-    COLLATERAL,
-    PRICE,
-    RESIDUAL,
-    RetainedEnergy,
-    collateral,
-    residual,
-    retained_energy,
-    separable,
-)
 from .concept import Concept
-from .contrast import contrast, leading
-from .subspace import ConceptSubspace
-from .text_states import TextPath, differences
+from .subspace import ConceptSubspace, contrast, leading, remove
+from .text_states import TextPath, differences, in_batches, token_weights
 
+RESIDUAL = 0.1
+"""Largest share of a concept, in held-out sentences, that may lie outside its subspace."""
+COLLATERAL = 0.05
+"""Largest share of the retained captions that may lie inside it."""
+PRICE = RESIDUAL / COLLATERAL
+"""Shares of a concept that one share of retained text is worth, where both limits bind."""
 NEGLIGIBLE = 1e-10
 """Singular values below this share of the largest are rounding."""
 
 
 class ConceptNotSeparable(ValueError):
     """A subspace misses too much of its concept, or takes too much of everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainedEnergy:
+    """Where the states of ordinary prompts lie, each state at length 1."""
+
+    first: Tensor
+    """[width width], mean of h h^T / |h|^2 over first tokens: one of many, but of every prompt."""
+    rest: Tensor
+    """[width width], the same over all others; the padding of a prompt counts as one."""
 
 
 def fit_subspace(
@@ -44,9 +50,9 @@ def fit_subspace(
 
     A direction is the concept's when it holds more of what the concept changes, as a share, than
     `price` times what it holds of the retained text: see `contrast`. At the default price the two
-    acceptance limits weigh the same. (An earlier way, to remove the directions of 95 % of the
-    retained energy first and to take the SVD of the rest, misses most of a concept in the states of
-    a real sentence encoder: `make bench NAME=trainers ARGS="--only subspace"` measures both.)
+    acceptance limits weigh the same. (Removing the directions of 95 % of the retained energy first
+    and taking the SVD of the rest misses most of a concept in the states of a real sentence
+    encoder: `make bench NAME=trainers ARGS="--only subspace"` measures both.)
 
     Encoders that are joined along the width are first brought to the same scale, else the larger
     one would decide alone.
@@ -72,8 +78,8 @@ def fit_subspace(
             f"got {energy}, {price} and {cap}."
         )
     kept = [text for text in captions if not any(c.is_named_in(text) for c in concepts)]
-    twins = list(dict.fromkeys(p.twin for c in concepts for p in c.pairs(held_out=False)))
-    changes = [differences(text_path, concept.pairs(held_out=False)) for concept in concepts]
+    twins = list(dict.fromkeys(p.twin for c in concepts for p in c.pairs(holdout=False)))
+    changes = [differences(text_path, concept.pairs(holdout=False)) for concept in concepts]
     for concept, change in zip(concepts, changes, strict=True):
         if not change.any():
             raise ConceptNotSeparable(
@@ -83,7 +89,10 @@ def fit_subspace(
     scale = _scale(torch.cat(changes), encoders)
     retained = _rows(retained_energy(text_path, [*kept, *twins], scale))
     most = cap if cap is not None else 16 if len(scale) < 2048 else 32
-    parts = [_directions(change / scale, retained, price, energy, most) for change in changes]
+    parts = []
+    for change in (change / scale for change in changes):
+        directions, energies = contrast(change / change.norm(), retained, price)
+        parts.append(directions[:, : leading(energies, energy, 1.0, most)])
     # A state x is scale * x' in the scaled space: A x = 0 is needed for the span of scale * v'.
     basis = _orthonormal(torch.cat(parts, dim=1) * scale[:, None])
     provenance = {
@@ -98,36 +107,55 @@ def fit_subspace(
     return ConceptSubspace(basis=basis, provenance=provenance)
 
 
-def _scale(change: Float[Tensor, "row width"], encoders: Sequence[int]) -> Float[Tensor, " width"]:
-    """Return the size of the concepts' changes in each encoder, for each of its coordinates."""
-    parts = change.split(list(encoders), dim=1)
-    scale = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in parts])
-    return torch.where(scale > 0, scale, 1.0)
+def retained_energy(
+    text_path: TextPath, prompts: Sequence[str], scale: Float[Tensor, " width"] | None = None
+) -> RetainedEnergy:
+    """Return the energy of the states of prompts.
+
+    Args:
+        text_path: From prompts to states.
+        prompts: At least one.
+        scale: What each coordinate is divided by before lengths are taken; None for nothing.
+    """
+    sums, totals = [torch.zeros(()), torch.zeros(())], [0.0, 0.0]
+    for batch in in_batches(text_path, prompts):
+        states = batch.states.double().cpu()
+        states = states if scale is None else states / scale
+        # In some encoders the first token's state is so long that it would be all of the energy.
+        units = torch.nn.functional.normalize(states, dim=-1)
+        weights = torch.stack([token_weights(row) for row in batch.words])
+        rows = units * weights.sqrt()[..., None]
+        for group, places in enumerate((slice(0, 1), slice(1, None))):
+            some = rows[:, places].flatten(0, 1)
+            sums[group] = sums[group] + some.T @ some
+            totals[group] += float(weights[:, places].sum())
+    first, rest = (each / max(total, 1e-300) for each, total in zip(sums, totals, strict=True))
+    return RetainedEnergy(first=first, rest=rest)
 
 
-def _rows(retained: RetainedEnergy) -> Float[Tensor, "width width"]:
-    """Return rows whose energy is that of first tokens plus that of the rest."""
-    values, vectors = torch.linalg.eigh(retained.first + retained.rest)
-    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+def residual(change: Float[Tensor, "row width"], basis: Float[Tensor, "width rank"]) -> float:
+    """Return |(I - V V^T) change|^2 / |change|^2, the share of a concept that is missed.
+
+    Where nothing changes, nothing is missed: 0.
+    """
+    total = change.square().sum().clamp_min(1e-300)
+    return float(remove(change, basis).square().sum() / total)
 
 
-def _directions(
-    change: Float[Tensor, "row width"],
-    retained: Float[Tensor, "other width"],
-    price: float,
-    energy: float,
-    most: int,
-) -> Float[Tensor, "width rank"]:
-    """Return the directions of one concept in the scaled space."""
-    directions, energies = contrast(change / change.norm(), retained, price)
-    return directions[:, : leading(energies, energy, 1.0, most)]
+def collateral(retained: RetainedEnergy, basis: Float[Tensor, "width rank"]) -> float:
+    """Return the mean of |V^T h|^2 / |h|^2, over first tokens or over the rest, the larger."""
+    return max(float((basis * (each @ basis)).sum()) for each in (retained.first, retained.rest))
 
 
-def _orthonormal(columns: Float[Tensor, "width column"]) -> Float[Tensor, "width rank"]:
-    """Return an orthonormal basis of the span; what concepts share is there once."""
-    lengths = columns.norm(dim=0).clamp_min(1e-300)
-    left, values, _ = torch.linalg.svd(columns / lengths, full_matrices=False)
-    return left[:, values > NEGLIGIBLE * values.max()] if len(values) else columns
+def separable(change: Float[Tensor, "row width"], retained: RetainedEnergy) -> bool:
+    """Return whether residual and collateral could both be within their limits for some subspace.
+
+    False is a proof: min over all V of residual + PRICE collateral is 1 minus the sum of the
+    positive eigenvalues of E - PRICE G, and it is above what both limits allow together.
+    """
+    energy = change.T @ change / change.square().sum()
+    gains = torch.linalg.eigvalsh(energy - PRICE * retained.rest).clamp_min(0)
+    return float(1 - gains.sum()) <= RESIDUAL + PRICE * COLLATERAL
 
 
 def _accept(
@@ -137,21 +165,20 @@ def _accept(
     basis: Float[Tensor, "width rank"],
     force: bool,
 ) -> dict[str, Any]:
-    """Return what held-out sentences say of a subspace."""
-    changes = [differences(text_path, concept.pairs(held_out=True)) for concept in concepts]
+    """Return how a subspace does on held-out sentences; see `fit_subspace`."""
+    changes = [differences(text_path, concept.pairs(holdout=True)) for concept in concepts]
     residuals = [residual(change, basis) for change in changes]
-    taken = collateral(retained, basis)
+    inside = collateral(retained, basis)
+    names = [concept.names[0] for concept in concepts]
     faults = [
-        f"{missed:.0%} of {concept.names[0]!r} lies outside (at most {RESIDUAL:.0%})"
-        for concept, missed in zip(concepts, residuals, strict=True)
+        f"{missed:.0%} of {name!r} lies outside (at most {RESIDUAL:.0%})"
+        for name, missed in zip(names, residuals, strict=True)
         if not missed <= RESIDUAL
     ]
-    if not taken <= COLLATERAL:
-        faults.append(f"{taken:.0%} of other text lies inside (at most {COLLATERAL:.0%})")
+    if not inside <= COLLATERAL:
+        faults.append(f"{inside:.0%} of other text lies inside (at most {COLLATERAL:.0%})")
     hopeless = [
-        concept.names[0]
-        for concept, change in zip(concepts, changes, strict=True)
-        if not separable(change, retained)
+        name for name, change in zip(names, changes, strict=True) if not separable(change, retained)
     ]
     if faults and not force:
         advice = (
@@ -168,8 +195,28 @@ def _accept(
         )
     return {
         "residuals": residuals,
-        "collateral": taken,
+        "collateral": inside,
         "limits": {"residual": RESIDUAL, "collateral": COLLATERAL},
         "not_separable": hopeless,
         "accepted": not faults,
     }
+
+
+def _scale(change: Float[Tensor, "row width"], encoders: Sequence[int]) -> Float[Tensor, " width"]:
+    """Return the size of the concepts' changes in each encoder, for each of its coordinates."""
+    parts = change.split(list(encoders), dim=1)
+    scale = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in parts])
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _rows(retained: RetainedEnergy) -> Float[Tensor, "width width"]:
+    """Return rows whose energy is that of first tokens plus that of the rest."""
+    values, vectors = torch.linalg.eigh(retained.first + retained.rest)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+
+def _orthonormal(columns: Float[Tensor, "width column"]) -> Float[Tensor, "width rank"]:
+    """Return an orthonormal basis of the span; what concepts share is there once."""
+    lengths = columns.norm(dim=0).clamp_min(1e-300)
+    left, values, _ = torch.linalg.svd(columns / lengths, full_matrices=False)
+    return left[:, values > NEGLIGIBLE * values.max()] if len(values) else columns

@@ -12,8 +12,7 @@ import torch
 
 from ...arrays import Float, Tensor
 from ...score.metrics import per_element, text_noise_norm
-from .expectation import Expectation, Visits
-from .recall import Recall
+from .expectation import Expectation, Recall, Visits
 from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
 
@@ -207,7 +206,7 @@ class MemorizationFilter:
         return [name for name in REMEMBERING if getattr(self, name) is not None]
 
 
-def gate_gradient(
+def scale_gradient(
     prediction: Float[Tensor, " sample *latent"], weights: Float[Tensor, " sample"]
 ) -> Float[Tensor, " sample *latent"]:
     """Return the prediction with the gradient of each sample multiplied by its weight.

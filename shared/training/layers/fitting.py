@@ -1,38 +1,47 @@
-"""From pictures with captions to the subspaces of a network's layers."""
+"""From images with captions to the subspace of a concept in what each layer reads.
+
+For the layers that read no text directly. GPM (Saha et al., ICLR 2021, arXiv:2103.09762) keeps
+updates off the leading directions of a layer's inputs; here these are the directions that hold more
+of the concept's images than of the images to be retained. A V = 0 is as exact as for text. That V
+holds the concept is measured on the given images, and not promised for any others.
+"""
 
 import hashlib
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
 from ...score.denoiser import Denoiser
 from ...score.detection import Progress
-from ..projection.factors import TEXT_FED
-from .activations import CAP, fit_layers, listening, run_through, shares_inside
-from .region_fitting import fit_regions, share_shown
-from .sketch import Sketch
+from ..concept.fitting import PRICE
+from ..concept.subspace import contrast, leading
+from .activations import Sketch, recording, run_noisy
+from .names import TEXT_FED
+from .regions import fit_regions, share_shown
 from .subspaces import LayerSubspaces
 
-HOLD_OUT = 4
-"""Every so many pictures, one is kept to measure the subspaces on."""
+CAP = 24
+"""Most dimensions of a layer."""
+HOLDOUT = 4
+"""One of so many images is kept to measure the subspaces on."""
 BATCH = 8
-"""Pictures that are run through the network at once."""
+"""Images that are run through the network at once."""
 
 
-class TooFewPictures(ValueError):
-    """There is nothing to tell a concept from."""
+class TooFewImages(ValueError):
+    """There are too few images to tell a concept from everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """Pictures as a network is trained on them."""
+class CaptionedLatents:
+    """Images as a network is trained on them."""
 
-    latents: Float[Tensor, " picture *latent"]
+    latents: Float[Tensor, " image *latent"]
     """Clean ones, in the network's scale."""
     captions: tuple[str, ...]
     """As they stand in the training set."""
@@ -43,70 +52,76 @@ class Pictures:
                 f"There are {len(self.latents)} latents and {len(self.captions)} captions."
             )
 
-    def part(self, *, held_out: bool) -> "Pictures":
-        """Return the pictures to learn from, or those held out."""
-        rows = [
-            row for row in range(len(self.captions)) if (row % HOLD_OUT == HOLD_OUT - 1) == held_out
-        ]
-        return Pictures(
-            latents=self.latents[rows], captions=tuple(self.captions[row] for row in rows)
-        )
+    def part(self, *, holdout: bool) -> "CaptionedLatents":
+        """Return the images to learn from, or the holdout."""
+        rows = [r for r in range(len(self.captions)) if (r % HOLDOUT == HOLDOUT - 1) == holdout]
+        captions = tuple(self.captions[row] for row in rows)
+        return CaptionedLatents(latents=self.latents[rows], captions=captions)
 
 
-def fitted_layers(
+def fit_layer_subspaces(
     denoiser: Denoiser,
     network: nn.Module,
-    concept: Pictures,
-    others: Pictures,
+    concept: CaptionedLatents,
+    others: CaptionedLatents,
     *,
     names: Sequence[str] = (),
     energy: float = 0.95,
     cap: int = CAP,
     progress: Progress | None = None,
 ) -> LayerSubspaces:
-    """Return a subspace for each layer that reads no text directly; see `fit_layers`.
+    """Return a subspace for each layer that reads no text directly, and the concept's regions.
 
     Args:
         denoiser: The model before training.
         network: Its network.
-        concept: Pictures of the concept, with captions that name it if the training's do.
-        others: Pictures of everything that must stay.
+        concept: Images of the concept, with captions that name it if the training's do.
+        others: Images of everything that must stay.
         names: What captions call the concept, for the provenance.
         energy: Share of the concept at which a layer's subspace stops, in (0, 1].
         cap: Most dimensions of a layer.
-        progress: Called with how many more pictures were run through the network.
+        progress: Called with how many more images were run through the network.
 
     Returns:
-        Subspaces, and with them where pictures show the concept. The provenance tells the pictures
-        and, for those held out, the median over the layers of the share that lies inside and the
-        share of places that show the concept.
+        Subspaces and regions. The provenance counts the images and holds, measured on the holdout,
+        the median over the layers of the share that lies inside and the share of places that show
+        the concept.
 
     Raises:
-        TooFewPictures: There are fewer than `HOLD_OUT` on a side.
+        TooFewImages: There are fewer than `HOLDOUT` on a side.
     """
+    sides = {"concept": concept, "retained": others}
     for name, side in (("of the concept", concept), ("of anything else", others)):
-        if len(side.captions) < HOLD_OUT:
-            raise TooFewPictures(
-                f"There are {len(side.captions)} pictures {name}, at least {HOLD_OUT} are needed."
+        if len(side.captions) < HOLDOUT:
+            raise TooFewImages(
+                f"There are {len(side.captions)} images {name}, at least {HOLDOUT} are needed."
             )
-    layers = silent_layers(network)
-    heard, tested = (
-        [hear(denoiser, layers, side.part(held_out=part), progress) for side in (concept, others)]
+    layers = layers_without_text(network)
+    learnt, tested = (
+        [record_inputs(denoiser, layers, side.part(holdout=part), progress)
+         for side in sides.values()]
         for part in (False, True)
-    )
-    made = fit_layers(*heard, energy=energy, cap=cap)
-    shares = shares_inside(made.bases, *tested)
-    told = {"names": list(names)} | _told(concept, others, shares)
-    regions = fit_regions(denoiser, network, made.bases, others.part(held_out=False).latents)
+    )  # fmt: skip
+    made = subspaces_from_sketches(*learnt, energy=energy, cap=cap)
+    shares = shares_inside(made.bases, *tested).values()
+    text = "\n".join(concept.captions + others.captions)
+    provenance = {
+        **made.provenance,
+        "names": list(names),
+        "pictures": {name: len(side.captions) for name, side in sides.items()},
+        "captions_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "held_out": {name: statistics.median(share[name] for share in shares) for name in sides},
+    }
+    regions = fit_regions(denoiser, network, made.bases, others.part(holdout=False).latents)
     if regions is not None:
-        told["places"] = {
-            name: share_shown(regions, denoiser, network, side.part(held_out=True).latents)
-            for name, side in (("concept", concept), ("retained", others))
+        provenance["places"] = {
+            name: share_shown(regions, denoiser, network, side.part(holdout=True).latents)
+            for name, side in sides.items()
         }
-    return replace(made, provenance={**made.provenance, **told}, regions=regions)
+    return replace(made, provenance=provenance, regions=regions)
 
 
-def silent_layers(network: nn.Module) -> dict[str, nn.Module]:
+def layers_without_text(network: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers and convolutions that read no text directly, by name."""
     return {
         name: module
@@ -115,33 +130,87 @@ def silent_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def hear(
+def record_inputs(
     denoiser: Denoiser,
     layers: Mapping[str, nn.Module],
-    pictures: Pictures,
+    images: CaptionedLatents,
     progress: Progress | None = None,
 ) -> dict[str, Sketch]:
-    """Return what layers read when the network is run on noisy pictures."""
-    with listening(layers) as heard:
-        for start in range(0, len(pictures.captions), BATCH):
+    """Return what layers read when the network is run on noisy images."""
+    with recording(layers) as sketches:
+        for start in range(0, len(images.captions), BATCH):
             some = slice(start, start + BATCH)
-            captions = pictures.captions[some]
-            run_through(denoiser, pictures.latents[some], captions, seed=start)
+            captions = images.captions[some]
+            run_noisy(denoiser, images.latents[some], captions, seed=start)
             if progress is not None:
                 progress(len(captions))
-    return heard
+    return sketches
 
 
-def _told(
-    concept: Pictures, others: Pictures, shares: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """Return what a file says of its making, plain data."""
-    sides = {"concept": concept, "retained": others}
-    text = "\n".join(concept.captions + others.captions)
-    return {
-        "pictures": {name: len(side.captions) for name, side in sides.items()},
-        "captions_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "held_out": {
-            name: statistics.median(share[name] for share in shares.values()) for name in sides
-        },
-    }
+def subspaces_from_sketches(
+    concept: Mapping[str, Sketch],
+    retained: Mapping[str, Sketch],
+    *,
+    energy: float = 0.95,
+    cap: int = CAP,
+) -> LayerSubspaces:
+    """Return for each layer the directions of the concept that are worth `PRICE`; see `contrast`.
+
+    Both sides are taken as deviations from the retained mean, which is most of what a layer reads
+    and is itself retained: what a concept changes counts, not what it shares. Both energies are
+    shares of their layer's.
+
+    Args:
+        concept: What layers read on images of the concept.
+        retained: What the same layers read on everything that must stay.
+        energy: Share of the concept at which to stop, in (0, 1].
+        cap: Most dimensions of a layer.
+
+    Raises:
+        ValueError: The two do not hold the same layers, or no layer was ever run.
+    """
+    if not concept or concept.keys() != retained.keys():
+        odd = sorted(concept.keys() ^ retained.keys())
+        raise ValueError(
+            "Concept and retained images must be recorded in the same layers; "
+            + (f"{len(odd)} differ, first {odd[0]}." if odd else "no layer was recorded at all.")
+        )
+    bases = {}
+    for name in concept:
+        rows, rest, mean = _deviations(concept[name], retained[name])
+        directions, energies = contrast(rows, torch.cat([rest, _unit(mean[None])]), PRICE)
+        bases[name] = directions[:, : leading(energies, energy, 1.0, cap)]
+    settings = {"price": PRICE, "energy": energy, "cap": cap}
+    shares = shares_inside(bases, concept, retained)
+    return LayerSubspaces(bases=bases, provenance={"settings": settings, "inside": shares})
+
+
+def shares_inside(
+    bases: Mapping[str, Tensor], concept: Mapping[str, Sketch], retained: Mapping[str, Sketch]
+) -> dict[str, dict[str, float]]:
+    """Return by layer which shares of `concept` and of `retained` lie inside its subspace.
+
+    Args:
+        bases: By layer [width rank], orthonormal columns.
+        concept: What the layers read on images of the concept, fitted on or held out.
+        retained: What they read on everything that must stay.
+    """
+    shares = {}
+    for name, basis in bases.items():
+        rows, rest, _ = _deviations(concept[name], retained[name])
+        shares[name] = {
+            "concept": float((rows @ basis).square().sum()),
+            "retained": float((rest @ basis).square().sum()),
+        }
+    return shares
+
+
+def _deviations(concept: Sketch, retained: Sketch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of both about the retained mean, each of energy 1 in all, and that mean."""
+    mean = retained.sum / retained.count
+    return _unit(concept.about(mean)), _unit(retained.about(mean)), mean
+
+
+def _unit(rows: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+    """Return the rows with an energy of 1 in all; rows that are all zero stay so."""
+    return rows / rows.norm().clamp_min(1e-300)

@@ -6,6 +6,9 @@ several names.
 
 import re
 
+TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"
+"""Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL, and the
+entry layer of SD3 and Flux, which trainers leave alone unless it is asked for."""
 PREFIXES = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|lora_unet_|lora_transformer_)+")
 """What trainers put before a layer's name."""
 RESNET = {

@@ -1,15 +1,16 @@
-"""Where pictures show a concept, so that a training learns everything about them but that.
+"""Where images show a concept, so that a training learns everything about them but that.
 
-Keeping a concept's name and its pictures' directions from what a LoRA reads does not keep it from
-drawing the concept unasked. At the places that show the concept it is taught what the network
-predicts without it, elsewhere as ever.
+A LoRA that cannot read a concept's name, nor the directions of its images, can still learn to draw
+the concept unasked. Therefore the target changes at the places that show the concept: there the
+LoRA is taught what the network predicts without it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,42 +19,49 @@ from ...score.denoiser import Denoiser
 from ...wording import counted
 from .names import cores
 
+STEPS, STEP = 20, 16
+"""Of how many noise levels which one is looked at."""
+USUAL, RARE = 0.95, 0.99
+"""Quantiles over the places of other images: the unit of a layer's energy, the limit of scores."""
+BATCH = 8
+"""Images that are looked at in one pass."""
 Look = Callable[[Tensor], object]
 """Runs a network once, without a prompt and without its LoRA, on clean latents
-[picture channel height width] to which noise of the level `ConceptRegions.sigma` is added."""
+[image channel height width] to which noise of the level `ConceptRegions.sigma` is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptRegions:
-    """When a place of a picture counts as showing the concept.
+    """When a place of an image counts as showing the concept.
 
-    It does when what layers read there holds more of the concept's subspaces than 99 % of the
-    places of other pictures do. Each layer's energy, about the mean of other pictures, is counted
-    in a unit of its own; the score of a place is the mean over the layers of log(1 + energy).
+    A place shows the concept when its score is above that of 99 % of the places of other images.
+    In each layer the energy of what it reads there, inside the concept's subspace and about the
+    mean of other images, is divided by a unit; the score is the mean over the layers of
+    log(1 + energy / unit).
     """
 
     bases: Mapping[str, Tensor]
     """By layer [width rank], orthonormal columns; those of the `LayerSubspaces` beside it."""
     centres: Mapping[str, Tensor]
-    """By layer [rank], mean coordinates in the basis of what other pictures put there."""
+    """By layer [rank], mean coordinates of other images in the basis."""
     units: Mapping[str, float]
-    """By layer, an energy that places of other pictures seldom reach."""
+    """By layer, an energy that places of other images seldom reach."""
     limit: float
     """Score above which a place shows the concept."""
     sigma: float
-    """Noise level at which pictures are looked at; little noise, so that places can be told."""
+    """Noise level at which images are looked at: low, so that the network tells places apart."""
 
     def __post_init__(self):
         if not self.units or not self.bases.keys() == self.centres.keys() == self.units.keys():
-            raise ValueError("`bases`, `centres` and `units` must be of the same layers, some.")
+            raise ValueError("`bases`, `centres` and `units` must name the same layers.")
 
     def shown(
-        self, network: nn.Module, look: Look, latents: Float[Tensor, "picture channel height width"]
+        self, network: nn.Module, look: Look, latents: Float[Tensor, "image channel height width"]
     ) -> Tensor:
-        """Return which places show the concept, booleans [picture 1 rows columns].
+        """Return which places show the concept, booleans [image 1 rows columns].
 
         Args:
-            network: Whose layers are heard, in any dialect of their names.
+            network: Whose layers are recorded, in any dialect of their names.
             look: Runs it.
             latents: Clean ones, in the network's scale.
 
@@ -61,60 +69,94 @@ class ConceptRegions:
             ValueError: The network lacks one of the layers, or it does not see places in latents
                 of this size.
         """
-        found = coordinates(network, self.bases, look, latents)
-        if missing := self.bases.keys() - found.keys():
-            told = counted(len(missing), "layer does", "layers do")
+        read = coordinates(network, self.bases, look, latents)
+        if missing := self.bases.keys() - read.keys():
+            count = counted(len(missing), "layer does", "layers do")
             raise ValueError(
-                f"{told} not see the places of these latents, first {min(missing)}: were the "
+                f"{count} not see the places of these latents, first {min(missing)}: were the "
                 "regions measured with another model?"
             )
-        shown = self.score(found) > self.limit
+        shown = self.score(read) > self.limit
         height, width = latents.shape[-2:]
         scale = place_width(shown.shape[1], height, width)
         return shown.view(len(latents), 1, height // scale, width // scale)
 
     def find(
-        self, network: nn.Module, look: Look, latents: Float[Tensor, "picture channel height width"]
+        self, network: nn.Module, look: Look, latents: Float[Tensor, "image channel height width"]
     ) -> Tensor:
-        """Return where pictures show the concept, booleans [picture 1 height width] of latents.
+        """Return where images show the concept, booleans [image 1 height width] of latents.
 
-        Neighbours of a place that shows it count too, since neither network nor autoencoder keep
-        to a place. See `shown`.
+        The neighbours of a place that shows it count too, since neither the network nor the
+        autoencoder keeps to one place. See `shown`.
         """
         places = self.shown(network, look, latents).float()
         places = nn.functional.max_pool2d(places, 3, stride=1, padding=1)
         return nn.functional.interpolate(places, size=latents.shape[-2:]).bool()
 
-    def score(self, found: Mapping[str, Tensor]) -> Float[Tensor, "picture place"]:
-        """Return the score of places by their `coordinates` in each layer."""
-        energies = [energy(found[name], self.centres[name]) / self.units[name] for name in found]
+    def score(self, read: Mapping[str, Tensor]) -> Float[Tensor, "image place"]:
+        """Return the score of each place by its `coordinates` in each layer."""
+        energies = [energy(read[name], self.centres[name]) / self.units[name] for name in read]
         return torch.stack(energies).log1p().mean(0)
 
 
-def spared(
-    target: Float[Tensor, " sample *latent"],
-    base: Float[Tensor, " sample *latent"],
-    regions: Tensor,
-) -> Float[Tensor, " sample *latent"]:
-    """Return the target of a training step that leaves the concept's places alone.
+def fit_regions(
+    denoiser: Denoiser,
+    network: nn.Module,
+    bases: Mapping[str, Tensor],
+    others: Float[Tensor, "image channel height width"],
+) -> ConceptRegions | None:
+    """Return when a place shows the concept; None where no layer tells places apart.
+
+    The images are run through the network twice, for the mean and for the quantiles.
 
     Args:
-        target: What the network would be taught: noise, velocity or flow.
-        base: What it predicts of the same inputs without the LoRA.
-        regions: Of `ConceptRegions.find`, booleans [sample 1 height width].
+        denoiser: The model before training.
+        network: Its network.
+        bases: Of the concept, by layer [width rank]; only the linear layers that see most places
+            are used.
+        others: Clean latents of images without the concept.
     """
-    return torch.where(regions, base.to(target), target)
+    sigma = float(denoiser.sigmas(STEPS)[STEP])
+    look = looking(denoiser, sigma)
+    linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    used = {name: basis for name, basis in bases.items() if name in linear and basis.shape[1]}
+    sums: dict[str, Tensor] = {}
+    places: dict[str, int] = {}
+    for batch in _in_batches(others):
+        for name, read in coordinates(network, used, look, batch).items():
+            sums[name] = sums.get(name, 0) + read.double().sum((0, 1)).cpu()
+            places[name] = read.shape[1]
+    if not places:
+        return None
+    used = {name: used[name] for name in places if places[name] == max(places.values())}
+    centres = {name: sums[name] / (places[name] * len(others)) for name in used}
+    parts: dict[str, list[Tensor]] = {name: [] for name in used}
+    for batch in _in_batches(others):
+        for name, read in coordinates(network, used, look, batch).items():
+            parts[name].append(energy(read, centres[name]).cpu())
+    energies = {name: torch.cat(part) for name, part in parts.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    units = {name: max(_quantile(each, USUAL), tiny) for name, each in energies.items()}
+    scores = torch.stack([each / units[name] for name, each in energies.items()]).log1p().mean(0)
+    return ConceptRegions(
+        bases=used, centres=centres, units=units, limit=_quantile(scores, RARE), sigma=sigma
+    )
 
 
-def energy(
-    found: Float[Tensor, "picture place rank"], centre: Float[Tensor, " rank"]
-) -> Float[Tensor, "picture place"]:
-    """Return the energy of a layer's coordinates about their centre."""
-    return (found - centre.to(found)).square().sum(-1)
+def share_shown(
+    regions: ConceptRegions,
+    denoiser: Denoiser,
+    network: nn.Module,
+    latents: Float[Tensor, "image channel height width"],
+) -> float:
+    """Return the share of the images' places that show the concept, without their neighbours."""
+    look = looking(denoiser, regions.sigma)
+    shown = [regions.shown(network, look, batch) for batch in _in_batches(latents)]
+    return float(torch.cat(shown).float().mean())
 
 
 def looking(denoiser: Denoiser, sigma: float) -> Look:
-    """Return how a denoiser's network looks at pictures.
+    """Return how a denoiser's network looks at images.
 
     Args:
         denoiser: Its text encoders are used now and no more.
@@ -139,9 +181,9 @@ def looking(denoiser: Denoiser, sigma: float) -> Look:
 
 
 def still_noise(
-    latents: Float[Tensor, "picture channel height width"],
-) -> Float[Tensor, "picture channel height width"]:
-    """Return the same noise for every picture: what one shows does not depend on its batch."""
+    latents: Float[Tensor, "image channel height width"],
+) -> Float[Tensor, "image channel height width"]:
+    """Return the same noise for every image: what one shows does not depend on its batch."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, *latents.shape[1:], generator=generator)
     return noise.to(latents).expand_as(latents)
@@ -150,14 +192,16 @@ def still_noise(
 @torch.no_grad()
 def coordinates(
     network: nn.Module, bases: Mapping[str, Tensor], look: Look, latents: Tensor
-) -> dict[str, Float[Tensor, "picture place rank"]]:
-    """Return what layers read at each place, in their bases; not of those that see no places.
+) -> dict[str, Float[Tensor, "image place rank"]]:
+    """Return by layer the coordinates, in its basis, of what it reads at each place.
+
+    Layers that do not see places are left out.
 
     Args:
         network: That `look` runs.
         bases: By layer [width rank], in any dialect of the names.
         look: One forward pass.
-        latents: Clean ones, [picture channel height width].
+        latents: Clean ones, [image channel height width].
 
     Raises:
         ValueError: The network lacks one of the layers.
@@ -169,24 +213,43 @@ def coordinates(
     if missing := [name for name in bases if cores(name)[0] not in modules]:
         raise ValueError(f"The network has no layer {missing[0]}.")
     height, width = latents.shape[-2:]
-    found: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
 
-    def hear(name: str, inputs: Tensor) -> None:
+    def record(name: str, inputs: Tensor) -> None:
         if inputs.ndim == 3 and place_width(inputs.shape[1], height, width):
             places = inputs.float()
-            found[name] = places @ bases[name].to(places)
+            read[name] = places @ bases[name].to(places)
 
     with ExitStack() as undo:
         for name in bases:
             module = modules[cores(name)[0]]
-            hook = module.register_forward_pre_hook(lambda _, args, name=name: hear(name, args[0]))
+            hook = module.register_forward_pre_hook(
+                lambda _, args, name=name: record(name, args[0])
+            )
             undo.callback(hook.remove)
         look(latents)
-    return found
+    return read
+
+
+def energy(
+    read: Float[Tensor, "image place rank"], centre: Float[Tensor, " rank"]
+) -> Float[Tensor, "image place"]:
+    """Return the energy of a layer's coordinates about their centre."""
+    return (read - centre.to(read)).square().sum(-1)
 
 
 def place_width(places: int, height: int, width: int) -> int:
-    """Return how many latents a place is wide, 0 where so many places do not tile latents."""
+    """Return how many latents a place is wide, 0 where so many places do not tile the latents."""
     scale = math.isqrt(height * width // places) if places else 0
     whole = scale and not height % scale and not width % scale
     return scale if whole and places * scale**2 == height * width else 0
+
+
+def _in_batches(latents: Tensor) -> Iterator[Tensor]:
+    for start in range(0, len(latents), BATCH):
+        yield latents[start : start + BATCH]
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    # numpy's: torch's takes no more than 16 million values.
+    return float(np.quantile(values.numpy(), share))

@@ -26,7 +26,7 @@ from unmemorize import cli
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.score.denoiser import concatenate
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-from unmemorize.shared.training.layers.fitting import Pictures, fitted_layers
+from unmemorize.shared.training.layers.fitting import CaptionedLatents, fit_layer_subspaces
 from unmemorize.shared.training.layers.names import cores
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
@@ -142,7 +142,7 @@ def joint(request, tmp_path):
     denoiser = PipelineDenoiser(make(), resolution=tiny.RESOLUTION)
     network = denoiser.family.network
     sides = [
-        Pictures(
+        CaptionedLatents(
             latents=torch.randn(4, *denoiser.latent_shape,
                                 generator=torch.Generator().manual_seed(seed)),
             captions=captions,
@@ -150,7 +150,7 @@ def joint(request, tmp_path):
         for seed, captions in enumerate((PROMPTS, OTHERS))
     ]  # fmt: skip
     path = tmp_path / "layers.safetensors"
-    fitted_layers(denoiser, network, *sides, cap=3).save(path)
+    fit_layer_subspaces(denoiser, network, *sides, cap=3).save(path)
     network.requires_grad_(False)
     torch.manual_seed(0)
     network.add_adapter(LoraConfig(r=4, target_modules=targets))

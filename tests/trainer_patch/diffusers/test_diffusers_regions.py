@@ -15,7 +15,7 @@ from unmemorize import demo
 from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.training.filter.sample_log import Sample
-from unmemorize.shared.training.layers.fitting import Pictures, fitted_layers
+from unmemorize.shared.training.layers.fitting import CaptionedLatents, fit_layer_subspaces
 from unmemorize.shared.training.layers.regions import looking
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
@@ -56,11 +56,13 @@ def layers(latents, samples, part, tmp_path_factory):
     """File of the layers."""
     denoiser = load_denoiser(demo.MODEL)
     sides = (
-        Pictures(latents=latents[side], captions=tuple(each.caption for each in samples[side]))
+        CaptionedLatents(
+            latents=latents[side], captions=tuple(each.caption for each in samples[side])
+        )
         for side in (slice(COUNT), slice(COUNT, None))
     )
     network = denoiser.family.network.get_submodule(part)
-    made = fitted_layers(denoiser, network, *sides, names=["zorp"], cap=4)
+    made = fit_layer_subspaces(denoiser, network, *sides, names=["zorp"], cap=4)
 
     def whole(values):
         return {f"{part}.{name}": value for name, value in values.items()}
@@ -221,7 +223,7 @@ def test_what_cannot_be_spared_is_refused(run, layers, tmp_path):
 def test_loop_that_never_asks_for_its_target_fails(run, layers, tmp_path):
     made = run()
     with (
-        pytest.raises(ProtectionFailed, match="No step's target"),
+        pytest.raises(ProtectionFailed, match="No training step"),
         protect(made.pipeline, made.optimizer, output=tmp_path / LORA,
                 project_layers=str(layers), project_regions=True),
     ):  # fmt: skip

@@ -18,9 +18,8 @@ from test_kohya_projection import UNETS
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-from unmemorize.shared.training.layers.fitting import silent_layers
-from unmemorize.shared.training.layers.region_fitting import fit_regions
-from unmemorize.shared.training.layers.regions import ConceptRegions, looking
+from unmemorize.shared.training.layers.fitting import layers_without_text
+from unmemorize.shared.training.layers.regions import ConceptRegions, fit_regions, looking
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def asked_sdxl(room, asked):
     small = UNETS["sdxl_train_network.py"] | {"block_out_channels": (32, 64, 128)}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**small)
-    widths = {name: layer.weight.shape[1] for name, layer in silent_layers(unet).items()}
+    widths = {name: layer.weight.shape[1] for name, layer in layers_without_text(unet).items()}
     bases = {name: torch.zeros(width, 0).double() for name, width in widths.items()}
     read = next(name for name in widths if name.endswith("attn1.to_q"))
     bases[read] = torch.eye(widths[read]).double()[:, :1]

@@ -14,7 +14,7 @@ from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.training.concept.fitting import fit_subspace
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.concept.text_states import encoders_of, text_path_of
-from unmemorize.shared.training.layers.fitting import silent_layers
+from unmemorize.shared.training.layers.fitting import layers_without_text
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.trainer_patch.options import parse_concepts
@@ -94,7 +94,7 @@ def test_sdxl_is_projected(trained, pipelines):
 def test_nothing_is_learnt_where_pictures_show_the_concept(trained, pipelines, room, kind):
     """Of the layers one sees places: all are the concept's, or none."""
     network = PipelineDenoiser(pipelines[kind]).family.network
-    widths = {name: layer.weight.shape[1] for name, layer in silent_layers(network).items()}
+    widths = {name: layer.weight.shape[1] for name, layer in layers_without_text(network).items()}
     bases = {name: torch.zeros(width, 0).double() for name, width in widths.items()}
     read = next(name for name in widths if name.endswith(("attn1.to_q", "attn.to_q")))
     bases[read] = torch.eye(widths[read]).double()[:, :1]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 from unmemorize.shared.patching import HookMissing
+from unmemorize.shared.training.base_targets import BaseTargets
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.layers.regions import ConceptRegions, still_noise
-from unmemorize.shared.training.layers.spared import SparedTraining
 from unmemorize.trainer_patch.onetrainer.data import BatchSamples, TextSide
 from unmemorize.trainer_patch.onetrainer.regions import StepRegions
 
@@ -133,7 +133,7 @@ def step(setup, batch, limit=-1.0, named=2, **kwargs):
     trainer = SimpleNamespace(
         train_device=torch.device("cpu"), model_setup=setup, model=model, config=config
     )
-    spared = SparedTraining(regions, ["zorp"])
+    spared = BaseTargets(regions, ["zorp"])
     predict = StepRegions(trainer, spared, Samples(named), Text(trainer)).wrap(setup.predict)
     torch.manual_seed(3)
     return predict(model, batch, None, 8, **kwargs), spared.account()

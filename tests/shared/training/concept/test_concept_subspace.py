@@ -20,7 +20,7 @@ def projector(basis: torch.Tensor) -> torch.Tensor:
 
 def slow_basis(concept: Concept, captions: list[str], price: float = 2.0) -> torch.Tensor:
     """The definition, one token after another: where the concept is worth its price."""
-    pairs = concept.pairs(held_out=False)
+    pairs = concept.pairs(holdout=False)
     gram, totals = torch.zeros(2, WIDTH, WIDTH, dtype=torch.float64), [0.0, 0.0]
     for prompt in [*captions, *dict.fromkeys(pair.twin for pair in pairs)]:
         encoded = text_path([prompt])
@@ -153,7 +153,7 @@ def test_common_words_are_refused_unless_forced():
 
 
 def test_padding_counts_as_one_row():
-    pairs = QUIX.pairs(held_out=True)[:1]
+    pairs = QUIX.pairs(holdout=True)[:1]
     rows = differences(text_path, pairs)
     words = len(pairs[0].prompt.split())
     state, twin = (text_path([text]).states[0] for text in (pairs[0].prompt, pairs[0].twin))
@@ -180,11 +180,11 @@ def test_templates_are_many_and_whole():
     templates = load_templates()
     assert 30 <= len(templates) <= 60
     assert len(set(templates)) == len(templates)
-    pair = Concept(names=("Big Blue",), neutral="a thing").pairs(held_out=False)[0]
+    pair = Concept(names=("Big Blue",), neutral="a thing").pairs(holdout=False)[0]
     assert pair.prompt == "a photo of Big Blue"
     assert pair.twin == "a photo of a thing"
     assert [pair.prompt.split()[i] for i in pair.subject] == ["Big", "Blue"]
-    sides = [QUIX.pairs(held_out=side) for side in (False, True)]
+    sides = [QUIX.pairs(holdout=side) for side in (False, True)]
     assert not {p.prompt for p in sides[0]} & {p.prompt for p in sides[1]}
     assert [len(side) for side in sides] == [36, 12]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_text import seeded
-from unmemorize.shared.training.concept.acceptance import (
+from unmemorize.shared.training.concept.fitting import (
     COLLATERAL,
     PRICE,
     RESIDUAL,
@@ -14,7 +14,7 @@ from unmemorize.shared.training.concept.acceptance import (
     residual,
     separable,
 )
-from unmemorize.shared.training.concept.contrast import contrast, leading
+from unmemorize.shared.training.concept.subspace import contrast, leading
 
 SHAPES = {
     "seed": st.integers(0, 2**16),

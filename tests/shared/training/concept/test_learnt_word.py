@@ -8,10 +8,10 @@ from unmemorize.shared.mitigation.residual import probe
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.training.concept.concept import Concept
-from unmemorize.shared.training.concept.examination import concepts_of
 from unmemorize.shared.training.concept.fitting import ConceptNotSeparable, fit_subspace
 from unmemorize.shared.training.concept.learnt_word import WORD, knowing, learn
 from unmemorize.shared.training.concept.text_states import text_path_of
+from unmemorize.shared.training.examination import concepts_of
 
 FAMILIES = {"SD 1": (tiny.stable_diffusion, 1), "SDXL": (tiny.stable_diffusion_xl, 2)}
 

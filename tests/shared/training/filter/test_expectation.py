@@ -11,10 +11,10 @@ from unmemorize.shared.training.filter.expectation import (
     CAPTION_KNOWN,
     FILES_KNOWN,
     Expectation,
+    Recall,
     Visits,
 )
 from unmemorize.shared.training.filter.filter import MemorizationFilter
-from unmemorize.shared.training.filter.recall import Recall
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.filter.thresholds import RelativeThreshold
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_text import seeded
 from torch import nn
-from unmemorize.shared.training.filter.filter import Gather, MemorizationFilter, gate_gradient
+from unmemorize.shared.training.filter.filter import Gather, MemorizationFilter, scale_gradient
 from unmemorize.shared.training.filter.sample_log import (
     SampleLog,
     rank_samples,
@@ -62,7 +62,7 @@ def test_a_batch_with_nothing_left_makes_a_zero_gradient():
     made = MemorizationFilter(AbsoluteThreshold(0.0))
     weights = weigh(made, parameter, torch.zeros_like(parameter))
     assert weights.tolist() == [0.0, 0.0]
-    gate_gradient(parameter, weights).square().mean().backward()
+    scale_gradient(parameter, weights).square().mean().backward()
     assert torch.equal(parameter.grad, torch.zeros_like(parameter))
     assert made.flagged == 2
 
@@ -71,7 +71,7 @@ def test_a_batch_with_nothing_left_makes_a_zero_gradient():
 def test_the_gate_is_the_mean_over_what_remains(loss):
     parameter, target = nn.Parameter(seeded(4, 3, 2, 2)), seeded(4, 3, 2, 2, seed=1)
     weights = torch.tensor([2.0, 0.0, 2.0, 0.0])
-    gated = gate_gradient(parameter, weights)
+    gated = scale_gradient(parameter, weights)
     assert torch.equal(gated, parameter)
     loss(gated, target).backward()
     found, parameter.grad = parameter.grad.clone(), None
@@ -250,7 +250,7 @@ def train_lora(made: MemorizationFilter | None, steps: int = 12) -> dict[str, to
             with aside(state):
                 uncond = network(latent, torch.zeros_like(text))
             weights = weigh(made, prediction, uncond, timesteps)
-            prediction = gate_gradient(prediction, weights)
+            prediction = scale_gradient(prediction, weights)
         nn.functional.mse_loss(prediction, torch.randn_like(latent)).backward()
         if step % 2:
             optimizer.step()

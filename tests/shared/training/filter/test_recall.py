@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from small_text import seeded
-from unmemorize.shared.training.filter.expectation import Visits
+from unmemorize.shared.training.filter.expectation import Recall, Visits
 from unmemorize.shared.training.filter.filter import MemorizationFilter
-from unmemorize.shared.training.filter.recall import Recall
 from unmemorize.shared.training.filter.sample_log import Sample, SampleLog, read_records
 from unmemorize.shared.training.filter.thresholds import (
     AbsoluteThreshold,

@@ -1,7 +1,5 @@
 """Subspaces of single layers: what a concept's samples put there is kept out of the LoRA."""
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -11,14 +9,8 @@ from torch import nn
 from toy import ToyDenoiser
 from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-from unmemorize.shared.training.layers.activations import (
-    fit_layers,
-    listening,
-    other_factors,
-    owners,
-    run_through,
-)
-from unmemorize.shared.training.layers.sketch import Sketch
+from unmemorize.shared.training.layers.activations import Sketch, recording, run_noisy
+from unmemorize.shared.training.layers.fitting import subspaces_from_sketches
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import text_factors
 from unmemorize.shared.training.projection.projection import (
@@ -62,17 +54,26 @@ def inputs(concept: bool, seed: int, count: int = 32) -> torch.Tensor:
     return x
 
 
-def hear(network: nn.Module, layers: Mapping[str, nn.Module], concept: bool) -> dict[str, Sketch]:
-    with listening(layers) as heard, torch.no_grad():
+def factors_without_text(network: nn.Module) -> dict[str, nn.Parameter]:
+    return text_factors(network, text_fed="to_q|conv")
+
+
+def record(network: nn.Module, concept: bool) -> dict[str, Sketch]:
+    with recording(readers(network)) as sketches, torch.no_grad():
         for seed in range(4):
             network(inputs(concept, seed), torch.zeros(32, 16))
-    return heard
+    return sketches
+
+
+def readers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the down layers, which read what their layers read, by the name of the factor."""
+    names = factors_without_text(network)
+    return {name: network.get_submodule(f"{name}.lora_A.default") for name in names}
 
 
 def fitted(network: nn.Module) -> tuple[dict[str, nn.Parameter], LayerSubspaces]:
-    factors = other_factors(network)
-    layers = owners(network, factors)
-    return factors, fit_layers(hear(network, layers, True), hear(network, layers, False))
+    learnt = subspaces_from_sketches(record(network, True), record(network, False))
+    return factors_without_text(network), learnt
 
 
 def test_the_concepts_direction_is_found_and_what_is_wanted_is_left():
@@ -86,37 +87,23 @@ def test_the_concepts_direction_is_found_and_what_is_wanted_is_left():
 
 
 def test_with_one_set_against_itself_nothing_is_forbidden():
-    network = lora_network()
-    layers = owners(network, other_factors(network))
-    heard = hear(network, layers, True)
-    assert all(not basis.shape[1] for basis in fit_layers(heard, heard).bases.values())
+    sketches = record(lora_network(), True)
+    layers = subspaces_from_sketches(sketches, sketches)
+    assert all(not basis.shape[1] for basis in layers.bases.values())
 
 
-def test_a_layer_is_heard_where_its_factor_reads():
+def test_a_layer_is_recorded_where_its_factor_reads():
     network = lora_network()
-    factors = other_factors(network)
     x = inputs(True, 0, count=2)
-    with listening(owners(network, factors), size=64) as heard, torch.no_grad():
+    with recording(readers(network)) as sketches, torch.no_grad():
         network(x, torch.zeros(2, 16))
         convolved = network.base_model.model.to_q(x)
-    linear, conv = (next(s for n, s in heard.items() if part in n) for part in ("to_q", "conv"))
+    linear, conv = (next(s for n, s in sketches.items() if part in n) for part in ("to_q", "conv"))
     rows = x.flatten(0, 1).double()
     torch.testing.assert_close(linear.rows.T @ linear.rows, 2 * rows.T @ rows)
     rows = convolved.flatten(0, 1).double()
     torch.testing.assert_close(conv.rows.T @ conv.rows, rows.T @ rows)
     assert not any(module._forward_pre_hooks for module in network.modules())
-
-
-def test_pairs_are_heard_as_differences():
-    network = lora_network()
-    factors = text_factors(network, text_fed="to_q")
-    ours, twins = inputs(True, 0, count=2), inputs(False, 0, count=2)
-    with listening(owners(network, factors), paired=True) as heard, torch.no_grad():
-        network(torch.cat([ours, twins]), torch.zeros(4, 16))
-    (sketch,) = heard.values()
-    rows = (ours - twins).flatten(0, 1).double()
-    torch.testing.assert_close(sketch.rows.T @ sketch.rows, rows.T @ rows)
-    assert not sketch.rows[:, :WANTED].any()
 
 
 def train(network: nn.Module, steps: int = 40) -> None:
@@ -162,10 +149,10 @@ def test_each_layer_stays_outside_its_own_subspace_and_text_outside_its_widths(t
 def test_the_lora_does_not_learn_what_its_layers_must_not_read():
     """The mark is a bias of every output: reading it lowers the loss, unless it cannot be read."""
     found = {}
-    for guarded in (False, True):
+    for projected in (False, True):
         network = lora_network()
         own, layers = fitted(network)
-        projection = Projection(own if guarded else {}, [], layers=layers if guarded else None)
+        projection = Projection(own if projected else {}, [], layers=layers if projected else None)
         projection.project_weights()
         for _ in train(network):
             projection.project_weights()
@@ -173,7 +160,7 @@ def test_the_lora_does_not_learn_what_its_layers_must_not_read():
         mark[..., WANTED + MARK] = 1
         linear = network.base_model.model.to_q
         delta = linear.get_delta_weight("default").detach()
-        found[guarded] = float((mark @ delta.T).norm() / delta.norm())
+        found[projected] = float((mark @ delta.T).norm() / delta.norm())
     assert found[True] < 0.2 * found[False]
 
 
@@ -217,15 +204,11 @@ def test_a_file_gives_back_the_layers(tmp_path):
 
 
 def test_what_cannot_be_fitted_is_said():
-    network = lora_network()
-    layers = owners(network, other_factors(network))
-    heard = hear(network, layers, True)
-    with pytest.raises(ValueError, match="nothing was heard"):
-        fit_layers({}, {})
+    sketches = record(lora_network(), True)
+    with pytest.raises(ValueError, match="no layer was recorded"):
+        subspaces_from_sketches({}, {})
     with pytest.raises(ValueError, match="1 differ, first"):
-        fit_layers(heard, dict(list(heard.items())[:1]))
-    with pytest.raises(ValueError, match="not the network's"):
-        owners(network, {"x": torch.zeros(2, 2)})
+        subspaces_from_sketches(sketches, dict(list(sketches.items())[:1]))
     narrow = LayerSubspaces(bases={"a": subspace_of(8, 2).basis})
     with pytest.raises(ValueError, match="its subspace is for 8"):
         Projection({"a": torch.zeros(2, WIDTH)}, [], layers=narrow)
@@ -241,7 +224,7 @@ def test_a_network_is_run_at_levels_spread_over_its_schedule():
         seen.append((float(sigma), x)) or denoise(x, sigma, cond)
     )
     latents = torch.zeros(4, *denoiser.latent_shape)
-    run_through(denoiser, latents, ["cat", "dog", "cat", "dog"], levels=3)
+    run_noisy(denoiser, latents, ["cat", "dog", "cat", "dog"], levels=3)
     assert len(seen) == 3
     assert [sigma for sigma, _ in seen] == sorted((s for s, _ in seen), reverse=True)
     for sigma, x in seen:

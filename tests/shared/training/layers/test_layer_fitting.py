@@ -6,11 +6,11 @@ from marked import COLOUR, latents_of
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.training.layers.fitting import (
-    HOLD_OUT,
-    Pictures,
-    TooFewPictures,
-    fitted_layers,
-    silent_layers,
+    HOLDOUT,
+    CaptionedLatents,
+    TooFewImages,
+    fit_layer_subspaces,
+    layers_without_text,
 )
 
 COUNT, SIDE = 12, 40
@@ -31,13 +31,13 @@ def part(denoiser):
 def pictures(denoiser):
     """Function that returns some training pictures, with a mark in a corner or without."""
 
-    def some(first: int, *, marked: bool) -> Pictures:
+    def some(first: int, *, marked: bool) -> CaptionedLatents:
         def corner(pen):
             pen.ellipse([0, 0, SIDE, SIDE], fill=COLOUR)
 
         captions = tuple(f"picture {n}" + ", zorp" * marked for n in range(COUNT))
         latents = latents_of(denoiser, first, COUNT, corner if marked else None)
-        return Pictures(latents=latents, captions=captions)
+        return CaptionedLatents(latents=latents, captions=captions)
 
     return some
 
@@ -45,7 +45,7 @@ def pictures(denoiser):
 @pytest.fixture(scope="module")
 def fitted(denoiser, part, pictures):
     seen = []
-    made = fitted_layers(
+    made = fit_layer_subspaces(
         denoiser, part, pictures(0, marked=True), pictures(COUNT, marked=False),
         names=["zorp"], progress=seen.append,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def fitted(denoiser, part, pictures):
 
 
 def test_every_layer_that_reads_no_text_has_one(denoiser, part, fitted):
-    layers = silent_layers(part)
+    layers = layers_without_text(part)
     assert fitted.bases.keys() == layers.keys()
     every = {name for name, _ in part.named_modules()}
     assert any(name.endswith("attn2.to_k") for name in every)
@@ -74,22 +74,22 @@ def gap(layers) -> float:
     return held_out["concept"] - held_out["retained"]
 
 
-def test_pictures_that_were_not_heard_tell_concept_from_others(denoiser, part, pictures, fitted):
+def test_images_of_the_holdout_tell_concept_from_others(denoiser, part, pictures, fitted):
     others = pictures(2 * COUNT, marked=False)
-    without = fitted_layers(denoiser, part, others, pictures(COUNT, marked=False))
+    without = fit_layer_subspaces(denoiser, part, others, pictures(COUNT, marked=False))
     assert gap(fitted) > 0.15
     assert gap(without) < 0.1
 
 
-def test_pictures_held_out_are_every_fourth():
-    some = Pictures(latents=torch.arange(8.0)[:, None], captions=tuple("abcdefgh"))
-    assert some.part(held_out=True).captions == ("d", "h")
-    assert some.part(held_out=False).latents.flatten().tolist() == [0, 1, 2, 4, 5, 6]
+def test_the_holdout_is_every_fourth():
+    some = CaptionedLatents(latents=torch.arange(8.0)[:, None], captions=tuple("abcdefgh"))
+    assert some.part(holdout=True).captions == ("d", "h")
+    assert some.part(holdout=False).latents.flatten().tolist() == [0, 1, 2, 4, 5, 6]
 
 
 def test_too_few_are_refused(denoiser, part):
-    few = Pictures(latents=torch.zeros(3, *denoiser.latent_shape), captions=("a", "b", "c"))
-    with pytest.raises(TooFewPictures, match=f"3 pictures of the concept, at least {HOLD_OUT}"):
-        fitted_layers(denoiser, part, few, few)
+    few = CaptionedLatents(latents=torch.zeros(3, *denoiser.latent_shape), captions=("a", "b", "c"))
+    with pytest.raises(TooFewImages, match=f"3 images of the concept, at least {HOLDOUT}"):
+        fit_layer_subspaces(denoiser, part, few, few)
     with pytest.raises(ValueError, match="3 latents and 1 captions"):
-        Pictures(latents=few.latents, captions=("a",))
+        CaptionedLatents(latents=few.latents, captions=("a",))

@@ -1,4 +1,4 @@
-"""Where pictures of the demo model show a mark that was drawn on them, and a target without it."""
+"""Where images of the demo model show a mark that was drawn on them."""
 
 import math
 from dataclasses import replace
@@ -10,9 +10,15 @@ from torch import nn
 from unmemorize import demo
 from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.training.layers.fitting import Pictures, fitted_layers
-from unmemorize.shared.training.layers.region_fitting import RARE, fit_regions, share_shown
-from unmemorize.shared.training.layers.regions import looking, place_width, spared, still_noise
+from unmemorize.shared.training.layers.fitting import CaptionedLatents, fit_layer_subspaces
+from unmemorize.shared.training.layers.regions import (
+    RARE,
+    fit_regions,
+    looking,
+    place_width,
+    share_shown,
+    still_noise,
+)
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 COUNT, SIDE = 12, 48
@@ -46,10 +52,12 @@ def network(denoiser):
 @pytest.fixture(scope="module")
 def layers(denoiser, network, latents):
     sides = (
-        Pictures(latents=latents(first, marked=marked), captions=(f"zorp {marked}",) * COUNT)
+        CaptionedLatents(
+            latents=latents(first, marked=marked), captions=(f"zorp {marked}",) * COUNT
+        )
         for first, marked in ((0, True), (COUNT, False))
     )
-    return fitted_layers(denoiser, network, *sides, names=["zorp"], cap=4)
+    return fit_layer_subspaces(denoiser, network, *sides, names=["zorp"], cap=4)
 
 
 def found_in(layers, denoiser, latents) -> torch.Tensor:
@@ -122,17 +130,6 @@ def test_a_picture_shows_the_same_alone_and_in_any_batch(denoiser, latents, laye
 def test_latents_of_another_shape(denoiser, latents, layers):
     wide = torch.cat([latents(2 * COUNT, marked=True)[:1]] * 2, dim=-1)
     assert found_in(layers, denoiser, wide).shape == (1, 1, *wide.shape[-2:])
-
-
-def test_target_is_the_base_models_in_the_regions_and_untouched_elsewhere():
-    target, base = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    regions = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    regions[0, 0, :2] = True
-    made = spared(target, base, regions)
-    assert torch.equal(made[0, :, :2], base[0, :, :2])
-    assert torch.equal(made[0, :, 2:], target[0, :, 2:])
-    assert torch.equal(made[1], target[1])
-    assert spared(target.half(), base, regions).dtype == torch.float16
 
 
 def test_file_keeps_regions(denoiser, latents, layers, tmp_path):

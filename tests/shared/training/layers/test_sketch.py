@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_text import seeded
-from unmemorize.shared.training.layers.sketch import Sketch
+from unmemorize.shared.training.layers.activations import Sketch
 
 
 @settings(max_examples=40, deadline=None)

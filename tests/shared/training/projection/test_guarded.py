@@ -6,8 +6,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from small_text import subspace_of
 from torch import nn
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
-from unmemorize.shared.training.projection.factors import UnsupportedTraining
-from unmemorize.shared.training.projection.guarded import guarded_factors, guarded_in
+from unmemorize.shared.training.projection.factors import (
+    UnsupportedTraining,
+    projected_factors,
+    saved_projected_factors,
+)
 
 WIDTH = 12
 
@@ -36,14 +39,14 @@ def modules(factors) -> set[str]:
 
 
 def test_a_lora_may_train_fewer_layers_than_the_file_holds():
-    factors = guarded_factors(lora("attn1.to_q", "attn2.to_k"), text=True, layers=ALL)
+    factors = projected_factors(lora("attn1.to_q", "attn2.to_k"), text=True, layers=ALL)
     assert modules(factors) == {"attn1.to_q", "attn2.to_k"}
     assert ALL.among(factors).bases.keys() == {"attn1.to_q"}
-    assert modules(guarded_factors(lora("ff"), text=False, layers=ALL)) == {"ff"}
+    assert modules(projected_factors(lora("ff"), text=False, layers=ALL)) == {"ff"}
 
 
 def test_without_layers_only_text_is_looked_at():
-    factors = guarded_factors(lora("attn1.to_q", "attn2.to_k"), text=True, layers=None)
+    factors = projected_factors(lora("attn1.to_q", "attn2.to_k"), text=True, layers=None)
     assert modules(factors) == {"attn2.to_k"}
 
 
@@ -58,29 +61,29 @@ def test_without_layers_only_text_is_looked_at():
 def test_a_layer_without_a_subspace_is_refused(targets, text, message):
     held = layers("attn1.to_q", "attn1.to_k")
     with pytest.raises(UnsupportedTraining, match=message):
-        guarded_factors(lora(*targets), text=text, layers=held)
+        projected_factors(lora(*targets), text=text, layers=held)
 
 
 def test_what_is_no_plain_pair_is_refused_in_every_layer():
     for changed in ({"use_dora": True}, {"modules_to_save": ["ff"]}):
         network = lora("attn1.to_q", **changed)
         with pytest.raises(UnsupportedTraining, match="Also trained"):
-            guarded_factors(network, text=False, layers=ALL)
-    assert guarded_factors(lora("attn1.to_q"), text=False, layers=ALL)
+            projected_factors(network, text=False, layers=ALL)
+    assert projected_factors(lora("attn1.to_q"), text=False, layers=ALL)
 
 
 def test_named_parameters_may_be_a_generator():
     network = lora("attn1.to_q", "attn2.to_k")
-    found = guarded_factors(network.named_parameters(), text=True, layers=ALL)
-    assert found.keys() == guarded_factors(network, text=True, layers=ALL).keys()
+    found = projected_factors(network.named_parameters(), text=True, layers=ALL)
+    assert found.keys() == projected_factors(network, text=True, layers=ALL).keys()
 
 
 def test_a_file_must_hold_each_layer():
     state = get_peft_model_state_dict(lora("attn1.to_q", "attn2.to_k"))
     state = {name.replace("base_model.model.", "unet."): value for name, value in state.items()}
     held = layers("attn1.to_q")
-    found = guarded_in(state, text=True, layers=held, source="lora")
+    found = saved_projected_factors(state, text=True, layers=held, source="lora")
     assert {name.removeprefix("unet.") for name in found} == {"attn1.to_q", "attn2.to_k"}
     assert all(isinstance(value, torch.Tensor) for value in found.values())
     with pytest.raises(ValueError, match="1 layer is not there: ff"):
-        guarded_in(state, text=True, layers=layers("attn1.to_q", "ff"), source="lora")
+        saved_projected_factors(state, text=True, layers=layers("attn1.to_q", "ff"), source="lora")

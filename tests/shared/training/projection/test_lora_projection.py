@@ -293,7 +293,7 @@ def test_blocks_of_a_large_stack_are_put_back_in_order(monkeypatch):
     alone = {name: factor.clone() for name, factor in factors.items()}
     for name, factor in alone.items():
         Projection({name: factor}, [subspace_of()]).project_weights()
-    monkeypatch.setattr("unmemorize.shared.training.projection.stacked.BLOCK", 25 * WIDTH)
+    monkeypatch.setattr("unmemorize.shared.training.projection.projection.BLOCK", 25 * WIDTH)
     Projection(factors, [subspace_of()]).project_weights()
     for name, factor in factors.items():
         torch.testing.assert_close(factor, alone[name])

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..account import filter_account
-from ..replay import RandomState
-from ..settings import FilterSettings
-from .filter import Gather
-from .sample_log import Sample, SampleLog
-from .sample_report import records_path, write_report
+from .filter.filter import Gather, MemorizationFilter
+from .filter.sample_log import Sample, SampleLog, records_path, write_report
+from .replay import RandomState
+from .settings import FilterSettings
 
 logger = logging.getLogger(__name__)
 
@@ -101,3 +99,16 @@ class FilteredTraining:
         if not self.filter.calls:
             path.unlink(missing_ok=True)
         return SampleLog(path)
+
+
+def filter_account(asked: FilterSettings, done: MemorizationFilter) -> dict[str, Any]:
+    """Return what was asked of the filter and what it saw, plain data."""
+    return {
+        "threshold": asked.text,
+        "action": done.action,
+        "unit": done.unit,
+        "recall": asked.recall,
+        "seen": done.seen,
+        "measured": done.measured,
+        "flagged": done.flagged,
+    }

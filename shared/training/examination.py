@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from ...files.weights import ModelError
-from ..layers.subspaces import LayerSubspaces
-from ..projection.factors import TEXT_FED, factors_of, saved_state
-from ..projection.projection import TOLERANCES, residuals
-from .acceptance import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
-from .concept import Concept
-from .subspace import ConceptSubspace
-from .text_states import TextPath, differences
+from ..files.weights import ModelError
+from .concept.concept import Concept
+from .concept.fitting import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
+from .concept.subspace import ConceptSubspace
+from .concept.text_states import TextPath, differences
+from .layers.names import TEXT_FED
+from .layers.subspaces import LayerSubspaces
+from .projection.factors import factors_of, saved_state
+from .projection.projection import TOLERANCES, residuals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def examine(
     if not kept:
         raise ValueError("`captions` must hold one that names no concept.")
     basis = subspace.basis
-    held_out = {c.names[0]: differences(text_path, c.pairs(held_out=True)) for c in concepts}
+    held_out = {c.names[0]: differences(text_path, c.pairs(holdout=True)) for c in concepts}
     return Examination(
         residuals={name: residual(change, basis) for name, change in held_out.items()},
         collateral=collateral(retained_energy(text_path, kept), basis),

@@ -1,4 +1,4 @@
-"""The concept's regions over one whole training: whose target changes, and how much of it."""
+"""The concept's regions over one whole training: which targets are replaced there, and how many."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...arrays import Float, Tensor
-from ..concept.concept import named_words
-from ..filter.sample_log import Sample
-from .regions import ConceptRegions, Look, spared
+from ..arrays import Float, Tensor
+from .concept.concept import named_words
+from .filter.sample_log import Sample
+from .layers.regions import ConceptRegions, Look
 
 logger = logging.getLogger(__name__)
 
 
-class NothingSpared(RuntimeError):
-    """Regions were asked for, and no step's target was ever shown."""
+class NoTargetSeen(RuntimeError):
+    """Regions were requested, and no training step handed in its target."""
 
 
-class SparedTraining:
-    """Changes the targets of those samples whose captions name the concept, and counts."""
+class BaseTargets:
+    """Replaces targets in the concept's regions by what the model predicts without the LoRA.
+
+    Only samples whose captions name the concept are looked at.
+    """
 
     def __init__(self, regions: ConceptRegions, names: Sequence[str]):
         """Set up.
@@ -56,13 +59,13 @@ class SparedTraining:
     ) -> Float[Tensor, "sample channel height width"]:
         """Return a step's target, in the concept's regions what is predicted without the LoRA.
 
-        The caller sees to it that the LoRA is off and leaves no trace in the random state.
+        The caller switches the LoRA off and leaves no trace in the random state.
 
         Args:
-            target: What the network would be taught.
+            target: What the network would be taught: noise, velocity or flow.
             latents: Clean ones, in the network's scale.
             rows: Of `naming`, at least one.
-            network: Whose layers are heard.
+            network: Whose layers are recorded.
             look: Runs it on some of the latents.
             base: Returns the prediction of the step's own inputs at some rows [row].
         """
@@ -74,11 +77,11 @@ class SparedTraining:
             return target
         places = torch.tensor(rows, device=target.device)
         made = target.detach().clone()
-        made[places] = spared(made[places], base(places), regions)
+        made[places] = torch.where(regions, base(places).to(made), made[places])
         return made
 
     def account(self) -> dict[str, Any]:
-        """Return what a LoRA's header tells: samples of this process, visit by visit.
+        """Return what the LoRA's metadata say: samples of this process, visit by visit.
 
         `share_of_places` is the mean over the samples that have regions, None without any.
         """
@@ -95,20 +98,20 @@ class SparedTraining:
         self._places = state["places"]
 
     def finish(self) -> None:
-        """Tell how much was spared.
+        """Log how many samples had their targets replaced.
 
         Raises:
-            NothingSpared: No sample was ever looked at.
+            NoTargetSeen: No sample was ever looked at.
         """
-        told = self.account()
-        if not told["samples"]:
-            raise NothingSpared("No step's target was given to the concept's regions.")
-        if not told["named"]:
-            logger.warning("No caption named %s: nothing was spared.", ", ".join(self.names))
+        counts = self.account()
+        if not counts["samples"]:
+            raise NoTargetSeen("No training step handed its target to the concept's regions.")
+        if not counts["named"]:
+            logger.warning("No caption named %s: no target was replaced.", ", ".join(self.names))
             return
         logger.info(
-            "Regions: %d of %d samples were named, %d of them show the concept, on %.1f %% of "
+            "Regions: %d of %d samples named the concept, %d of them show it, on %.1f %% of "
             "their places.",
-            told["named"], told["samples"], told["with_regions"],
-            100 * (told["share_of_places"] or 0.0),
+            counts["named"], counts["samples"], counts["with_regions"],
+            100 * (counts["share_of_places"] or 0.0),
         )  # fmt: skip
