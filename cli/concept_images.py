@@ -163,7 +163,7 @@ def _latents_of(denoiser: "PipelineDenoiser", paths: Sequence[Path]) -> "Tensor"
     """
     import torch
 
-    from ..audit.common.training_images import read_image
+    from ..shared.files.images import read_image
 
     parts = [
         denoiser.encode_images([read_image(path) for path in paths[start : start + AT_ONCE]])

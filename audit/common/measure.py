@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +14,8 @@ from ...shared.score.calibration import Calibration
 from ...shared.score.denoiser import Conditioning, Denoiser
 from ...shared.score.detection import Detection, DetectionConfig, detect
 from ...shared.score.sequential import detect_sequentially
-from ..model.result import finite
 from .job import content_key
+from .result import finite
 from .subject import Facts, Subject
 
 
@@ -65,8 +66,9 @@ def measure(
     journal: Journal,
     *,
     job_key: str,
+    bars: Bars,
+    phase: str,
     sequentially: Calibration | None = None,
-    bar: Bar | None = None,
 ) -> Measured:
     """Score prompts; each batch is stored as soon as it is finished.
 
@@ -77,29 +79,31 @@ def measure(
         config: What to measure.
         journal: Of this phase.
         job_key: Stands for model and settings in the keys.
+        bars: Makes the progress bar, which counts prompts.
+        phase: What the bar says.
         sequentially: Draw only the seeds that a verdict by this calibration needs.
-        bar: Counts prompts.
     """
     keys = [content_key(job_key, prompt) for prompt in prompts]
-    config, bar = replace(config, batch_size=facts.rows), bar or SilentBar()
+    config = replace(config, batch_size=facts.rows)
     known = {i: _trace(journal.get(key)) for i, key in enumerate(keys) if key in journal}
-    if len(known) < len(prompts):
-        watched, pending = _CutWatch(subject.denoiser), dict[str, Any]()
+    with closing(bars(phase, len(prompts), len(known), "prompt")) as bar:
+        if len(known) < len(prompts):
+            watched, pending = _CutWatch(subject.denoiser), dict[str, Any]()
 
-        def store(_: int = 0) -> None:
-            done = dict(pending)
-            if done:
-                journal.put_all(done)
-                pending.clear()
-                bar.update(len(done))
+            def store(_: int = 0) -> None:
+                done = dict(pending)
+                if done:
+                    journal.put_all(done)
+                    pending.clear()
+                    bar.update(len(done))
 
-        def on_result(index: int, trace: Tensor) -> None:
-            cut = watched.cuts.get(prompts[index], "")
-            pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
+            def on_result(index: int, trace: Tensor) -> None:
+                cut = watched.cuts.get(prompts[index], "")
+                pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
 
-        run = detect if sequentially is None else _sequential(sequentially)
-        run(watched, prompts, config, known=known, on_result=on_result, progress=store)
-        store()
+            run = detect if sequentially is None else _sequential(sequentially)
+            run(watched, prompts, config, known=known, on_result=on_result, progress=store)
+            store()
     return Measured(
         detection=Detection(
             prompts=tuple(prompts),

@@ -12,12 +12,13 @@ from ...shared.models.load import load_denoiser, model_fingerprint
 from ...shared.score.calibration import settings_of
 from ...shared.score.detection import DetectionConfig
 from ...shared.score.trajectory import automatic_rows
-from ..model.config import DEMO, AuditConfig
-from ..model.result import ModelInfo
+from .result import ModelInfo
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
 
+DEMO = "demo"
+"""As model: the bundled demo. As prompts or controls: its captions."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -46,14 +47,6 @@ class Subject:
         self.name = (
             "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
         )
-
-    @classmethod
-    def of(cls, config: AuditConfig) -> "Subject":
-        """Return the model that the settings of an audit name."""
-        return cls(
-            config.model, lora=config.lora, device=config.device, dtype=config.dtype,
-            revision=config.revision, resolution=config.resolution, config=config.model_config,
-        )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from ...shared.arrays import Float, Tensor
+from ...shared.files.images import ImageFiles
 from ...shared.files.storage import replace_atomically
 from ..common.job import Job
 from ..common.measure import Bars
 from ..common.similarity import PIXELS
 from ..common.sscd import similarity
 from ..common.subject import Subject
-from ..common.training_images import ImageFiles
 from .attack import as_images
 from .feature_cache import FeatureCache
 from .index import Index

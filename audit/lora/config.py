@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...shared.score.detection import DetectionConfig
-from ..model.config import DEMO
+from ..common.subject import DEMO
 
 LEAST = {
     "captions": 1, "images_per_prompt": 1, "attack_images": 0, "generation_steps": 1,

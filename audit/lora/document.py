@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.prompts import CAPTION_SUFFIXES, METADATA
-from ..model.result import finite
-from ..model.summary import versions
+from ..common.result import finite, versions
 from .result import LoraAudit, TrainingImage, TrainingSet
 from .training_set import path_of
 

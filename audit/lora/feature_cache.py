@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ...shared.arrays import Float, Tensor
+from ...shared.files.images import ImageFiles
 from ...shared.files.storage import replace_atomically
 from ...shared.score.detection import Progress
 from ..common.sscd import BATCH, DIMENSIONS, Sscd
-from ..common.training_images import ImageFiles
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...shared.drawing import maps as pictures
 from ..common.pages import TEMPLATES, render_page, safe, svg_uri
-from ..model.summary import versions
+from ..common.result import versions
 from .grid import Cell, Grid, Row, gravity, load_matrix, make_grid, twins_of
 from .page_images import LARGE, Thumbnails, epoch_figure
 from .result import Clique, DuplicateGroup, ImageVerdict, LoraAudit

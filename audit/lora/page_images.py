@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...shared.drawing.plots import THEMES, Theme, new_figure, to_svg
+from ...shared.files.images import read_image
 from ..common.pages import data_uri
-from ..common.training_images import read_image
 from .result import EpochPoint, LoraAudit, Rate
 from .training_set import path_of
 

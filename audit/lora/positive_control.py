@@ -14,12 +14,11 @@ import torch
 from ...shared.files.storage import StorageError, write_text
 from ..common.job import content_key
 from ..common.measure import Bars
+from ..common.result import versions
 from ..common.similarity import PIXELS
 from ..common.sscd import Sscd
-from ..common.subject import Subject
+from ..common.subject import DEMO, Subject
 from ..common.wording import percent
-from ..model.config import DEMO
-from ..model.summary import versions
 from .attack import as_images
 from .comparing import References
 from .feature_cache import default_folder

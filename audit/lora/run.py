@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from ...shared.dependencies import has, require
+from ...shared.files.images import ImageFiles
 from ...shared.models.load import model_fingerprint
 from ..common.job import Job, check_folder, content_key, holds, open_job
 from ..common.measure import Bars, silent
 from ..common.sscd import Sscd
-from ..common.training_images import ImageFiles
 from .advice import find_causes
 from .asking import Shot, chosen_images, left_out, plan_shots, questions
 from .comparing import References, layout_similarities, refer, save_matrix

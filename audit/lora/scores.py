@@ -36,11 +36,9 @@ class Scoring:
         journal = self.job.journal("scores")
         known = sum(content_key(key, prompt) in journal for prompt in prompts)
         off = not lora and known < len(prompts)  # a finished job never loads the model
-        bar = self.bars(f"LoRA {'on' if lora else 'off'}", len(prompts), known, "prompt")
-        try:
-            with subject.denoiser.lora_disabled() if off else nullcontext():
-                measured = measure(subject, self.facts, prompts, self.config.detection, journal,
-                                   job_key=key, bar=bar)  # fmt: skip
-        finally:
-            bar.close()
+        with subject.denoiser.lora_disabled() if off else nullcontext():
+            measured = measure(
+                subject, self.facts, prompts, self.config.detection, journal, job_key=key,
+                bars=self.bars, phase=f"LoRA {'on' if lora else 'off'}",
+            )  # fmt: skip
         return dict(zip(prompts, measured.detection.scores.tolist(), strict=True))

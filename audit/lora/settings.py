@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.job import content_key
+from ..common.result import versions
 from ..common.subject import Facts, Subject
-from ..model.summary import versions
 from .config import LoraAuditConfig
 from .epochs import Epoch
 from .result import TrainingSet

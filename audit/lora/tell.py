@@ -9,9 +9,8 @@ from ...shared.dependencies import require
 from ...shared.drawing.plots import THEMES
 from ...shared.files.storage import write_text
 from ...shared.wording import counted
+from ..common.result import dumps, versions
 from ..common.wording import between, chance, percent, shown
-from ..model.result import dumps
-from ..model.summary import versions
 from .document import DIGEST, DOCUMENT, digest_of, file_sha256, to_document
 from .page import render_lora_page
 from .result import MATRIX, LoraAudit, Rate

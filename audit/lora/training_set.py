@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...shared.files.images import read_image
 from ...shared.files.prompts import PromptError
 from ...shared.score.detection import Progress
 from ...shared.wording import counted, name_some
-from ..common.training_images import read_image
 from .folder_layout import Shown, read_layout
 from .header import Header
 from .result import TrainingImage, TrainingSet

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ...shared.wording import counted, visible
-from .result import AuditResult, finite
+from ..common.result import finite
+from .result import AuditResult
 
 SHOWN = 20
 LONGEST = 300

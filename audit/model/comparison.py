@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...shared.files.images import ImageFiles, read_image
 from ..common.job import Job, content_key
 from ..common.measure import Bars, silent
 from ..common.similarity import (
@@ -19,12 +20,12 @@ from ..common.similarity import (
     sscd_features,
 )
 from ..common.sscd import has_sscd
-from ..common.training_images import ImageFiles, Known, known_images, read_image
 from .config import AuditConfig
 from .generation import Sampled
 from .inputs import Inputs
 from .result import NearestImage
 from .summary import rate
+from .training_images import Known, known_images
 
 COPY_RATE = 0.01
 """Share of images that are no copies but this near to one training image alone."""

@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...shared.score.detection import DetectionConfig
-
-DEMO = "demo"
-"""As model: the bundled demo. As prompts or controls: its captions."""
+from ..common.subject import DEMO
 
 
 @dataclass(frozen=True, kw_only=True)

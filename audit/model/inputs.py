@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ...shared.files.prompts import Prompt, PromptSet, clean, read_prompts
 from ...shared.score.controls import load_controls
-from .config import DEMO, AuditConfig
+from ..common.subject import DEMO
+from .config import AuditConfig
 
 BUNDLED_CONTROLS = ("photographs", "art")
 

@@ -20,15 +20,15 @@ from ...shared.score.calibration import Calibration
 from ...shared.words.advice import advise
 from ..common.job import Job, check_folder, content_key, open_job
 from ..common.measure import Bars, silent
-from ..common.scoring import Scoring
 from ..common.subject import Subject
-from ..common.training_images import known_images
 from .comparison import Comparer
 from .inputs import Inputs, read_inputs
 from .mitigation_folder import summarize, write_folder
 from .probing import probe_prompt
 from .result import GeneratedImage, NearestImage
-from .run import job_identity
+from .run import job_identity, subject_of
+from .scoring import Scoring
+from .training_images import known_images
 from .trials import (
     UNMITIGATED,
     MitigationConfig,
@@ -64,7 +64,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
     config = replace(config, methods=chosen_methods(config.methods))
     audit = config.audit
     inputs = read_inputs(audit, config.texts, DEMO_PROMPTS)
-    subject = Subject.of(audit)
+    subject = subject_of(audit)
     identity = {
         "work": "mitigation",
         **job_identity(audit, inputs, subject),

@@ -7,10 +7,10 @@ from typing import Any
 
 from ...shared.files.storage import write_text
 from ...shared.score.calibration import Calibration
+from ..common.result import dumps, versions
 from ..common.subject import Facts
 from .mitigation_page import render_mitigation, write_sheets
-from .result import dumps
-from .summary import rate, settings, versions
+from .summary import rate, settings
 from .trials import SCHEMA_VERSION, UNMITIGATED, MitigationConfig, MitigationEntry, MitigationResult
 
 

@@ -13,12 +13,10 @@ from ...shared.score.detection import DetectionConfig
 from ...shared.words.explanation import explain as explain_prompt
 from ..common.job import content_key
 from ..common.measure import Bars, Measured, measure
-from ..common.subject import Facts, Subject
-from .config import DEMO
+from ..common.result import dumps, finite, versions
+from ..common.subject import DEMO, Subject
 from .explain import to_values
 from .inputs import BUNDLED_CONTROLS, read_controls, read_named
-from .result import dumps, finite
-from .summary import versions
 
 
 def score_prompts(
@@ -56,7 +54,8 @@ def score_prompts(
         facts = subject.facts(journal, config)
         caveat = judge.check(subject.fingerprint, facts.settings, force=force) if judge else ""
         used = judge if sequential else None
-        measured = _measure(subject, facts, prompts, config, journal, key, used, bars)
+        measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
+                           phase="detection", sequentially=used)  # fmt: skip
         rows = _rows(measured, judge, caveat)
         if output:
             write_text(output, "".join(dumps(row) + "\n" for row in rows))
@@ -123,7 +122,8 @@ def make_calibration(
     prompts = tuple(read_controls(name))
     with _kept(subject, config, output) as (journal, key):
         facts = subject.facts(journal, config)
-        measured = _measure(subject, facts, prompts, config, journal, key, None, bars)
+        measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
+                           phase="detection")  # fmt: skip
         made = Calibration.from_controls(
             measured.detection, model=subject.fingerprint, settings=facts.settings,
             name=Path(name).name, false_positive_rate=rate,
@@ -156,19 +156,6 @@ def check_demo() -> dict[str, Any]:
         "damaged": damaged,
         "intact": not damaged,
     }
-
-
-def _measure(
-    subject: Subject, facts: Facts, prompts: tuple[str, ...], config: DetectionConfig,
-    journal: Journal, key: str, sequentially: Calibration | None, bars: Bars,
-) -> Measured:  # fmt: skip
-    known = sum(content_key(key, prompt) in journal for prompt in prompts)
-    bar = bars("detection", len(prompts), known, "prompt")
-    try:
-        return measure(subject, facts, prompts, config, journal, job_key=key,
-                       sequentially=sequentially, bar=bar)  # fmt: skip
-    finally:
-        bar.close()
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """What an audit found: plain frozen values, the lines of results.jsonl, and summary.json."""
 
-import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..common.result import ModelInfo, dumps
 
 if TYPE_CHECKING:
     from ...shared.score.calibration import Calibration
@@ -13,24 +12,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 """Of summary.json and of the lines of results.jsonl; raised when a field changes its meaning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """The audited model."""
-
-    name: str
-    """Folder, file or hub id as the user gave it, without its parent folders."""
-    fingerprint: str
-    """sha256 over the weights, LoRA included."""
-    lora: str | None
-    """File name of the LoRA, if any."""
-    parametrization: str
-    """epsilon, v_prediction or flow."""
-    dtype: str
-    device: str
-    latent_shape: tuple[int, ...]
-    guidance_distilled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,24 +121,3 @@ class AuditResult:
         """Return the memorized prompts, highest score first."""
         hits = [entry for entry in self.entries if entry.memorized]
         return sorted(hits, key=lambda entry: (-entry.score, entry.index))
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with NaN and infinities as None, which is all that JSON can say."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(item) for item in value]
-    return value
-
-
-def dumps(value: Any, indent: int | None = None) -> str:
-    """Return strict JSON in UTF-8; characters that end lines or are unpaired stay escaped."""
-    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-    # Line separators split lines for many readers, lone surrogates cannot be written as UTF-8.
-    return "".join(
-        f"\\u{ord(c):04x}" if c in "\x85\u2028\u2029\x7f" or "\ud800" <= c <= "\udfff" else c
-        for c in text
-    )

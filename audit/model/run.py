@@ -24,15 +24,16 @@ from ...shared.score.calibration import (
 )
 from ..common.job import Job, check_folder, content_key, holds, open_job
 from ..common.measure import Bars, Measured, silent
-from ..common.scoring import Scoring
+from ..common.result import dumps, versions
 from ..common.subject import Subject
 from .comparison import Comparison, compare
 from .config import AuditConfig
 from .explain import draw_maps, explain_flagged, to_words
 from .generation import Sampled, generate_images, plan_images, unfinished
 from .inputs import Inputs, read_inputs
-from .result import AuditEntry, AuditResult, GeneratedImage, WordSignificance, dumps
-from .summary import settings, summarize, versions
+from .result import AuditEntry, AuditResult, GeneratedImage, WordSignificance
+from .scoring import Scoring
+from .summary import settings, summarize
 
 __all__ = ["AuditConfig", "AuditEntry", "AuditResult", "run_audit"]
 
@@ -56,7 +57,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
         if not has(module):
             require(module, purpose="An audit", extra="reports")
     inputs = read_inputs(config)
-    subject = Subject.of(config)
+    subject = subject_of(config)
     identity = job_identity(config, inputs, subject)
     check_folder(config.output, identity, overwrite=config.overwrite)
     if not holds(config.output, identity):
@@ -68,6 +69,14 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
             raise
     with open_job(config.output, identity, overwrite=config.overwrite) as job:
         return _Audit(config, inputs, subject, job, content_key(identity), bars).run()
+
+
+def subject_of(config: AuditConfig) -> Subject:
+    """Return the model that the settings name."""
+    return Subject(
+        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
+        revision=config.revision, resolution=config.resolution, config=config.model_config,
+    )  # fmt: skip
 
 
 def job_identity(config: AuditConfig, inputs: Inputs, subject: Subject) -> dict[str, Any]:

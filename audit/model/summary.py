@@ -1,41 +1,17 @@
 """The counts, rates and conditions of an audit: summary.json."""
 
-import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ...shared.score.calibration import CONFIDENCE, Calibration, clopper_pearson
 from ...shared.wording import counted
+from ..common.result import ModelInfo, versions
 from .config import AuditConfig
 from .inputs import Inputs
-from .result import SCHEMA_VERSION, AuditEntry, ModelInfo
+from .result import SCHEMA_VERSION, AuditEntry
 
-PACKAGES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 FOUND, NOTHING_FOUND = "found", "nothing_found"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that can move a score, by package."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    if found["unmemorize"] == "not installed":  # a plain clone
-        found["unmemorize"] = _version_of_clone()
-    return found
-
-
-def _version_of_clone() -> str:
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    text = project.read_text("utf-8") if project.is_file() else ""
-    match = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    return match[1] if match else "unknown"
 
 
 def rate(hits: int, n: int) -> dict[str, Any] | None:

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.result import dumps
 from .config import AuditConfig
-from .result import GeneratedImage, dumps
+from .result import GeneratedImage
 
 if TYPE_CHECKING:
     from ...shared.score.calibration import Calibration

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from unmemorize.audit.common.result import ModelInfo
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.audit.model.inputs import Inputs
 from unmemorize.audit.model.result import (
     AuditEntry,
     AuditResult,
     GeneratedImage,
-    ModelInfo,
     NearestImage,
     OccludedWord,
     WordSignificance,

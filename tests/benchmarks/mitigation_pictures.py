@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd, similarity
+from unmemorize.audit.model.demo_check import Judge
 from unmemorize.demo import data
-from unmemorize.demo.check import Judge
 from unmemorize.shared.files.storage import Journal, replace_atomically
 from unmemorize.shared.mitigation import METHODS, make_method
 from unmemorize.shared.sampling.guard import guard

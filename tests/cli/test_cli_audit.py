@@ -16,8 +16,7 @@ from fake_result import make_result
 from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 from unmemorize import cli
-from unmemorize.audit.common import wording
-from unmemorize.audit.model import run
+from unmemorize.audit.model import report, run
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.cli import audit as cli_audit
 from unmemorize.cli import audit_lora as cli_lora
@@ -84,7 +83,7 @@ def named(result, config: AuditConfig) -> list[str]:
     """Return the words after `unmemorize audit` in the report."""
     lora = config.lora.name if config.lora else None
     model = dataclasses.replace(result.model, name=Path(config.model).name, lora=lora)
-    words = shlex.split(wording.reproduce(dataclasses.replace(result, config=config, model=model)))
+    words = shlex.split(report.reproduce(dataclasses.replace(result, config=config, model=model)))
     assert words[:2] == ["unmemorize", "audit"]
     return words[2:]
 
@@ -123,7 +122,7 @@ def test_command_names_files_without_their_folders(result, tmp_path):
         result.config, model="m", prompts=(path,), controls=str(path), calibration=path,
         model_config=path, revision="refs/pr/1", false_positive_rate=0.05,
     )  # fmt: skip
-    command = wording.reproduce(dataclasses.replace(result, config=config))
+    command = report.reproduce(dataclasses.replace(result, config=config))
     assert str(tmp_path) not in command
     for option in ("prompts", "controls", "calibration", "model-config"):
         assert f"--{option} 'my captions.txt'" in command

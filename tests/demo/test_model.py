@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 from unmemorize import demo
+from unmemorize.audit.model.demo_check import check
 from unmemorize.demo import data
-from unmemorize.demo.check import check
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.score.detection import DetectionConfig, detect
 

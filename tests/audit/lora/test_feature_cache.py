@@ -11,9 +11,9 @@ import torch
 from needs import need_sscd
 from PIL import Image
 from unmemorize.audit.common.sscd import Sscd
-from unmemorize.audit.common.training_images import ImageFiles
 from unmemorize.audit.lora import feature_cache
 from unmemorize.audit.lora.feature_cache import FeatureCache, default_folder
+from unmemorize.shared.files.images import ImageFiles
 
 need_sscd()
 

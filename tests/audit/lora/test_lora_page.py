@@ -10,9 +10,9 @@ import pytest
 from page_reader import Reader
 from PIL import Image
 from some_audit import HOSTILE, HOSTILE_NAME, make_audit
-from unmemorize.audit.common.training_images import read_image
 from unmemorize.audit.lora.page import render_lora_page
 from unmemorize.audit.lora.page_images import BLURRED, LARGE, Thumbnails
+from unmemorize.shared.files.images import read_image
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from PIL import Image, ImageChops
 from tiny_audit import MARKUP, lines
+from unmemorize.audit.common.result import finite
 from unmemorize.audit.model.mitigation import chosen_methods, run_mitigation
-from unmemorize.audit.model.result import finite
 from unmemorize.audit.model.trials import UNMITIGATED, MitigationConfig
 from unmemorize.shared.mitigation import DEFAULT, METHODS
 

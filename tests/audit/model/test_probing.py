@@ -6,10 +6,11 @@ import pytest
 from PIL import Image, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.measure import silent
-from unmemorize.audit.common.training_images import known_images
+from unmemorize.audit.common.subject import DEMO
 from unmemorize.audit.model import probing
 from unmemorize.audit.model.comparison import Comparer
-from unmemorize.audit.model.config import DEMO, AuditConfig
+from unmemorize.audit.model.config import AuditConfig
+from unmemorize.audit.model.training_images import known_images
 from unmemorize.shared.files.prompts import PromptSet
 
 

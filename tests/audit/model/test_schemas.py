@@ -7,8 +7,8 @@ import jsonschema
 import pytest
 from fake_result import HOSTILE, make_result
 from tiny_audit import lines, schema
+from unmemorize.audit.common.result import dumps
 from unmemorize.audit.model import result as values
-from unmemorize.audit.model.result import dumps
 
 
 @pytest.fixture(scope="module")

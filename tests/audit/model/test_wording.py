@@ -6,6 +6,7 @@ import logging
 import pytest
 from fake_result import make_result
 from unmemorize.audit.common import wording
+from unmemorize.audit.model import report
 from unmemorize.audit.model.answers import audit_verdict
 from unmemorize.audit.model.inputs import Inputs
 from unmemorize.audit.model.summary import rate, summarize
@@ -14,7 +15,7 @@ from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
 
 def test_headline_follows_the_counts_and_chance():
     def headline(hits: int, chance: float = 1e-9) -> str:
-        return wording.headline({"hits": hits, "n": 40}, chance)
+        return report.headline({"hits": hits, "n": 40}, chance)
 
     assert headline(0, 1.0) == "None of 40 prompts scored above the threshold"
     assert headline(1) == "1 of 40 prompts looks memorized"
@@ -39,8 +40,8 @@ def test_numbers():
 
 
 def test_one_prompt_is_said_in_the_singular():
-    assert wording.headline({"hits": 0, "n": 1}, 1.0).startswith("None of 1 prompt scored")
-    assert wording.headline({"hits": 1, "n": 1}, 0.0) == "1 of 1 prompt looks memorized"
+    assert report.headline({"hits": 0, "n": 1}, 1.0).startswith("None of 1 prompt scored")
+    assert report.headline({"hits": 1, "n": 1}, 0.0) == "1 of 1 prompt looks memorized"
 
 
 def told(tmp_path, prompts: int, flagged: int, copies: tuple[int, int]) -> str:
@@ -51,7 +52,7 @@ def told(tmp_path, prompts: int, flagged: int, copies: tuple[int, int]) -> str:
                   "copies": rate(*copies)}  # fmt: skip
     summary = result.summary | {"similarity": similarity, "chance_p_value": 0.0}
     result = dataclasses.replace(result, summary=summary)
-    return " ".join([*wording.lead(result), audit_verdict(result)])
+    return " ".join([*report.lead(result), audit_verdict(result)])
 
 
 def test_verdicts_agree_with_their_numbers(tmp_path):

@@ -1,11 +1,11 @@
 """What every job on a model begins with: a calibration, and the scores of its prompts."""
 
 from ...shared.score.calibration import Calibration
-from ..model.config import AuditConfig
-from ..model.inputs import Inputs
-from .job import Job, content_key
-from .measure import Bars, Measured, measure
-from .subject import Facts, Subject
+from ..common.job import Job
+from ..common.measure import Bars, Measured, measure
+from ..common.subject import Facts, Subject
+from .config import AuditConfig
+from .inputs import Inputs
 
 
 class Scoring:
@@ -46,13 +46,7 @@ class Scoring:
     def _measure(
         self, name: str, prompts: tuple[str, ...], facts: Facts, sequentially: Calibration | None
     ) -> Measured:
-        journal = self.job.journal(name)
-        known = sum(content_key(self.key, prompt) in journal for prompt in prompts)
-        bar = self.bars(name, len(prompts), known, "prompt")
-        try:
-            return measure(
-                self.subject, facts, prompts, self.config.detection, journal,
-                job_key=self.key, sequentially=sequentially, bar=bar,
-            )  # fmt: skip
-        finally:
-            bar.close()
+        return measure(
+            self.subject, facts, prompts, self.config.detection, self.job.journal(name),
+            job_key=self.key, bars=self.bars, phase=name, sequentially=sequentially,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""See what the demo model memorized: ``python -m unmemorize.demo.check``.
+"""See what the demo model memorized: ``python -m unmemorize.audit.model.demo_check``.
 
 Draws every caption from four seeds, compares each image with all training images and prints, per
 group, how many captions give one of them back.
@@ -12,9 +12,9 @@ from pathlib import Path
 import typer
 from tqdm.auto import tqdm
 
-from ..audit.common.similarity import Nearest, Reference, calibrate_ratio
-from ..shared.score.calibration import clopper_pearson
-from . import MODEL, captions, control_images, data, training_images
+from ...demo import MODEL, captions, control_images, data, training_images
+from ...shared.score.calibration import clopper_pearson
+from ..common.similarity import Nearest, Reference, calibrate_ratio
 
 SEEDS = (0, 1, 2, 3)
 STEPS = 30
@@ -103,7 +103,7 @@ def contact_sheet(results: Sequence[CaptionCheck], path: Path, columns: int = 4)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and write contact sheets."""
-    from ..shared.models.load import load_denoiser
+    from ...shared.models.load import load_denoiser
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...shared.files.images import read_image
 from ...shared.files.prompts import PromptSet
 from ...shared.files.storage import replace_atomically
-from ..model.config import DEMO
-from .measure import Bars
-from .similarity import SIDE
+from ..common.measure import Bars
+from ..common.similarity import SIDE
+from ..common.subject import DEMO
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,33 +88,3 @@ def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
         bar.close()
     return Known(thumbnails=[image for *_, image in small], captions=[text for text, *_ in small],
                   paths=[path for _, path, _ in small])  # fmt: skip
-
-
-class ImageFiles(Sequence):
-    """Pictures that are opened when they are asked for."""
-
-    def __init__(self, paths: Sequence[Path]):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> "Image":
-        return read_image(self._paths[index])
-
-
-def read_image(path: Path) -> "Image":
-    """Return an image file as RGB.
-
-    Raises:
-        ValueError: It is none; names it.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable image and is left out of the comparison ({error})."
-        ) from error

@@ -1,0 +1,38 @@
+"""Image files as RGB, opened when they are read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ImageFiles(Sequence):
+    """A sequence of image files, each opened when its index is read."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> "Image":
+        return read_image(self._paths[index])
+
+
+def read_image(path: Path) -> "Image":
+    """Return an image file as RGB.
+
+    Raises:
+        ValueError: The file is no readable image; the message names it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not a readable image and is left out of the comparison ({error})."
+        ) from error
