@@ -11,6 +11,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.score.denoiser import Conditioning, Token
+from ...shared.score.noise_levels import input_scale
 from .differentiable import differentiable, normal, writes_in_place
 from .live_progress import OnPrediction
 from .noise_levels import noise_levels, parametrization_of
@@ -125,7 +126,7 @@ class ModelDenoiser:
 
     def noise_scale(self, sigma: Tensor) -> float:
         """Return the standard deviation of pure noise where sampling starts at `sigma`."""
-        return 1.0 if self.parametrization == "flow" else (1 + float(sigma) ** 2) ** 0.5
+        return 1.0 if self.parametrization == "flow" else input_scale(float(sigma))
 
     def denoise(
         self, x: Float[Tensor, " row *latent"], sigma: Tensor, cond: Conditioning

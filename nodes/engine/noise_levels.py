@@ -1,6 +1,5 @@
 """What a MODEL of ComfyUI predicts, and the noise levels it is measured at."""
 
-import math
 from typing import Any
 
 import comfy.model_sampling
@@ -8,6 +7,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.score.denoiser import Parametrization
+from ...shared.score.noise_levels import nearest_timestep
 
 
 def parametrization_of(sampling: Any) -> Parametrization:
@@ -62,5 +62,5 @@ def percent_of(sampling: Any, sigma: float) -> float:
     """
     if isinstance(sampling, comfy.model_sampling.CONST):
         return 1 - sigma
-    levels = sampling.sigmas.log()
-    return 1 - float((levels - math.log(sigma)).abs().argmin()) / (len(levels) - 1)
+    levels = sampling.sigmas
+    return 1 - nearest_timestep(levels, sigma) / (len(levels) - 1)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..score.denoiser import Conditioning, Denoiser
 from ..score.metrics import text_noise, text_noise_norm
+from ..score.noise_levels import input_scale
+from ..score.trajectory import not_finite
 from .method import Method, Mitigation, Start, Step
 from .optimisation import (
     Optimised,
@@ -23,7 +25,6 @@ from .optimisation import (
     find_target,
     gradients,
     joined,
-    not_finite,
 )
 
 ITERATIONS = {"per_sample": 50, "batch": 2}
@@ -136,7 +137,7 @@ class InitialNoise(Method):
                 x = x - unit * self.gamma * (run.text_noise(ahead, here) - at_x)
                 x, known = x * norm / _norm(x), None
             if not x.isfinite().all():
-                raise not_finite("in batch mode", start.denoiser)
+                raise not_finite("The initial noise in batch mode", start.denoiser)
             parts.append(x)
         return torch.cat(parts)
 
@@ -177,7 +178,7 @@ def _unit(start: Start) -> float:
     """Return the scale of x at which the initial noise has unit variance."""
     if start.denoiser.parametrization == "flow":
         return 1.0
-    return math.sqrt(1 + float(start.sigma) ** 2)
+    return input_scale(float(start.sigma))
 
 
 def _norm(x: Tensor) -> Tensor:

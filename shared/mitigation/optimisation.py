@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import PredictionError, automatic_rows
+from ..score.trajectory import automatic_rows, not_finite
 from ..wording import counted
 from ..words.explanation import ROWS_OF_A_GRADIENT
 from .method import Mitigation, Start
@@ -134,7 +134,7 @@ def descend(
         values = measured.tolist()
         if not all(map(math.isfinite, values)):
             steps_done = counted(iteration, "optimizer step", "optimizer steps")
-            raise not_finite(f"after {steps_done}", denoiser)
+            raise not_finite(f"The text noise after {steps_done}", denoiser)
         before = before or values
         for i, value in zip(active, values, strict=True):
             if value < after[i]:
@@ -158,15 +158,6 @@ def descend(
         before=torch.tensor(before, dtype=torch.float64),
         after=torch.tensor(after, dtype=torch.float64),
         iterations=torch.tensor(steps),
-    )
-
-
-def not_finite(when: str, denoiser: Denoiser) -> PredictionError:
-    """Return the error for a text noise that is NaN or infinite."""
-    hint = " Try bfloat16 or float32." if denoiser.dtype == torch.float16 else ""
-    return PredictionError(
-        f"The text noise is not finite {when} (in {denoiser.dtype}): the prediction or its "
-        f"gradient overflowed.{hint}"
     )
 
 

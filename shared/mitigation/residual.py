@@ -17,7 +17,7 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import PredictionError, automatic_rows
+from ..score.trajectory import automatic_rows, not_finite
 from ..words.explanation import ROWS_OF_A_GRADIENT
 
 CHECKS = 16
@@ -155,11 +155,7 @@ class _Task:
                 total += gradient
                 loss += part.item()
         if not (total.isfinite().all() and math.isfinite(loss)):
-            hint = " Try bfloat16 or float32." if self.denoiser.dtype == torch.float16 else ""
-            raise PredictionError(
-                f"The loss of the residual probe or its gradient is not finite "
-                f"(in {self.denoiser.dtype}).{hint}"
-            )
+            raise not_finite("The loss of the residual probe or its gradient", self.denoiser)
         return loss / draw.noise.numel(), total
 
     @torch.no_grad()

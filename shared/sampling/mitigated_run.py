@@ -14,7 +14,7 @@ from ..patching import patched
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
-from ..score.noise_levels import output_from_x0, x0_from_output
+from ..score.noise_levels import input_scale, output_from_x0, x0_from_output
 from .follower import argument_of, prediction_of, unwatched
 from .network_call import NetworkCall, written
 
@@ -157,7 +157,7 @@ class MitigatedRun:
             read, cond, uncond = (self.family.unpack(t).clone() for t in tensors)
             x = read.float() * schedule.latent_scale(sigma)
             # eps = sqrt(abar) v + sqrt(1 - abar) x: differences of v are larger than those of eps.
-            unit = (1 + sigma**2) ** -0.5 if kind == "v_prediction" else 1.0
+            unit = 1 / input_scale(sigma) if kind == "v_prediction" else 1.0
             step = Step(
                 index=self._index,
                 percent=schedule.percent(timestep),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.families import StableDiffusion
 from ..models.families.schedules import DiscreteSchedule
+from ..score.noise_levels import input_scale
 from .follower import Follower, Texts, prediction_of, watching
 
 NO_GUIDANCE = (
@@ -61,7 +62,7 @@ class ObservedRun:
             return norms
         # eps = sqrt(abar) v + sqrt(1 - abar) x turns differences of velocities into those of noise.
         sigmas = self._schedule.table[[round(t) for t in self.timesteps]]
-        return norms / (1 + sigmas**2).sqrt()
+        return norms / input_scale(sigmas)
 
     @property
     def per_element(self) -> Tensor:

@@ -18,7 +18,18 @@ log = logging.getLogger(__name__)
 
 
 class PredictionError(ValueError):
-    """The network answered with something that is not a finite number."""
+    """A prediction, or a gradient of one, is NaN or infinite."""
+
+
+def not_finite(what: str, denoiser: Denoiser) -> PredictionError:
+    """Return the error that names what is not finite, and the remedy if there is one.
+
+    float16 ends at 65,504; bfloat16 has the range of float32.
+    """
+    hint = "The weights may be damaged."
+    if denoiser.dtype == torch.float16:
+        hint = "float16 may be too narrow for this model: try bfloat16 or float32."
+    return PredictionError(f"{what} is not finite (in {denoiser.dtype}). {hint}")
 
 
 def guided_step(
@@ -63,7 +74,7 @@ class Run:
         self.empty = denoiser.unconditional()
         self.x0_uncond = self._in_batches(len(self.noise), self._unconditional)
         if not self.x0_uncond.isfinite().all():
-            raise PredictionError(_not_finite("the empty prompt", denoiser))
+            raise not_finite("The prediction for the empty prompt", denoiser)
 
     @torch.inference_mode()
     def traces(
@@ -85,7 +96,7 @@ class Run:
         )
         if not (finite := rows.isfinite().all(1)).all():
             text = texts[prompts[int((~finite).nonzero()[0])]]
-            raise PredictionError(_not_finite(f"the prompt {text[:200]!r}", self.denoiser))
+            raise not_finite(f"The prediction for the prompt {text[:200]!r}", self.denoiser)
         return rows
 
     def _in_batches(self, number: int, compute: Callable[[slice], Tensor]) -> Tensor:
@@ -127,10 +138,3 @@ class Run:
 def encode(denoiser: Denoiser, prompts: Sequence[str]) -> Conditioning:
     """Return the prompts as the network reads them, without a graph."""
     return denoiser.encode(prompts)
-
-
-def _not_finite(what: str, denoiser: Denoiser) -> str:
-    hint = "The weights may be damaged."
-    if denoiser.dtype == torch.float16:
-        hint = "float16 may be too narrow for this model: try bfloat16 or float32."
-    return f"The network's prediction for {what} is not finite (in {denoiser.dtype}). {hint}"

@@ -11,7 +11,7 @@ from ..arrays import Float, Tensor
 from ..score.denoiser import Conditioning, Denoiser, Token
 from ..score.detection import Detection, DetectionConfig, detect
 from ..score.metrics import difference_map, text_noise, text_noise_norm
-from ..score.trajectory import PredictionError, automatic_rows, guided_step
+from ..score.trajectory import automatic_rows, guided_step, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -181,11 +181,7 @@ def _significance(
         total += gradients.sum((0, 1)).to("cpu", torch.float64)
         heat = first if heat is None else heat
     if not total.isfinite().all():
-        hint = " Try bfloat16 or float32." if denoiser.dtype == torch.float16 else ""
-        raise PredictionError(
-            f"The gradient for the prompt {prompt[:200]!r} is not finite "
-            f"(in {denoiser.dtype}).{hint}"
-        )
+        raise not_finite(f"The gradient for the prompt {prompt[:200]!r}", denoiser)
     return (total / (len(config.seeds) * config.steps)).tolist(), heat
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...shared.patching import HookMissing
+from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.replay import RandomState, aside
@@ -78,9 +79,8 @@ class StepRegions:
 
         sd, count = self._process.sd, len(step["noisy_latents"])
         some = take_rows(step, torch.tensor(rows), count)
-        kept = sd.noise_scheduler.alphas_cumprod
-        sigmas = ((1 - kept) / kept).sqrt()
-        nearest = int((sigmas - self._spared.regions.sigma).abs().argmin())
+        sigmas = sigma_of(sd.noise_scheduler.alphas_cumprod)
+        nearest = nearest_timestep(sigmas, self._spared.regions.sigma)
 
         def look(latents: Tensor) -> None:
             timesteps = torch.full((len(latents),), nearest, device=latents.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...shared.models.families.flux import Flux
 from ...shared.patching import HookMissing
+from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.layers.regions import still_noise
 from .training import Training
 
@@ -75,8 +76,7 @@ def _noised(
     noise = still_noise(latents)
     if not training.has_unet:
         return (1 - sigma) * latents + sigma * noise, 1000 * sigma
-    kept = scheduler.alphas_cumprod
-    nearest = int((((1 - kept) / kept).sqrt() - sigma).abs().argmin())
+    nearest = nearest_timestep(sigma_of(scheduler.alphas_cumprod), sigma)
     timesteps = torch.full((len(latents),), nearest, device=latents.device)
     return scheduler.add_noise(latents, noise, timesteps), float(nearest)
 

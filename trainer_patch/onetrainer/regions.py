@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...shared.models.families.flux import Flux
 from ...shared.patching import Function, HookMissing, patched
+from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.replay import RandomState, aside
@@ -113,8 +114,7 @@ class StepRegions:
         sigma, scheduler = self._spared.regions.sigma, self._trainer.model.noise_scheduler
         if not has_unet(self._trainer.config):
             return round(1000 * sigma) - 1  # the trainer's first has a noise of 1/1000
-        kept = scheduler.alphas_cumprod
-        return int((((1 - kept) / kept).sqrt() - sigma).abs().argmin())
+        return nearest_timestep(sigma_of(scheduler.alphas_cumprod), sigma)
 
     def _look(self, run: Run, batch: Batch, rows: list[int]) -> Look:
         """Return how the trainer looks at the pictures of some rows."""

@@ -195,7 +195,8 @@ def test_a_prediction_that_is_not_finite_is_an_error(dtype):
     def magnitude(active, x):
         return x.sum(1) / 0
 
-    with pytest.raises(PredictionError, match=r"not finite after 0") as error:
+    says = "The text noise after 0 optimizer steps is not finite"
+    with pytest.raises(PredictionError, match=says) as error:
         descend(
             [torch.ones(2)], magnitude, target=0.0, learning_rate=1.0, iterations=1,
             denoiser=bare(dtype),
