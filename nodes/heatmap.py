@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..shared.arrays import Float, Tensor
-from ..shared.drawing.maps import prompt_heatmap_png, unit_map
+from ..shared.drawing.heatmap import prompt_heatmap_png, unit_map
 from ..shared.words.explanation import Explanation, explain, leave_out, shortened
 from .engine.comfy_denoiser import Prompt
 from .engine.images import to_image

@@ -13,7 +13,7 @@ from .models.checks import available_memory
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),
-    "reports": ("reports and statistics", ("jinja2", "matplotlib", "PIL", "scipy")),
+    "reports": ("reports and statistics", ("jinja2", "PIL", "scipy")),
     "parquet": ("reading prompts from parquet", ("pyarrow",)),
     "sscd": ("copy detection by SSCD", ("onnxruntime", "faiss")),
 }

@@ -2,12 +2,17 @@
 
 import base64
 import hashlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...shared.dependencies import require
+from ...shared.drawing.theme import Theme
 from .wording import between, chance, number, percent, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 FOLD = 240
@@ -94,9 +99,32 @@ class Embedder:
         return data_uri("image/webp", stream.getvalue())
 
 
-def svg_uri(svg: str) -> str:
-    """Return an SVG as a data URI."""
-    return data_uri("image/svg+xml", svg.encode())
+def embedded_chart(
+    draw: Callable[[Theme, int], "Image"], *, desk: int, phone: int | None = None
+) -> dict[str, Any]:
+    """Return a chart for light and dark, as the templates' macro `chart` shows it.
+
+    Args:
+        draw: Called with the theme and a width in pixels; shown at half of that, for sharp letters
+            on dense screens.
+        desk: Width on wide screens.
+        phone: Width on narrow ones, where it is another.
+    """
+
+    def uri(theme: Theme, width: int) -> str:
+        stream = BytesIO()
+        draw(theme, width).save(stream, "webp", lossless=True)
+        return data_uri("image/webp", stream.getvalue())
+
+    narrow, dark = "(max-width: 40rem)", "screen and (prefers-color-scheme: dark)"
+    sources = [{"media": dark, "uri": uri("dark", desk)}]
+    if phone:  # a browser takes the first that fits
+        sources = [
+            {"media": f"{dark} and {narrow}", "uri": uri("dark", phone)},
+            {"media": narrow, "uri": uri("light", phone)},
+            *sources,
+        ]
+    return {"uri": uri("light", desk), "width": desk // 2, "sources": sources}
 
 
 def data_uri(kind: str, data: bytes) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...shared.drawing.maps import LEVELS
+from ...shared.drawing.heatmap import LEVELS
 from .result import MATRIX, Asked, Generation, ImageVerdict, LoraAudit
 
 ROWS, HELD_OUT_ROWS = 40, 10

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from ...shared.drawing import maps as pictures
-from ..common.pages import TEMPLATES, render_page, safe, svg_uri
+from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
+from ..common.pages import TEMPLATES, embedded_chart, render_page, safe
 from ..common.result import versions
 from .grid import Cell, Grid, Row, gravity, load_matrix, make_grid, twins_of
-from .page_images import LARGE, Thumbnails, epoch_figure
+from .page_images import LARGE, Thumbnails, epoch_chart
 from .result import Clique, DuplicateGroup, ImageVerdict, LoraAudit
 
 CARDS, SAMPLES = 24, 3
@@ -56,7 +56,7 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
     return render_page(
         "lora.html.j2",
         script="lora.js",
-        style=pictures.heatmap_css() + style,
+        style=heatmap_css() + style,
         audit=audit,
         include_images=include_images,
         says=SAYS,
@@ -154,7 +154,7 @@ def _card(
         "number": verdict.image, "verdict": verdict, "caption": image.caption,
         "repeats": image.repeats, "tiles": tiles,
         "heatmap": safe(
-            pictures.prompt_heatmap_html(*map(list, zip(*known, strict=True)), style=False)
+            prompt_heatmap_html(*map(list, zip(*known, strict=True)), style=False)
         ) if known else None,
     }  # fmt: skip
 
@@ -213,23 +213,13 @@ def _facts(audit: LoraAudit) -> list[tuple[str, Any]]:
 
 
 def _curve(audit: LoraAudit) -> dict[str, Any] | None:
-    """Return the curve over epochs for phone and desk, light and dark."""
+    """Return the curve over epochs as a chart, None when there are fewer than two."""
     if len(audit.epochs) < 2:
         return None
-
-    def draw(theme: pictures.Theme, width: float) -> str:
-        return svg_uri(
-            epoch_figure(
-                audit.epochs, audit.headline.controls, audit.best_epoch, theme=theme, width=width
-            )
-        )
-
-    phone, dark = "(max-width: 40rem)", "screen and (prefers-color-scheme: dark)"
-    return {
-        "uri": draw("light", 8.8),
-        "sources": [
-            {"media": f"{dark} and {phone}", "uri": draw("dark", 3.6)},
-            {"media": phone, "uri": draw("light", 3.6)},
-            {"media": dark, "uri": draw("dark", 8.8)},
-        ],
-    }
+    return embedded_chart(
+        lambda theme, width: epoch_chart(
+            audit.epochs, audit.headline.controls, audit.best_epoch, theme=theme, width=width
+        ),
+        desk=1760,
+        phone=720,
+    )

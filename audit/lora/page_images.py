@@ -10,7 +10,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...shared.drawing.plots import THEMES, Theme, new_figure, to_svg
+from ...shared.drawing.chart import Axis, Chart, round_ticks
+from ...shared.drawing.score_charts import LETTERS
+from ...shared.drawing.theme import Theme
 from ...shared.files.images import read_image
 from ..common.pages import data_uri
 from .result import EpochPoint, LoraAudit, Rate
@@ -86,49 +88,38 @@ def _blur(image: "Image", side: int) -> "Image":
     return image.resize(few, Resampling.BOX).resize(many, Resampling.BICUBIC)
 
 
-def epoch_figure(
+def epoch_chart(
     points: Sequence[EpochPoint],
     controls: Rate,
     best: int | None,
     *,
     theme: Theme = "light",
-    width: float = 6.4,
-) -> str:
-    """Return an SVG of the reproduced share per epoch, with intervals, and the controls' band.
+    width: int = 1760,
+) -> "Image":
+    """Return the reproduced share per epoch, with intervals, and the controls' band.
 
     Args:
         points: Rising epochs, at least one.
         controls: Their share and interval, drawn as a band.
         best: Position of the epoch to publish; None when there is none.
-        theme: Colours of the page it will stand on; the ground itself is transparent.
-        width: Inches at 100 pixels; letters keep their size.
+        theme: Colours.
+        width: Pixels.
     """
-    colors = THEMES[theme]
-    figure, axes = new_figure(theme, width, max(2.6, 0.42 * width))
-    epochs = [point.epoch for point in points]
-    shares = [100 * _share(point.reproduced) for point in points]
-    reach = [
-        [100 * abs(end - _share(p.reproduced)) for p, end in zip(points, ends, strict=True)]
-        for ends in ([p.reproduced.low for p in points], [p.reproduced.high for p in points])
-    ]
-    axes.axhspan(100 * controls.low, 100 * controls.high, color=colors["control"], alpha=0.25,
-                 linewidth=0, gid="controls")  # fmt: skip
-    axes.errorbar(
-        epochs, shares, yerr=reach, color=colors["flagged"], linewidth=2, marker="D",
-        markersize=6, elinewidth=1, capsize=4, gid="reproduced",
-    )  # fmt: skip
+    epochs = [float(point.epoch) for point in points]
+    margin = 0.04 * (epochs[-1] - epochs[0]) or 1.0
+    x = Axis(label="epoch", low=epochs[0] - margin, high=epochs[-1] + margin,
+             ticks=round_ticks(epochs[0], epochs[-1], 10, whole=True))  # fmt: skip
+    y = Axis(label="come back (%)", low=-4, high=111, ticks=round_ticks(0, 100, 5))
+    height = max(640, round(0.42 * width))
+    chart = Chart(x, y, width=width, height=height, size=LETTERS, theme=theme)
+    chart.band(100 * controls.low, 100 * controls.high, "control", until=x.high, opacity=0.25)
     if best is not None:
-        axes.axvline(epochs[best], color=colors["ink"], linestyle="--", linewidth=1.2, gid="best")
-        right = epochs[best] > (epochs[0] + epochs[-1]) / 2
-        axes.annotate(
-            f"epoch {epochs[best]}", (epochs[best], 100), xytext=(-6 if right else 6, -2),
-            textcoords="offset points", ha="right" if right else "left", va="top",
-            color=colors["ink"],
-        )  # fmt: skip
-    axes.set(xlabel="epoch", ylabel="come back (%)", ylim=(-4, 104))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return to_svg(figure)
-
-
-def _share(rate: Rate) -> float:
-    return rate.count / rate.total if rate.total else 0.0
+        chart.upright(epochs[best], f"epoch {points[best].epoch}")
+    shares = []
+    for epoch, point in zip(epochs, points, strict=True):
+        rate = point.reproduced
+        chart.error_bar(epoch, 100 * rate.low, 100 * rate.high, "flagged")
+        shares.append((epoch, 100 * rate.count / rate.total if rate.total else 0.0))
+    chart.line(shares, "flagged")
+    chart.dots(shares, "flagged", shape="diamond")
+    return chart.image()

@@ -51,7 +51,7 @@ from .training_set import path_of, read_training_set
 from .verdicts import Evidence, judge_images, summarize
 from .words import explain_captions
 
-NEEDS = {"reports": ("jinja2", "matplotlib", "PIL", "scipy"), "models": ("peft", "accelerate"),
+NEEDS = {"reports": ("jinja2", "PIL", "scipy"), "models": ("peft", "accelerate"),
          "sscd": ("faiss",)}  # fmt: skip
 Notify = Callable[[str], object]
 """Takes a sentence for the user."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.dependencies import require
-from ...shared.drawing.plots import THEMES
+from ...shared.drawing.theme import THEMES
 from ...shared.files.storage import write_text
 from ...shared.wording import counted
 from ..common.result import dumps, versions

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...shared.drawing.maps import overlay_map
+from ...shared.drawing.heatmap import overlay_map
 from ...shared.files.storage import Journal, replace_atomically
 from ...shared.words.explanation import Explanation, explain
 from ..common.job import Job, content_key

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...shared.drawing import maps as pictures
-from ..common.pages import FOLD, Embedder, safe, svg_uri
+from ...shared.drawing.heatmap import prompt_heatmap_html
+from ...shared.drawing.score_charts import score_traces
+from ..common.pages import FOLD, Embedder, embedded_chart, safe
 from ..common.wording import number
 
 if TYPE_CHECKING:
@@ -31,17 +32,15 @@ def gallery(result: "AuditResult", folder: Path) -> dict[str, Any]:
     }
 
 
-def _trace_figure(entry: "AuditEntry", threshold: float) -> dict[str, Any] | None:
-    """Return the score per step in light and dark, None when only one step was measured."""
+def _trace(entry: "AuditEntry", threshold: float) -> dict[str, Any] | None:
+    """Return the score per step as a chart, None when only one step was measured."""
     if len(entry.trace[0]) < 2:
         return None
     rows = [[math.nan if v is None else v for v in seed] for seed in entry.trace]
-    light, dark = (
-        svg_uri(pictures.score_trace_figure(rows, threshold=threshold, theme=theme, width=4.0))
-        for theme in ("light", "dark")
+    return embedded_chart(
+        lambda theme, width: score_traces(rows, threshold=threshold, theme=theme, width=width),
+        desk=800,
     )
-    media = "screen and (prefers-color-scheme: dark)"
-    return {"uri": light, "sources": [{"media": media, "uri": dark}]}
 
 
 def _card(entry: "AuditEntry", threshold: float, embed: Embedder) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def _card(entry: "AuditEntry", threshold: float, embed: Embedder) -> dict[str, A
         "index": entry.index,
         "prompt": entry.prompt,
         "heatmap": known and safe(
-            pictures.prompt_heatmap_html(known.words, known.significance, style=False)
+            prompt_heatmap_html(known.words, known.significance, style=False)
         ),
         "long": len(entry.prompt) > FOLD,
         "score": entry.score,
@@ -70,7 +69,7 @@ def _card(entry: "AuditEntry", threshold: float, embed: Embedder) -> dict[str, A
         "cut": entry.cut,
         "tiles": _tiles(entry, embed),
         "words": words,
-        "trace": _trace_figure(entry, threshold) if entry.memorized else None,
+        "trace": _trace(entry, threshold) if entry.memorized else None,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...shared.drawing.maps import prompt_heatmap_html, prompt_heatmap_png
+from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.storage import Journal, replace_atomically, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.detection import DetectionConfig

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...shared.drawing import maps as pictures
+from ...shared.drawing.heatmap import heatmap_css
+from ...shared.drawing.score_charts import score_distribution
 from ...shared.wording import counted
-from ..common.pages import render_page, svg_uri
+from ..common.pages import embedded_chart, render_page
 from ..common.wording import MISSING, number, percent
 from .gallery import gallery
 
@@ -32,7 +33,7 @@ def render_report(result: "AuditResult", folder: Path) -> str:
     return render_page(
         "report.html.j2",
         script="report.js",
-        style=pictures.heatmap_css(),
+        style=heatmap_css(),
         **_verdict(result),
         **gallery(result, folder),
         **_figures(result),
@@ -66,29 +67,20 @@ def _verdict(result: "AuditResult") -> dict[str, Any]:
 
 
 def _figures(result: "AuditResult") -> dict[str, Any]:
-    """Return the distribution plot for phone and desk, light and dark."""
+    """Return the distribution of scores as a chart, and in words."""
     calibration, entries = result.calibration, result.entries
     scores = [entry.score for entry in entries]
     flags = [entry.memorized for entry in entries]
     controls = calibration.sorted_scores.tolist()
 
-    def draw(theme: pictures.Theme, width: float) -> str:
-        return svg_uri(
-            pictures.score_distribution_figure(
-                scores, flags, controls, calibration.threshold, theme=theme, width=width
-            )
-        )
-
-    phone, dark = "(max-width: 40rem)", "screen and (prefers-color-scheme: dark)"
     return {
-        "distribution": {
-            "uri": draw("light", 8.8),
-            "sources": [
-                {"media": f"{dark} and {phone}", "uri": draw("dark", 3.6)},
-                {"media": phone, "uri": draw("light", 3.6)},
-                {"media": dark, "uri": draw("dark", 8.8)},
-            ],
-        },
+        "distribution": embedded_chart(
+            lambda theme, width: score_distribution(
+                scores, flags, controls, calibration.threshold, theme=theme, width=width
+            ),
+            desk=1760,
+            phone=720,
+        ),
         "distribution_alt": (
             f"Scores of {counted(len(scores), 'audited prompt', 'audited prompts')} and "
             f"{counted(len(controls), 'control', 'controls')}; "

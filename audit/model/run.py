@@ -53,7 +53,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
         CalibrationMismatch: The given calibration is for another model or setting.
         NotEnoughControls: The controls cannot support the false-positive rate.
     """
-    for module in ("jinja2", "matplotlib", "PIL", "scipy"):  # before hours of work, not after
+    for module in ("jinja2", "PIL", "scipy"):  # before hours of work, not after
         if not has(module):
             require(module, purpose="An audit", extra="reports")
     inputs = read_inputs(config)

@@ -5,7 +5,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ..wording import counted, visible
-from .plots import THEMES, Theme
+from .theme import THEMES, Theme
 from .typeset import fitting, write
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class LoraScores:
 
 
 def draw_score_changes(scores: LoraScores, *, theme: Theme = "dark") -> "Image":
-    """Return the table as an RGB picture, `WIDTH` pixels wide."""
+    """Return the table as an RGB image, `WIDTH` pixels wide."""
     from PIL import Image, ImageDraw
 
     colors, shown = THEMES[theme], scores.captions[:LISTED]

@@ -1,5 +1,6 @@
-"""Words drawn as pictures in whatever fonts the machine has; what none can draw shows its code."""
+"""Words drawn in whatever fonts the machine has; a letter that none can draw shows its code."""
 
+import importlib.util
 import os
 import sys
 import unicodedata
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
+Number = int | float
+Anchor = Literal["left", "middle", "right"]
 _FIRST = ("DejaVuSans.", "NotoSans-Regular", "LiberationSans-Regular", "segoeui.", "Arial.")
 """Beginnings of file names that are tried before all others: plain, wide coverage."""
 
@@ -27,12 +30,9 @@ def _font_files() -> tuple[str, ...]:
     else:
         folders += [Path("/usr/share/fonts"), Path("/usr/local/share/fonts")]
         folders += [Path("/System/Library/Fonts"), Path("/Library/Fonts")]
-    try:
-        import matplotlib
-
-        folders.append(Path(matplotlib.get_data_path()) / "fonts/ttf")
-    except ImportError:
-        pass
+    spec = importlib.util.find_spec("matplotlib")  # where it is installed, it brings DejaVu
+    if spec and spec.origin:
+        folders.append(Path(spec.origin).parent / "mpl-data/fonts/ttf")
     files = [
         path for folder in folders if folder.is_dir() for path in folder.rglob("*")
         if path.suffix.lower() in (".ttf", ".ttc", ".otf") and "LastResort" not in path.name
@@ -46,18 +46,18 @@ def _font_files() -> tuple[str, ...]:
 
 
 @cache
-def _font(file: str | None, size: int) -> "FreeTypeFont | None":
-    """Return the font, or None when Pillow cannot scale it; file None is Pillow's own."""
+def _font(file: str, size: int) -> "FreeTypeFont | None":
+    """Return the font, or None when Pillow cannot scale it; "" is Pillow's own."""
     from PIL import ImageFont
 
     try:
-        return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+        return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
     except OSError:  # bitmap colour fonts and damaged files
         return None
 
 
 @cache
-def _draws(file: str | None, char: str) -> bool:
+def _draws(file: str, char: str) -> bool:
     """Return whether the font has a glyph for `char`: it differs from that of a noncharacter."""
     font = _font(file, 24)
     if font is None:
@@ -70,36 +70,33 @@ def _draws(file: str | None, char: str) -> bool:
 
 
 @cache
-def _font_for(char: str) -> tuple[str | None] | None:
-    """Return the first font that draws `char` as a tuple of one, None when there is none."""
-    for file in (*_font_files(), None):
-        if _draws(file, char):
-            return (file,)
-    return None
+def _font_for(char: str) -> str | None:
+    """Return the first font that draws `char`, None when there is none."""
+    return next((file for file in (*_font_files(), "") if _draws(file, char)), None)
 
 
-def _runs(word: str) -> Iterator[tuple[str, str | None]]:
+def _runs(word: str) -> Iterator[tuple[str, str]]:
     """Yield pieces of `word` with the font that draws each; code points where none does."""
-    text, current = "", None
+    text, current = "", ""
     for char in word:
         category = unicodedata.category(char)  # accents and joiners stay with their letter
-        marks = category in ("Mn", "Me") and current is not None and _draws(*current, char)
-        found = current if current and (marks or category == "Cf") else _font_for(char)
-        piece = char if found else f"[{ord(char):04X}]"
-        found = found or _font_for("[") or (None,)
-        if current is not None and found != current and text:
-            yield text, current[0]
+        joins = category == "Cf" or (category in ("Mn", "Me") and _draws(current, char))
+        font = current if joins and text else _font_for(char)
+        piece = f"[{ord(char):04X}]" if font is None else char
+        font = (_font_for("[") or "") if font is None else font
+        if text and font != current:
+            yield text, current
             text = ""
-        text, current = text + piece, found
-    if text and current is not None:
-        yield text, current[0]
+        text, current = text + piece, font
+    if text:
+        yield text, current
 
 
 def _split(word: str, size: int, room: int) -> list[str]:
     """Return `word` in parts no wider than `room`, measured letter by letter."""
     parts, width = [""], 0.0
     for char in word:
-        step = _width(char, size)
+        step = text_width(char, size)
         if parts[-1] and width + step > room:
             parts.append("")
             width = 0.0
@@ -108,37 +105,38 @@ def _split(word: str, size: int, room: int) -> list[str]:
     return parts
 
 
-def _width(word: str, size: int) -> float:
+def text_width(word: str, size: int) -> float:
+    """Return how many pixels a word takes in letters of this size."""
     return sum((_font(file, size).getlength(text) for text, file in _runs(word)), 0.0)
 
 
 def fitting(text: str, size: int, room: int) -> str:
     """Return `text`, or as much of it as fits into `room` pixels with an ellipsis."""
-    if _width(text, size) <= room:
+    if text_width(text, size) <= room:
         return text
-    return _split(text, size, room - round(_width("…", size)))[0].rstrip() + "…"
+    return _split(text, size, room - round(text_width("…", size)))[0].rstrip() + "…"
 
 
 def write(
     draw: "ImageDraw",
-    place: tuple[float | int, float | int],
+    place: tuple[Number, Number],
     text: str,
     *,
     size: int,
     fill: str,
-    anchor: Literal["left", "middle", "right"] = "left",
+    anchor: Anchor = "left",
 ) -> None:
     """Draw one line of text, its base line through `place`.
 
     Args:
-        draw: Of the picture.
+        draw: Of the image.
         place: Pixels from the left and the top.
         text: Printable; scripts that no font can draw appear as their code points.
         size: Of the letters, pixels.
         fill: Colour, #rrggbb.
         anchor: Which point of the line lies at `place`.
     """
-    start = place[0] - _width(text, size) * {"left": 0, "middle": 0.5, "right": 1}[anchor]
+    start = place[0] - text_width(text, size) * {"left": 0, "middle": 0.5, "right": 1}[anchor]
     for piece, file in _runs(text):
         font = _font(file, size)
         draw.text((start, place[1]), piece, font=font, fill=fill, anchor="ls")
@@ -155,7 +153,7 @@ def draw_words(
         colors: Background per word, #rrggbb.
         page: Colour of the ground.
         ink: Colour of the letters.
-        width: Of the picture, pixels.
+        width: Of the image, pixels.
         size: Of the letters, pixels.
     """
     from PIL import Image, ImageDraw
@@ -166,7 +164,7 @@ def draw_words(
     x, y, placed = margin, margin, []
     for word, color in zip(words, colors, strict=True):
         for part in _split(word, size, width - 2 * margin - 2 * pad):
-            length = round(_width(part, size)) + 2 * pad
+            length = round(text_width(part, size)) + 2 * pad
             if x > margin and x + length > width - margin:
                 x, y = margin, y + leading
             placed.append((part, color, x, y, length))

@@ -7,7 +7,7 @@ import pytest
 from some_audit import NEAR, VERBATIM, make_audit
 from unmemorize.audit.lora import grid as module
 from unmemorize.audit.lora.grid import load_matrix, make_grid
-from unmemorize.shared.drawing.maps import LEVELS
+from unmemorize.shared.drawing.heatmap import LEVELS
 
 
 @pytest.fixture(scope="module")

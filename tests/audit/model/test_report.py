@@ -127,7 +127,8 @@ def test_same_input_same_bytes(page, result):
 
 def test_pictures_are_embedded_beside_their_neighbours(page, result, read):
     pictures = [a for tag, a in read.elements if tag == "img"]
-    webp = [a for a in pictures if a["src"].startswith("data:image/webp")]
+    # Charts say how wide they are.
+    webp = [a for a in pictures if a["src"].startswith("data:image/webp") and "width" not in a]
     # In this result all images of a prompt share one neighbour.
     count = sum(len(e.images) + bool(e.images) + bool(e.map) for e in result.entries)
     assert len(webp) == count

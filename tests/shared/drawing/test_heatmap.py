@@ -1,18 +1,24 @@
+"""Prompts in colour can be read, and nothing in them runs; maps glow where they are high."""
+
 import itertools
 import math
-import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from unmemorize.shared.drawing import maps as pictures
-from unmemorize.shared.drawing.maps import LEVELS, THEMES, level_color, word_levels
+from unmemorize.shared.drawing.heatmap import (
+    LEVELS,
+    level_color,
+    overlay_map,
+    prompt_heatmap_html,
+    prompt_heatmap_png,
+    word_levels,
+)
+from unmemorize.shared.drawing.theme import THEMES
 
-SVG = "{http://www.w3.org/2000/svg}"
 THEME = pytest.mark.parametrize("theme", ["light", "dark"])
 
 
@@ -88,7 +94,7 @@ def test_levels_do_not_depend_on_the_unit_and_survive_nonsense():
 
 
 def test_heatmap_shows_each_word_with_its_number():
-    read = Reader(pictures.prompt_heatmap_html(["red", "fox"], [0.25, 1.0], style=False))
+    read = Reader(prompt_heatmap_html(["red", "fox"], [0.25, 1.0], style=False))
     assert read.text == "red fox"
     assert read.tags == ["bdi", "span", "span"]
     assert [a.get("class") for a in read.attributes] == ["heatmap", "w5", "w20"]
@@ -96,7 +102,7 @@ def test_heatmap_shows_each_word_with_its_number():
 
 
 def test_heatmap_stands_on_its_own_and_knows_both_themes():
-    page = pictures.prompt_heatmap_html(["fox"], [1.0])
+    page = prompt_heatmap_html(["fox"], [1.0])
     assert page.startswith("<style>")
     assert level_color(20, "light") in page
     assert "prefers-color-scheme:dark" in page
@@ -111,7 +117,7 @@ def test_heatmap_escapes_everything():
         "a\x00\x1b\u202eb",
         "&",
     ]
-    read = Reader(pictures.prompt_heatmap_html(words, [1.0] * 5, style=False))
+    read = Reader(prompt_heatmap_html(words, [1.0] * 5, style=False))
     assert read.tags == ["bdi"] + ["span"] * 5
     assert all(set(a) <= {"class", "title", "dir"} for a in read.attributes)
     assert read.text == " ".join([*words[:3], "a␀␛<U+202E>b", "&"])
@@ -119,34 +125,34 @@ def test_heatmap_escapes_everything():
 
 def test_pairs_must_match():
     with pytest.raises(ValueError, match="2 words but 1 significances"):
-        pictures.prompt_heatmap_html(["a", "b"], [1.0])
+        prompt_heatmap_html(["a", "b"], [1.0])
     with pytest.raises(ValueError, match="1 words but 2 significances"):
-        pictures.prompt_heatmap_png(["a"], [1.0, 2.0])
+        prompt_heatmap_png(["a"], [1.0, 2.0])
 
 
 @THEME
 def test_heatmap_png_paints_the_levels(theme):
-    image = pictures.prompt_heatmap_png(["red", "fox"], [0.5, 1.0], theme=theme)
+    image = prompt_heatmap_png(["red", "fox"], [0.5, 1.0], theme=theme)
     colors = {"#" + bytes(c).hex() for _, c in image.getcolors(1 << 20)}
     assert {level_color(0, theme), level_color(10, theme), level_color(20, theme)} <= colors
     assert THEMES[theme]["ink"] in colors
 
 
 def test_heatmap_png_wraps_and_keeps_its_width():
-    short = pictures.prompt_heatmap_png(["fox"], [1.0], width=300)
-    long = pictures.prompt_heatmap_png(["fox"] * 60, [1.0] * 60, width=300)
-    endless = pictures.prompt_heatmap_png(["x" * 400], [1.0], width=300)
+    short = prompt_heatmap_png(["fox"], [1.0], width=300)
+    long = prompt_heatmap_png(["fox"] * 60, [1.0] * 60, width=300)
+    endless = prompt_heatmap_png(["x" * 400], [1.0], width=300)
     assert short.width == long.width == endless.width == 300
     assert long.height > 5 * short.height
     right = np.asarray(endless)[:, -10:]
     assert (right == 255).all(), "the word runs over the edge"
     with pytest.raises(ValueError, match="at least four letters"):
-        pictures.prompt_heatmap_png(["fox"], [1.0], width=20)
+        prompt_heatmap_png(["fox"], [1.0], width=20)
 
 
 def test_heatmap_png_draws_every_script():
     def ink(word: str) -> np.ndarray:
-        return np.asarray(pictures.prompt_heatmap_png([word], [0.0], width=300))
+        return np.asarray(prompt_heatmap_png([word], [0.0], width=300))
 
     words = ["лиса", "ثعلب", "狐", "🦊", "\U0001fbff", "", "a\u0301"]
     drawn = [ink(word) for word in words]
@@ -158,10 +164,10 @@ def test_overlay_glows_where_the_map_is_high():
     image = Image.new("RGB", (64, 48), "#808080")
     values = np.zeros((6, 8))
     values[1, 6] = 1.0
-    over = np.asarray(pictures.overlay_map(image, values)).astype(int)
+    over = np.asarray(overlay_map(image, values)).astype(int)
     assert over.shape == (48, 64, 3)
     spot, far = over[12, 52], over[40, 8]
-    grey = np.asarray(pictures.overlay_map(image, values, strength=0.0))
+    grey = np.asarray(overlay_map(image, values, strength=0.0))
     assert len(np.unique(grey)) == 1
     assert (far == grey[0, 0]).all(), "grey where nothing is"
     assert spot.sum() > far.sum() + 100
@@ -170,88 +176,8 @@ def test_overlay_glows_where_the_map_is_high():
 
 def test_overlay_accepts_flat_maps_and_refuses_others():
     image = Image.new("RGBA", (8, 8), "red")
-    flat = pictures.overlay_map(image, np.full((2, 2), 3.0))
+    flat = overlay_map(image, np.full((2, 2), 3.0))
     assert flat.mode == "RGB"
     assert len(np.unique(np.asarray(flat))) == 1
     with pytest.raises(ValueError, match=r"\[height width\].*\(1, 2, 2\)"):
-        pictures.overlay_map(image, np.zeros((1, 2, 2)))
-
-
-def group(svg: str, gid: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg).find(f".//{SVG}g[@id='{gid}']")
-
-
-def dots(svg: str, gid: str) -> list[float]:
-    return [float(use.get("x")) for use in group(svg, gid).iter(f"{SVG}use")]
-
-
-def line_x(svg: str) -> float:
-    path = group(svg, "threshold").find(f".//{SVG}path").get("d")
-    return float(re.match(r"M ([\d.]+)", path)[1])
-
-
-def distribution(**change) -> str:
-    scores, controls = [1.0, 2.0, 2.0, 6.0, 7.0], [1.0, 1.5, 2.0, 3.0]
-    call = {"scores": scores, "flagged": [s > 5 for s in scores], "control_scores": controls,
-            "threshold": 5.0} | change  # fmt: skip
-    return pictures.score_distribution_figure(**call)
-
-
-def test_distribution_has_a_dot_per_prompt_and_the_threshold_between():
-    svg = distribution()
-    assert [len(dots(svg, gid)) for gid in ("flagged", "others", "controls")] == [2, 3, 4]
-    x = line_x(svg)
-    assert max(dots(svg, "others")) < x < min(dots(svg, "flagged"))
-    # The axis is linear: 5 lies as far between 1 and 6 as its line between their dots.
-    first, last = min(dots(svg, "others")), min(dots(svg, "flagged"))
-    assert (x - first) / (last - first) == pytest.approx((5 - 1) / (6 - 1), abs=1e-3)
-    assert "threshold 5" in "".join(ElementTree.fromstring(svg).itertext())
-
-
-def test_distribution_moves_the_threshold():
-    assert line_x(distribution(threshold=3.5)) < line_x(distribution())
-    assert group(distribution(threshold=None), "threshold") is None
-
-
-def test_distribution_stacks_equal_scores():
-    svg = distribution()
-    uses = list(group(svg, "others").iter(f"{SVG}use"))
-    assert len({(u.get("x"), u.get("y")) for u in uses}) == 3
-
-
-def test_distribution_of_many_prompts_stays_small():
-    many = np.linspace(1, 9, 20_000)
-    svg = distribution(scores=many, flagged=many > 5)
-    assert len(svg) < 400_000
-    assert "<image" in svg
-
-
-def test_distribution_refuses_what_it_cannot_draw():
-    with pytest.raises(ValueError, match="5 `scores` but 1 `flagged`"):
-        distribution(flagged=[True])
-    with pytest.raises(ValueError, match="no finite score"):
-        distribution(scores=[math.nan], flagged=[False], control_scores=[], threshold=None)
-    assert dots(distribution(scores=[math.nan, 1.0], flagged=[False, False]), "others")
-
-
-def test_trace_draws_seeds_and_their_mean():
-    svg = pictures.score_trace_figure([[1.0, 2.0], [3.0, math.nan]], threshold=1.5)
-    assert group(svg, "seed-0") is not None
-    assert group(svg, "seed-1") is not None
-    mean = group(svg, "mean").find(f"{SVG}path").get("d").split()
-    assert mean[0] == "M"
-    ys = [float(mean[2]), float(mean[5])]
-    assert ys[0] == pytest.approx(ys[1]), "both steps have a mean of 2"
-    assert group(svg, "threshold") is not None
-    with pytest.raises(ValueError, match="seed step"):
-        pictures.score_trace_figure([1.0, 2.0])
-
-
-@THEME
-def test_figures_are_reproducible_and_themed(theme):
-    for draw in (distribution, lambda theme: pictures.score_trace_figure([[1.0]], theme=theme)):
-        svg = draw(theme=theme)
-        assert svg == draw(theme=theme)
-        assert THEMES[theme]["flagged"] in svg
-        assert THEMES["dark" if theme == "light" else "light"]["flagged"] not in svg
-        assert not re.search(r"href=\"(?!#)|<script|<metadata|@import", svg)
+        overlay_map(image, np.zeros((1, 2, 2)))

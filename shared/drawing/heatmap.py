@@ -1,7 +1,6 @@
-"""Scores made visible: coloured prompts, maps over images, score plots, for light and dark.
+"""Prompts whose words are coloured by how much they matter, and maps laid over images.
 
-One hue carries every quantity: words and maps grow stronger in it, flagged prompts are drawn in it.
-Text keeps one colour whatever its background, so that it can always be read (WCAG contrast 4.5).
+Words keep one colour of letters whatever their background, so that they can always be read.
 """
 
 import html
@@ -11,26 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..wording import visible
-from .plots import THEMES, Theme, score_distribution_figure, score_trace_figure
+from .theme import THEMES, Theme, mixed
 from .typeset import draw_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "LEVELS",
-    "THEMES",
-    "Theme",
-    "heatmap_css",
-    "level_color",
-    "overlay_map",
-    "prompt_heatmap_html",
-    "prompt_heatmap_png",
-    "score_distribution_figure",
-    "score_trace_figure",
-    "unit_map",
-    "word_levels",
-]
 
 LEVELS = 20
 """Steps of the word colours; level 0 is the page itself."""
@@ -47,11 +31,7 @@ def word_levels(significance: Sequence[float]) -> list[int]:
 
 def level_color(level: int, theme: Theme = "light") -> str:
     """Return the background of a word at `level`, #rrggbb: the page at 0, strongest at `LEVELS`."""
-    ends = (THEMES[theme][role] for role in ("page", "strong"))
-    page, strong = ([int(end[i : i + 2], 16) for i in (1, 3, 5)] for end in ends)
-    part = level / LEVELS
-    mixed = (round(a + (b - a) * part) for a, b in zip(page, strong, strict=True))
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+    return mixed(theme, "strong", level / LEVELS)
 
 
 def heatmap_css() -> str:
@@ -101,7 +81,7 @@ def prompt_heatmap_png(
     size: int = 22,
     theme: Theme = "light",
 ) -> "Image":
-    """Return the prompt as an RGB picture, wrapped to `width` pixels, each word on its colour.
+    """Return the prompt as an RGB image, wrapped to `width` pixels, each word on its colour.
 
     Scripts that no installed font can draw appear as their code points, never as empty boxes.
 
