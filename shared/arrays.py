@@ -1,5 +1,9 @@
-"""Shape annotations that are checked in tests and cost users nothing."""
+"""Tensors: shapes in annotations, checked in tests at no cost to users, and rows of a batch."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 try:
@@ -14,4 +18,34 @@ except ImportError:  # users of the node pack do not need jaxtyping
             return item[0]
 
 
-__all__ = ["Float", "Tensor"]
+__all__ = ["Float", "Tensor", "take_rows", "widened"]
+
+UNBATCHED = ("img_ids", "txt_ids")
+"""Arguments of Flux that are one for all rows, whatever their own length."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` in float32 where it has half precision, else `x` itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def take_rows(value: Any, rows: Tensor | Sequence[int], batch: int) -> Any:
+    """Return arguments of a network with only some rows of their tensors.
+
+    Args:
+        value: A tensor, or mappings, lists and tuples of them; anything else stays as it is.
+        rows: Indices of the rows.
+        batch: Length of the tensors that have a row per row of the batch; others stay as they are.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or len(value) != batch:
+            return value
+        return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
+    if isinstance(value, Mapping):
+        return {
+            name: inner if name in UNBATCHED else take_rows(inner, rows, batch)
+            for name, inner in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)([take_rows(inner, rows, batch) for inner in value])
+    return value

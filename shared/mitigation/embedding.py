@@ -21,7 +21,6 @@ from .optimisation import (
     check_checkpointing,
     check_descent,
     descend,
-    detached,
     find_target,
     gradients,
     joined,
@@ -125,7 +124,7 @@ def optimise_embedding(
     if checkpointing:
         check_checkpointing(network)
     with gradients(network, checkpointing=checkpointing):
-        cond, x, sigma = detached(cond), x.detach().clone(), sigma.detach().clone()
+        cond, x, sigma = cond.detached(), x.detach().clone(), sigma.detach().clone()
         x0_uncond = x0_uncond.detach().clone()
         constants = Constants(None if checkpointing else network)
         for batch in batches(denoiser, len(x), batch_size):

@@ -14,7 +14,7 @@ import torch
 from ..score.calibration import Calibration, settings_of
 from ..score.denoiser import Conditioning, Denoiser
 from ..score.detection import DetectionConfig
-from ..score.trajectory import Run
+from ..score.trajectory import Trajectory
 
 MODES = ("calibrated", "always", "never")
 
@@ -95,7 +95,7 @@ class Probe:
         self.gate, self.denoiser = gate, denoiser
         self.sigma = denoiser.sigmas(gate.config.schedule_steps)[0]
         """Noise level of the first measured step."""
-        self._run: Run | None = None
+        self._trajectory: Trajectory | None = None
         self._scores: dict[bytes, float] = {}
 
     def decide(self, cond: Conditioning, prompts: Sequence[str] = ()) -> tuple[Decision, ...]:
@@ -125,12 +125,13 @@ class Probe:
         new = {key: row for row, key in enumerate(keys) if key not in self._scores}
         if new:
             rows, seeds = list(new.values()), self.gate.seeds
-            if self._run is None:
+            if self._trajectory is None:
                 config = self.gate.config
-                self._run = Run(self.denoiser, replace(config, seeds=config.seeds[:seeds]))
+                config = replace(config, seeds=config.seeds[:seeds])
+                self._trajectory = Trajectory(self.denoiser, config)
             texts = prompts or ["given as embeddings"] * len(cond)
             every = [row for row in rows for _ in range(seeds)]
-            traces = self._run.traces(texts, cond, every, [*range(seeds)] * len(rows))
+            traces = self._trajectory.traces(texts, cond, every, [*range(seeds)] * len(rows))
             means = traces.mean(1).view(len(rows), seeds).mean(1)
             self._scores.update(zip(new, means.tolist(), strict=True))
         return tuple(self._scores[key] for key in keys)

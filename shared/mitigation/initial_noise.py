@@ -21,7 +21,6 @@ from .optimisation import (
     check_checkpointing,
     check_descent,
     descend,
-    detached,
     find_target,
     gradients,
     joined,
@@ -159,7 +158,7 @@ class _TextNoise:
 
     def __init__(self, start: Start):
         self.denoiser: Denoiser = start.denoiser
-        self.cond, self.empty = detached(start.cond), detached(start.denoiser.unconditional())
+        self.cond, self.empty = start.cond.detached(), start.denoiser.unconditional().detached()
         self.x, self.sigma = start.x.detach().clone(), start.sigma.detach().clone()
 
     def predict(self, x: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..arrays import Float, Tensor
+from ..arrays import Float, Tensor, widened
 from .method import Method, Mitigation, Start, Step
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -103,7 +103,7 @@ class KeepAway(Mitigation):
         if settings.despecification == 0 and settings.repulsion == 0:
             return None
         guided = step.guided()
-        near = self._nearest(_wide(step.to_x0(guided)))
+        near = self._nearest(widened(step.to_x0(guided)))
         too_near = near > settings.bound(step.percent)
         if not too_near.any():
             return None
@@ -113,7 +113,7 @@ class KeepAway(Mitigation):
         scale = step.cond_scale - (settings.despecification * near).clamp(0, most)
         milder = step.uncond + scale.to(guided.dtype).view(column) * (step.cond - step.uncond)
         if settings.repulsion > 0:
-            milder = step.from_x0(self._away(_wide(step.to_x0(milder)))).to(guided.dtype)
+            milder = step.from_x0(self._away(widened(step.to_x0(milder)))).to(guided.dtype)
         return torch.where(too_near.view(column), milder, guided)
 
     def _nearest(self, x0: Tensor) -> Tensor:
@@ -134,7 +134,3 @@ def _centred(latents: Tensor) -> Tensor:
     """Return unit vectors of latents without the mean of each channel, [row element]."""
     flat = latents.flatten(2)
     return normalize((flat - flat.mean(2, keepdim=True)).flatten(1), dim=1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

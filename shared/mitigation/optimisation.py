@@ -3,15 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import automatic_rows, not_finite
+from ..score.trajectory import ROWS_OF_A_GRADIENT, automatic_rows, loss_scale, not_finite
 from ..wording import counted
-from ..words.explanation import ROWS_OF_A_GRADIENT
 from .method import Mitigation, Start
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -121,8 +120,7 @@ def descend(
     Raises:
         PredictionError: |D| is not finite.
     """
-    # float16 ends at 6e-8; a power of two keeps small gradients from vanishing on their way back.
-    scale = 256.0 if denoiser.dtype == torch.float16 else 1.0
+    scale = loss_scale(denoiser)
     leaves = [row.detach().clone().requires_grad_() for row in rows]
     norms = [leaf.detach().norm() for leaf in leaves]
     optimizer = torch.optim.AdamW(leaves, lr=learning_rate)
@@ -176,12 +174,6 @@ def batches(denoiser: Denoiser, rows: int, batch_size: int | None) -> Iterator[s
     size = batch_size or max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
     for first in range(0, rows, size):
         yield slice(first, first + size)
-
-
-def detached(cond: Conditioning) -> Conditioning:
-    """Return a copy that is no part of a graph and no inference tensor, which autograd refuses."""
-    pooled = None if cond.pooled is None else cond.pooled.detach().clone()
-    return replace(cond, embeddings=cond.embeddings.detach().clone(), pooled=pooled)
 
 
 @contextmanager

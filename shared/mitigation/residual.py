@@ -17,8 +17,7 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import automatic_rows, not_finite
-from ..words.explanation import ROWS_OF_A_GRADIENT
+from ..score.trajectory import ROWS_OF_A_GRADIENT, automatic_rows, not_finite
 
 CHECKS = 16
 """Noise levels, spread over the schedule, at which the loss is measured before and after."""

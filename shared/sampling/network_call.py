@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..arrays import take_rows
 
 POSITIONS = ("sample", "timestep", "encoder_hidden_states")
 """Arguments of U-Nets that may come without a name; pipelines name those of transformers."""
-OF_ALL_ROWS = ("txt_ids", "img_ids")
-"""Tensors without rows (Flux)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +78,7 @@ class NetworkCall:
         """Return the call for these rows alone."""
         batch = len(self.latents)
         return NetworkCall(
-            args=_cut(self.args, list(rows), batch),
-            kwargs={
-                name: value if name in OF_ALL_ROWS else _cut(value, list(rows), batch)
-                for name, value in self.kwargs.items()
-            },
+            args=take_rows(self.args, rows, batch), kwargs=take_rows(self.kwargs, rows, batch)
         )
 
     @property
@@ -105,14 +100,3 @@ def written(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
     tensor = tensor.clone()
     tensor[list(rows)] = values.to(tensor)
     return tensor
-
-
-def _cut(value: Any, rows: list[int], batch: int) -> Any:
-    """Return `value` with every tensor in it that has a row per row of the batch cut to `rows`."""
-    if isinstance(value, torch.Tensor):
-        return value[rows] if value.ndim and len(value) == batch else value
-    if isinstance(value, dict):
-        return {name: _cut(inner, rows, batch) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cut(inner, rows, batch) for inner in value)
-    return value

@@ -57,6 +57,17 @@ class Conditioning:
             sources=pick(self.sources),
         )
 
+    def detached(self) -> "Conditioning":
+        """Return a copy outside any graph, of tensors that autograd accepts.
+
+        It refuses inference tensors; whoever wants gradients calls this outside inference mode.
+        """
+        return replace(
+            self,
+            embeddings=self.embeddings.detach().clone(),
+            pooled=None if self.pooled is None else self.pooled.detach().clone(),
+        )
+
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings of one network along the prompts."""

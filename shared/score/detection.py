@@ -13,7 +13,7 @@ import torch
 from ..arrays import Float, Tensor
 from .denoiser import Denoiser
 from .metrics import per_element
-from .trajectory import PredictionError, Run, encode
+from .trajectory import DetectionConfig, PredictionError, Trajectory, encode
 
 __all__ = ["Detection", "DetectionConfig", "PredictionError", "detect", "mean_over_seeds"]
 
@@ -22,38 +22,6 @@ Progress = Callable[[int], object]
 
 ENCODED_AT_ONCE = 16
 """Prompts whose embeddings are held at the same time, at least."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionConfig:
-    """What is measured. All but `batch_size` decide the score."""
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Starting noises; the score is the mean over them."""
-    steps: int = 1
-    """Denoising steps to average over, counted from the noisiest."""
-    schedule_steps: int = 50
-    """Length of the sampling run those steps are taken from."""
-    cond_scale: float = 7.5
-    """Guidance along the trajectory, 1.0 = none; without effect when `steps` is 1."""
-    batch_size: int | None = None
-    """Rows of one forward pass; None chooses by device and latent size."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "seeds", tuple(self.seeds))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(
-                f"`seeds` must be one or more different integers from 0, got {list(self.seeds)}."
-            )
-        if not 1 <= self.steps <= self.schedule_steps:
-            raise ValueError(
-                f"`steps` must be between 1 and `schedule_steps` ({self.schedule_steps}), "
-                f"got {self.steps}."
-            )
-        if not math.isfinite(self.cond_scale):
-            raise ValueError(f"`cond_scale` must be finite, got {self.cond_scale}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,8 +96,8 @@ def detect(
         PredictionError: A prediction is NaN or infinite; names the prompt.
     """
     config, known = config or DetectionConfig(), known or {}
-    run, seeds = Run(denoiser, config), len(config.seeds)
-    at_once = max(1, run.rows // seeds)
+    trajectory, seeds = Trajectory(denoiser, config), len(config.seeds)
+    at_once = max(1, trajectory.rows // seeds)
     chunk = at_once * math.ceil(ENCODED_AT_ONCE / at_once)
     traces = torch.full((len(prompts), seeds, config.steps), torch.nan, dtype=torch.float64)
     for start in range(0, len(prompts), chunk):
@@ -139,9 +107,9 @@ def detect(
             if not all(start + i in known for i in part):
                 cond = encode(denoiser, texts) if cond is None else cond
                 prompt_of_row = [i for i in part for _ in range(seeds)]
-                rows = run.traces(texts, cond, prompt_of_row, [*range(seeds)] * len(part))
+                rows = trajectory.traces(texts, cond, prompt_of_row, [*range(seeds)] * len(part))
                 traces[[start + i for i in part]] = rows.view(len(part), seeds, -1)
-            report([start + i for i in part], traces, known, on_result)
+            emit([start + i for i in part], traces, known, on_result)
             if progress is not None:
                 progress(len(part))
     return Detection(
@@ -152,7 +120,7 @@ def detect(
     )
 
 
-def report(
+def emit(
     indices: Sequence[int],
     traces: Float[Tensor, " prompt seed step"],
     known: Mapping[int, Tensor],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..arrays import Float, Tensor
+from ..arrays import Float, Tensor, widened
 
 
 def text_noise(
@@ -26,7 +26,7 @@ def text_noise(
         x0_cond: Clean latents predicted from the prompt.
         sigma: Noise level of both, above 0, in the units of `Denoiser`.
     """
-    return (_wide(x0_uncond) - _wide(x0_cond)) / sigma
+    return (widened(x0_uncond) - widened(x0_cond)) / sigma
 
 
 def text_noise_norm(
@@ -37,7 +37,7 @@ def text_noise_norm(
     Wen et al., ICLR 2024, arXiv:2407.21720, Eq. 2. Of noise predictions or velocities it is |D|; of
     x0-predictions it is sigma * |D|. Grows with latent size: compare like with like.
     """
-    difference = (_wide(cond) - _wide(uncond)).flatten(1)
+    difference = (widened(cond) - widened(uncond)).flatten(1)
     # A float32 sum of 16,384 squares is wrong in the fifth digit; Apple's GPUs have nothing wider.
     wide = torch.float32 if difference.device.type == "mps" else torch.float64
     return torch.linalg.vector_norm(difference, dim=1, dtype=wide).to(difference.dtype)
@@ -61,7 +61,3 @@ def difference_map(
     The score-difference map of memorization masks: large where the prompt dictates the pixels.
     """
     return text_noise.square().sum(dim=1).log1p()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -25,8 +25,8 @@ import torch
 from ..arrays import Float, Tensor
 from .calibration import Calibration
 from .denoiser import Denoiser
-from .detection import Detection, DetectionConfig, OnResult, Progress, mean_over_seeds, report
-from .trajectory import Run, encode
+from .detection import Detection, DetectionConfig, OnResult, Progress, emit, mean_over_seeds
+from .trajectory import Trajectory, encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +115,16 @@ def detect_sequentially(
             f"calibrate again with seeds {list(config.seeds)}."
         )
     rule = SettlingRule.from_controls(controls, calibration.threshold, error)
-    run, known, levels = Run(denoiser, config), known or {}, controls.mean(0)
-    chunk = max(64, min(256, 4 * run.rows))
+    trajectory, known, levels = Trajectory(denoiser, config), known or {}, controls.mean(0)
+    chunk = max(64, min(256, 4 * trajectory.rows))
     shape = (len(prompts), len(config.seeds), config.steps)
     traces = torch.full(shape, torch.nan, dtype=torch.float64)
     for start in range(0, len(prompts), chunk):
         indices = range(start, min(start + chunk, len(prompts)))
         if not all(i in known for i in indices):
             texts = prompts[start : start + chunk]
-            traces[start : start + chunk] = _draw(run, texts, rule, levels)
-        report(indices, traces, known, on_result)
+            traces[start : start + chunk] = _draw(trajectory, texts, rule, levels)
+        emit(indices, traces, known, on_result)
         if progress is not None:
             progress(len(indices))
     return Detection(
@@ -137,14 +137,14 @@ def detect_sequentially(
 
 
 def _draw(
-    run: Run, texts: Sequence[str], rule: SettlingRule, levels: Tensor
+    trajectory: Trajectory, texts: Sequence[str], rule: SettlingRule, levels: Tensor
 ) -> Float[Tensor, " prompt seed step"]:
     """Return the traces of one chunk, seed after seed, dropping what is settled."""
-    seeds = len(run.config.seeds)
-    traces = torch.full((len(texts), seeds, run.config.steps), torch.nan, dtype=torch.float64)
-    cond, unsettled = encode(run.denoiser, texts), list(range(len(texts)))
+    seeds, steps = len(trajectory.config.seeds), trajectory.config.steps
+    traces = torch.full((len(texts), seeds, steps), torch.nan, dtype=torch.float64)
+    cond, unsettled = encode(trajectory.denoiser, texts), list(range(len(texts)))
     for seed in range(seeds):
-        traces[unsettled, seed] = run.traces(texts, cond, unsettled, [seed] * len(unsettled))
+        traces[unsettled, seed] = trajectory.traces(texts, cond, unsettled, [seed] * len(unsettled))
         estimates = mean_over_seeds(traces[unsettled].mean(2), levels)
         settled = rule.settled(estimates, seed + 1).tolist()
         unsettled = [i for i, done in zip(unsettled, settled, strict=True) if not done]

@@ -1,9 +1,9 @@
-"""The sampling trajectory detection measures on, and the forward passes it costs."""
+"""The first steps of sampling, on which detection measures, and the passes they cost."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
@@ -11,10 +11,42 @@ from ..arrays import Float, Tensor
 from .denoiser import Conditioning, Denoiser
 from .metrics import text_noise_norm
 
-if TYPE_CHECKING:
-    from .detection import DetectionConfig
-
 log = logging.getLogger(__name__)
+
+ROWS_OF_A_GRADIENT = 4
+"""Forward rows that need as much memory as one row with its gradient, roughly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """What is measured. All but `batch_size` decide the score."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Starting noises; the score is the mean over them."""
+    steps: int = 1
+    """Denoising steps to average over, counted from the noisiest."""
+    schedule_steps: int = 50
+    """Length of the sampling run those steps are taken from."""
+    cond_scale: float = 7.5
+    """Guidance along the trajectory, 1.0 = none; without effect when `steps` is 1."""
+    batch_size: int | None = None
+    """Rows of one forward pass; None chooses by device and latent size."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(
+                f"`seeds` must be one or more different integers from 0, got {list(self.seeds)}."
+            )
+        if not 1 <= self.steps <= self.schedule_steps:
+            raise ValueError(
+                f"`steps` must be between 1 and `schedule_steps` ({self.schedule_steps}), "
+                f"got {self.steps}."
+            )
+        if not math.isfinite(self.cond_scale):
+            raise ValueError(f"`cond_scale` must be finite, got {self.cond_scale}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
 
 
 class PredictionError(ValueError):
@@ -60,11 +92,22 @@ def automatic_rows(denoiser: Denoiser) -> int:
     return max(1, min(32, 8192 // math.prod(denoiser.latent_shape[1:])))
 
 
-class Run:
-    """What all prompts of one run share: noise levels, starting points, empty predictions."""
+def loss_scale(denoiser: Denoiser) -> float:
+    """Return what to multiply a loss with, and to divide its gradient by.
+
+    float16 ends at 6e-8; a power of two keeps small gradients from vanishing on their way back.
+    """
+    return 256.0 if denoiser.dtype == torch.float16 else 1.0
+
+
+class Trajectory:
+    """The sampling trajectories of one config, and what all prompts share of them.
+
+    That is noise levels, starting points and the first predictions from the empty prompt.
+    """
 
     @torch.inference_mode()
-    def __init__(self, denoiser: Denoiser, config: "DetectionConfig"):
+    def __init__(self, denoiser: Denoiser, config: DetectionConfig):
         self.denoiser, self.config = denoiser, config
         self.rows = config.batch_size or automatic_rows(denoiser)
         # A network that guides itself samples along its own prediction.

@@ -11,12 +11,15 @@ from ..arrays import Float, Tensor
 from ..score.denoiser import Conditioning, Denoiser, Token
 from ..score.detection import Detection, DetectionConfig, detect
 from ..score.metrics import difference_map, text_noise, text_noise_norm
-from ..score.trajectory import automatic_rows, guided_step, not_finite
+from ..score.trajectory import (
+    ROWS_OF_A_GRADIENT,
+    automatic_rows,
+    guided_step,
+    loss_scale,
+    not_finite,
+)
 
 log = logging.getLogger(__name__)
-
-ROWS_OF_A_GRADIENT = 4
-"""Forward rows that need as much memory as one row with its gradient, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def explain(
         PredictionError: A prediction or gradient is NaN or infinite.
     """
     config = config or DetectionConfig()
-    cond = _detached(denoiser.encode([prompt]))
+    cond = denoiser.encode([prompt]).detached()
     tokens, words = (cond.tokens or ((),))[0], (cond.words or ((),))[0]
     significance, heat = _significance(denoiser, prompt, cond, config)
     explanation = Explanation(
@@ -172,8 +175,7 @@ def _significance(
     denoiser: Denoiser, prompt: str, cond: Conditioning, config: DetectionConfig
 ) -> tuple[list[float], Tensor]:
     """Return the significance per token, mean over seeds and steps, and the difference map."""
-    rows = config.batch_size or automatic_rows(denoiser)
-    rows = max(1, rows // ROWS_OF_A_GRADIENT)
+    rows = max(1, (config.batch_size or automatic_rows(denoiser)) // ROWS_OF_A_GRADIENT)
     total, heat = torch.zeros(cond.embeddings.shape[1], dtype=torch.float64), None
     for start in range(0, len(config.seeds), rows):
         part = replace(config, seeds=config.seeds[start : start + rows])
@@ -190,12 +192,11 @@ def _gradients(
 ) -> tuple[Float[Tensor, " seed step token"], Tensor]:
     """Return |d|D| / d embedding_i| along the trajectory and the first seed's difference map."""
     seeds = len(config.seeds)
-    many, empty = cond[[0] * seeds], _detached(denoiser.unconditional())[[0] * seeds]
+    many, empty = cond[[0] * seeds], denoiser.unconditional().detached()[[0] * seeds]
     cond_scale = 1.0 if denoiser.guidance_distilled else config.cond_scale
     sigmas = denoiser.sigmas(config.schedule_steps)
     x = denoiser.initial_noise(config.seeds, sigmas[0])
-    # float16 ends at 6e-8; a power of two keeps small gradients from vanishing on their way back.
-    scale = 256.0 if denoiser.dtype == torch.float16 else 1.0
+    scale = loss_scale(denoiser)
     gradients, heat = [], None
     for step in range(config.steps):
         sigma = sigmas[step]
@@ -216,10 +217,3 @@ def _gradients(
         if step + 1 < config.steps:
             x = guided_step(x, x0_uncond, x0_cond, sigma, sigmas[step + 1], cond_scale)
     return torch.stack(gradients, 1), heat
-
-
-@torch.no_grad()
-def _detached(cond: Conditioning) -> Conditioning:
-    """Return a copy that is no part of a graph and no inference tensor, which autograd refuses."""
-    pooled = None if cond.pooled is None else cond.pooled.detach().clone()
-    return replace(cond, embeddings=cond.embeddings.detach().clone(), pooled=pooled)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.arrays import take_rows
 from ...shared.patching import HookMissing
 from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 from .samples import samples_of
 
 Run = Callable[..., Tensor]

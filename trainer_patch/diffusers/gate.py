@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...shared.arrays import take_rows
 from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 from .text import TEXT, EmptyPrompt
 
 Samples = Callable[[], Sequence[Sample]]

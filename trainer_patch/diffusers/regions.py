@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 
+from ...shared.arrays import take_rows
 from ...shared.models.adapter import PipelineDenoiser
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.layers.regions import looking
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 
 
 class SparedTargets:

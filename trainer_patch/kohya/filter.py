@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.arrays import take_rows
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 from .samples import BatchSamples
 from .steps import check_same, repeat
 from .text import TextSide, without_text

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...shared.arrays import take_rows
 from ...shared.patching import HookMissing
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 from .samples import BatchSamples
 from .steps import Given, Run, check_same, reading, repeat
 from .text import TextSide, without_text

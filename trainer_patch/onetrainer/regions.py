@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...shared.arrays import take_rows
 from ...shared.models.families.flux import Flux
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.base_targets import BaseTargets
 from ...shared.training.layers.regions import Look, still_noise
 from ...shared.training.replay import RandomState, aside
-from ..rows import take_rows
 from .config import has_unet
 from .data import BatchSamples, TextSide, looked_at, without_text
 from .filter import TIMESTEPS
