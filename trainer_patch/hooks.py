@@ -1,7 +1,9 @@
-"""What the protection of a training does inside accelerate, its optimizer and the progress bar."""
+"""What a protection does inside a trainer's libraries; what several trainers must not be asked."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,99 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..shared.patching import Function, patched
+from ..shared.files.storage import write_text
+from ..shared.patching import Function, HookMissing, patched
 from ..shared.training.filter.filter import Gather, alone
 from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.protection import PREFIX, Protection
-from .checkpoints import load_progress, save_progress
+
+logger = logging.getLogger(__name__)
 
 UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
 """Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
 SHOWN = {"filtered_share": "filtered", "residual": "residual"}
 """Values in the progress bar, and what they are called there."""
+STATE = "unmemorize.json"
+"""In the folder of a checkpoint: what a resumed training needs."""
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise UnsupportedTraining with all faults at once, if there are any."""
+    if listed := list(faults):
+        raise UnsupportedTraining(f"Not supported: {'; '.join(listed)}.")
+
+
+def require(owner: Any, name: str, hooks: Mapping[str, Sequence[str]], known: str) -> None:
+    """Refuse an object that lacks methods, or methods that lack parameters.
+
+    Args:
+        owner: Of the trainer.
+        name: What the message calls it.
+        hooks: By method the parameters that are read.
+        known: Versions that work.
+
+    Raises:
+        HookMissing: With all that is lacking.
+    """
+    faults = []
+    for method, parameters in hooks.items():
+        found = getattr(owner, method, None)
+        have = inspect.signature(found).parameters if found else ()
+        lacking = [each for each in parameters if each not in have]
+        if found is None or lacking:
+            faults.append(method if found is None else f"{method}({', '.join(lacking)})")
+    if faults:
+        raise HookMissing(
+            f"{name} has no {', '.join(faults)}: this version is not supported. Known to work: "
+            f"{known}."
+        )
+
+
+def distribution_faults(accelerator: Any) -> Iterator[str]:
+    """Yield why parameters cannot be projected in place, as accelerate distributes them."""
+    mode = str(accelerator.distributed_type).rpartition(".")[2]
+    if mode in UNSUPPORTED_MODES:
+        yield f"{mode} cuts parameters up: use one process, or several with DDP"
+
+
+def calling(
+    *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+) -> Callable[[Function], Function]:
+    """Return what makes a function call others before or after itself."""
+
+    def wrap(original: Function) -> Function:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if before:
+                before()
+            result = original(*args, **kwargs)
+            if after:
+                after()
+            return result
+
+        return called
+
+    return wrap
+
+
+def shown_values(protection: Protection) -> dict[str, float]:
+    """Return what the progress bar of the steps shows, by the names that it has there."""
+    values = {name.removeprefix(PREFIX): each for name, each in protection.scalars().items()}
+    return {SHOWN[name]: each for name, each in values.items() if name in SHOWN}
+
+
+def save_progress(protection: Protection, folder: Path) -> None:
+    """Put what a resumed training needs into a checkpoint's folder."""
+    write_text(folder / STATE, json.dumps(protection.state_dict()))
+
+
+def load_progress(protection: Protection, folder: Path) -> None:
+    """Continue from a checkpoint whose weights are loaded, also of an unprotected training."""
+    state = folder / STATE
+    if state.is_file():
+        protection.load_state_dict(json.loads(state.read_text("utf-8")))
+    else:
+        logger.warning("%s is not there: the checkpoint's training was not protected.", state)
+        protection.start()
 
 
 def gather_of(accelerator: Any) -> Gather:
@@ -30,6 +115,19 @@ def gather_of(accelerator: Any) -> Gather:
         return accelerator.gather(values.to(accelerator.device)).cpu()
 
     return gather
+
+
+def finish(protection: Protection, accelerator: Any = None) -> None:
+    """End a training: the first process reports what all have written.
+
+    Raises:
+        ProtectionFailed: Something that was requested had not happened.
+    """
+    protection.flush()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if accelerator is None or accelerator.is_main_process:
+        protection.finish()
 
 
 @contextmanager
@@ -122,10 +220,8 @@ def progress_hooks(protection: Callable[[], Protection | None]) -> Iterator[None
     def postfix(original: Function) -> Function:
         def set_postfix(*args: Any, **kwargs: Any) -> Any:
             found = protection()
-            if found and "lr" in kwargs:  # other bars, of downloads and sampling, tell no rate
-                for name, value in found.scalars().items():
-                    if (shown := name.removeprefix(PREFIX)) in SHOWN:
-                        kwargs[SHOWN[shown]] = f"{value:.2g}"
+            if found and "lr" in kwargs:  # bars of downloads and of sampling have no learning rate
+                kwargs |= {name: f"{each:.2g}" for name, each in shown_values(found).items()}
             return original(*args, **kwargs)
 
         return set_postfix

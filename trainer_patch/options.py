@@ -1,7 +1,7 @@
 """The options that every trainer gets: on the command line, in TOML, and as `key=value` strings."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -109,14 +109,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{option.name}", help=option.help, **kind)
 
 
-def refuse_unknown(names: Mapping[str, Any]) -> None:
-    """Raise OptionError for a name that begins like ours and is none: a typing error.
+def refuse_unknown(names: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> None:
+    """Raise OptionError for the name of no option: a typing error.
 
     Where a host passes any key on, an option spelt wrongly would silently not be there.
+
+    Args:
+        names: Keys that the user typed.
+        prefixes: Keys that begin with one of them are meant for us; an empty one matches all.
     """
-    unknown = [name for name in names if name.startswith(PREFIXES) and name not in NAMES]
+    unknown = [name for name in names if name.startswith(prefixes) and name not in NAMES]
     if unknown:
-        raise OptionError(f"`{unknown[0]}` is not an option; there are {', '.join(NAMES)}.")
+        raise OptionError(f"`{min(unknown)}` is not an option; there are {', '.join(NAMES)}.")
 
 
 def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:

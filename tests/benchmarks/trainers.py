@@ -47,8 +47,8 @@ from unmemorize.shared.training.projection.factors import text_factors
 from unmemorize.shared.training.projection.projection import Projection
 from unmemorize.shared.training.protection import Protection
 from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
-from unmemorize.trainer_patch.diffusers.gate import Gate
-from unmemorize.trainer_patch.diffusers.text import EmptyPrompt
+from unmemorize.trainer_patch.diffusers.adapter import StepAdapter
+from unmemorize.trainer_patch.diffusers.data import EmptyPrompt
 
 CONCEPTS = (
     (("bear", "teddy bear", "polar bear", "panda bear", "grizzly"), "animal"),
@@ -159,8 +159,8 @@ def measure_cost(bench: dict, *, side: int, rounds: int, work: Path) -> None:
     timesteps = torch.tensor([200, 800])
     samples = [Sample(file=f"{place}.png") for place in range(2)]
 
-    def step(guard: Projection | None, gate: Gate | None) -> None:
-        with gate.attached() if gate else nullcontext():
+    def step(guard: Projection | None, filtered: StepAdapter | None) -> None:
+        with filtered.attached() if filtered else nullcontext():
             prediction = unet(latents, timesteps, encoder_hidden_states=text).sample
         prediction.square().mean().backward()
         if guard:
@@ -178,12 +178,12 @@ def measure_cost(bench: dict, *, side: int, rounds: int, work: Path) -> None:
         embeddings=torch.zeros_like(text[:1]), pooled=None, timestep_unit=1.0, signal=None
     )
 
-    def gate(name: str, asked: FilterSettings) -> Gate:
+    def filtered(name: str, asked: FilterSettings) -> StepAdapter:
         protection = Protection(ProtectionSettings(filter=asked), output=work / name)
-        return Gate(unet, protection, empty, lambda: samples)
+        return StepAdapter(unet, protection, empty, lambda: samples)
 
-    full = gate("full", FilterSettings(quantile=0.95))
-    knowing = gate("knowing", FilterSettings(recall=10**9))
+    full = filtered("full", FilterSettings(quantile=0.95))
+    knowing = filtered("knowing", FilterSettings(recall=10**9))
     kinds: dict[str, Callable[[], None]] = {
         "plain": partial(step, None, None),
         "projected": partial(step, projection, None),

@@ -1,14 +1,11 @@
 """What a training of ai-toolkit must be, and what its version must offer, to be protected."""
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...shared.patching import HookMissing
-from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.settings import ProtectionSettings
-from ..hooks import UNSUPPORTED_MODES
-from ..options import NAMES, OptionError, settings_from
+from ..hooks import distribution_faults, refuse, require
+from ..options import OptionError, refuse_unknown, settings_from
 
 HOOKS = {
     "predict_noise": ("noisy_latents", "timesteps", "conditional_embeds", "batch",
@@ -69,25 +66,13 @@ def settings_in(section: Any) -> ProtectionSettings:
     """
     if not isinstance(section or {}, Mapping):
         raise OptionError(f"`unmemorize:` must hold options, one a line, got {section!r}.")
-    section = section or {}
-    if unknown := sorted(section.keys() - set(NAMES)):
-        raise OptionError(f"`{unknown[0]}` is not an option; there are {', '.join(NAMES)}.")
-    return settings_from(section)
+    refuse_unknown(section or {}, prefixes=("",))
+    return settings_from(section or {})
 
 
 def check_hooks(trainer: Any) -> None:
     """Raise HookMissing unless ai-toolkit's trainer has the methods that are extended."""
-    faults = []
-    for name, parameters in HOOKS.items():
-        method = getattr(trainer, name, None)
-        known = inspect.signature(method).parameters if method else ()
-        if method is None or any(each not in known for each in parameters):
-            faults.append(f"{name}({', '.join(parameters)})")
-    if faults:
-        raise HookMissing(
-            f"ai-toolkit's trainer has no {', '.join(faults)}: this version is not supported. "
-            "Known to work is 0.12.26."
-        )
+    require(trainer, "ai-toolkit's trainer", HOOKS, "ai-toolkit 0.12.26")
 
 
 def check_configuration(process: Any, settings: ProtectionSettings) -> None:
@@ -95,7 +80,7 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
 
     Args:
         process: The training, that has read its configuration and nothing else.
-        settings: What is asked for.
+        settings: Those of the user.
 
     Raises:
         UnsupportedTraining: With what to change.
@@ -107,7 +92,7 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
         faults += _regions_faults(process)
     if settings.projection:
         faults += _projection_faults(process, of_text=settings.projection.of_text)
-    _refuse(faults)
+    refuse(faults)
 
 
 def check_model(sd: Any, settings: ProtectionSettings) -> None:
@@ -123,14 +108,12 @@ def check_model(sd: Any, settings: ProtectionSettings) -> None:
         faults.append("the filter needs an empty prompt, and this model's text holds pictures")
     if _with_regions(settings) and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
         faults.append("`project_regions` needs a model that predicts noise: leave it out")
-    _refuse(faults)
+    refuse(faults)
 
 
 def _faults(process: Any) -> Iterator[str]:
-    mode = str(process.accelerator.distributed_type).rpartition(".")[2]
-    if mode in UNSUPPORTED_MODES:
-        yield f"{mode} cuts parameters up: use one process"
-    elif process.accelerator.num_processes > 1:
+    yield from distribution_faults(process.accelerator)
+    if process.accelerator.num_processes > 1:
         yield "several processes: use one"
     if process.network_config is None:
         yield "full fine-tuning: add a `network`, only LoRAs are protected"
@@ -189,8 +172,3 @@ def _set(config: Any, reasons: Mapping[str, str]) -> Iterator[str]:
     for name, why in reasons.items():
         if getattr(config, name):
             yield f"`train.{name}`: {why}"
-
-
-def _refuse(faults: Iterable[str]) -> None:
-    if listed := list(faults):
-        raise UnsupportedTraining(f"Not supported: {'; '.join(listed)}.")

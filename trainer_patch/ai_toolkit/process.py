@@ -1,26 +1,29 @@
 """A training of ai-toolkit with projection and filter, at the hooks its trainer class offers."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...shared.files.storage import write_text
+from ...shared.patching import Function, HookMissing, patched
+from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from ..hooks import accelerate_hooks, optimizer_hooks
+from ..step import Call, Step
+from .adapter import StepAdapter, captions_of, samples_of, text_path
 from .checks import check_configuration, check_hooks, check_model, settings_in
-from .filter import StepFilter
-from .regions import StepRegions
-from .samples import captions_of
-from .saving import resume, saving_hooks
-from .text import text_path
 
 SECTION = "unmemorize"
 """Of a process in the configuration: our options."""
+logger = logging.getLogger(__name__)
 
 
 class ProtectedProcess:
@@ -37,8 +40,8 @@ class ProtectedProcess:
         settings = settings_in(config.get(SECTION))
         super().__init__(process_id, job, config, **kwargs)
         self._undo = ExitStack()
-        self._filter: StepFilter | None = None
-        self._regions: StepRegions | None = None
+        self._adapter: StepAdapter | None = None
+        self._step: Step | None = None
         if settings:
             check_hooks(super())
             check_configuration(self, settings)
@@ -55,34 +58,49 @@ class ProtectedProcess:
     def hook_before_train_loop(self) -> None:
         """Protect what was made and loaded, while the text encoders are there."""
         if self.protection.settings:
-            with heard(), aside(RandomState.now(self.device_torch)), torch.no_grad():
+            with printed(), aside(RandomState.now(self.device_torch)), torch.no_grad():
                 self._protect()
         super().hook_before_train_loop()
 
     def hook_train_loop(self, batch: Any) -> dict[str, float] | None:
         """Add our values to those of the progress bar and the logs."""
-        told = super().hook_train_loop(batch)
-        return told if told is None else told | self.protection.scalars()
+        values = super().hook_train_loop(batch)
+        return values if values is None else values | self.protection.scalars()
 
     def predict_noise(self, **given: Any) -> torch.Tensor:
-        """Return a prediction; of the one that is learnt from, gated."""
-        run, primary = super().predict_noise, given.get("is_primary_pred")
-        if self._regions and primary:
-            self._regions.remember(run, given)
-        if self._filter and primary:
-            return self._filter.predict(run, given)
-        return run(**given)
+        """Return a prediction; the one that is learnt from with its gradient scaled by sample.
+
+        Several losses of ai-toolkit are computed from that prediction, and only some are weighed by
+        sample. No gradient reaches it from what is left out, through any of them.
+        """
+        run = super().predict_noise
+        if self._adapter is None or not given.get("is_primary_pred"):
+            return run(**given)
+        samples = samples_of(given["batch"])
+        call = Call(run=run, given=given, samples=samples, timesteps=given["timesteps"])
+        step = Step(self.protection, self._adapter, call)
+        self._step = step if self.protection.base_targets else None
+        if not self.protection.filter:
+            return call.again()
+        step.measure()  # before the real one: some models leave on the batch what they predict
+        prediction = call.again()
+        return scale_gradient(prediction, step.weights(prediction, self._adapter.signal))
 
     def calculate_loss(self, **given: Any) -> torch.Tensor:
-        """Return a step's loss; where pictures show the concept, against the base model."""
-        if self._regions:
-            given["noise"] = self._regions.noise(given)
+        """Return a step's loss; where images show the concept, against the base model.
+
+        Raises:
+            HookMissing: The loss is of another prediction than the one before it.
+        """
+        # With a prior the whole batch is taught what is predicted without the LoRA.
+        if self.protection.base_targets and given.get("prior_pred") is None:
+            given["noise"] = self._target(given["noise"], given["batch"])
         return super().calculate_loss(**given)
 
     def done_hook(self) -> None:
-        """Check that what was asked for has happened, before anyone is told that all is done."""
+        """Check that what was requested has happened, before anyone is told that all is done."""
         self._undo.close()
-        with heard():
+        with printed():
             self.protection.finish()
         super().done_hook()
 
@@ -91,31 +109,75 @@ class ProtectedProcess:
         self._undo.close()
         super().on_error(error)
 
+    def _target(self, noise: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the noise to compute a step's loss with."""
+        step, self._step = self._step, None
+        if step is None or step.call.given["batch"] is not batch:
+            raise HookMissing("A loss was computed of another batch than the last prediction's.")
+        samples = step.call.samples
+        learnt = {row: samples[row] for row, i in enumerate(batch.file_items) if not i.is_reg}
+        step.call = replace(step.call, samples=learnt)
+        return step.target(noise, batch.latents)
+
     def _protect(self) -> None:
         protection = self.protection
         protection.fit(text_path(self.sd), captions_of(self.data_loader, self.data_loader_reg))
-        if protection.filter:
-            self._filter = StepFilter(protection, self.sd)
-        if protection.base_targets:
-            self._regions = StepRegions(self, protection.base_targets)
+        if protection.filter or protection.base_targets:
+            self._adapter = StepAdapter(self, protection)
         # It writes $$ for the points in a layer's name until it saves.
         named = self.network.named_parameters()
         protection.protect((name.replace("$$", "."), parameter) for name, parameter in named)
         protection.start()
         if self.ema is not None:
             self.setup_ema()  # anew: its average began with the factors as they were drawn
-        resume(self)
+        self._resume()
         hooks = (
             optimizer_hooks([self.optimizer], protection),
             accelerate_hooks(self.accelerator, lambda: protection),
-            saving_hooks(self),
+            patched(self.network, "save_weights", self._saving),
         )
         for hook in hooks:
             self._undo.enter_context(hook)
 
+    def _saving(self, original: Function) -> Function:
+        """Save projected weights with our metadata, check the file and keep a state."""
+
+        def save_weights(file: str, *args: Any, metadata: Any = None, **kwargs: Any) -> None:
+            self.protection.before_save()
+            told = dict(metadata or {}) | self.protection.metadata()
+            original(file, *args, metadata=told, **kwargs)
+            self.protection.after_save(Path(file))
+            state = {"step": self.step_num, "protection": self.protection.state_dict()}
+            write_text(self._state_path, json.dumps(state))
+
+        return save_weights
+
+    def _resume(self) -> None:
+        """Continue the protection of a training that goes on from its latest LoRA.
+
+        The LoRA may be of an unprotected training, or older than the state: then counts, thresholds
+        and records start anew.
+        """
+        if not self.step_num:
+            return
+        path = self._state_path
+        state = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if state.get("step") == self.step_num:
+            self.protection.load_state_dict(state["protection"])
+        else:
+            logger.warning(
+                "%s does not belong to step %d: the filter starts anew.", path, self.step_num
+            )
+
+    @property
+    def _state_path(self) -> Path:
+        """Where the state is: beside the folder of the training, as the reports are."""
+        folder = Path(self.save_root)
+        return folder.with_name(f"{folder.name}.unmemorize.json")
+
 
 @contextmanager
-def heard() -> Iterator[None]:
+def printed() -> Iterator[None]:
     """Print what this package logs in a block, as ai-toolkit prints what it has to say.
 
     Parts of ai-toolkit switch all logging off when they are imported, others print it again.

@@ -1,6 +1,7 @@
 """A training script's run: learns from the calls it makes what is trained, and protects that."""
 
 import argparse
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,18 +12,16 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ...shared.patching import Function, HookMissing, patched
-from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
 from ...shared.training.settings import ProtectionSettings
-from ..hooks import accelerate_hooks, gather_of, progress_hooks
+from ..hooks import accelerate_hooks, finish, gather_of, progress_hooks, refuse
 from ..options import add_options, settings_from
-from .predictions import SparedPredictions
-from .regions import SparedTargets
-from .samples import BatchSamples, captions_of
-from .saving import WEIGHTS, saving_hooks
-from .session import protected, validate
-from .text import complete, load_text_side
+from .adapter import MovedPredictions
+from .data import BatchSamples, captions_of, complete, load_text_side
+from .loop import faults_of, protected, stamp
 
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""How diffusers names a LoRA by default."""
 NEEDED = ("pretrained_model_name_or_path", "output_dir")
 """Options of a script that the protection reads; all of the official ones have them."""
 UNSUPPORTED = {
@@ -58,6 +57,7 @@ class Launch:
         """
         from accelerate import Accelerator
         from accelerate.data_loader import DataLoaderShard
+        from diffusers.loaders.lora_base import LoraBaseMixin
         from diffusers.loaders.peft import PeftAdapterMixin
 
         hooks = (
@@ -66,8 +66,8 @@ class Launch:
             patched(Accelerator, "prepare", self._prepare),
             patched(Accelerator, "end_training", self._end_training),
             patched(DataLoaderShard, "__iter__", self._iterate),
+            patched(LoraBaseMixin, "write_lora_layers", self._write),
             accelerate_hooks(Accelerator, self._current),
-            saving_hooks(self._current),
             progress_hooks(self._current),
         )
         with self._undo:
@@ -76,7 +76,7 @@ class Launch:
             yield self
 
     def finish(self) -> None:
-        """Check that what was asked for has happened.
+        """Check that what was requested has happened.
 
         Raises:
             ProtectionFailed: Something has not.
@@ -100,7 +100,7 @@ class Launch:
             self.arguments = original(parser, *args, **kwargs)
             self.settings = settings_from(vars(self.arguments))
             if self.settings:
-                _validate_arguments(self.arguments, self.settings)
+                _validate_arguments(self.arguments)
             return self.arguments
 
         return parse_args
@@ -122,12 +122,10 @@ class Launch:
 
     def _protect(self, accelerator: Any, objects: Sequence[Any]) -> None:
         """Protect the training whose parts a script has just put together."""
-        validate(self.network, self.settings, accelerator)
-        _validate_regions(self.network, self.settings)
-        given = vars(self.arguments)
+        given, network = vars(self.arguments), self.network
+        refuse([*faults_of(network, self.settings, accelerator), *self._regions_faults()])
         column = given.get("caption_column")
         loaders = [each for each in objects if isinstance(each, DataLoader)]
-        captions = [text for each in loaders for text in captions_of(each.dataset, column)]
         protection = Protection(
             self.settings,
             output=Path(given["output_dir"]) / WEIGHTS,
@@ -137,74 +135,73 @@ class Launch:
         )
         text_side = load_text_side(
             given["pretrained_model_name_or_path"],
-            self.network,
+            network,
             revision=given.get("revision"),
             variant=given.get("variant"),
             max_sequence_length=given.get("max_sequence_length"),
         )
         prior_preservation = bool(given.get("with_prior_preservation"))
-        self._undo.enter_context(
+        adapter = self._undo.enter_context(
             protected(
                 protection,
-                self.network,
+                network,
                 [each for each in objects if isinstance(each, Optimizer)],
                 text_side,
-                captions=captions,
+                captions=[text for each in loaders for text in captions_of(each.dataset, column)],
                 samples=self._samples,
                 prediction_type=given.get("prediction_type"),
                 prior_preservation=prior_preservation,
             )
         )
         if protection.base_targets:
-            targets = SparedTargets(self.network, text_side, protection.base_targets)
-            complete(text_side, self.network)
-            predictions = SparedPredictions(
-                self.network, targets, self._samples, prior_preservation=prior_preservation
+            complete(text_side, network)
+            predictions = MovedPredictions(
+                network, adapter.target, self._samples, prior_preservation=prior_preservation
             )
             self._undo.enter_context(predictions.attached())
         for loader in loaders:
             self._samples.sign(loader, column)
         self.protection = protection
 
-    def _iterate(self, original: Function) -> Function:
-        def iterate(loader: Any) -> Iterator[Any]:
-            return self._samples.unsigned(original(loader))
+    def _regions_faults(self) -> Iterator[str]:
+        """Yield why base targets are requested and cannot be had."""
+        from diffusers import UNet2DConditionModel
 
-        return iterate
+        asked = self.settings.projection is not None and self.settings.projection.regions
+        if asked and not isinstance(self.network, UNet2DConditionModel):
+            yield (
+                "project_regions is there for U-Nets (SD 1, SD 2, SDXL), not "
+                f"{type(self.network).__name__}: its scripts noise latents in a line of their own. "
+                "Leave it out"
+            )
+
+    def _write(self, original: Function) -> Function:
+        def write_lora_layers(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            call = inspect.signature(original).bind(*args, **kwargs).arguments
+            if self.protection and call["safe_serialization"]:
+                path = Path(call["save_directory"]) / (call["weight_name"] or WEIGHTS)
+                stamp(path, self.protection)
+            return result
+
+        return write_lora_layers
+
+    def _iterate(self, original: Function) -> Function:
+        return lambda loader: self._samples.unsigned(original(loader))
 
     def _end_training(self, original: Function) -> Function:
         def end_training(accelerator: Any) -> None:
             if self.protection and not self._finished:
-                # The first process reports what all have written.
-                self.protection.flush()
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    self.protection.finish()
+                finish(self.protection, accelerator)
                 self._finished = True
             original(accelerator)
 
         return end_training
 
 
-def _validate_arguments(arguments: argparse.Namespace, settings: ProtectionSettings) -> None:
-    """Raise UnsupportedTraining, with all reasons, for what a script is asked to do."""
+def _validate_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UnsupportedTraining, with all reasons, for what a script is told to do."""
     given = vars(arguments)
     faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
     faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
-    if faults:
-        raise UnsupportedTraining(
-            f"This training cannot be protected. Leave away what is not supported: "
-            f"{'; '.join(faults)}."
-        )
-
-
-def _validate_regions(network: nn.Module, settings: ProtectionSettings) -> None:
-    """Raise UnsupportedTraining where regions are asked for and cannot be had."""
-    from diffusers import UNet2DConditionModel
-
-    asked = settings.projection is not None and settings.projection.regions
-    if asked and not isinstance(network, UNet2DConditionModel):
-        raise UnsupportedTraining(
-            f"project_regions is there for U-Nets (SD 1, SD 2, SDXL), not {type(network).__name__}:"
-            " its scripts noise latents in a line of their own. Leave it out."
-        )
+    refuse(faults)

@@ -1,47 +1,59 @@
-"""One's own training loop with PEFT and diffusers, protected in three lines."""
+"""A protected training with diffusers and PEFT: in a loop of one's own, and behind the launcher."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...shared.files.storage import replace_atomically
 from ...shared.models.adapter import PipelineDenoiser
 from ...shared.training.filter.sample_log import Sample
+from ...shared.training.projection.factors import UnsupportedTraining, projected_factors
 from ...shared.training.protection import Protection
-from ..hooks import accelerate_hooks, gather_of
-from ..options import NAMES, OptionError, settings_from
-from .regions import SparedTargets
-from .saving import stamp
-from .session import protected, validate
+from ...shared.training.replay import RandomState, aside
+from ...shared.training.settings import ProtectionSettings
+from ..hooks import (
+    accelerate_hooks,
+    distribution_faults,
+    finish,
+    gather_of,
+    optimizer_hooks,
+    refuse,
+)
+from ..options import refuse_unknown, settings_from
+from .adapter import Samples, StepAdapter
+from .data import EmptyPrompt, text_path
 
 
 class ProtectedLoop:
-    """What a loop may tell and ask while it is protected; see `protect`."""
+    """What a loop sets and calls while it is protected; see `protect`."""
 
     def __init__(self, protection: Protection):
         self.protection = protection
         self.samples: Sequence[Sample | str | Path] = ()
-        """Who is in the next batch, for the report; samples or files. Set it in each step, or
+        """Those in the next batch, for the report; samples or files. Set it in each step, or
         captions are told apart by what the text encoder makes of them."""
-        self._spared: SparedTargets | None = None
+        self._adapter: StepAdapter | None = None
 
     def target(self, target: Tensor, latents: Tensor) -> Tensor:
         """Return what a step teaches: with `project_regions`, nothing where the concept shows.
 
-        Asked between the network's prediction and the loss. Whatever is not asked for costs
-        nothing, and the target comes back as it is.
+        Call it between the network's prediction and the loss. Without `project_regions` the target
+        comes back as it is.
 
         Args:
             target: What the loop would teach, [sample channel height width].
             latents: Clean ones, in the network's scale, of the same shape.
 
         Raises:
-            UnsupportedTraining: `samples` tell no captions.
+            UnsupportedTraining: `samples` have no captions.
         """
-        return self._spared.target(target, latents, self._named()) if self._spared else target
+        if not self.protection.base_targets:
+            return target
+        return self._adapter.target(target, latents, self._named())
 
     def stamp(self, path: str | Path) -> None:
         """Write into a saved LoRA's header how it was trained, and check the LoRA.
@@ -92,14 +104,13 @@ def protect(
         OptionError: An option cannot be understood.
         UnsupportedTraining: What is trained cannot be protected.
         ConceptNotSeparable: The concept's subspace fails its acceptance test.
-        ProtectionFailed: At the end, something that was asked for had not happened.
+        ProtectionFailed: At the end, something that was requested had not happened.
     """
-    if unknown := sorted(options.keys() - set(NAMES)):
-        raise OptionError(f"`{unknown[0]}` is not an option; there are {', '.join(NAMES)}.")
+    refuse_unknown(options, prefixes=("",))
     settings = settings_from(options)
     denoiser = PipelineDenoiser(pipeline)
     network = denoiser.family.network
-    validate(network, settings, accelerator)
+    refuse(faults_of(network, settings, accelerator))
     several = {} if accelerator is None else {
         "process": accelerator.process_index,
         "processes": accelerator.num_processes,
@@ -107,25 +118,94 @@ def protect(
     }  # fmt: skip
     protection = Protection(settings, output=Path(output), **several)
     loop = ProtectedLoop(protection)
+    optimizers = [getattr(optimizer, "optimizer", optimizer)]
     with ExitStack() as undo:
-        undo.enter_context(
+        loop._adapter = undo.enter_context(
             protected(
-                protection,
-                network,
-                [getattr(optimizer, "optimizer", optimizer)],
-                denoiser,
-                captions=captions,
-                samples=loop._named,
+                protection, network, optimizers, denoiser, captions=captions, samples=loop._named
             )
         )
         if accelerator is not None:
             undo.enter_context(accelerate_hooks(accelerator, lambda: protection))
-        if protection.base_targets:
-            loop._spared = SparedTargets(network, denoiser, protection.base_targets)
-            undo.enter_context(loop._spared.attached())
         yield loop
-        protection.flush()
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        if accelerator is None or accelerator.is_main_process:
-            protection.finish()
+        finish(protection, accelerator)
+
+
+def faults_of(
+    network: nn.Module, settings: ProtectionSettings, accelerator: Any = None
+) -> Iterator[str]:
+    """Yield why a training cannot be protected, before anything is loaded or changed for it."""
+    asked = settings.projection
+    if accelerator is not None:
+        yield from distribution_faults(accelerator)
+        compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
+        hooked = settings.filter or (asked and asked.regions)
+        if hooked and compiler != "NO":
+            yield f"hooks of the network are not compiled by {compiler}: --dynamo_backend no"
+    if asked:
+        try:
+            projected_factors(network, text=asked.of_text, layers=asked.layer_subspaces())
+        except UnsupportedTraining as error:
+            yield str(error).removesuffix(".")
+
+
+@contextmanager
+def protected(
+    protection: Protection,
+    network: nn.Module,
+    optimizers: Sequence[Optimizer],
+    denoiser: PipelineDenoiser,
+    *,
+    captions: Sequence[str],
+    samples: Samples,
+    prediction_type: str | None = None,
+    prior_preservation: bool = False,
+) -> Iterator[StepAdapter]:
+    """Protect a training from the LoRA's first step to its last.
+
+    Args:
+        protection: That nothing was done with yet.
+        network: That carries the LoRA; not what wraps it for several processes.
+        optimizers: Of torch; one of them trains the LoRA.
+        denoiser: The same model's text side, whose encoders are not trained.
+        captions: Of the training set.
+        samples: See `StepAdapter`, as the others.
+        prediction_type: Of the training, where it is not the scheduler's.
+        prior_preservation: The second half of each batch are class images.
+
+    Raises:
+        UnsupportedTraining: The projection would not be exact for what is trained.
+        ConceptNotSeparable: The concept's subspace fails its acceptance test.
+    """
+    with ExitStack() as undo:
+        with aside(RandomState.now(network.device)):
+            protection.fit(text_path(denoiser), captions)
+            adapter = StepAdapter(
+                network, protection, EmptyPrompt.of(denoiser, prediction_type), samples,
+                denoiser=denoiser, prior_preservation=prior_preservation,
+            )  # fmt: skip
+        protection.protect(network)
+        undo.enter_context(optimizer_hooks(optimizers, protection))
+        if protection.filter or protection.base_targets:
+            undo.enter_context(adapter.attached())
+        protection.start()
+        yield adapter
+
+
+def stamp(path: Path, protection: Protection) -> None:
+    """Write into a saved LoRA's header how it was trained, project it in its own precision, check.
+
+    Raises:
+        ProjectionFailed: One of its factors reaches into the subspace.
+        ModelError: It is no LoRA whose text side can be checked.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    protection.clear_rounding(tensors, source=str(path))
+    with replace_atomically(path) as part:
+        save_file(tensors, part, metadata=metadata | protection.metadata())
+    protection.after_save(path)

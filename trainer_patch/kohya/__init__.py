@@ -23,8 +23,7 @@ import torch
 
 from ..options import NAMES, refuse_unknown, settings_from
 from .hooks import install
-from .saving import BASE_MODULE
-from .training import Training, check_arguments, check_training
+from .training import BASE_MODULE, Training, check_arguments, check_training
 
 PLAIN = "networks.lora"
 """Which module makes the network when none is named."""

@@ -10,8 +10,7 @@ from typing import Any
 
 from ...shared.patching import HookMissing
 from ..options import add_options, settings_from
-from .saving import BASE_MODULE
-from .training import check_arguments
+from .training import BASE_MODULE, check_arguments
 
 MODULE = __spec__.parent
 """The network module's name."""

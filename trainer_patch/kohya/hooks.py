@@ -1,23 +1,24 @@
 """Puts projection and filter into a training of sd-scripts, and takes them out at its end."""
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...shared.patching import patched
+from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
 from ...shared.training.settings import ProtectionSettings
-from .filter import StepFilter
-from .regions import StepRegions
-from .samples import BatchSamples
-from .saving import keep_state, output_of, wrap_saving
-from .text import TextSide
-from .training import Training, check_network
+from ..hooks import STATE, calling, save_progress
+from ..options import NAMES
+from .adapter import StepAdapter
+from .data import BatchSamples, TextSide
+from .training import BASE_MODULE, STEP, Training, check_network
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def install(
     Args:
         training: Its text encoders are still as they were loaded.
         network: Not yet applied to the model.
-        settings: What is asked for.
+        settings: Those of the user.
         base_module: Which module made the network.
 
     Raises:
@@ -39,45 +40,54 @@ def install(
     """
     check_network(network)
     accelerator, args = training.accelerator, training.args
+    output = Path(args.output_dir) / (args.output_name or "last")
     protection = Protection(
         settings,
-        output=output_of(training),
+        output=output,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        gather=_gather(training),
+        gather=_gather,
         span=(float(args.min_timestep or 0), float(args.max_timestep or 1000)),
     )
     undo = ExitStack()
     if settings:
         with aside(RandomState.now(accelerator.device)):
             _hook_steps(training, network, protection, undo)
-        keep_state(training, protection)
+        _keep_state(accelerator, protection)
 
     def finish() -> None:
         undo.close()
         protection.finish()
 
-    save = wrap_saving(training, protection, network.save_weights, base_module, finish)
-    network.save_weights = save
+    def saving(save: Function) -> Function:
+        def save_weights(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
+            protection.before_save()
+            told = _of_base(metadata or {}, base_module, args.network_args or ())
+            save(file, dtype, told if args.no_metadata else told | protection.metadata())
+            protection.after_save(Path(file))
+            if Path(file).stem == output.name:
+                finish()  # what it raises ends the training in error
+
+        return save_weights
+
+    network.save_weights = saving(network.save_weights)
 
 
 def _hook_steps(
     training: Training, network: torch.nn.Module, protection: Protection, undo: ExitStack
 ) -> None:
     """Wrap what the trainer calls in and around its steps."""
-    trainer, text = training.trainer, TextSide(training)
+    trainer, accelerator, text = training.trainer, training.accelerator, TextSide(training)
     samples = BatchSamples(training.dataset)
     protection.fit(text.states, samples.captions)
-    if protection.filter:
-        name, predict = StepFilter(training, protection, samples, text).wrap()
-        _replace(trainer, name, predict, undo)
-        _replace(training.accelerator, "end_training", _before(
-            lambda: _meet(training, protection), training.accelerator.end_training
-        ), undo)  # fmt: skip
 
-    if protection.base_targets:
-        regions = StepRegions(training, protection.base_targets, samples, text, network)
-        _replace(trainer, *regions.wrap(), undo)
+    def hook(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
+        undo.enter_context(patched(owner, name, wrap))
+
+    def meet() -> None:
+        """Write every process's records before the first one ranks them all."""
+        protection.flush()
+        accelerator.wait_for_everyone()
 
     def protect() -> None:
         protection.protect(network)
@@ -91,56 +101,59 @@ def _hook_steps(
 
     def start_epoch() -> None:
         protection.start()  # a resumed or loaded LoRA is in place only now
-        told = ", ".join(f"{name} {value:.3g}" for name, value in protection.scalars().items())
-        logger.info("%s", told or "Projection and filter are in place.")
+        values = ", ".join(f"{name} {value:.3g}" for name, value in protection.scalars().items())
+        logger.info("%s", values or "Projection and filter are in place.")
 
-    def with_scalars(*args: Any, **kwargs: Any) -> dict[str, float]:
-        return generate(*args, **kwargs) | protection.scalars()
+    def with_scalars(generate: Function) -> Function:
+        return lambda *args, **kwargs: generate(*args, **kwargs) | protection.scalars()
 
-    generate = trainer.generate_step_logs
-    _replace(trainer, "generate_step_logs", with_scalars, undo)
-    _replace(trainer, "all_reduce_network", _after(
-        trainer.all_reduce_network, protection.before_clip
-    ), undo)  # fmt: skip
-    _replace(network, "prepare_grad_etc", _after(network.prepare_grad_etc, protect), undo)
-    _replace(network, "on_epoch_start", _after(network.on_epoch_start, start_epoch), undo)
-
-
-def _gather(training: Training) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return how rows of every process come together."""
-
-    def gather(rows: torch.Tensor) -> torch.Tensor:
-        from accelerate.utils import gather_object
-
-        # As objects: at the end of an epoch batches differ in size.
-        return torch.tensor(gather_object(rows.tolist()), dtype=rows.dtype)
-
-    return gather
+    if protection.filter or protection.base_targets:
+        adapter = StepAdapter(training, protection, samples, text, network)
+    if protection.filter:
+        hook(trainer, training.predicts, adapter.with_weights)
+        hook(accelerator, "end_training", calling(before=meet))
+    if protection.base_targets:
+        hook(trainer, STEP, adapter.with_targets)
+    hook(trainer, "generate_step_logs", with_scalars)
+    hook(trainer, "all_reduce_network", calling(after=protection.before_clip))
+    hook(network, "prepare_grad_etc", calling(after=protect))
+    hook(network, "on_epoch_start", calling(after=start_epoch))
 
 
-def _meet(training: Training, protection: Protection) -> None:
-    """Write every process's records before the first one ranks them all."""
-    protection.flush()
-    training.accelerator.wait_for_everyone()
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows of every process, as objects: at an epoch's end batches differ in size."""
+    from accelerate.utils import gather_object
+
+    return torch.tensor(gather_object(rows.tolist()), dtype=rows.dtype)
 
 
-def _after(original: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        then()
-        return result
+def _keep_state(accelerator: Any, protection: Protection) -> None:
+    """Save and load what a resumed training needs with the trainer's own state."""
 
-    return called
+    def save(_models: Any, _weights: Any, folder: str) -> None:
+        protection.before_save()
+        save_progress(protection, Path(folder))
+
+    def load(_models: Any, folder: str) -> None:
+        path = Path(folder) / STATE
+        if path.is_file():
+            protection.load_state_dict(json.loads(path.read_text("utf-8")))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
-def _before(first: Callable[[], None], original: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return original(*args, **kwargs)
-
-    return called
-
-
-def _replace(owner: Any, name: str, method: Callable[..., Any], undo: ExitStack) -> None:
-    """Put a method over the owner's own until the stack unwinds."""
-    undo.enter_context(patched(owner, name, lambda original: method))
+def _of_base(
+    metadata: Mapping[str, str], base_module: str, network_args: Sequence[str]
+) -> dict[str, str]:
+    """Return the metadata that the base module alone would have led to: the file is its own."""
+    told = dict(metadata) | {"ss_network_module": base_module}
+    ours = (*NAMES, BASE_MODULE)
+    if "ss_network_args" in told:
+        # The trainer adds its dropout to what was given, and writes neither if nothing was.
+        if all(pair.split("=")[0] in ours for pair in network_args):
+            del told["ss_network_args"]
+        else:
+            given = json.loads(told["ss_network_args"])
+            told["ss_network_args"] = json.dumps({k: given[k] for k in given if k not in ours})
+    return told

@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from ...shared.patching import HookMissing
-from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.settings import ProtectionSettings
+from ..hooks import refuse, require
 
+BASE_MODULE = "base_module"
+"""Network argument: the module that this one stands in front of."""
+VERSIONS = "sd-scripts v0.8.8, v0.9.1, v0.10.0 and main of February 2026"
+"""Those that were tried."""
 LOCALS = {
     "trainer": "self",
     "args": "args",
@@ -62,9 +66,8 @@ class Training:
         if frame.f_code.co_name != "train" or missing:
             raise HookMissing(
                 "This network module is made by `train` of sd-scripts' train_network.py, which "
-                f"must hold {', '.join(missing) or 'the training'}; found "
-                f"{frame.f_code.co_name} of {frame.f_code.co_filename}. Supported are v0.8.8, "
-                "v0.9.1, v0.10.0 and the main branch of February 2026."
+                f"must hold {', '.join(missing) or 'the training'}; its caller is "
+                f"{frame.f_code.co_name} of {frame.f_code.co_filename}. Supported: {VERSIONS}."
             )
         return cls(**{field: frame.f_locals[name] for field, name in LOCALS.items()})
 
@@ -104,7 +107,7 @@ def check_arguments(args: argparse.Namespace, settings: ProtectionSettings) -> N
             )
         if args.save_model_as not in (None, "safetensors"):
             faults.append("the saved LoRA cannot be checked: use --save_model_as safetensors")
-    _refuse(faults)
+    refuse(faults)
 
 
 def check_training(training: Training, settings: ProtectionSettings) -> None:
@@ -114,19 +117,18 @@ def check_training(training: Training, settings: ProtectionSettings) -> None:
         UnsupportedTraining: With what to type instead.
         HookMissing: The version of sd-scripts is not supported.
     """
-    faults = []
-    if not training.has_unet:
-        faults += _flow_faults(training, settings)
-    spares = settings.projection is not None and settings.projection.regions
-    if spares and not hasattr(training.base, STEP):
+    faults = [] if training.has_unet else list(_flow_faults(training, settings))
+    regions = settings.projection is not None and settings.projection.regions
+    if regions and not hasattr(training.base, STEP):
         faults.append("project_regions needs sd-scripts from v0.10 on")
-    _refuse(faults)
-    if settings:
-        _require(training.trainer, TRAINER_HOOKS)
-    if spares:
-        _require(training.trainer, {STEP: STEP_PARAMETERS})
+    refuse(faults)
+    hooks = dict(TRAINER_HOOKS) if settings else {}
+    if regions:
+        hooks[STEP] = STEP_PARAMETERS
     if settings.filter:
-        _require(training.trainer, {training.predicts: ("batch",)})
+        hooks.setdefault(training.predicts, ("batch",))
+    require(training.trainer, type(training.trainer).__name__, hooks, VERSIONS)
+    if settings.filter:
         _check_order(training)
 
 
@@ -148,27 +150,7 @@ def _flow_faults(training: Training, settings: ProtectionSettings) -> Iterator[s
 
 def check_network(network: torch.nn.Module) -> None:
     """Raise HookMissing unless a network has the methods that sd-scripts calls on all of them."""
-    _require(network, dict.fromkeys(NETWORK_HOOKS, ()))
-
-
-def _refuse(faults: Iterable[str]) -> None:
-    if listed := list(faults):
-        raise UnsupportedTraining(f"Not supported: {'; '.join(listed)}.")
-
-
-def _require(owner: Any, hooks: dict[str, tuple[str, ...]]) -> None:
-    """Raise HookMissing unless the owner has the methods with these parameters."""
-    faults = []
-    for name, parameters in hooks.items():
-        method = getattr(owner, name, None)
-        have = inspect.signature(method).parameters if method else ()
-        if method is None or (lacking := [p for p in parameters if p not in have]):
-            faults.append(name if method is None else f"{name}({', '.join(lacking)})")
-    if faults:
-        raise HookMissing(
-            f"{type(owner).__name__} has no {', '.join(faults)}: this version of sd-scripts is not "
-            "supported. Known to work are v0.8.8, v0.9.1, v0.10.0 and main of February 2026."
-        )
+    require(network, type(network).__name__, dict.fromkeys(NETWORK_HOOKS, ()), VERSIONS)
 
 
 def _check_order(training: Training) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ...shared.patching import Function, HookMissing, patched
 from ..options import add_options
-from .config import option_keys
+from .checks import option_keys
 from .training import Training
 
 MODULE = __spec__.parent

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shared.models.tokens import read
 from ...shared.patching import HookMissing
-from ...shared.training.concept.text_states import TextStates
+from ...shared.training.concept.text_states import TextStates, read_states
 from ...shared.training.filter.sample_log import Sample
+from ..step import repeated
 
 TEXT = ("tokens", "text_encoder")
 """How the names of a batch's entries begin that hold text, encoded or to be encoded."""
 STATES = "hidden_state"
 """How the names of those end that a U-Net's cross-attention reads."""
 REGULARIZATION = "PRIOR_PREDICTION"
-"""Kind of images whose target is the base model's own prediction: nothing of them is learnt."""
+"""Type of images whose target is the base model's own prediction: nothing of them is learnt."""
 
 
 class TextSide:
@@ -67,21 +67,15 @@ class TextSide:
         """Return what cross-attention reads; a `TextPath`. For SD 1, SD 2 and SDXL."""
         encoded = self.encode(prompts)
         parts = [encoded[name].float() for name in sorted(encoded) if name.endswith(STATES)]
-        states = torch.cat(parts, dim=-1)
         model = self._trainer.model
         tokenizer = model.tokenizer if len(parts) == 1 else model.tokenizer_1
-        words = (read(tokenizer, prompt, states.shape[1]) for prompt in prompts)
-        return TextStates(
-            states=states,
-            words=tuple(tuple(token.word for token in reading.tokens) for reading in words),
-            encoders=tuple(part.shape[-1] for part in parts) if len(parts) > 1 else (),
-        )
+        return read_states(parts, tokenizer, prompts)
 
 
-def looked_at(batch: Mapping[str, Any]) -> list[int]:
-    """Return the rows of a batch that are learnt from."""
-    kinds = enumerate(batch["concept_type"])
-    return [row for row, kind in kinds if str(kind) != REGULARIZATION]
+def learnt_rows(batch: Mapping[str, Any]) -> list[int]:
+    """Return the rows of a batch that the LoRA learns from."""
+    types = enumerate(batch["concept_type"])
+    return [row for row, each in types if str(each) != REGULARIZATION]
 
 
 def without_text(batch: Mapping[str, Any], empty: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -93,15 +87,15 @@ def without_text(batch: Mapping[str, Any], empty: Mapping[str, Tensor]) -> dict[
 
     Raises:
         HookMissing: The batch holds text that the pipeline's text part does not make.
+        UnsupportedTraining: Its captions have another length than the empty prompt.
     """
-    changed = {name: batch[name] for name in batch if name.startswith(TEXT)}
-    for name, text in changed.items():
-        if name not in empty or empty[name].shape[1:] != text.shape[1:]:
-            raise HookMissing(
-                f"The batch holds {name} of shape {tuple(text.shape)}, which the empty prompt has "
-                "not: this version of OneTrainer is not supported."
-            )
-        changed[name] = empty[name].to(text.device, text.dtype).expand_as(text).clone()
+    texts = {name: text for name, text in batch.items() if name.startswith(TEXT)}
+    if missing := sorted(texts.keys() - empty.keys()):
+        raise HookMissing(
+            f"The batch holds {missing[0]}, which the empty prompt has not: this version of "
+            "OneTrainer is not supported."
+        )
+    changed = {name: repeated(empty[name], text).clone() for name, text in texts.items()}
     return {**batch, **changed}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...arrays import Float, Tensor
+from ...models.tokens import read
 from ...score.denoiser import Denoiser
 from .concept import PromptPair
 
@@ -53,6 +54,23 @@ def text_path_of(denoiser: Denoiser, encoders: tuple[int, ...] = ()) -> TextPath
         return TextStates(states=cond.embeddings.detach(), words=words, encoders=encoders)
 
     return encode
+
+
+def read_states(parts: Sequence[Tensor], tokenizer: Any, prompts: Sequence[str]) -> TextStates:
+    """Return prompts as text-fed layers read them, from what a trainer's text encoders give.
+
+    Args:
+        parts: One for each encoder, [prompt token width]; they are joined.
+        tokenizer: Of the first encoder.
+        prompts: Those that were encoded.
+    """
+    states = torch.cat(list(parts), dim=-1)
+    readings = [read(tokenizer, prompt, states.shape[1]) for prompt in prompts]
+    return TextStates(
+        states=states,
+        words=tuple(tuple(token.word for token in reading.tokens) for reading in readings),
+        encoders=tuple(part.shape[-1] for part in parts) if len(parts) > 1 else (),
+    )
 
 
 def encoders_of(pipeline: Any) -> tuple[int, ...]:

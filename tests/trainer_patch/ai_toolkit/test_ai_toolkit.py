@@ -19,9 +19,9 @@ from unmemorize.shared.training.filter.sample_log import read_records
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import ProtectionFailed
 from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS
+from unmemorize.trainer_patch.ai_toolkit.adapter import captions_of
 from unmemorize.trainer_patch.ai_toolkit.checks import settings_in
 from unmemorize.trainer_patch.ai_toolkit.process import ProtectedProcess
-from unmemorize.trainer_patch.ai_toolkit.samples import captions_of
 from unmemorize.trainer_patch.options import OptionError
 
 

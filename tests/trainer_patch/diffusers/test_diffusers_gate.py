@@ -12,8 +12,8 @@ from unmemorize.shared.training.filter.sample_log import Sample, read_records
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import Protection
 from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
-from unmemorize.trainer_patch.diffusers.gate import Gate
-from unmemorize.trainer_patch.diffusers.text import EmptyPrompt, load_text_side
+from unmemorize.trainer_patch.diffusers.adapter import StepAdapter
+from unmemorize.trainer_patch.diffusers.data import EmptyPrompt, load_text_side
 
 FAMILIES = {
     "SD 1": tiny.stable_diffusion,
@@ -61,7 +61,7 @@ def gated(denoiser, folder, limit=float("inf"), samples=(), recall=None):
     asked = ProtectionSettings(filter=FilterSettings(limit=limit, recall=recall))
     protection = Protection(asked, output=folder / "lora")
     network = denoiser.family.network
-    with Gate(network, protection, EmptyPrompt.of(denoiser), lambda: samples).attached():
+    with StepAdapter(network, protection, EmptyPrompt.of(denoiser), lambda: samples).attached():
         yield protection
 
 
@@ -205,7 +205,7 @@ def test_wrong_number_of_samples_is_refused(tmp_path, denoiser):
 def test_text_of_another_length_is_refused(tmp_path, denoiser):
     empty = EmptyPrompt.of(denoiser)
     longer = {"encoder_hidden_states": empty.embeddings.repeat(2, 2, 1)}
-    with pytest.raises(UnsupportedTraining, match="own length of prompts"):
+    with pytest.raises(UnsupportedTraining, match="prompts of one length"):
         empty.in_place_of_prompt(longer)
 
 

@@ -1,7 +1,6 @@
 """The launcher's regions: a script that asks nobody for its target learns all but the concept."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from diffusers_runs import SCRIPT, header_of, make_regions, records_of, run, sam
 from torch import nn
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
-from unmemorize.trainer_patch.diffusers.predictions import Noising, SparedPredictions
-from unmemorize.trainer_patch.diffusers.regions import SparedTargets
+from unmemorize.trainer_patch.diffusers.adapter import MovedPredictions, Noising
 
 EVERYWHERE, NOWHERE = -1.0, 1e9
 CATS = 2
@@ -123,16 +121,13 @@ class Network(nn.Module):
         return (self.layer(sample),)
 
 
-class LeftHalf(SparedTargets):
-    """Spares the left half of the first sample."""
+class LeftHalf:
+    """The target of the left half of the first sample is a base target."""
 
     def __init__(self, base):
         self.base, self.given = base, ()
 
-    def attached(self):
-        return nullcontext()
-
-    def target(self, target, latents, samples, *, others):
+    def __call__(self, target, latents, samples, *, others):
         self.given = target, latents, samples, others
         spared = target.clone()
         spared[0, ..., :4] = self.base[0, ..., :4]
@@ -157,9 +152,9 @@ def test_gradient_is_that_of_the_spared_target(kind, prior_preservation):
         return loss.detach(), network.layer.weight.grad.clone()
 
     targets = LeftHalf(base)
-    wanted = gradient(targets.target(target, latents, samples, others=0))
+    wanted = gradient(targets(target, latents, samples, others=0))
     plain = gradient(target)
-    made = SparedPredictions(
+    made = MovedPredictions(
         network, targets, lambda: samples, prior_preservation=prior_preservation
     )
     with made.attached():
@@ -202,5 +197,5 @@ def test_pictures_whose_captions_nobody_knows_are_refused(images, asked, tmp_pat
         SCRIPT.read_text("utf-8").replace("self.custom_instance_prompts", "self.words"), "utf-8"
     )
     given = ["--train_data_dir", str(images), *asked(EVERYWHERE)]
-    with pytest.raises(UnsupportedTraining, match="one caption for each picture"):
+    with pytest.raises(UnsupportedTraining, match="one caption for each image"):
         run(tmp_path / "out", given, script=tmp_path / "script.py")

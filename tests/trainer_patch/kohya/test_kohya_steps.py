@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from unmemorize.shared.training.layers.regions import still_noise
-from unmemorize.trainer_patch.kohya.steps import reading
+from unmemorize.trainer_patch.kohya.adapter import reading
 from unmemorize.trainer_patch.kohya.training import Training
 
 SIGMA = 0.5

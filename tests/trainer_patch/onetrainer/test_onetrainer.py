@@ -16,9 +16,13 @@ from unmemorize.shared.training.settings import (
     ProjectionSettings,
     ProtectionSettings,
 )
-from unmemorize.trainer_patch.onetrainer.config import option_keys, output_of, span_of, validate
+from unmemorize.trainer_patch.onetrainer.checks import (
+    check_configuration,
+    check_hooks,
+    option_keys,
+)
 from unmemorize.trainer_patch.onetrainer.data import without_text
-from unmemorize.trainer_patch.onetrainer.hooks import check_hooks
+from unmemorize.trainer_patch.onetrainer.training import output_of, span_of
 from unmemorize.trainer_patch.options import NAMES, OptionError
 
 MODULE = "unmemorize.trainer_patch.onetrainer"
@@ -99,9 +103,9 @@ FILTER = ProtectionSettings(filter=FilterSettings())
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_what_is_supported_is_not_refused(family, projection):
-    validate(config_of(family, trained=("text_encoder",)), FILTER)
+    check_configuration(config_of(family, trained=("text_encoder",)), FILTER)
     if family.startswith("sd") and family != "sd3":
-        validate(config_of(family), projection)
+        check_configuration(config_of(family), projection)
 
 
 @pytest.mark.parametrize(
@@ -119,20 +123,20 @@ def test_what_is_supported_is_not_refused(family, projection):
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_with_what_to_set(projection, changed, message):
     with pytest.raises(UnsupportedTraining, match=message):
-        validate(config_of(**changed), projection)
+        check_configuration(config_of(**changed), projection)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_regions_are_refused_beside_offloaded_layers(tmp_path, family):
     layers = ProjectionSettings(layers=tmp_path / "layers.safetensors", regions=True)
     asked = ProtectionSettings(projection=layers)
-    validate(config_of(family), asked)
+    check_configuration(config_of(family), asked)
     offloaded = SimpleNamespace(offloading_enabled=lambda: True)
     if family in ("sd", "sdxl"):  # their layers are never offloaded
-        validate(config_of(family, transformer=offloaded), asked)
+        check_configuration(config_of(family, transformer=offloaded), asked)
     else:
         with pytest.raises(UnsupportedTraining, match="offload_fraction to 0"):
-            validate(config_of(family, transformer=offloaded), asked)
+            check_configuration(config_of(family, transformer=offloaded), asked)
 
 
 def test_all_faults_are_told_at_once(projection):
@@ -140,7 +144,7 @@ def test_all_faults_are_told_at_once(projection):
         multi_gpu=True, cloud=SimpleNamespace(enabled=True), trained=("text_encoder",)
     )
     with pytest.raises(UnsupportedTraining, match=r"cloud.*multi_gpu.*text_encoder\.train"):
-        validate(config, projection)
+        check_configuration(config, projection)
 
 
 def test_reports_stand_beside_the_lora(tmp_path):
@@ -160,9 +164,10 @@ def test_a_batch_without_text_is_otherwise_the_same():
     assert not changed["tokens"].any()
     assert changed["tokens"].shape == (3, 7)
     assert batch["tokens"].all()
-    for empty in ({}, {"tokens": torch.zeros(1, 8)}):
-        with pytest.raises(HookMissing, match="tokens"):
-            without_text(batch, empty)
+    with pytest.raises(HookMissing, match="tokens"):
+        without_text(batch, {})
+    with pytest.raises(UnsupportedTraining, match=r"\(7,\).*\(8,\)"):
+        without_text(batch, {"tokens": torch.zeros(1, 8)})
 
 
 def test_another_version_is_refused_with_what_it_lacks():

@@ -12,8 +12,8 @@ from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.filter.sample_log import read_records
 from unmemorize.shared.training.protection import Protection
 from unmemorize.shared.training.settings import FilterSettings, ProtectionSettings
+from unmemorize.trainer_patch.onetrainer.adapter import StepAdapter
 from unmemorize.trainer_patch.onetrainer.data import BatchSamples, TextSide
-from unmemorize.trainer_patch.onetrainer.filter import StepFilter
 
 
 class Setup:
@@ -68,6 +68,12 @@ def batch_of(rows: int = 4, prior: int = 0) -> dict:
     }
 
 
+def protect(trainer, protection: Protection, setup: Setup):
+    """Return the trainer's `predict` as it is while its training is protected."""
+    adapter = StepAdapter(trainer, protection, Samples(), Text(trainer))
+    return adapter.protected(setup.predict)
+
+
 def step(tmp_path, setup: Setup, batch: dict, **asked):
     """Return the gradient of one filtered step, and its protection."""
     protection = Protection(
@@ -78,7 +84,7 @@ def step(tmp_path, setup: Setup, batch: dict, **asked):
         train_device=torch.device("cpu"), model_setup=setup,
         model=SimpleNamespace(noise_scheduler=SimpleNamespace(alphas_cumprod=abar)),
     )  # fmt: skip
-    predict = StepFilter(trainer, protection, Samples(), Text(trainer)).wrap(setup.predict)
+    predict = protect(trainer, protection, setup)
     torch.manual_seed(3)
     output = predict(None, batch, None, 8)
     setup.loss(output, batch).backward()
@@ -146,7 +152,7 @@ def test_prior_prediction_and_validation_are_left_alone(tmp_path):
     setup = Setup()
     with torch.no_grad():
         trainer = SimpleNamespace(model_setup=setup, train_device=torch.device("cpu"))
-        predict = StepFilter(trainer, protection, Samples(), Text(trainer)).wrap(setup.predict)
+        predict = protect(trainer, protection, setup)
         predict(None, batch, None, 8, deterministic=True)
     assert setup.runs == 1
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 from unmemorize.shared.patching import HookMissing
-from unmemorize.shared.training.base_targets import BaseTargets
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.layers.regions import ConceptRegions, still_noise
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
+from unmemorize.shared.training.protection import Protection
+from unmemorize.shared.training.settings import ProjectionSettings, ProtectionSettings
+from unmemorize.trainer_patch.onetrainer.adapter import StepAdapter
 from unmemorize.trainer_patch.onetrainer.data import BatchSamples, TextSide
-from unmemorize.trainer_patch.onetrainer.regions import StepRegions
 
 CHANNELS, SIDE, SCALE = 4, 4, 0.5
 SIGMAS = torch.linspace(0.01, 20, 1000)
@@ -113,30 +115,41 @@ def batch_of(rows=4, prior=0):
     }
 
 
-def step(setup, batch, limit=-1.0, named=2, **kwargs):
-    """Return what a step's prediction gives, and the account of its regions."""
-    basis = torch.eye(CHANNELS)[:, :2].double()
-    regions = ConceptRegions(
-        bases={LAYER: basis}, centres={LAYER: torch.zeros(2).double()}, units={LAYER: 1.0},
-        limit=limit, sigma=0.5,
-    )  # fmt: skip
-    kept = 1 / (1 + SIGMAS**2)
-    config = SimpleNamespace(
-        model_type=SimpleNamespace(
-            is_stable_diffusion=lambda: not setup.flows, is_stable_diffusion_xl=lambda: False
+@pytest.fixture
+def step(tmp_path):
+    """Function that returns what a step's prediction gives, and the account of its regions."""
+
+    def made(setup, batch, limit=-1.0, named=2, **kwargs):
+        basis = torch.linalg.qr(torch.eye(CHANNELS).double()[:, :2]).Q
+        regions = ConceptRegions(
+            bases={LAYER: basis}, centres={LAYER: torch.zeros(2).double()}, units={LAYER: 1.0},
+            limit=limit, sigma=0.5,
+        )  # fmt: skip
+        path = tmp_path / "layers.safetensors"
+        held = LayerSubspaces(bases={LAYER: basis}, regions=regions, provenance={"names": ["zorp"]})
+        held.save(path)
+        asked = ProtectionSettings(projection=ProjectionSettings(layers=path, regions=True))
+        protection = Protection(asked, output=tmp_path / "lora.safetensors")
+        protection.fit(lambda prompts: None, [])
+        kept = 1 / (1 + SIGMAS**2)
+        config = SimpleNamespace(
+            model_type=SimpleNamespace(
+                is_stable_diffusion=lambda: not setup.flows, is_stable_diffusion_xl=lambda: False
+            )
         )
-    )
-    model = SimpleNamespace(
-        noise_scheduler=SimpleNamespace(alphas_cumprod=kept),
-        **{"transformer" if setup.flows else "unet": setup.unet},
-    )
-    trainer = SimpleNamespace(
-        train_device=torch.device("cpu"), model_setup=setup, model=model, config=config
-    )
-    spared = BaseTargets(regions, ["zorp"])
-    predict = StepRegions(trainer, spared, Samples(named), Text(trainer)).wrap(setup.predict)
-    torch.manual_seed(3)
-    return predict(model, batch, None, 8, **kwargs), spared.account()
+        model = SimpleNamespace(
+            noise_scheduler=SimpleNamespace(alphas_cumprod=kept),
+            **{"transformer" if setup.flows else "unet": setup.unet},
+        )
+        trainer = SimpleNamespace(
+            train_device=torch.device("cpu"), model_setup=setup, model=model, config=config
+        )
+        adapter = StepAdapter(trainer, protection, Samples(named), Text(trainer))
+        torch.manual_seed(3)
+        output = adapter.protected(setup.predict)(model, batch, None, 8, **kwargs)
+        return output, protection.base_targets.account()
+
+    return made
 
 
 def plain(setup, batch):
@@ -144,7 +157,7 @@ def plain(setup, batch):
     return setup.predict(None, batch, None, 8)
 
 
-def test_the_target_of_named_samples_is_predicted_without_the_lora():
+def test_the_target_of_named_samples_is_predicted_without_the_lora(step):
     batch, setup = batch_of(), Setup()
     output, told = step(setup, batch)
     after = torch.rand(3)
@@ -160,7 +173,7 @@ def test_the_target_of_named_samples_is_predicted_without_the_lora():
     assert told == {"samples": 4, "named": 2, "with_regions": 2, "share_of_places": 1}
 
 
-def test_pictures_are_looked_at_with_still_noise_and_without_text():
+def test_pictures_are_looked_at_with_still_noise_and_without_text(step):
     setup, batch = Setup(), batch_of()
     step(setup, batch)
     _, (latents, timesteps, tokens, _), _ = setup.unet.calls
@@ -173,7 +186,7 @@ def test_pictures_are_looked_at_with_still_noise_and_without_text():
     assert not tokens.any()
 
 
-def test_flows_are_looked_at_with_the_guidance_that_the_regions_were_measured_with():
+def test_flows_are_looked_at_with_the_guidance_that_the_regions_were_measured_with(step):
     setup, batch = Flow(), batch_of()
     output, _ = step(setup, batch)
     _, (latents, timesteps, _, guidance), _ = setup.unet.calls
@@ -187,7 +200,7 @@ def test_flows_are_looked_at_with_the_guidance_that_the_regions_were_measured_wi
 
 
 @pytest.mark.parametrize(("limit", "named", "calls"), [(1e9, 4, 2), (-1.0, 0, 1)])
-def test_no_bit_changes_where_nothing_shows_the_concept(limit, named, calls):
+def test_no_bit_changes_where_nothing_shows_the_concept(step, limit, named, calls):
     setup, batch = Setup(), batch_of()
     output, told = step(setup, batch, limit, named)
     expected = plain(Setup(), batch)
@@ -196,7 +209,7 @@ def test_no_bit_changes_where_nothing_shows_the_concept(limit, named, calls):
     assert told["with_regions"] == 0
 
 
-def test_prior_prediction_and_validation_are_left_alone():
+def test_prior_prediction_and_validation_are_left_alone(step):
     setup, batch = Setup(), batch_of(prior=1)
     output, told = step(setup, batch)
     assert told == {"samples": 3, "named": 1, "with_regions": 1, "share_of_places": 1}
@@ -209,7 +222,7 @@ def test_prior_prediction_and_validation_are_left_alone():
     assert told["samples"] == 0
 
 
-def test_a_step_that_is_made_otherwise_is_refused():
+def test_a_step_that_is_made_otherwise_is_refused(step):
     class Unseeded(Setup):
         def _get_timestep_discrete(self, deterministic, generator, rows):
             self.drawn = getattr(self, "drawn", 0) + 1

@@ -1,17 +1,37 @@
-"""OneTrainer's configuration: our options as keys of it, and what in it is not supported."""
+"""OneTrainer's configuration with our options in it, and what must be so that it is protected."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from ...shared.patching import Function, patched
-from ...shared.training.projection.factors import UnsupportedTraining
+from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.settings import ProtectionSettings
+from ..hooks import refuse
 from ..options import NAMES, refuse_unknown
 
-TIMESTEPS = 1000
-"""Of the models that are covered; the configuration has its range in shares of them."""
+WEIGHTS = "loss_weight"
+"""Entry of a batch that the trainer multiplies the losses by, after the prediction."""
+TIMESTEPS = "_get_timestep_discrete"
+"""Method by which the trainer draws the timesteps of a step."""
+NOISING = "_add_noise_discrete"
+"""Method by which the trainer adds noise to clean latents, in the network's scale."""
+WITHOUT_LORA = "prior_model"
+"""Method that gives a context without the LoRA, for images of the type prior prediction."""
+CALLED = {
+    "model_setup": (
+        "predict", TIMESTEPS, "prepare_text_caching", "setup_train_device", "after_optimizer_step",
+        "report_to_tensorboard", "calculate_loss", NOISING, WITHOUT_LORA,
+    ),
+    "data_loader": (
+        "_preparation_modules", "_enumerate_input_modules", "_load_input_modules", "_create_mgds",
+    ),
+    "model": ("adapters",),
+    "model_saver": ("save",),
+}  # fmt: skip
+"""Methods of a trainer's parts that are called or replaced."""
+LOSSES = ("_diffusion_losses", "_flow_matching_losses")
+"""Methods that compute the losses of a step, and read the weights in the batch."""
 
 
 @contextmanager
@@ -50,39 +70,54 @@ def option_keys(config_class: type) -> Iterator[None]:
         yield
 
 
-def output_of(config: Any) -> Path:
-    """Return beside which file the reports of a training go."""
-    path = Path(config.output_model_destination)
-    # In a folder, OneTrainer names the LoRA by the time of its saving.
-    return path / (config.save_filename_prefix.strip("-_ ") or "lora") if path.is_dir() else path
-
-
-def span_of(config: Any) -> tuple[float, float]:
-    """Return the lowest and the highest timestep of a training."""
-    return TIMESTEPS * config.min_noising_strength, TIMESTEPS * config.max_noising_strength
-
-
 def has_unet(config: Any) -> bool:
     """Return whether it is SD 1, SD 2 or SDXL, whose cross-attention reads text states directly."""
     return config.model_type.is_stable_diffusion() or config.model_type.is_stable_diffusion_xl()
 
 
-def validate(config: Any, settings: ProtectionSettings) -> None:
+def check_configuration(config: Any, settings: ProtectionSettings) -> None:
     """Refuse what the configuration alone shows to be unsupported, all of it at once.
 
     Raises:
         UnsupportedTraining: With what to set instead.
     """
-    faults = list(_of_both(config))
+    faults = list(_faults(config))
     if settings.projection:
-        faults += _of_projection(config, of_text=settings.projection.of_text)
-        if settings.projection.regions and not has_unet(config):
-            faults += _of_offloading(config)
-    if faults:
-        raise UnsupportedTraining(f"Not supported: {'; '.join(faults)}.")
+        faults += _projection_faults(config, of_text=settings.projection.of_text)
+        regions = settings.projection.regions and not has_unet(config)
+        if regions and config.transformer.offloading_enabled():
+            faults.append(
+                "project_regions predicts once more before the gradients are computed, which was "
+                "not tried with layers that are offloaded: set transformer.offload_fraction to 0 "
+                "and transformer.activation_offloading to false"
+            )
+    refuse(faults)
 
 
-def _of_both(config: Any) -> Iterator[str]:
+def check_hooks(trainer: Any) -> None:
+    """Refuse a version of OneTrainer that lacks a place to hook into, all of it at once.
+
+    Raises:
+        HookMissing: With what is not there.
+    """
+    missing = [
+        f"{part}.{name}"
+        for part, names in CALLED.items()
+        for name in names
+        if not callable(getattr(getattr(trainer, part, None), name, None))
+    ]
+    setup = trainer.model_setup
+    losses = [inspect.getsource(getattr(setup, name)) for name in LOSSES if hasattr(setup, name)]
+    if not losses or any(f"batch['{WEIGHTS}']" not in source for source in losses):
+        missing.append(f"batch['{WEIGHTS}'] in {' and '.join(LOSSES)}")
+    if missing:
+        raise HookMissing(
+            f"OneTrainer has no {', '.join(missing)}: this version is not supported. Nothing was "
+            "trained."
+        )
+
+
+def _faults(config: Any) -> Iterator[str]:
     """Yield what neither method covers."""
     flows = config.model_type.is_stable_diffusion_3() or config.model_type.is_flux_1()
     if str(config.training_method) != "LORA":
@@ -95,21 +130,11 @@ def _of_both(config: Any) -> Iterator[str]:
         yield f"{config.model_type} is not covered; SD 1, SD 2, SDXL, SD3 and Flux.1 are"
 
 
-def _of_offloading(config: Any) -> Iterator[str]:
-    """Yield why no prediction may follow the one that is learnt from."""
-    if config.transformer.offloading_enabled():
-        yield (
-            "project_regions predicts once more before the gradients are computed, which was not "
-            "tried with layers that are offloaded: set transformer.offload_fraction to 0 and "
-            "transformer.activation_offloading to false"
-        )
-
-
-def _of_projection(config: Any, *, of_text: bool) -> Iterator[str]:
+def _projection_faults(config: Any, *, of_text: bool) -> Iterator[str]:
     """Yield why a projection would not be exact."""
     if of_text and not has_unet(config):
         yield (
-            f"the layers of {config.model_type} read text mixed with the picture, so no subspace "
+            f"the layers of {config.model_type} read text mixed with the image, so no subspace "
             "of text states can be kept out exactly: leave out project_concepts; mem_filter is "
             "supported"
         )

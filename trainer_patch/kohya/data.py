@@ -1,16 +1,17 @@
-"""The text path of sd-scripts: from prompts to what its network reads."""
+"""What sd-scripts makes of prompts, and which image stands behind each row of a batch."""
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...shared.models.tokens import read
-from ...shared.training.concept.text_states import TextStates
+from ...shared.training.concept.text_states import TextStates, read_states
+from ...shared.training.filter.sample_log import Sample
+from ..step import repeated
 from .training import Training
 
 Conds = Any
@@ -35,13 +36,7 @@ class TextSide:
     def states(self, prompts: Sequence[str]) -> TextStates:
         """Return what cross-attention reads; a `TextPath`. For SD 1, SD 2 and SDXL."""
         parts = [cond for cond in self.encode(prompts) if cond is not None and cond.ndim == 3]
-        states = torch.cat([part.float() for part in parts], dim=-1)
-        words = (read(self._tokenizers()[0], prompt, states.shape[1]) for prompt in prompts)
-        return TextStates(
-            states=states,
-            words=tuple(tuple(token.word for token in reading.tokens) for reading in words),
-            encoders=tuple(part.shape[-1] for part in parts) if len(parts) > 1 else (),
-        )
+        return read_states([part.float() for part in parts], self._tokenizers()[0], prompts)
 
     def _by_strategy(self, prompts: Sequence[str]) -> Conds:
         tokenize = self._strategies.TokenizeStrategy.get_strategy()
@@ -76,25 +71,53 @@ class TextSide:
 
 
 def without_text(conds: Conds, empty: Sequence[Tensor | None]) -> Conds:
-    """Return a conditioning of the same form that says nothing.
+    """Return a conditioning of the same form with the empty prompt in every row.
 
     Raises:
-        ValueError: The empty prompt's has another shape.
+        UnsupportedTraining: sd-scripts padded the batch to another length.
     """
     parts = [conds] if isinstance(conds, Tensor) else list(conds)
-    replaced = []
-    for part, plain in zip(parts, empty, strict=True):
-        if part is None or plain is None:
-            replaced.append(part)
-            continue
-        if part.shape[1:] != plain.shape[1:]:
-            raise ValueError(
-                f"Text states of this batch are {tuple(part.shape[1:])}, those of the empty prompt "
-                f"{tuple(plain.shape[1:])}: sd-scripts padded them differently, and the "
-                "memorization filter cannot compare."
-            )
-        replaced.append(plain.to(part.device, part.dtype).expand_as(part).clone())
+    replaced = [
+        part if part is None or plain is None else repeated(plain, part).clone()
+        for part, plain in zip(parts, empty, strict=True)
+    ]
     return replaced[0] if isinstance(conds, Tensor) else type(conds)(replaced)
+
+
+class BatchSamples:
+    """Names the samples of a batch by file, with the caption of the dataset.
+
+    The batch's own caption may be shuffled or dropped, which would make many samples of one.
+    """
+
+    def __init__(self, dataset: Any):
+        """Take the training dataset."""
+        self._parts = getattr(dataset, "datasets", [dataset])
+        self._samples: dict[str, Sample] = {}
+        for part in self._parts:
+            for key, info in getattr(part, "image_data", {}).items():
+                caption = info.caption if isinstance(info.caption, str) else ""
+                self._samples[key] = Sample(file=str(info.absolute_path), caption=caption)
+
+    @property
+    def captions(self) -> list[str]:
+        """Every caption of the dataset once."""
+        return list(dict.fromkeys(sample.caption for sample in self._samples.values()))
+
+    def show(self) -> None:
+        """Make the dataset's batches hold the keys of their images, in worker processes too."""
+        for part in self._parts:
+            part.debug_dataset = True  # after the start it does this and nothing else
+
+    def of(self, batch: Mapping[str, Any]) -> list[Sample]:
+        """Return the samples of a batch, in its order.
+
+        Raises:
+            ValueError: The batch names no images: it is of a dataset class of the user's own.
+        """
+        if not (keys := batch.get("image_keys")):
+            raise ValueError("The dataset's batches have no `image_keys`: samples have no name.")
+        return [self._samples.get(key, Sample(file=str(key))) for key in keys]
 
 
 @contextmanager

@@ -1,0 +1,241 @@
+"""A step of sd-scripts: what its trainers call, and how a prediction is made again."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...shared.arrays import take_rows
+from ...shared.models.families.flux import Flux
+from ...shared.patching import Function, HookMissing
+from ...shared.score.noise_levels import nearest_timestep, sigma_of
+from ...shared.training.layers.regions import still_noise
+from ...shared.training.protection import Protection
+from ..step import Call, Step
+from .data import BatchSamples, TextSide, without_text
+from .training import Training
+
+BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")
+"""Arguments of the U-Net's prediction that hold one row for each sample."""
+
+
+class StepAdapter:
+    """Makes the extra passes of a step; a `TrainerAdapter`.
+
+    SD 1, SD 2 and SDXL noise latents before `call_unet`, so its rows can be predicted again. SD3
+    and Flux draw noise and timesteps inside the method that is repeated.
+    """
+
+    def __init__(
+        self, training: Training, protection: Protection, samples: BatchSamples, text: TextSide,
+        lora: nn.Module,
+    ):  # fmt: skip
+        """Encode the empty prompt, while the text encoders are there.
+
+        Args:
+            training: Of SD 1, SD 2, SDXL, SD3 or Flux.
+            protection: Fitted already.
+            samples: Name the rows of a batch.
+            text: The training's text path.
+            lora: The trainer's network of LoRA factors.
+
+        Raises:
+            HookMissing: Base targets are requested, and the LoRA cannot be turned off.
+        """
+        if protection.base_targets and not hasattr(lora, "set_multiplier"):
+            raise HookMissing(
+                f"{type(lora).__name__} has no set_multiplier, by which project_regions turns "
+                "the LoRA off."
+            )
+        samples.show()
+        self._training, self._protection, self._samples = training, protection, samples
+        self._text, self._empty, self._lora = text, text.encode([""]), lora
+        self._signal = _noise_per_velocity(training) if training.has_unet else None
+        self.device, self.repeats_rows = training.accelerator.device, training.has_unet
+
+    def with_weights(self, original: Function) -> Function:
+        """Wrap the prediction: weights of the losses go where the trainer reads them later."""
+        step = self._unet_step if self._training.has_unet else self._flow_step
+
+        def weigh(call: Call) -> Any:
+            result, weights = step(call)
+            losses = call.given["batch"]["loss_weights"]
+            call.given["batch"]["loss_weights"] = losses * weights.to(losses.device, losses.dtype)
+            return result
+
+        return self._in_training(original, weigh)
+
+    def with_targets(self, original: Function) -> Function:
+        """Wrap the method that returns a step's prediction together with its target."""
+
+        def retarget(call: Call) -> tuple:
+            step = Step(self._protection, self, call)
+            latents = call.given["latents"].clone()  # SD3's trainer may write into them
+            prediction, target, timesteps, *rest = call.again()
+            step.call = replace(call, given={**call.given, "latents": latents}, timesteps=timesteps)
+            return prediction, step.target(target, latents), timesteps, *rest
+
+        return self._in_training(original, retarget)
+
+    def _in_training(self, original: Function, step: Callable[[Call], Any]) -> Function:
+        """Return a method that makes a step of calls that are learnt from."""
+        signature = inspect.signature(original)
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            call = Call.of(original, signature, args, kwargs)
+            # Validation comes here too, and so do the extra passes.
+            if not torch.is_grad_enabled() or not call.given.get("is_train", True):
+                return original(*args, **kwargs)
+            samples = dict(enumerate(self._samples.of(call.given["batch"])))
+            return step(replace(call, samples=samples, timesteps=call.given.get("timesteps")))
+
+        return predict
+
+    def _unet_step(self, call: Call) -> tuple[Tensor, Tensor]:
+        step = Step(self._protection, self, call)
+        step.measure()
+        prediction = call.again()
+        return prediction, step.weights(prediction, self._signal)
+
+    def _flow_step(self, call: Call) -> tuple[tuple, Tensor]:
+        """Predict first, since only that draws the timesteps."""
+        step = Step(self._protection, self, call)
+        with _outputs(call.given["unet"]) as seen:
+            result = call.again()
+        step.call = replace(call, timesteps=result[2])
+        step.measure()
+        return result, step.weights(seen[0])
+
+    def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        """Return the prediction on the empty prompt; see `TrainerAdapter`."""
+        training = self._training
+        trained = training.trainer.is_train_text_encoder(training.args)
+        empty = self._text.encode([""]) if trained else self._empty
+        if training.has_unet:
+            if rows is not None:
+                call = call.only(rows, len(call.samples), BATCHED)
+            return call.again(text_conds=without_text(call.given["text_conds"], empty))
+        text = without_text(call.given["text_encoder_conds"], empty)
+        with _outputs(call.given["unet"]) as seen:
+            call.check_timesteps(self._repeat(call, text_encoder_conds=text)[2])
+        return seen[0]
+
+    def network(self, call: Call) -> nn.Module:
+        """Return the bare network."""
+        return self._training.accelerator.unwrap_model(call.given["unet"])
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Turn the LoRA down to nothing for a block."""
+        before = self._lora.multiplier
+        self._lora.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self._lora.set_multiplier(before)
+
+    def base(self, call: Call, rows: Tensor) -> Tensor:
+        """Return the step's prediction once more; see `TrainerAdapter`."""
+        result = self._repeat(call)
+        call.check_timesteps(result[2])
+        return result[0][rows]
+
+    def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
+        """Run the network on latents with still noise; see `TrainerAdapter`."""
+        count = len(call.samples)
+        batch, text = (
+            take_rows(call.given[name], rows, count) for name in ("batch", "text_encoder_conds")
+        )
+        text = without_text(text, self._empty)
+        sigma = self._protection.base_targets.regions.sigma
+        with reading(self._training, call.given, latents, sigma):
+            self._repeat(call, latents=latents, batch=batch, text_encoder_conds=text)
+
+    def _repeat(self, call: Call, **changed: Any) -> tuple:
+        """Return what the method of a step gives once more, in the present random state."""
+        bare = self.network(call)
+        if hasattr(bare, "prepare_block_swap_before_forward"):
+            bare.prepare_block_swap_before_forward()
+        batch = dict(changed.pop("batch", call.given["batch"]))
+        # With these the trainer would predict some samples again, for targets that nobody reads.
+        batch.pop("custom_attributes", None)
+        return call.again(is_train=False, batch=batch, **changed)
+
+
+def _noise_per_velocity(training: Training) -> Tensor | None:
+    """Return sqrt(abar) of every timestep where the network predicts velocity, else None."""
+    args = training.args
+    if not args.v_parameterization:
+        return None
+    from diffusers import DDPMScheduler
+
+    # The one schedule of sd-scripts; before v0.10 no method of the trainer gives it.
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if args.zero_terminal_snr:
+        from library.custom_train_functions import fix_noise_scheduler_betas_for_zero_terminal_snr
+
+        fix_noise_scheduler_betas_for_zero_terminal_snr(scheduler)
+    return scheduler.alphas_cumprod.sqrt()
+
+
+@contextmanager
+def _outputs(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a network returns: the trainer's prediction may be converted from it."""
+    seen: list[Tensor] = []
+    handle = network.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def reading(
+    training: Training, given: Mapping[str, Any], latents: Tensor, sigma: float
+) -> Iterator[None]:
+    """Have the network read these latents with still noise, not what the trainer noises.
+
+    Args:
+        training: Of SD 1, SD 2, SDXL, SD3 or Flux.
+        given: Arguments of the method that makes a step's prediction and target.
+        latents: Clean ones, [row channel height width].
+        sigma: Noise level, as `Denoiser` counts it.
+    """
+    noise = still_noise(latents)
+    if training.has_unet:
+        scheduler = given["noise_scheduler"]
+        timestep = nearest_timestep(sigma_of(scheduler.alphas_cumprod), sigma)
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+    else:
+        noisy, timestep = (1 - sigma) * latents + sigma * noise, 1000 * sigma
+
+    def swap(_network: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "img" in kwargs:
+            return args, kwargs | _for_flux(noisy, timestep, kwargs)
+        inputs, timesteps, *text = args
+        return (noisy.to(inputs), torch.full_like(timesteps, timestep), *text), kwargs
+
+    network = training.accelerator.unwrap_model(given["unet"])
+    hook = network.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _for_flux(noisy: Tensor, timestep: float, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Flux reads: patches, timesteps up to 1, and guidance as it was measured with."""
+    from library.flux_utils import pack_latents
+
+    changed = {
+        "img": pack_latents(noisy).to(kwargs["img"]),
+        "timesteps": torch.full_like(kwargs["timesteps"], timestep / 1000),
+    }
+    if kwargs.get("guidance") is not None:
+        changed["guidance"] = torch.full_like(kwargs["guidance"], Flux.guidance_embedding)
+    return changed

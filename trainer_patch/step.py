@@ -1,0 +1,217 @@
+"""One training step under protection: the filter's extra pass, loss weights, and base targets.
+
+The order is the same in every trainer. `Step` is made before the step's own prediction, because the
+extra passes start from that random state. `measure` runs the network on the empty prompt, `weights`
+turns both predictions into a weight for each sample's loss, `target` replaces the target where
+images show a prohibited concept. What differs between trainers is `TrainerAdapter`.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..shared.arrays import take_rows
+from ..shared.patching import HookMissing
+from ..shared.training.filter.sample_log import Sample
+from ..shared.training.projection.factors import UnsupportedTraining
+from ..shared.training.protection import Protection
+from ..shared.training.replay import RandomState, aside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A step's own prediction, which can be made again."""
+
+    run: Callable[..., Any]
+    """The trainer's function that predicts."""
+    given: Mapping[str, Any]
+    """Its arguments in this step, by name."""
+    samples: Mapping[int, Sample] = field(default_factory=dict)
+    """By row of the batch, those that are filtered and get base targets. Rows without a sample,
+    such as class images, are left alone."""
+    timesteps: Tensor | None = None
+    """Of every row, [row], in the units of the training schedule."""
+
+    @classmethod
+    def of(cls, run: Callable[..., Any], signature: inspect.Signature, args: tuple,
+           kwargs: Mapping[str, Any]) -> "Call":  # fmt: skip
+        """Give the arguments of a call their names."""
+        given = signature.bind(*args, **kwargs).arguments
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        return cls(run=run, given=given)
+
+    def again(self, **changed: Any) -> Any:
+        """Return what the trainer's function returns, with some arguments changed."""
+        return self.run(**{**self.given, **changed})
+
+    def only(self, rows: Tensor, count: int, names: Collection[str] | None = None) -> "Call":
+        """Return the call for some rows [row] of a batch of `count`.
+
+        Args:
+            rows: Numbers of the rows.
+            count: Rows that the tensors of the whole batch have.
+            names: Arguments that hold one row a sample; None looks at all arguments.
+        """
+        batched = {key: self.given[key] for key in (self.given if names is None else names)}
+        return replace(self, given={**self.given, **take_rows(batched, rows, count)})
+
+    def check_timesteps(self, repeated: Tensor) -> None:
+        """Raise HookMissing unless a repeated prediction drew the timesteps of the step."""
+        if not torch.equal(self.timesteps, repeated):
+            raise HookMissing("A repeated prediction drew other timesteps than the training.")
+
+
+@runtime_checkable
+class TrainerAdapter(Protocol):
+    """What a trainer has to bring. The extra passes run without gradient and leave no trace.
+
+    The first two members serve both methods, `without_text` the memorization filter, the others
+    base targets. Besides, the trainer makes a `Call` of each step's own prediction.
+    """
+
+    device: torch.device
+    """On which the network draws random numbers."""
+    repeats_rows: bool
+    """Whether single rows of a batch can be predicted again. False where the trainer itself draws
+    noise and timesteps for a whole batch while it predicts."""
+
+    def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        """Return the prediction with the empty prompt in place of every caption, [row *latent].
+
+        Args:
+            call: Of the step.
+            rows: Rows of the batch to predict, [row]; None for all.
+        """
+
+    def network(self, call: Call) -> nn.Module:
+        """Return the bare network that `look` runs, whose layers show where the concept is."""
+
+    def without_lora(self) -> AbstractContextManager:
+        """Return a block in which the network predicts as it did before the training."""
+
+    def base(self, call: Call, rows: Tensor) -> Tensor:
+        """Return the prediction for the step's own inputs at some rows; called without the LoRA."""
+
+    def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
+        """Run the network once on these clean latents with still noise and the empty prompt.
+
+        Args:
+            call: Of the step.
+            rows: Rows of the batch that the latents are of, [row].
+            latents: [row channel height width]; the noise level is that of the regions.
+        """
+
+
+class Step:
+    """One step, from before its own prediction on."""
+
+    def __init__(self, protection: Protection, trainer: TrainerAdapter, call: Call):
+        """Remember the random state, from which every extra pass starts.
+
+        Args:
+            protection: Of the training.
+            trainer: Makes the extra passes.
+            call: Of the prediction that is about to be made; replace `Step.call` where samples or
+                timesteps are only known later.
+        """
+        self.call = call
+        self._protection, self._trainer = protection, trainer
+        self._state = RandomState.now(trainer.device)
+        self._plain: Tensor | None = None
+
+    def measure(self) -> None:
+        """Predict on the empty prompt, where the filter needs that in this step.
+
+        Best called before the step's own prediction: its activations wait for the backward pass,
+        and would be in memory together with those of this pass.
+        """
+        rows, samples, timesteps = self._measured()
+        due = self._protection.due(samples, timesteps)
+        if not due.any():
+            return
+        some = rows[due] if self._trainer.repeats_rows and not due.all() else None
+        with aside(self._state):
+            plain = self._trainer.without_text(self.call, some)
+        self._plain = plain[rows] if some is None and len(plain) != len(rows) else plain
+
+    def weights(self, prediction: Tensor, signal: Tensor | None = None) -> Tensor:
+        """Return what to multiply the loss of each row by, [row]; 1 for rows without a sample.
+
+        Args:
+            prediction: The step's own, [row *latent].
+            signal: By training timestep the factor from velocity to noise, sqrt(abar), for
+                networks that predict velocities of a noise schedule.
+        """
+        rows, samples, timesteps = self._measured()
+        ours = prediction if len(rows) == len(prediction) else prediction[rows]
+        found = self._protection.weigh(
+            ours,
+            ours[:0].detach() if self._plain is None else self._plain,
+            timesteps=timesteps,
+            samples=samples,
+            scale=None if signal is None else signal[timesteps.cpu().long()],
+            # Dropout matters only where single rows might be repeated.
+            before=self._state if self._trainer.repeats_rows else None,
+        )
+        if len(rows) == len(prediction):
+            return found
+        weights = found.new_ones(len(prediction))
+        weights[rows] = found
+        return weights
+
+    def target(self, target: Tensor, latents: Tensor) -> Tensor:
+        """Return the step's target, replaced by base predictions where images show the concept.
+
+        Args:
+            target: What the network would be taught, [row channel height width].
+            latents: Clean ones, in the network's scale, of the same shape.
+        """
+        targets, trainer, call = self._protection.base_targets, self._trainer, self.call
+        places = list(call.samples)
+        named = [places[at] for at in targets.naming(list(call.samples.values()))]
+        if not named:
+            return target
+
+        def base(rows: Tensor) -> Tensor:
+            with aside(self._state):
+                return trainer.base(call, rows)
+
+        with aside(self._state), trainer.without_lora():
+            return targets.target(
+                target, latents, named, network=trainer.network(call), base=base,
+                look=partial(trainer.look, call, torch.tensor(named)),
+            )  # fmt: skip
+
+    def _measured(self) -> tuple[Tensor, list[Sample], Tensor]:
+        """Return the rows that have a sample, the samples, and their timesteps."""
+        rows = torch.tensor(list(self.call.samples))
+        timesteps = self.call.timesteps
+        if len(rows) != len(timesteps):
+            timesteps = timesteps[rows]
+        return rows, list(self.call.samples.values()), timesteps
+
+
+def repeated(empty: Tensor, text: Tensor) -> Tensor:
+    """Return the empty prompt's row as often as there are rows of text, in the text's dtype.
+
+    Args:
+        empty: Encoded empty prompt, [1 ...].
+        text: Encoded captions of a batch, [row ...].
+
+    Raises:
+        UnsupportedTraining: The captions are padded to another length.
+    """
+    if empty.shape[1:] != text.shape[1:]:
+        raise UnsupportedTraining(
+            f"The training encodes captions to {tuple(text.shape[1:])}, and the empty prompt to "
+            f"{tuple(empty.shape[1:])}: the memorization filter needs prompts of one length."
+        )
+    return empty.to(text.device, text.dtype).expand_as(text)
