@@ -1,12 +1,10 @@
-"""A finished subspace looked at again: with another model, other prompts, a trained LoRA."""
+"""A finished subspace measured again: with another model, other prompts, a trained LoRA."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..files.weights import ModelError
 from .concept.concept import Concept
@@ -16,7 +14,7 @@ from .concept.text_states import TextPath, differences
 from .layers.names import TEXT_FED
 from .layers.subspaces import LayerSubspaces
 from .projection.factors import factors_of, saved_state
-from .projection.projection import TOLERANCES, residuals
+from .projection.projection import TOLERANCES, Projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +25,11 @@ class PromptShare:
     named: str | None
     """First name of the concept that it names; None for none."""
     share: float
-    """Of a named concept what lies outside the subspace, of other text what lies inside; 0..1."""
+    """Share outside the subspace where the prompt names the concept, else share inside; 0..1."""
 
     @property
     def within(self) -> bool:
-        """Whether the share is within the limit that holds for its kind."""
+        """Whether the share is within the limit for that share."""
         return self.share <= (COLLATERAL if self.named is None else RESIDUAL)
 
 
@@ -54,7 +52,7 @@ class Examination:
     collateral: float
     """Share of ordinary captions that lies inside."""
     prompts: tuple[PromptShare, ...] = ()
-    """Prompts that were asked for."""
+    """The requested prompts, one by one."""
 
     @property
     def within(self) -> bool:
@@ -71,7 +69,7 @@ def concepts_of(provenance: Mapping[str, Any]) -> tuple[Concept, ...]:
     """
     if "learnt" in provenance:
         raise ValueError(
-            "The subspace was learnt from pictures, and the word for them is known only while it "
+            "The subspace was learnt from images, and the word for them is known only while it "
             "is built: build it again."
         )
     try:
@@ -95,10 +93,10 @@ def examine(
     """Return residuals and collateral of a subspace in the states of a text path.
 
     Args:
-        text_path: Of the model that is asked about.
+        text_path: Of the model to measure with.
         subspace: Built from words, with this model or another one of the same width.
         captions: Ordinary ones; those that name a concept are left out, and one must remain.
-        prompts: Of special interest, looked at one by one.
+        prompts: Measured one by one.
     """
     concepts = concepts_of(subspace.provenance)
     kept = [text for text in captions if not any(c.is_named_in(text) for c in concepts)]
@@ -118,8 +116,9 @@ def shares_read(lora: Path, subspace: ConceptSubspace | LayerSubspaces) -> dict[
 
     Args:
         lora: File of kohya, PEFT or diffusers.
-        subspace: Of text states, for the layers that read text; or those of single layers, for all
-            others. Of these none may be without one: a LoRA could learn the concept there.
+        subspace: Of text states, for the layers that read text; or subspaces of single layers,
+            for all other layers. A layer without one is not within: the LoRA could learn the
+            concept there.
 
     Raises:
         ModelError: The file is no whole LoRA, changes a text encoder, or has none of the layers.
@@ -128,19 +127,22 @@ def shares_read(lora: Path, subspace: ConceptSubspace | LayerSubspaces) -> dict[
     state, source = saved_state(lora), str(lora)
     if isinstance(subspace, ConceptSubspace):
         factors = factors_of(state, source=source)
-        found = residuals(factors, [subspace])
+        shares = Projection(factors, [subspace]).residuals()
     else:
         every = factors_of(state, text_fed="", source=source)
         factors = {name: each for name, each in every.items() if not re.search(TEXT_FED, name)}
         held = subspace.among(factors)
         if not held.bases:
             raise ModelError(f"{source} has none of the {len(subspace.bases)} layers.")
-        found = residuals({name: factors[name] for name in held.of(factors)}, [], held)
-    return {name: _layer(found.get(name), factor.dtype) for name, factor in factors.items()}
-
-
-def _layer(share: float | None, dtype: torch.dtype) -> LayerShare:
-    return LayerShare(share=share, within=share is not None and share <= TOLERANCES[dtype])
+        own = {name: factors[name] for name in held.of(factors)}
+        shares = Projection(own, [], layers=held).residuals()
+    return {
+        name: LayerShare(
+            share=(share := shares.get(name)),
+            within=share is not None and share <= TOLERANCES[factor.dtype],
+        )
+        for name, factor in factors.items()
+    }
 
 
 def _share(

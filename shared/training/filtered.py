@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .filter.expectation import Expectation, Recall
 from .filter.filter import Gather, MemorizationFilter
 from .filter.sample_log import Sample, SampleLog, records_path, write_report
 from .replay import RandomState
@@ -15,8 +16,8 @@ from .settings import FilterSettings
 
 logger = logging.getLogger(__name__)
 
-TOLD = 5
-"""Samples that the end of a training names."""
+NAMED = 5
+"""Samples that the log names at the end of a training."""
 
 
 class NoSampleSeen(RuntimeError):
@@ -38,7 +39,13 @@ class FilteredTraining:
     ):
         """Set up; nothing is written yet. See `Protection` for the arguments."""
         self.settings = settings
-        self.filter = settings.make(span, gather)
+        self.filter = MemorizationFilter(
+            settings.threshold(span),
+            action=settings.action,
+            gather=gather,
+            expectation=Expectation(span=span),
+            recall=None if settings.recall is None else Recall(every=settings.recall),
+        )
         self._process, self._processes = process, processes
         beside = output.parent / f"{output.name.removesuffix('.safetensors')}.memorized.json"
         self._report = settings.report or beside
@@ -49,14 +56,17 @@ class FilteredTraining:
         return torch.ones_like(due) if due.any() and self.filter.draws else due
 
     def weigh(
-        self, cond: Tensor, uncond: Tensor, *, before: RandomState | None, **told: Any
+        self, cond: Tensor, uncond: Tensor, *, before: RandomState | None, **visits: Any
     ) -> Tensor:
         """Return what to multiply each sample's loss by; see `Protection.weigh`."""
         if before is not None and before.is_past():
             self.filter.draws = True
         if self.filter.log is None:
-            self.filter.log = self._open_log()
-        return self.filter.weigh(cond, uncond, **told)
+            path = records_path(self._report, self._process)
+            if not self.filter.calls:  # not resumed: the records are those of another training
+                path.unlink(missing_ok=True)
+            self.filter.log = SampleLog(path)
+        return self.filter.weigh(cond, uncond, **visits)
 
     def flush(self) -> None:
         """Write the records that wait."""
@@ -65,19 +75,25 @@ class FilteredTraining:
 
     def scalars(self) -> dict[str, float]:
         """Return values to log next to the loss; none before a sample was seen."""
-        if not self.filter.seen:
+        done = self.filter
+        if not done.seen:
             return {}
-        values = {
-            "filtered_share": self.filter.flagged / self.filter.seen,
-            "score": self.filter.latest,
-        }
-        if self.filter.recall is not None:
-            values["measured_share"] = self.filter.measured / self.filter.seen
+        values = {"filtered_share": done.flagged / done.seen, "score": done.latest}
+        if done.recall is not None:
+            values["measured_share"] = done.measured / done.seen
         return values
 
     def account(self) -> dict[str, Any]:
-        """Return what a LoRA's header tells of it."""
-        return filter_account(self.settings, self.filter)
+        """Return settings and counts for the report and the LoRA's metadata, plain data."""
+        return {
+            "threshold": self.settings.text,
+            "action": self.filter.action,
+            "unit": "rms",
+            "recall": self.settings.recall,
+            "seen": self.filter.seen,
+            "measured": self.filter.measured,
+            "flagged": self.filter.flagged,
+        }
 
     def finish(self) -> None:
         """Write the ranked list of samples.
@@ -90,25 +106,5 @@ class FilteredTraining:
         if not self.filter.seen:
             raise NoSampleSeen("The memorization filter saw no sample.")
         ranked = write_report(self._report, self._processes, self.account())
-        first = ", ".join(each.sample.file for each in ranked[:TOLD])
+        first = ", ".join(each.sample.file for each in ranked[:NAMED])
         logger.info("Most memorized: %s; all samples: %s", first, self._report)
-
-    def _open_log(self) -> SampleLog:
-        """Return this process's log; one of an earlier training makes place for it."""
-        path = records_path(self._report, self._process)
-        if not self.filter.calls:
-            path.unlink(missing_ok=True)
-        return SampleLog(path)
-
-
-def filter_account(asked: FilterSettings, done: MemorizationFilter) -> dict[str, Any]:
-    """Return what was asked of the filter and what it saw, plain data."""
-    return {
-        "threshold": asked.text,
-        "action": done.action,
-        "unit": done.unit,
-        "recall": asked.recall,
-        "seen": done.seen,
-        "measured": done.measured,
-        "flagged": done.flagged,
-    }

@@ -3,7 +3,7 @@
 The order of a training: `fit` while the text encoders are there, `protect` when the LoRA exists,
 `start` before the first step and after anything else that wrote weights, `due` and `weigh` in each
 step, `before_clip`, `after_step`, around each saving `before_save` and `after_save`, then `finish`.
-What the settings do not ask for costs nothing and changes no bit.
+What the settings leave out costs nothing and changes no bit.
 """
 
 import json
@@ -28,11 +28,11 @@ from .settings import ProtectionSettings
 MEASURE_EVERY = 100
 """Steps between two measurements of the residual: each moves every factor to the CPU."""
 PREFIX = "unmemorize/"
-"""Of the names of logged values."""
+"""Before the names of logged values."""
 
 
 class ProtectionFailed(RuntimeError):
-    """At the end of a training, something that was asked for had not happened."""
+    """At the end of a training, something that was requested had not happened."""
 
 
 class Protection:
@@ -51,7 +51,7 @@ class Protection:
         """Set up; nothing is read or changed yet.
 
         Args:
-            settings: What is asked for.
+            settings: What is requested.
             output: The LoRA to be saved, with or without suffix; reports stand next to it.
             process: Number of this process.
             processes: How many there are.
@@ -61,34 +61,34 @@ class Protection:
         self.settings = settings
         self._projected = ProjectedTraining(settings.projection) if settings.projection else None
         self._filtered: FilteredTraining | None = None
-        if asked := settings.filter:
+        if settings.filter:
             self._filtered = FilteredTraining(
-                asked, output=output, process=process, processes=processes, gather=gather,
-                span=span,
+                settings.filter, output=output, process=process, processes=processes,
+                gather=gather, span=span,
             )  # fmt: skip
 
     @property
     def subspace(self) -> ConceptSubspace | None:
-        """Of text states, once it is fitted, where one is asked for."""
+        """Of text states, once it is fitted; None where none is requested."""
         return self._projected and self._projected.subspace
 
     @property
     def projection(self) -> Projection | None:
-        """Of the factors, once the LoRA is there, where one is asked for."""
+        """Of the factors, once the LoRA is there; None where none is requested."""
         return self._projected and self._projected.projection
 
     @property
     def base_targets(self) -> BaseTargets | None:
-        """Changes targets in the concept's regions, once it is fitted, where that is asked for."""
+        """Of the concept's regions, once they are fitted; None where none are requested."""
         return self._projected and self._projected.base_targets
 
     @property
     def filter(self) -> MemorizationFilter | None:
-        """Where one is asked for."""
+        """None where none is requested."""
         return self._filtered and self._filtered.filter
 
     def fit(self, text_path: TextPath, captions: Sequence[str]) -> None:
-        """Build or load the concepts' subspaces; does nothing when no projection is asked for.
+        """Build or load the concepts' subspaces; does nothing when no projection is requested.
 
         Args:
             text_path: The trainer's own, of the model before training.
@@ -102,7 +102,7 @@ class Protection:
             self._projected.fit(text_path, captions)
 
     def protect(self, network: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Find the LoRA factors to project; does nothing when no projection is asked for.
+        """Find the LoRA factors to project; does nothing when no projection is requested.
 
         Raises:
             UnsupportedTraining: The projection would not be exact for what is trained.
@@ -114,22 +114,22 @@ class Protection:
     def start(self) -> None:
         """Project the weights: before the first step, and after anything else wrote them.
 
-        What stands outside the subspace already is left as it is, so that saving and resuming
-        change no bit of a training.
+        Weights outside the subspace are left as they are, so that saving and resuming change no
+        bit of a training.
         """
         if self._projected:
             self._projected.start()
 
     def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
-        """Return of which samples `weigh` needs the prediction on the empty prompt.
+        """Return the samples whose prediction on the empty prompt `weigh` needs.
 
-        All, unless a cheaper filter is asked for. An adapter that cannot repeat some rows of a
-        batch repeats all when any is due. Best asked, and that prediction made, before the step's
-        own: the activations of that wait for the backward pass and hold memory.
+        All, unless a cheaper filter is requested. An adapter that cannot repeat some rows of a
+        batch repeats all when any is due. This prediction is best made before the step's own,
+        whose activations wait for the backward pass and hold memory.
 
         Args:
-            samples: Those of the step.
-            timesteps: Theirs, [sample].
+            samples: Of the step.
+            timesteps: One per sample.
 
         Returns:
             [sample] of booleans; all are due or none where the network draws random numbers, as
@@ -150,13 +150,13 @@ class Protection:
         """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`.
 
         Args:
-            cond: See there, as the others.
-            uncond: Of those that were `due`.
-            timesteps: Theirs.
-            samples: Which they are.
+            cond: The network's output in training.
+            uncond: On the empty prompt, of the samples that were `due`.
+            timesteps: One per sample.
+            samples: Their files and captions.
             scale: From output to noise.
-            before: Taken before the step's own prediction, to tell whether that draws random
-                numbers; an adapter that repeats whole batches only needs none.
+            before: Random state before the step's own prediction, which shows whether the network
+                draws random numbers; not needed by an adapter that repeats whole batches only.
         """
         return self._filtered.weigh(
             cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before
@@ -175,7 +175,7 @@ class Protection:
                 self._projected.measure()
 
     def before_save(self) -> None:
-        """Project the weights and write what waits, since a saved file or state follows."""
+        """Project the weights and write the waiting records: a file or state is saved next."""
         self.start()
         self.flush()
         if self._projected:
@@ -218,14 +218,14 @@ class Protection:
         return {PREFIX + name: value for name, value in values.items()}
 
     def metadata(self) -> dict[str, str]:
-        """Return what the saved LoRA's header should tell, JSON by key."""
-        told = {}
+        """Return what goes into the saved LoRA's metadata, JSON by key."""
+        accounts = {}
         if self.projection:
             self._projected.measure()
-            told["projection"] = self._projected.account()
+            accounts["projection"] = self._projected.account()
         if self._filtered:
-            told["filter"] = self._filtered.account()
-        return {f"unmemorize.{key}": json.dumps(value) for key, value in told.items()}
+            accounts["filter"] = self._filtered.account()
+        return {f"unmemorize.{key}": json.dumps(value) for key, value in accounts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data that JSON can hold."""
@@ -236,7 +236,7 @@ class Protection:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; what another run was not asked for starts anew."""
+        """Continue from `state_dict`; a method that the other run did not use starts anew."""
         if self.projection:
             self._projected.load_state_dict(state)
         if self.filter and "filter" in state:
@@ -244,12 +244,12 @@ class Protection:
         self.start()
 
     def finish(self) -> None:
-        """Check that everything asked for has happened, and write the ranked list of samples.
+        """Check that everything requested has happened, and write the ranked list of samples.
 
         In the first process only, after the last saving.
 
         Raises:
-            ProtectionFailed: Something that was asked for had not happened.
+            ProtectionFailed: Something that was requested has not happened.
             StorageError: The report cannot be written.
         """
         faults = []
@@ -259,4 +259,4 @@ class Protection:
             except (ProjectionFailed, NoTargetSeen, NoSampleSeen) as error:
                 faults.append(str(error))
         if faults:
-            raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was asked for.")
+            raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was requested.")

@@ -1,17 +1,12 @@
-"""What a user asks of a training: which concepts stay out, which samples leave the loss."""
+"""What a user requests for a training: which concepts stay out, which samples leave the loss."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.weights import ModelError
 from .concept.concept import Concept
-from .concept.fitting import fit_subspace
-from .concept.subspace import ConceptSubspace
-from .concept.text_states import TextPath
-from .filter.expectation import Expectation, Recall
-from .filter.filter import Action, Gather, MemorizationFilter
+from .filter.filter import Action
 from .filter.thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
 from .layers.subspaces import LayerSubspaces
 
@@ -27,7 +22,7 @@ class ProjectionSettings:
     layers: Path | None = None
     """Saved subspaces of the layers that read no text, alone or beside one of the two above."""
     regions: bool = False
-    """Teach nothing where pictures show the concept, as the file of `layers` tells it."""
+    """Teach nothing where images show the concept, by the regions in the file of `layers`."""
     energy: float = 0.95
     """Share of each concept's own energy to cover, in (0, 1]."""
     cap: int | None = None
@@ -41,7 +36,7 @@ class ProjectionSettings:
         if not self.of_text and self.layers is None:
             raise ValueError("Give `concepts`, `file` or `layers`.")
         if self.regions and self.layers is None:
-            raise ValueError("`regions` needs `layers`, whose file tells them.")
+            raise ValueError("`regions` needs `layers`, the file that holds them.")
         if not 0 < self.energy <= 1:
             raise ValueError(f"`energy` must be above 0 and at most 1, got {self.energy}.")
         if self.cap is not None and self.cap < 1:
@@ -52,42 +47,22 @@ class ProjectionSettings:
         """Whether layers that read text are projected."""
         return bool(self.concepts) or self.file is not None
 
-    def subspace(self, text_path: TextPath, captions: Sequence[str]) -> ConceptSubspace | None:
-        """Return the saved subspace, or that of the concepts in a model's text states, or None.
-
-        Args:
-            text_path: The trainer's own, of the model before training.
-            captions: Of the training set.
-
-        Raises:
-            ConceptNotSeparable: The subspace fails its acceptance test and is not forced.
-            ModelError: The file is damaged.
-        """
-        if not self.of_text:
-            return None
-        if self.file is not None:
-            return ConceptSubspace.load(self.file)
-        return fit_subspace(
-            text_path, self.concepts, captions,
-            energy=self.energy, cap=self.cap, force=self.force,
-        )  # fmt: skip
-
     def layer_subspaces(self) -> LayerSubspaces | None:
         """Return the saved subspaces of layers, None where there are none.
 
         Raises:
-            ModelError: The file is damaged, or tells no regions that are asked for.
+            ModelError: The file is damaged, or lacks the regions that are requested.
         """
         if self.layers is None:
             return None
-        found = LayerSubspaces.load(self.layers)
-        if self.regions and found.regions is None:
+        subspaces = LayerSubspaces.load(self.layers)
+        if self.regions and subspaces.regions is None:
             raise ModelError(
-                f"{self.layers} does not tell where pictures show the concept. Build it again: "
-                "unmemorize concept layers. Where `concept show` tells of no places then either, "
-                "none of the model's layers tells places apart."
+                f"{self.layers} does not say where images show the concept. Build it again: "
+                "unmemorize concept layers. If `concept show` names no places then either, none "
+                "of the model's layers tells places apart."
             )
-        return found
+        return subspaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +74,12 @@ class FilterSettings:
     quantile: float | None = None
     """In place of `limit`: share of samples that pass at like timesteps, in (0, 1)."""
     ratio: float | None = None
-    """In place of `limit`: times the median caption's at like timesteps, above 1."""
+    """In place of `limit`: multiple of the median caption's score at like timesteps, above 1."""
     action: Action = "drop"
     """Leave the sample out of the loss, weigh it down, or only log it."""
     recall: int | None = None
-    """Visits of a sample of which at least one is measured, the others only where the decision is
-    open; None measures all."""
+    """Visits of a sample of which at least one is measured; the others are measured only where
+    the decision is open. None measures all."""
     report: Path | None = None
     """Ranked list of samples, JSON; None is next to the LoRA."""
 
@@ -134,16 +109,6 @@ class FilterSettings:
             return RelativeThreshold(self.ratio)
         return AbsoluteThreshold(self.limit)
 
-    def make(self, span: tuple[float, float], gather: Gather) -> MemorizationFilter:
-        """Return the filter of a training whose timesteps lie in `span`."""
-        return MemorizationFilter(
-            self.threshold(span),
-            action=self.action,
-            gather=gather,
-            expectation=Expectation(span=span),
-            recall=None if self.recall is None else Recall(every=self.recall),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProtectionSettings:
@@ -155,5 +120,5 @@ class ProtectionSettings:
     """None looks at no sample and costs nothing."""
 
     def __bool__(self) -> bool:
-        """Return whether anything is asked for."""
+        """Return whether either is requested."""
         return self.projection is not None or self.filter is not None

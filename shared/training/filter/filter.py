@@ -17,9 +17,9 @@ from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
 
 Action = Literal["drop", "downweight", "log"]
-Unit = Literal["rms", "l2"]
 Gather = Callable[[Tensor], Tensor]
-"""From this process's [sample column], float64 on the CPU, to that of all, one order everywhere."""
+"""Takes this process's [sample column], float64 on the CPU, and returns those of all processes
+joined along the first axis, in the same order in every process."""
 COUNTS = ("calls", "seen", "measured", "flagged")
 """Attributes of a filter that a resumed training goes on counting."""
 REMEMBERING = ("threshold", "expectation", "recall")
@@ -39,7 +39,6 @@ class MemorizationFilter:
         threshold: Threshold,
         *,
         action: Action = "drop",
-        unit: Unit = "rms",
         log: SampleLog | None = None,
         gather: Gather = alone,
         expectation: Expectation | None = None,
@@ -48,27 +47,25 @@ class MemorizationFilter:
         """Set up the filter.
 
         Args:
-            threshold: Samples at or above it are being memorized.
-            action: "drop" leaves them out, "downweight" weighs them threshold / score, "log"
-                changes nothing and only records.
-            unit: Of score and threshold: "rms" per latent element, which holds for every
-                resolution, or "l2", the paper's norm, which grows with it.
+            threshold: A sample at or above it is being memorized. Scores are RMS per latent
+                element, which holds for every resolution; the paper's L2 norm grows with it.
+            action: "drop" leaves such samples out, "downweight" weighs them threshold / score,
+                "log" changes nothing and only records.
             log: Where each decision is written, one file per process.
             gather: Needed with several processes, whose batches must be of one size.
-            expectation: Of scores, by what earlier visits say; for a relative threshold and for
-                `recall`. Every process remembers the samples of all. None makes one where needed.
-            recall: Leaves out the extra pass on most visits; None measures always.
+            expectation: Predicts scores, for a relative threshold and for `recall`; it learns the
+                samples of all processes. None makes one where it is needed.
+            recall: Skips the extra pass on most visits; None measures every visit.
         """
-        for name, value, known in (("action", action, Action), ("unit", unit, Unit)):
-            if value not in get_args(known):
-                raise ValueError(f"`{name}` must be one of {get_args(known)}, got {value!r}.")
-        self.threshold, self.action, self.unit = threshold, action, unit
+        if action not in get_args(Action):
+            raise ValueError(f"`action` must be one of {get_args(Action)}, got {action!r}.")
+        self.threshold, self.action = threshold, action
         self.log, self.gather, self.recall = log, gather, recall
         needed = threshold.relative or recall is not None
         self.expectation = (expectation or Expectation()) if needed else None
         self.calls = self.seen = self.measured = self.flagged = 0
-        """Calls of `weigh`; over all processes the samples seen, those of them whose score was
-        measured and not expected, and those at or above threshold."""
+        """Calls of `weigh`; over all processes the samples seen, those whose score was measured,
+        not expected, and those at or above the threshold."""
         self.draws = False
         """Whether the network was seen to draw random numbers, as dropout does."""
         self.latest = 0.0
@@ -98,10 +95,10 @@ class MemorizationFilter:
 
         Args:
             cond: The network's output in training, noise or velocity.
-            uncond: On the empty prompt, otherwise the same input; of those that are `due`, or of
-                all, which then are all measured.
+            uncond: On the empty prompt, otherwise the same input; of the samples that are `due`,
+                or of all, which measures them all.
             timesteps: [sample], integer or not, in the units of the threshold's bins.
-            samples: Which they are.
+            samples: Their files and captions.
             scale: Factor per sample from output to noise; None is 1. For v-prediction it is
                 sqrt(abar), for x0-prediction 1 / sigma.
         """
@@ -118,15 +115,30 @@ class MemorizationFilter:
         own = visits._replace(scores=scores, measured=due.double())
         everyone = Visits.from_table(self.gather(own.table()))
         if self.expectation is not None:
-            self.expectation.learn(everyone)  # what a relative threshold judges holds this visit
+            self.expectation.learn(everyone)  # a relative threshold judges with this visit in it
         limits, judged = self.threshold.at(own.timesteps), self._judged(own)
         limits_of_all, judged_of_all = self.threshold.at(everyone.timesteps), self._judged(everyone)
         remaining = self._remaining(judged, limits)
         total = self._remaining(judged_of_all, limits_of_all).sum()
         self._record(own, judged >= limits, remaining, samples)
-        self._count(everyone, judged_of_all >= limits_of_all)
+        self._learn(everyone, judged_of_all >= limits_of_all)
         weights = remaining * len(everyone.scores) / total if total else remaining
         return weights.to(cond.device, torch.promote_types(cond.dtype, torch.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs, plain data."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        parts = {name: getattr(self, name).state_dict() for name in self._parts()}
+        return counts | {"draws": self.draws} | parts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; records of repeated steps replace the old ones."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.draws = state.get("draws", True)  # unknown in an older version: the safe answer
+        for name in self._parts():
+            if name in state:  # absent where the other run had no need of it
+                getattr(self, name).load_state_dict(state[name])
 
     def _due(self, visits: Visits) -> Tensor:
         """Return which visits need the extra pass, [sample] of booleans."""
@@ -136,9 +148,10 @@ class MemorizationFilter:
         return self.recall.due(visits, self._judged(self._expected(visits)), limits, tail)
 
     def _expected(self, visits: Visits) -> Visits:
-        """Return visits with the scores to expect where measuring may be spared."""
-        known = self.recall is not None
-        return visits._replace(scores=self.expectation.scores(visits)) if known else visits
+        """Return the visits with their expected scores, where some visits may be skipped."""
+        if self.recall is None:
+            return visits
+        return visits._replace(scores=self.expectation.scores(visits))
 
     def _judged(self, visits: Visits) -> Float[Tensor, " sample"]:
         """Return what the threshold is compared with."""
@@ -150,12 +163,11 @@ class MemorizationFilter:
         """Return the scores of the samples that are due."""
         ours = cond if due.all() else cond[due.to(cond.device)]
         # The CPU decides: the same numbers on every device, and no half precision.
-        scores = text_noise_norm(ours, uncond).cpu().double()
-        scores = per_element(scores, cond.shape[1:]) if self.unit == "rms" else scores
+        scores = per_element(text_noise_norm(ours, uncond).cpu().double(), cond.shape[1:])
         return scores if scale is None else scores * scale.cpu().double()[due]
 
-    def _count(self, everyone: Visits, flagged: Tensor) -> None:
-        """Count the samples of all processes, and remember their scores."""
+    def _learn(self, everyone: Visits, flagged: Tensor) -> None:
+        """Count the samples of all processes, and learn their scores."""
         self.calls += 1
         self.seen += len(flagged)
         self.measured += int(everyone.measured.sum())
@@ -186,23 +198,8 @@ class MemorizationFilter:
             for sample, timestep, score, measured, over, kept in rows
         ])  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs, plain data."""
-        counts = {name: getattr(self, name) for name in COUNTS}
-        parts = {name: getattr(self, name).state_dict() for name in self._parts()}
-        return counts | {"draws": self.draws} | parts
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; records of steps done again replace the old ones."""
-        for name in COUNTS:
-            setattr(self, name, state[name])
-        self.draws = state.get("draws", True)  # an older version did not say: to be safe
-        for name in self._parts():
-            if name in state:  # not what another run had no need of
-                getattr(self, name).load_state_dict(state[name])
-
     def _parts(self) -> list[str]:
-        """Return the names of what remembers something."""
+        """Return the names of the attributes that remember something."""
         return [name for name in REMEMBERING if getattr(self, name) is not None]
 
 
@@ -217,5 +214,5 @@ def scale_gradient(
     if bool((weights == 1).all()):
         return prediction  # the same tensor: not one operation is added to the training
     fixed = prediction.detach()
-    gate = weights.to(prediction.dtype).view(-1, *(1,) * (prediction.ndim - 1))
-    return fixed + gate * (prediction - fixed)
+    scale = weights.to(prediction.dtype).view(-1, *(1,) * (prediction.ndim - 1))
+    return fixed + scale * (prediction - fixed)

@@ -1,11 +1,11 @@
-"""What the filter decided for each sample, and which samples are most memorized."""
+"""The filter's decisions on each sample: recorded, ranked, and reported at the end."""
 
 import hashlib
 import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,9 @@ FLUSH = 50
 BINS = 10
 """Of timesteps, in which scores are compared."""
 SMALLEST = 1e-6
-"""Scores below it come from captions that were dropped, and say nothing of the caption."""
+"""Lower scores come from dropped captions, and say nothing about the caption."""
+SHOWN = 20
+"""Samples in the text report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,9 @@ class Record:
     sample: Sample
     timestep: float
     score: float
-    """Text-conditional magnitude in the filter's unit; not finite when the training diverged."""
+    """Text-conditional magnitude, RMS per latent element; not finite in a diverged training."""
     measured: bool
-    """By an extra pass of this step; else expected from earlier ones."""
+    """True for a score measured in this step, False for one expected from earlier steps."""
     flagged: bool
     """At or above the threshold."""
     kept: float
@@ -54,14 +56,14 @@ class RankedSample:
     """Mean over its visits of the share of records at like timesteps with a lower score, 0..1."""
     visits: int
     measured: int
-    """Visits whose score was measured and not expected."""
+    """Visits whose score was measured, not expected."""
     flagged: int
     """Visits at or above the threshold."""
     highest: float
     """Score."""
     ratio: float
     """Its caption's score over the median caption's at like timesteps, a geometric mean over all
-    visits; 1 where all samples have one caption, 0 where none of its scores says anything."""
+    visits; 1 where all samples share one caption, 0 where all its scores are below `SMALLEST`."""
     duplicates: tuple[str, ...]
     """Other files with the same content or the same caption."""
 
@@ -77,7 +79,7 @@ class SampleLog:
         self._waiting: dict[str, dict] = {}
 
     def add(self, call: int, records: Sequence[Record]) -> None:
-        """Take in the records of the filter's `call`."""
+        """Keep the records of the filter's `call`, and write them when it is their turn."""
         for row, record in enumerate(records):
             value = asdict(record) | asdict(record.sample)
             del value["sample"]
@@ -87,7 +89,7 @@ class SampleLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write the records that wait.
 
         Raises:
             StorageError: The disk is full or the file cannot be written.
@@ -97,33 +99,26 @@ class SampleLog:
             self._waiting = {}
 
 
+def records_path(report: Path, process: int) -> Path:
+    """Return where a process of the training writes its records: beside the report."""
+    return report.with_suffix(f".{process}.jsonl" if process else ".jsonl")
+
+
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """Return the records in the files of all processes, each decision once."""
-    found = []
+    records = []
     for path in paths:
         for value in Journal(path).values():
             sample = Sample(file=value.pop("file"), caption=value.pop("caption"))
             score = math.nan if value["score"] is None else value["score"]
-            found.append(Record(**(value | {"sample": sample, "score": score})))
-    return found
+            records.append(Record(**(value | {"sample": sample, "score": score})))
+    return records
 
 
-def content_of(file: str) -> str:
-    """Return the sha256 of a file, or its name where it cannot be read."""
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+def rank_samples(records: Iterable[Record]) -> list[RankedSample]:
+    """Return every sample of all processes' records with its duplicates, the most memorized first.
 
-
-def rank_samples(
-    records: Iterable[Record], fingerprint: Callable[[str], str] = content_of
-) -> list[RankedSample]:
-    """Return every sample with its duplicates, the most memorized first.
-
-    Scores move strongly with the timestep, so each is compared with those of its bin only.
-
-    Args:
-        records: Of all processes.
-        fingerprint: Equal for files with the same picture; the default compares bytes.
+    Scores move strongly with the timestep, so each is compared only with those of its bin.
     """
     finite = [record for record in records if math.isfinite(record.score)]
     ratios = _ratios(finite)
@@ -131,11 +126,13 @@ def rank_samples(
     for record, standing in _standings(finite):
         visits[record.sample].append((record, standing))
     alike: dict[tuple[str, str], set[str]] = defaultdict(set)
-    marks = {s: (("content", fingerprint(s.file)), ("caption", s.caption)) for s in visits}
-    for sample, keys in marks.items():
-        for key in keys:
-            if key[1]:
-                alike[key].add(sample.file)
+    marks: dict[Sample, list[tuple[str, str]]] = {}
+    for sample in visits:
+        marks[sample] = [("content", _content(sample.file))]
+        if sample.caption:
+            marks[sample].append(("caption", sample.caption))
+        for mark in marks[sample]:
+            alike[mark].add(sample.file)
     ranked = [
         RankedSample(
             sample=sample,
@@ -145,58 +142,13 @@ def rank_samples(
             flagged=sum(record.flagged for record, _ in seen),
             highest=max(record.score for record, _ in seen),
             ratio=ratios.get(sample.caption or sample.file, 0.0),
-            duplicates=tuple(sorted(set().union(*map(alike.__getitem__, filter(
-                lambda key: key[1], marks[sample]))) - {sample.file})),
+            duplicates=tuple(
+                sorted(set().union(*(alike[mark] for mark in marks[sample])) - {sample.file})
+            ),
         )
         for sample, seen in visits.items()
-    ]  # fmt: skip
+    ]
     return sorted(ranked, key=lambda each: (-each.standing, each.sample.file))
-
-
-def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:
-    """Yield each record with the share of others in its bin of timesteps that score lower."""
-    for group in _binned(records):
-        members = sorted(group, key=lambda record: record.score)
-        lower = 0
-        for _, equal in groupby(members, key=lambda record: record.score):
-            ties = list(equal)
-            for record in ties:
-                yield record, lower / max(1, len(members) - 1)
-            lower += len(ties)
-
-
-def _ratios(records: Sequence[Record]) -> dict[str, float]:
-    """Return by caption, or by file where there is none, its score over the median one's."""
-    logs: dict[str, list[float]] = defaultdict(list)
-    for group in _binned(records):
-        members = [(each, math.log(each.score)) for each in group if each.score >= SMALLEST]
-        level = statistics.fmean(score for _, score in members) if members else 0.0
-        for record, score in members:
-            logs[record.sample.caption or record.sample.file].append(score - level)
-    means = {name: statistics.fmean(each) for name, each in logs.items()}
-    usual = statistics.median(means.values()) if means else 0.0
-    return {name: math.exp(mean - usual) for name, mean in means.items()}
-
-
-def _binned(records: Sequence[Record]) -> Iterable[list[Record]]:
-    """Yield the records of each bin of timesteps that has some."""
-    low = min((record.timestep for record in records), default=0.0)
-    span = max((record.timestep for record in records), default=1.0) - low or 1.0
-
-    def bin_of(record: Record) -> int:
-        return min(BINS - 1, int((record.timestep - low) / span * BINS))
-
-    for _, group in groupby(sorted(records, key=bin_of), key=bin_of):
-        yield list(group)
-
-
-SHOWN = 20
-"""Samples in the text."""
-
-
-def records_path(report: Path, process: int) -> Path:
-    """Return where a process of the training writes its records: beside the report."""
-    return report.with_suffix(f".{process}.jsonl" if process else ".jsonl")
 
 
 def write_report(report: Path, processes: int, account: Mapping[str, Any]) -> list[RankedSample]:
@@ -220,15 +172,15 @@ def write_report(report: Path, processes: int, account: Mapping[str, Any]) -> li
 
 
 def _lines(ranked: Sequence[RankedSample], account: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the most memorized samples, one a line."""
-    yield f"{account['flagged']} of {account['seen']} sample visits stood at or above threshold."
+    """Yield the text report: the most memorized samples, one a line."""
+    yield f"{account['flagged']} of {account['seen']} sample visits were at or above the threshold."
     if account["measured"] < account["seen"]:
         yield (
-            f"{account['measured']} of their scores were measured; the others were expected from "
-            "earlier visits."
+            f"{account['measured']} scores were measured; the others were expected from earlier "
+            "visits."
         )
     yield "standing: mean share of records at like timesteps with a lower score, 0 to 1"
-    yield "times: what the caption scores at like timesteps, over what the median caption does"
+    yield "times: the caption's score at like timesteps, over the median caption's"
     yield "standing  times  flagged  visits  highest  sample"
     for each in ranked[:SHOWN]:
         alike = f"  (alike: {', '.join(each.duplicates)})" if each.duplicates else ""
@@ -236,3 +188,46 @@ def _lines(ranked: Sequence[RankedSample], account: Mapping[str, Any]) -> Iterab
             f"{each.standing:8.2f}  {each.ratio:5.2f}  {each.flagged:7d}  {each.visits:6d}  "
             f"{each.highest:7.4f}  {each.sample.file}{alike}"
         )
+
+
+def _content(file: str) -> str:
+    """Return the sha256 of a file, or its name where it cannot be read."""
+    path = Path(file)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+
+
+def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:
+    """Yield each record with the share of others in its bin of timesteps that score lower."""
+    for members in _binned(records):
+        lower = 0
+        members.sort(key=lambda record: record.score)
+        for _, equal in groupby(members, key=lambda record: record.score):
+            ties = list(equal)
+            for record in ties:
+                yield record, lower / max(1, len(members) - 1)
+            lower += len(ties)
+
+
+def _ratios(records: Sequence[Record]) -> dict[str, float]:
+    """Return by caption, or by file where there is none, its score over the median one's."""
+    logs: dict[str, list[float]] = defaultdict(list)
+    for members in _binned(records):
+        scored = [(each, math.log(each.score)) for each in members if each.score >= SMALLEST]
+        level = statistics.fmean(score for _, score in scored) if scored else 0.0
+        for record, score in scored:
+            logs[record.sample.caption or record.sample.file].append(score - level)
+    means = {name: statistics.fmean(each) for name, each in logs.items()}
+    usual = statistics.median(means.values()) if means else 0.0
+    return {name: math.exp(mean - usual) for name, mean in means.items()}
+
+
+def _binned(records: Sequence[Record]) -> Iterable[list[Record]]:
+    """Yield the records of each bin of timesteps that has some."""
+    low = min((record.timestep for record in records), default=0.0)
+    span = max((record.timestep for record in records), default=1.0) - low or 1.0
+
+    def bin_of(record: Record) -> int:
+        return min(BINS - 1, int((record.timestep - low) / span * BINS))
+
+    for _, group in groupby(sorted(records, key=bin_of), key=bin_of):
+        yield list(group)

@@ -9,24 +9,27 @@ import torch
 from ...arrays import Float, Tensor
 
 TAIL_KNOWN = 8
-"""Scores from which on a bin's quantile tells where its tail begins."""
+"""Scores that a bin must hold before its quantile says where its tail begins."""
 
 
 @runtime_checkable
 class Threshold(Protocol):
-    """What the filter asks, and tells, once a step."""
+    """Decides from which score on a sample is being memorized; the filter calls it every step."""
 
     relative: ClassVar[bool]
-    """Whether it is compared with `Expectation.ratios` instead of scores."""
+    """True compares the threshold with `Expectation.ratios`, False with scores."""
 
     def at(self, timesteps: Tensor) -> Tensor:
-        """Return the threshold of each sample, infinity for none, [sample]."""
+        """Return the threshold of each sample, infinity where there is none, [sample]."""
 
     def tail(self, timesteps: Tensor) -> Tensor:
-        """Return above which scores move it when it learns them, infinity for none, [sample]."""
+        """Return the score above which a score moves the threshold once it is learned, [sample].
+
+        Infinity where no score moves it.
+        """
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
-        """Take in the scores of a step, of all processes, in any order."""
+        """Learn the scores of a step, those of all processes, in any order."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data."""
@@ -35,14 +38,32 @@ class Threshold(Protocol):
         """Continue from `state_dict`."""
 
 
+class Fixed:
+    """A threshold that no score moves."""
+
+    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return infinity."""
+        return torch.full_like(timesteps, math.inf)
+
+    def learn(self, timesteps: Tensor, scores: Tensor) -> None:
+        """Learn nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: all is in the settings."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load nothing."""
+
+
 @dataclass(frozen=True)
-class AbsoluteThreshold:
+class AbsoluteThreshold(Fixed):
     """One number for all timesteps. Wen et al. took 2 (L2 norm) for full fine-tuning of SD 1.4."""
 
     relative: ClassVar[bool] = False
 
     value: float
-    """In the unit of the filter; infinity lets everything through."""
+    """Text-conditional magnitude, RMS per latent element; infinity lets everything through."""
 
     def __post_init__(self):
         if not self.value >= 0:
@@ -52,27 +73,13 @@ class AbsoluteThreshold:
         """Return the number for every sample."""
         return torch.full_like(timesteps, self.value)
 
-    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return infinity: it stays what it is."""
-        return torch.full_like(timesteps, math.inf)
-
-    def learn(self, timesteps: Tensor, scores: Tensor) -> None:
-        """Learn nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the number is a setting."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing in."""
-
 
 @dataclass(frozen=True)
-class RelativeThreshold:
-    """So many times what the median caption scores at like timesteps.
+class RelativeThreshold(Fixed):
+    """A multiple of the median caption's score at like timesteps.
 
-    Judged over a caption's latest visits, so that the noise of a single one decides nothing, and
-    the same for every model, resolution and state of a training.
+    It is compared with the latest visits of a caption together, so the noise of a single visit
+    decides nothing, and it holds for every model, resolution and state of a training.
     """
 
     relative: ClassVar[bool] = True
@@ -88,20 +95,6 @@ class RelativeThreshold:
         """Return the ratio for every sample."""
         return torch.full_like(timesteps, self.ratio)
 
-    def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return infinity: it stays what it is."""
-        return torch.full_like(timesteps, math.inf)
-
-    def learn(self, timesteps: Tensor, scores: Tensor) -> None:
-        """Learn nothing: the filter's expectation does."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the ratio is a setting."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing in."""
-
 
 @dataclass
 class RunningQuantile:
@@ -114,11 +107,11 @@ class RunningQuantile:
     bins: int = 10
     """Of equal width over `span`."""
     span: tuple[float, float] = (0.0, 1000.0)
-    """Lowest and highest timestep of the training; what lies outside counts to the last bin."""
+    """Lowest and highest timestep of the training; one outside falls into the nearest bin."""
     warmup: int = 64
-    """Scores a bin must hold before it stops anything."""
+    """Scores that a bin must hold before it stops a sample."""
     window: int = 1024
-    """Latest scores a bin remembers."""
+    """Latest scores that a bin remembers."""
     scores: list[list[float]] = field(default_factory=list, repr=False)
     """Per bin, oldest first."""
 
@@ -134,33 +127,19 @@ class RunningQuantile:
         self.scores = self.scores or [[] for _ in range(self.bins)]
 
     def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return the quantile of each sample's bin, infinity while it is warming up."""
+        """Return the quantile of each sample's bin, infinity while the bin is warming up."""
         return self._quantiles(timesteps, self.warmup)
 
     def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return the quantile of each sample's bin, also while it is warming up."""
+        """Return the quantile of each sample's bin, from `TAIL_KNOWN` scores on."""
         return self._quantiles(timesteps, TAIL_KNOWN)
 
-    def _quantiles(self, timesteps: Tensor, least: int) -> Tensor:
-        """Return the quantile of each sample's bin, infinity where it holds fewer scores."""
-        limits = [
-            math.inf
-            if len(scores) < least
-            else float(torch.tensor(scores, dtype=torch.float64).quantile(self.quantile))
-            for scores in self.scores
-        ]
-        return timesteps.new_tensor(limits)[self._bins(timesteps)]
-
     def learn(self, timesteps: Float[Tensor, " sample"], scores: Float[Tensor, " sample"]) -> None:
-        """Take in a step; sorted, so that the order of samples and processes says nothing."""
+        """Learn a step's scores; sorted, so that the order of samples and processes is lost."""
         pairs = zip(self._bins(timesteps).tolist(), scores.tolist(), strict=True)
         for place, score in sorted(pair for pair in pairs if math.isfinite(pair[1])):
             self.scores[place].append(score)
         self.scores = [scores[-self.window :] for scores in self.scores]
-
-    def _bins(self, timesteps: Tensor) -> Tensor:
-        low, high = self.span
-        return ((timesteps - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the remembered scores."""
@@ -175,3 +154,17 @@ class RunningQuantile:
         if len(state["scores"]) != self.bins:
             raise ValueError(f"`bins` was {len(state['scores'])} before, is {self.bins} now.")
         self.scores = [list(scores) for scores in state["scores"]]
+
+    def _quantiles(self, timesteps: Tensor, least: int) -> Tensor:
+        """Return the quantile of each sample's bin, infinity where it holds fewer scores."""
+        limits = [
+            math.inf
+            if len(scores) < least
+            else float(torch.tensor(scores, dtype=torch.float64).quantile(self.quantile))
+            for scores in self.scores
+        ]
+        return timesteps.new_tensor(limits)[self._bins(timesteps)]
+
+    def _bins(self, timesteps: Tensor) -> Tensor:
+        low, high = self.span
+        return ((timesteps - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1)

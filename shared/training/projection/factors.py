@@ -17,7 +17,7 @@ TEXT_ENCODER = r"(^|\.)(lora_te\d?_|text_encoder(_\d)?\.|text_model\.)"
 DOWN = re.compile(r"\.(?:lora_down|lora_A|lora\.down)(?:\.[^.]+)?\.weight$")
 UP = re.compile(r"\.(?:lora_up|lora_B|lora\.up)(?:\.[^.]+)?\.weight$")
 """What ends the names of live factors, an adapter's name in between (PEFT)."""
-OTHER_KINDS = {
+OTHER_METHODS = {
     "hada_": "LoHa: a product of entries, which no factor of its own can keep off a subspace",
     "lokr_": "LoKr: a Kronecker product mixes the input's coordinates",
     "lora_magnitude_vector": "DoRA: it rescales the base weight, and what that reads with it",
@@ -61,8 +61,8 @@ def text_factors(
                 faults.append(f"{name} (a second factor that reads what another one reads)")
             factors[module] = parameter
         elif parameter.requires_grad and not UP.search(name) and _feeds(name, text_fed):
-            kinds = (why for mark, why in OTHER_KINDS.items() if mark in name)
-            faults.append(f"{name} ({next(kinds, 'full fine-tuning: the weight itself moves')})")
+            reasons = (why for mark, why in OTHER_METHODS.items() if mark in name)
+            faults.append(f"{name} ({next(reasons, 'full fine-tuning: the weight itself moves')})")
     if faults:
         raise UnsupportedTraining(
             "Projection is exact for plain LoRA on text-fed layers with the text encoder frozen. "
@@ -72,64 +72,9 @@ def text_factors(
         raise UnsupportedTraining(
             "No LoRA reads the text encoder's output directly, so there is nothing to project. "
             "Joint-attention models (SD3, Flux) read it through entry layers; their other layers "
-            "can be kept off subspaces of their own, built from pictures."
+            "can be kept off subspaces of their own, built from images."
         )
     return factors
-
-
-def saved_factors(path: Path, text_fed: str = TEXT_FED) -> dict[str, Tensor]:
-    """Return the down factors of text-fed layers in a LoRA file of kohya, PEFT or diffusers.
-
-    Raises:
-        ModelError: The file is no whole LoRA, or none of its modules reads text.
-    """
-    return factors_of(saved_state(path), text_fed, source=str(path))
-
-
-def saved_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file of kohya, PEFT or diffusers.
-
-    Raises:
-        ModelError: The file is no whole LoRA.
-    """
-    from safetensors.torch import load_file
-
-    read_header(path)
-    state = load_file(path)
-    check_pairs(state, path)
-    check_finite(state, str(path))
-    return state
-
-
-def factors_of(
-    state: Mapping[str, Tensor], text_fed: str = TEXT_FED, *, source: str = "The state dict"
-) -> dict[str, Tensor]:
-    """Return the down factors of text-fed layers in a LoRA's state dict.
-
-    Args:
-        state: In the keys of kohya, PEFT or diffusers.
-        text_fed: Regular expression searched in module names.
-        source: What it is, for the message.
-
-    Raises:
-        ModelError: A text encoder is part of it, or none of its modules reads text.
-    """
-    if encoder := [key for key in state if re.search(TEXT_ENCODER, key)]:
-        raise ModelError(f"{source} changes a text encoder too: {name_some(encoder, 3)}.")
-    factors = {}
-    for key, value in state.items():
-        down = next((end for end, _ in FACTORS if key.endswith(end)), None)
-        if down and re.search(text_fed, module := key.removesuffix(down)):
-            factors[module] = value
-    if not factors:
-        raise ModelError(f"{source} holds no LoRA factor that reads text.")
-    return factors
-
-
-def _feeds(name: str, text_fed: str) -> bool:
-    """Return whether a parameter belongs to a text-fed module, at any depth."""
-    parts = name.split(".")
-    return any(re.search(text_fed, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
 def projected_factors(
@@ -140,8 +85,8 @@ def projected_factors(
 ) -> dict[str, nn.Parameter]:
     """Return by module the down factors that are projected while a LoRA is trained.
 
-    With subspaces of layers no layer of the LoRA may be without one: what it must not learn, it
-    would learn there. Subspaces of layers that it does not train are left aside.
+    With subspaces of layers, every layer of the LoRA must have one: the LoRA would learn the
+    concept in a layer without. Subspaces of layers that the LoRA does not train are ignored.
 
     Args:
         network: The LoRA's network or the whole model, or its named parameters.
@@ -163,26 +108,66 @@ def projected_factors(
     if bare:
         raise UnsupportedTraining(
             f"{len(bare)} of the LoRA's {len(factors)} layers have no subspace: "
-            f"{name_some(bare, 3)}. Those that read text directly take the concept's names; for "
+            f"{name_some(bare, 3)}. Layers that read text directly need the concept's names; for "
             "the others build the file of layers with the model that is trained, or train only "
-            "layers that it holds."
+            "layers that the file holds."
         )
     return factors
 
 
-def saved_projected_factors(
+def saved_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file of kohya, PEFT or diffusers.
+
+    Raises:
+        ModelError: The file is no whole LoRA.
+    """
+    from safetensors.torch import load_file
+
+    read_header(path)
+    state = load_file(path)
+    check_pairs(state, path)
+    check_finite(state, str(path))
+    return state
+
+
+def factors_of(
+    state: Mapping[str, Tensor], text_fed: str = TEXT_FED, *, source: str = "The state dict"
+) -> dict[str, Tensor]:
+    """Return the down factors of text-fed layers in a LoRA's state dict, by module.
+
+    Args:
+        state: In the keys of kohya, PEFT or diffusers.
+        text_fed: Regular expression searched in module names.
+        source: Where the state is from, for the message.
+
+    Raises:
+        ModelError: A text encoder is part of it, or none of its modules reads text.
+    """
+    if encoder := [key for key in state if re.search(TEXT_ENCODER, key)]:
+        raise ModelError(f"{source} changes a text encoder too: {name_some(encoder, 3)}.")
+    factors = {}
+    for key, value in state.items():
+        down = next((end for end, _ in FACTORS if key.endswith(end)), None)
+        if down and re.search(text_fed, module := key.removesuffix(down)):
+            factors[module] = value
+    if not factors:
+        raise ModelError(f"{source} holds no LoRA factor that reads text.")
+    return factors
+
+
+def projected_factors_of(
     state: Mapping[str, Tensor], *, text: bool, layers: LayerSubspaces | None, source: str
 ) -> dict[str, Tensor]:
-    """Return by module those factors of a saved LoRA that must be outside a subspace.
+    """Return by module the down factors of a saved LoRA that must lie outside a subspace.
 
     Args:
         state: In the keys of kohya, PEFT or diffusers.
         text: Layers that read text directly are among them.
-        layers: Subspaces of single layers, each of which the LoRA must have; None for none.
-        source: What it is, for the message.
+        layers: Subspaces of single layers, all of which the LoRA must have; None for none.
+        source: Where the state is from, for the message.
 
     Raises:
-        ModelError: It changes a text encoder, or no layer reads text that should.
+        ModelError: It changes a text encoder, or no layer reads text where `text` is set.
         ValueError: It lacks one of the layers.
     """
     factors = factors_of(state, source=source) if text else {}
@@ -190,3 +175,9 @@ def saved_projected_factors(
         every = factors_of(state, text_fed="", source=source)
         factors |= {name: every[name] for name in layers.of(every)}
     return factors
+
+
+def _feeds(name: str, text_fed: str) -> bool:
+    """Return whether a parameter belongs to a text-fed module, at any depth."""
+    parts = name.split(".")
+    return any(re.search(text_fed, ".".join(parts[:end])) for end in range(1, len(parts) + 1))

@@ -1,11 +1,11 @@
 """A LoRA kept off a concept's subspace while it trains: A V = 0, exactly, for any optimizer.
 
 Inspired by the abstract of arXiv:2512.11194; the guarantee is the algebra. For a layer
-y = W x + s B A x, A V = 0 gives (s B A) V = 0 for every B. Projecting the gradient alone does not
-do it: A starts at random values, and Adam's scaling of single entries leaves the complement.
+y = W x + s B A x, A V = 0 gives (s B A) V = 0 for every B. Projecting the gradient alone is not
+enough: A starts at random values, and Adam's scaling of single entries leaves the complement.
 So A is projected at the start, its gradient before clipping, and A again after every step.
 
-What it does not give: text outside span(V) still reaches the LoRA, and layers that read no text
+What this does not give: text outside span(V) still reaches the LoRA, and layers that read no text
 can still learn the look, unless they have subspaces of their own. What the base model knows stays.
 """
 
@@ -18,7 +18,7 @@ import torch
 from ...arrays import Float, Tensor
 from ..concept.subspace import ConceptSubspace, remove
 from ..layers.subspaces import LayerSubspaces
-from .factors import saved_projected_factors, saved_state
+from .factors import projected_factors_of, saved_state
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -27,14 +27,16 @@ TOLERANCES = {
     torch.bfloat16: 1e-3,
 }
 """Largest |A V| / |A| by the factors' dtype: what rounding leaves."""
+BLOCK = 2**22
+"""Most elements of one product: its copies in float64 take 100 MB."""
 
 
 class ProjectionFailed(RuntimeError):
-    """The factors do not stand outside the subspace, or no step was projected."""
+    """A factor reaches into its subspace, or no step was projected."""
 
 
 class Projection:
-    """Projects the down factors of LoRA layers, those that read alike in one product.
+    """Projects the down factors of LoRA layers, those of one shape in one product.
 
     Use `attached` where an optimizer of torch does the steps; else call `project_weights` at the
     start and `after_step` after each step. In both cases call `project_gradients` before the
@@ -64,22 +66,22 @@ class Projection:
                 raise ValueError(f"{name} is trained in {factor.dtype}, which is not supported.")
         self.factors = dict(factors)
         # Scripts that train in half precision widen the factors before they save them.
-        self._dtypes = _dtypes(factors)
-        self._bases = _bases(self.factors, subspaces, layers)
-        self._stacked = Stacked(self._bases)
+        self._tolerances = {name: TOLERANCES[factor.dtype] for name, factor in factors.items()}
+        self._bases = _bases(self.factors, list(subspaces), layers)
+        self._moved: dict[tuple, Tensor] = {}
         self.steps = 0
         """Optimizer steps after which the weights were projected."""
 
     @torch.no_grad()
     def project_weights(self) -> None:
         """Replace every factor A by A (I - V V^T)."""
-        self._stacked.project(self.factors)
+        self._project(self.factors)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Project the gradients: after unscaling, before clipping. Twice does no harm."""
         named = self.factors.items()
-        self._stacked.project({name: f.grad for name, f in named if f.grad is not None})
+        self._project({name: f.grad for name, f in named if f.grad is not None})
 
     def after_step(self, *_: object) -> None:
         """Project the weights and count the step; an optimizer's post hook, or called by hand."""
@@ -91,7 +93,7 @@ class Projection:
         """Project now and around each step of the optimizers, for as long as the block lasts.
 
         Raises:
-            ValueError: The optimizers train none of the factors' layers.
+            ValueError: The optimizers do not train all factors.
         """
         ours = {id(factor) for factor in self.factors.values() if factor.requires_grad}
         trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -100,13 +102,38 @@ class Projection:
         self.project_weights()
         with ExitStack() as undo:
             for optimizer in optimizers:
-                undo.callback(optimizer.register_step_pre_hook(self._before_step).remove)
+                before = optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
+                undo.callback(before.remove)
                 undo.callback(optimizer.register_step_post_hook(self.after_step).remove)
             yield self
 
     def residuals(self) -> dict[str, float]:
-        """Return |A V| / |A| of every factor (Frobenius norms, 0 to 1)."""
-        return _residuals(self.factors, self._bases)
+        """Return |A V| / |A| of every factor, computed in float64 (Frobenius norms, 0 to 1)."""
+        shares = {}
+        for name, factor in self.factors.items():
+            rows = factor.detach().double().cpu().movedim(1, -1)
+            length = rows.norm()
+            shares[name] = float((rows @ self._bases[name]).norm() / length) if length else 0.0
+        return shares
+
+    def verify(self) -> float:
+        """Return the largest residual.
+
+        Raises:
+            ProjectionFailed: It is larger than what rounding to the factor's dtype leaves.
+        """
+        residuals = self.residuals()
+        worst = max(residuals.values())
+        if faults := self._above_rounding(residuals):
+            raise ProjectionFailed(
+                f"{len(faults)} of {len(residuals)} projected factors reach into the prohibited "
+                f"subspace, up to |A V| / |A| = {worst:.1e}; first {min(faults)}."
+            )
+        return worst
+
+    def is_clear(self) -> bool:
+        """Return whether every factor lies outside its subspace but for rounding."""
+        return not self._above_rounding(self.residuals())
 
     def check(self) -> float:
         """Return the largest residual at the end of a training.
@@ -116,131 +143,18 @@ class Projection:
         """
         if not self.steps:
             raise ProjectionFailed("No optimizer step was projected: the hooks never ran.")
-        return _check(self.factors, self._bases, self._dtypes)
+        return self.verify()
 
-    def _before_step(self, *_: object) -> None:
-        self.project_gradients()
+    def _above_rounding(self, residuals: Mapping[str, float]) -> list[str]:
+        return [name for name, share in residuals.items() if not share <= self._tolerances[name]]
 
-
-def residuals(
-    factors: Mapping[str, Tensor],
-    subspaces: Iterable[ConceptSubspace],
-    layers: LayerSubspaces | None = None,
-) -> dict[str, float]:
-    """Return |A V| / |A| of down factors, computed in float64 (Frobenius norms, 0 to 1).
-
-    Raises:
-        ValueError: There is no subspace for a factor.
-    """
-    return _residuals(factors, _bases(factors, subspaces, layers))
-
-
-def check(
-    factors: Mapping[str, Tensor],
-    subspaces: Iterable[ConceptSubspace],
-    layers: LayerSubspaces | None = None,
-) -> float:
-    """Return the largest |A V| / |A| of down factors.
-
-    Raises:
-        ProjectionFailed: It is larger than what rounding to the factors' dtype leaves.
-    """
-    return _check(factors, _bases(factors, subspaces, layers), _dtypes(factors))
-
-
-def check_file(
-    path: Path, subspaces: Iterable[ConceptSubspace], layers: LayerSubspaces | None = None
-) -> float:
-    """Return the largest |A V| / |A| in a saved LoRA of kohya, PEFT or diffusers.
-
-    Raises:
-        ModelError: The file is no whole LoRA, changes a text encoder, or reads no text.
-        ValueError: It lacks one of the layers.
-        ProjectionFailed: A factor reaches into the subspace.
-    """
-    subspaces = list(subspaces)
-    text = bool(subspaces) or layers is None
-    factors = saved_projected_factors(saved_state(path), text=text, layers=layers, source=str(path))
-    return check(factors, subspaces, layers)
-
-
-def _bases(
-    factors: Mapping[str, Tensor],
-    subspaces: Iterable[ConceptSubspace],
-    layers: LayerSubspaces | None,
-) -> dict[str, Tensor]:
-    """Return the basis of each factor: its layer's own, else that of its width."""
-    subspaces = list(subspaces)
-    by_width = {subspace.width: subspace.basis for subspace in subspaces}
-    if len(by_width) < len(subspaces):
-        raise ValueError("`subspaces` must have different widths; join concepts in one.")
-    bases = layers.of(factors) if layers is not None else {}
-    for name, factor in factors.items():
-        width = factor.shape[1]
-        if name not in bases and width not in by_width:
-            raise ValueError(
-                f"{name} reads states of width {width}; there are subspaces for "
-                f"{sorted(by_width)}. Were they built with another model?"
-            )
-        basis = bases.setdefault(name, by_width.get(width))
-        if len(basis) != width:
-            raise ValueError(
-                f"{name} reads inputs of width {width}, its subspace is for {len(basis)}."
-            )
-    return bases
-
-
-def _residuals(factors: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, float]:
-    found = {}
-    for name, factor in factors.items():
-        rows = factor.detach().double().cpu().movedim(1, -1)
-        length = rows.norm()
-        found[name] = float((rows @ bases[name]).norm() / length) if length else 0.0
-    return found
-
-
-def _dtypes(factors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    return {name: factor.dtype for name, factor in factors.items()}
-
-
-def _check(
-    factors: Mapping[str, Tensor], bases: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
-) -> float:
-    found = _residuals(factors, bases)
-    faults = [name for name in found if not found[name] <= TOLERANCES[dtypes[name]]]
-    worst = max(found.values())
-    if faults:
-        raise ProjectionFailed(
-            f"{len(faults)} of {len(found)} projected factors reach into the prohibited subspace, "
-            f"up to |A V| / |A| = {worst:.1e}; first {sorted(faults)[0]}."
-        )
-    return worst
-
-
-BLOCK = 2**22
-"""Most elements of one product: its copies in float64 take 100 MB."""
-Key = tuple[int, int, torch.device, torch.dtype]
-"""Width, rows of each factor, where, in what."""
-
-
-class Stacked:
-    """Projects tensors that are known by name, each outside its own basis."""
-
-    def __init__(self, bases: Mapping[str, Tensor]):
-        """Take the bases.
-
-        Args:
-            bases: By name [width rank]; where several names share one object, so do they a product.
-        """
-        self._bases = bases
-        self._moved: dict[tuple, Tensor] = {}
-
-    def project(self, tensors: Mapping[str, Tensor]) -> None:
+    def _project(self, tensors: Mapping[str, Tensor]) -> None:
         """Project tensors [rank width *kernel] along axis 1, in place.
 
-        A basis of rank 0 leaves its tensor as it is, bit for bit.
+        Tensors of one shape are stacked: launches, not arithmetic, are what small products cost. A
+        basis of rank 0 leaves its tensor as it is, bit for bit.
         """
-        stacks: dict[Key, list[str]] = {}
+        stacks: dict[tuple[int, int, torch.device, torch.dtype], list[str]] = {}
         for name, tensor in tensors.items():
             if self._bases[name].shape[1]:
                 width = tensor.shape[1]
@@ -266,11 +180,50 @@ class Stacked:
         key = (tuple(names), device)
         if key not in self._moved:
             bases = [self._bases[name] for name in names]
-            if all(basis is bases[0] for basis in bases):
-                self._moved[key] = bases[0].to(device, wide)
-            else:
-                self._moved[key] = _padded(bases).to(device, wide)
+            shared = all(basis is bases[0] for basis in bases)
+            self._moved[key] = (bases[0] if shared else _padded(bases)).to(device, wide)
         return remove(stack.to(wide), self._moved[key])
+
+
+def check_file(
+    path: Path, subspaces: Iterable[ConceptSubspace], layers: LayerSubspaces | None = None
+) -> float:
+    """Return the largest |A V| / |A| in a saved LoRA of kohya, PEFT or diffusers.
+
+    Raises:
+        ModelError: The file is no whole LoRA, changes a text encoder, or reads no text.
+        ValueError: It lacks one of the layers.
+        ProjectionFailed: A factor reaches into the subspace.
+    """
+    subspaces = list(subspaces)
+    text = bool(subspaces) or layers is None
+    factors = projected_factors_of(saved_state(path), text=text, layers=layers, source=str(path))
+    return Projection(factors, subspaces, layers=layers).verify()
+
+
+def _bases(
+    factors: Mapping[str, Tensor],
+    subspaces: Sequence[ConceptSubspace],
+    layers: LayerSubspaces | None,
+) -> dict[str, Tensor]:
+    """Return the basis of each factor: its layer's own, else that of its width."""
+    by_width = {subspace.width: subspace.basis for subspace in subspaces}
+    if len(by_width) < len(subspaces):
+        raise ValueError("`subspaces` must have different widths; join concepts in one.")
+    bases = layers.of(factors) if layers is not None else {}
+    for name, factor in factors.items():
+        width = factor.shape[1]
+        if name not in bases and width not in by_width:
+            raise ValueError(
+                f"{name} reads states of width {width}; there are subspaces for "
+                f"{sorted(by_width)}. Were they built with another model?"
+            )
+        basis = bases.setdefault(name, by_width.get(width))
+        if len(basis) != width:
+            raise ValueError(
+                f"{name} reads inputs of width {width}, its subspace is for {len(basis)}."
+            )
+    return bases
 
 
 def _padded(bases: Sequence[Tensor]) -> Float[Tensor, "name width rank"]:

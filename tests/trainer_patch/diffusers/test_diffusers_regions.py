@@ -209,7 +209,7 @@ def ask(run, samples, target, latents, **given):
 def test_what_cannot_be_spared_is_refused(run, layers, tmp_path):
     made, asked = run(), {"project_layers": str(layers), "project_regions": True}
     zeros = torch.zeros(2, *made.denoiser.latent_shape)
-    with pytest.raises(ModelError, match="does not tell where pictures show the concept"):
+    with pytest.raises(ModelError, match="does not say where images show the concept"):
         made.train(tmp_path, PLACES, 1, **asked | {"project_layers": str(make_layers(tmp_path))})
     for samples, target, message in (
         (made.samples[:2], zeros, "after the network's prediction"),

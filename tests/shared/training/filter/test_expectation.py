@@ -168,7 +168,7 @@ def test_what_is_measured_often_does_not_stand_out_where_all_scores_rise():
             guessed = cheap.weigh(cond, uncond[cheap.due(samples, timesteps)], **told)
             equal += ((guessed > 0) == (full.weigh(cond, uncond, **told) > 0)).tolist()
         assert cheap.measured < 0.4 * cheap.seen
-    assert sum(equal) / len(equal) > 0.895  # .85 where spared visits do not count
+    assert sum(equal) / len(equal) > 0.895  # .85 where skipped visits do not count
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan, math.inf])
@@ -180,7 +180,7 @@ def test_dropped_captions_and_diverged_passes_say_nothing(score):
     assert made.state_dict() == before | {"spared": 4}  # but that time passed
     made.learn(seen([0], [500], [1.0]))
     assert made.drift != before["drift"]
-    assert made.spared == 0
+    assert made.skipped == 0
 
 
 def test_a_relative_threshold_stops_what_stands_out_and_nothing_else():

@@ -25,25 +25,22 @@ from weighing import NEVER, in_processes, weigh
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16), batch=st.integers(1, 6), value=st.floats(0.5, 2),
-    action=st.sampled_from(["drop", "downweight", "log"]), unit=st.sampled_from(["rms", "l2"]),
-    scaled=st.booleans(),
+    action=st.sampled_from(["drop", "downweight", "log"]), scaled=st.booleans(),
 )  # fmt: skip
-def test_weights_are_those_of_a_loop(seed, batch, value, action, unit, scaled):
+def test_weights_are_those_of_a_loop(seed, batch, value, action, scaled):
     cond, uncond = seeded(2, batch, 4, 3, 3, seed=seed)
     scale = seeded(batch, seed=seed).abs() if scaled else None
-    value = value * 6 if unit == "l2" else value
     raw = []
     for row in range(batch):
         pairs = zip(cond[row].ravel().tolist(), uncond[row].ravel().tolist(), strict=True)
-        score = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
-        score = score / math.sqrt(36) if unit == "rms" else score
+        score = math.sqrt(sum((a - b) ** 2 for a, b in pairs) / 36)
         score = score * (scale[row].item() if scaled else 1)
         if action == "log" or score < value:
             raw.append(1.0)
         else:
             raw.append(0.0 if action == "drop" else value / score)
     expected = [w * batch / sum(raw) if sum(raw) else 0.0 for w in raw]
-    made = MemorizationFilter(AbsoluteThreshold(value), action=action, unit=unit)
+    made = MemorizationFilter(AbsoluteThreshold(value), action=action)
     found = weigh(made, cond, uncond, scale=scale)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype))
     assert made.seen == batch
@@ -166,7 +163,6 @@ def test_a_resumed_filter_decides_as_if_it_had_not_stopped():
         (lambda: RunningQuantile(span=(1.0, 1.0)), "rising"),
         (lambda: RunningQuantile(warmup=9, window=8), "`warmup`"),
         (lambda: MemorizationFilter(NEVER, action="ignore"), "`action`"),
-        (lambda: MemorizationFilter(NEVER, unit="norm"), "`unit`"),
     ],
 )
 def test_settings_refuse_nonsense(make, message):

@@ -17,7 +17,6 @@ from unmemorize.shared.training.projection.projection import (
     Projection,
     ProjectionFailed,
     check_file,
-    residuals,
 )
 
 WIDTH, MARK, WANTED = 24, 3, 8
@@ -182,7 +181,8 @@ def test_names_are_found_in_every_dialect():
     for name in ("lora_unet_mid_block_attn1_to_q", "base_model.model.mid_block.attn1.to_q",
                  "mid_block.attn1.processor.to_q"):  # fmt: skip
         assert layers.of([name, "other"]) == {name: basis}
-        assert residuals({name: basis.T.clone()}, [], layers)[name] == pytest.approx(1)
+        projection = Projection({name: basis.T.clone()}, [], layers=layers)
+        assert projection.residuals()[name] == pytest.approx(1)
     with pytest.raises(ValueError, match="1 layer is not there: unet"):
         layers.of(["mid_block.attn1.to_k"])
 

@@ -9,7 +9,7 @@ from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import (
     UnsupportedTraining,
     projected_factors,
-    saved_projected_factors,
+    projected_factors_of,
 )
 
 WIDTH = 12
@@ -82,8 +82,8 @@ def test_a_file_must_hold_each_layer():
     state = get_peft_model_state_dict(lora("attn1.to_q", "attn2.to_k"))
     state = {name.replace("base_model.model.", "unet."): value for name, value in state.items()}
     held = layers("attn1.to_q")
-    found = saved_projected_factors(state, text=True, layers=held, source="lora")
+    found = projected_factors_of(state, text=True, layers=held, source="lora")
     assert {name.removeprefix("unet.") for name in found} == {"attn1.to_q", "attn2.to_k"}
     assert all(isinstance(value, torch.Tensor) for value in found.values())
     with pytest.raises(ValueError, match="1 layer is not there: ff"):
-        saved_projected_factors(state, text=True, layers=layers("attn1.to_q", "ff"), source="lora")
+        projected_factors_of(state, text=True, layers=layers("attn1.to_q", "ff"), source="lora")

@@ -8,7 +8,7 @@ from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.training.projection.factors import (
     UnsupportedTraining,
     factors_of,
-    saved_factors,
+    saved_state,
     text_factors,
 )
 from unmemorize.shared.training.projection.projection import (
@@ -90,7 +90,8 @@ def test_real_peft_layers_are_found_and_real_dora_refused(tmp_path):
     down = next(iter(factors.values())).detach()
     state = {f"unet.{n}": p.detach() for n, p in network.named_parameters() if "lora_" in n}
     save_file(state, tmp_path / "lora.safetensors")
-    assert torch.equal(next(iter(saved_factors(tmp_path / "lora.safetensors").values())), down)
+    (saved,) = factors_of(saved_state(tmp_path / "lora.safetensors")).values()
+    assert torch.equal(saved, down)
 
 
 DIALECTS = {

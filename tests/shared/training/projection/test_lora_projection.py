@@ -16,8 +16,6 @@ from unmemorize.shared.training.projection.factors import (
 from unmemorize.shared.training.projection.projection import (
     Projection,
     ProjectionFailed,
-    check,
-    residuals,
 )
 
 WIDTH, RANK = 24, 4
@@ -161,10 +159,10 @@ def test_without_projection_or_off_another_subspace_the_concept_is_read(name):
             with Projection(text_factors(network), [other]).attached(optimizer):
                 train(network, optimizer)
         factors = text_factors(network)
-        assert min(residuals(factors, [subspace]).values()) > 0.1
+        assert min(Projection(factors, [subspace]).residuals().values()) > 0.1
         assert read_by(network.attn2_to_k, subspace.basis) > 0.1
         with pytest.raises(ProjectionFailed, match="2 of 2"):
-            check(factors, [subspace])
+            Projection(factors, [subspace]).verify()
 
 
 def test_projecting_the_gradient_alone_is_not_enough():
@@ -208,14 +206,14 @@ def test_the_stacked_product_is_one_direction_after_another(seed, width, rank, k
     Projection(factors, [subspace]).project_weights()
     for name, factor in factors.items():
         torch.testing.assert_close(factor, expected[name], rtol=0, atol=1e-12)
-    assert max(residuals(factors, [subspace]).values()) < 1e-12
+    assert max(Projection(factors, [subspace]).residuals().values()) < 1e-12
 
 
 def test_two_widths_have_two_subspaces():
     factors = {"a": seeded(2, 8), "b": seeded(2, 12), "c": seeded(2, 8, seed=3)}
     subspaces = [subspace_of(8, 2), subspace_of(12, 3)]
     Projection(factors, subspaces).project_weights()
-    assert check(factors, subspaces) < 1e-12
+    assert Projection(factors, subspaces).verify() < 1e-12
     with pytest.raises(ValueError, match="different widths"):
         Projection(factors, [*subspaces, subspace_of(8, 1)])
     with pytest.raises(ValueError, match="b reads states of width 12"):
@@ -223,14 +221,14 @@ def test_two_widths_have_two_subspaces():
 
 
 def test_an_empty_subspace_changes_no_bit():
-    plain, guarded = Network(3), Network(3)
+    plain, projected = Network(3), Network(3)
     train(plain, OPTIMIZERS["adam"](plain.parameters()))
-    optimizer = OPTIMIZERS["adam"](guarded.parameters())
-    projection = Projection(text_factors(guarded), [ConceptSubspace.empty(WIDTH)])
+    optimizer = OPTIMIZERS["adam"](projected.parameters())
+    projection = Projection(text_factors(projected), [ConceptSubspace.empty(WIDTH)])
     with projection.attached(optimizer):
-        train(guarded, optimizer, before_step=projection.project_gradients)
+        train(projected, optimizer, before_step=projection.project_gradients)
     for name, value in plain.state_dict().items():
-        assert torch.equal(value, guarded.state_dict()[name]), name
+        assert torch.equal(value, projected.state_dict()[name]), name
     assert projection.check() == 0.0
 
 
@@ -307,4 +305,4 @@ def test_half_precision_is_projected_in_full(dtype):
     projection.project_weights()
     found = max(projection.residuals().values())
     assert 0 < found < 1e-3
-    check(factors, [subspace])
+    Projection(factors, [subspace]).verify()
