@@ -7,8 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..shared.drawing.step_chart import draw_note, draw_step_chart
-from ..shared.sampling.run_wording import guard_lines, metadata, report
-from ..shared.sampling.watched_runs import WatchRecord, judge
+from ..shared.sampling.watched_runs import WatchRecord, guard_lines, judge, metadata, verdict_text
 from ..shared.score.calibration import Calibration
 from .engine.images import to_image
 from .engine.measuring import calibration_input
@@ -171,7 +170,7 @@ class MemorizationReport(io.ComfyNode):
         verdict = judge(run, calibration, steps=steps, model=model)
         if save_score:
             cls._save(metadata(verdict))
-        told = report(verdict, calibration, run.extra_passes)
+        told = verdict_text(verdict, calibration, run.extra_passes)
         text = "\n".join([told, *guard_lines(run.guarded)])
         highest = max(image.score for image in verdict.images)
         image = to_image(draw_step_chart(run, verdict))

@@ -14,7 +14,7 @@ import torch
 
 from ...shared.files.storage import replace_atomically
 from ...shared.mitigation.method import Method, Mitigation, Start
-from ...shared.mitigation.residual import probe
+from ...shared.mitigation.residual import residual_probe
 from ...shared.sampling.guard import guard
 from ...shared.score.denoiser import Conditioning
 from ..common.similarity import PIXELS, Reference
@@ -89,7 +89,7 @@ class _Search:
 
     def __call__(self, image: "Image", reference: Reference, own: set[int], name: str) -> Sought:
         """Return what an embedding optimised towards `image` gives; `own` are its rows."""
-        residual = probe(
+        residual = residual_probe(
             self.denoiser, self.denoiser.encode_images([image])[0],
             start=self.denoiser.unconditional(), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip

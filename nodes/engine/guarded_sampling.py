@@ -9,11 +9,10 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
-from ...shared.mitigation.gate import Decision, Gate
+from ...shared.mitigation.gate import Decision, Gate, GuardedImage
 from ...shared.mitigation.initial_noise import InitialNoise
 from ...shared.mitigation.method import Method, Mitigation, Start, Step
 from ...shared.mitigation.optimisation import Optimised
-from ...shared.sampling.guard_record import GuardedImage
 from ...shared.score.metrics import text_noise_norm
 from .comfy_denoiser import ModelDenoiser, Prompt
 from .damped_attention import ComfyTwoForces

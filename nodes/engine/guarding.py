@@ -12,9 +12,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
-from ...shared.mitigation.gate import Gate
+from ...shared.mitigation.gate import Gate, GuardedImage
 from ...shared.mitigation.method import Method
-from ...shared.sampling.guard_record import GuardedImage
 from ...shared.sampling.watched_runs import WatchRecord
 from .guarded_sampling import GuardedSampling
 from .model_identity import weights_sha256

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ...shared.arrays import Float, Tensor
-from ...shared.mitigation.gate import Gate, Probe
+from ...shared.mitigation.gate import AppliedGate, Gate
 from ...shared.mitigation.method import Start
 from ...shared.score.calibration import Calibration
 from .comfy_denoiser import ModelDenoiser
@@ -98,7 +98,9 @@ def probe_rows(gate: Gate) -> int:
     return 0 if gate.calibration is None else 2 * gate.seeds * gate.config.steps
 
 
-def probe_of(denoiser: ModelDenoiser, gate: Gate, model: str, *, force: bool) -> tuple[Probe, str]:
+def probe_of(
+    denoiser: ModelDenoiser, gate: Gate, model: str, *, force: bool
+) -> tuple[AppliedGate, str]:
     """Return what scores prompts for a gate, and "" or a caveat to print with every score.
 
     Args:
@@ -113,7 +115,7 @@ def probe_of(denoiser: ModelDenoiser, gate: Gate, model: str, *, force: bool) ->
     caveat = ""
     if gate.calibration is not None:
         caveat = caveat_of(gate.calibration, model, settings(denoiser, gate.config), force)
-    return Probe(gate, denoiser), caveat
+    return AppliedGate(gate, denoiser), caveat
 
 
 def start_of(denoiser: ModelDenoiser, gate: Gate, noise: Float[Tensor, " image *latent"]) -> Start:

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
 
-from ...shared.sampling.guard_record import GuardedImage
+from ...shared.mitigation.gate import GuardedImage
 from ...shared.sampling.watched_runs import WatchedRun, WatchRecord
 from .model_identity import weights_sha256
 

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..sampling.run_wording import NO_CALIBRATION, headline, image_line
-from ..sampling.watched_runs import RunVerdict, WatchedRun
+from ..sampling.watched_runs import NO_CALIBRATION, RunVerdict, WatchedRun, headline, image_line
 from .chart import Chart
 from .score_charts import scores_axis, steps_axis
 from .theme import THEMES, Theme

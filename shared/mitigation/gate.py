@@ -1,6 +1,6 @@
-"""Whether a method acts on a prompt: decided by a calibrated probe, or ordered.
+"""Whether a method acts on a prompt: decided by a calibrated score, or ordered.
 
-The probe scores a prompt as the calibration scored its controls: from the calibration's own seeds,
+The gate scores a prompt as the calibration scored its controls: from the calibration's own seeds,
 at its own noise levels. The first step of the run itself would cost nothing, but schedulers start
 at different noise levels and scores move with them; a threshold holds where it was calibrated.
 """
@@ -28,8 +28,8 @@ class Gate:
     calibration: Calibration | None = None
     """Of the model at hand; with it, scores are recorded in every mode."""
     seeds: int = 1
-    """Starting noises of the probe, the first of the calibration's; the threshold is that of the
-    controls at the same seeds. Each costs one network row per prompt and calibrated step."""
+    """Starting noises to score a prompt with, the first of the calibration's; the threshold is that
+    of the controls at the same seeds. Each costs one network row per prompt and calibrated step."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -44,7 +44,7 @@ class Gate:
 
     @property
     def threshold(self) -> float | None:
-        """Return what scores of the probe are compared with (L2 norm, latent units)."""
+        """Return what the scores of prompts are compared with (L2 norm, latent units)."""
         return None if self.calibration is None else self.calibration.threshold_for(self.seeds)
 
     @property
@@ -58,7 +58,7 @@ class Gate:
             steps=settings["steps"],
             schedule_steps=settings["schedule_steps"],
         )
-        scale = settings["cond_scale"]  # None where guidance had no say
+        scale = settings["cond_scale"]  # None where guidance does not matter
         return config if scale is None else replace(config, cond_scale=scale)
 
     def check(self, denoiser: Denoiser, *, model: str | None = None, force: bool = False) -> str:
@@ -80,16 +80,40 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What the gate says about one row."""
+    """The gate's decision about one row."""
 
     fired: bool
     """The method acts."""
     score: float | None
-    """Of the probe, L2 norm in latent units; None without a calibration."""
+    """Of the prompt, L2 norm in latent units; None without a calibration."""
 
 
-class Probe:
-    """A gate at work on one model, which must stay as it is; nothing is computed twice."""
+@dataclass(frozen=True, kw_only=True)
+class GuardedImage:
+    """One image of a run: what was decided and measured."""
+
+    prompt: str | None
+    """None when embeddings were given instead."""
+    fired: bool
+    """The method acted on this image."""
+    threshold: float | None
+    """Of the gate (L2 norm, latent units); None without a calibration."""
+    score_before: float | None
+    """Of the prompt, as the gate scores it; None without a calibration."""
+    score_after: float | None = None
+    """Of the conditioning that the method put in the prompt's place. None where it left that alone:
+    a method that acts on steps or on the noise does not change what a prompt scores."""
+    noise_before: float | None = None
+    """|D| at this image's own initial noise, brought to the level that the gate scores at, when the
+    method replaced it. Of one noise, so not to be compared with the threshold."""
+    noise_after: float | None = None
+    """|D| at the noise the method put in its place, with the conditioning of the run."""
+    method: str | None = None
+    """Name of the method; None when it did not act."""
+
+
+class AppliedGate:
+    """A gate applied to one model, which must stay as it is; no prompt is scored twice."""
 
     def __init__(self, gate: Gate, denoiser: Denoiser):
         self.gate, self.denoiser = gate, denoiser
@@ -102,7 +126,7 @@ class Probe:
         """Return what to do, one decision per row.
 
         Args:
-            cond: As the network reads it; rows that repeat are probed once.
+            cond: As the network reads it; rows that repeat are scored once.
             prompts: Where known, one per row, to name them in errors.
 
         Raises:

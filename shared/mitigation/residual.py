@@ -1,12 +1,12 @@
 """Residual probe: does the training image still come out when its prompt no longer calls it?
 
 A mitigated prompt is not a forgotten image: adversarial embeddings brought pruned models back from
-a memorization rate of .20 to .99 (Finding DoRI, ICML 2026). The probe optimises such an embedding,
-and says how well the network then knows the image; whoever calls it samples with the embedding and
-compares the pictures.
+a memorization rate of .20 to .99 (Finding DoRI, ICML 2026). The residual probe optimises such an
+embedding and measures how well the network then knows the image; the caller samples with the
+embedding and compares the images.
 
-An embedding has many numbers, and with enough of them a network draws pictures that it never saw.
-So a probe says something only beside the same probe of images that were not trained on.
+An embedding has many numbers, and with enough of them a network draws images that it never saw. So
+a residual probe means something only beside the same probe of images that were not trained on.
 """
 
 import math
@@ -25,7 +25,7 @@ CHECKS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Residual:
-    """What was found by optimising an embedding towards one image."""
+    """Result of optimising an embedding towards one image."""
 
     cond: Conditioning
     """The optimised embedding, one row, to sample with."""
@@ -48,7 +48,7 @@ class _Draw:
     """[row *latent] at unit variance."""
 
 
-def probe(
+def residual_probe(
     denoiser: Denoiser,
     target: Float[Tensor, " *latent"],
     *,
@@ -71,7 +71,7 @@ def probe(
         denoiser: The network, with whatever mitigation is built into it.
         target: [*latent] clean latents of the training image, in the network's scale.
         start: One row to start from: the mitigated prompt, another one, or noise.
-        generator: Draws noise levels and noises, so that a probe can be repeated.
+        generator: Draws noise levels and noises, so that it can be repeated.
         iterations: Steps of Adam, at least 1.
         lr: Learning rate, in units of the embedding, above 0.
         draws: Noises per iteration, all of one level, at least 1.
@@ -128,7 +128,7 @@ class _Task:
         return sorted({round(last * i / max(1, number - 1)) for i in range(number)})
 
     def draw(self, level: int | None = None) -> _Draw:
-        """Return noises of one level, a random one unless told."""
+        """Return noises of one level, of a random one when it is None."""
         device = self.generator.device
         if level is None:
             size = (len(self.sigmas), ())

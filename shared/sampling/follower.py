@@ -1,4 +1,4 @@
-"""Following a diffusers pipeline from outside: what it was asked for, where its loop is."""
+"""A diffusers pipeline followed from outside: its prompts, its sampling loop, its network calls."""
 
 import sys
 from collections.abc import Iterator
@@ -12,27 +12,22 @@ from torch import Tensor
 from ..models.families import Family, StableDiffusion, family_of
 from ..patching import Function, patched
 
-_WATCHING: ContextVar[bool] = ContextVar("watching", default=True)
-
-
-def watching() -> bool:
-    """Return whether calls of the network belong to the runs of followed pipelines."""
-    return _WATCHING.get()
+_FOLLOWED: ContextVar[bool] = ContextVar("followed", default=True)
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
-    """Call a followed pipeline's network for something else: inside, no call is a run's."""
-    token = _WATCHING.set(False)
+def unfollowed() -> Iterator[None]:
+    """Call a followed pipeline's network for another purpose: no follower sees these calls."""
+    token = _FOLLOWED.set(False)
     try:
         yield
     finally:
-        _WATCHING.reset(token)
+        _FOLLOWED.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What one call of the pipeline was asked for."""
+    """The texts of one call of the pipeline."""
 
     prompts: tuple[str, ...]
     """As given; empty when embeddings were given instead."""
@@ -45,11 +40,12 @@ class Texts:
 
 
 class Follower:
-    """Told of each run of a pipeline; a base for those who also look at its network calls."""
+    """Base of an observer or a guard: the methods below are called as the pipeline runs."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
         self.family: type[Family] = family_of(pipeline)
+        self.network = getattr(pipeline, self.family.network_name)
         self._encoded: list[dict[str, Any]] = []
 
     def on_start(self, texts: Texts) -> None:
@@ -57,6 +53,12 @@ class Follower:
 
     def on_end(self) -> None:
         """The loop is over, also by an exception."""
+
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Return other arguments for a network call; None leaves the very arguments."""
+
+    def after(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return another output of a network call; None leaves the very output."""
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -68,7 +70,18 @@ class Follower:
                 ("progress_bar", self._around_loop),
             ):
                 undo.enter_context(patched(self.pipeline, name, wrap))
+            for register, hook in (
+                (self.network.register_forward_pre_hook, self._before),
+                (self.network.register_forward_hook, self._after),
+            ):
+                undo.callback(register(hook, with_kwargs=True).remove)
             yield
+
+    def _before(self, network: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return self.before(args, kwargs) if _FOLLOWED.get() else None
+
+    def _after(self, network: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        return self.after(args, kwargs, output) if _FOLLOWED.get() else None
 
     def _around_check(self, original: Function) -> Function:
         """Forget what was encoded before: a call of the pipeline begins by checking its inputs."""
@@ -97,19 +110,17 @@ class Follower:
     def _around_loop(self, original: Function) -> Function:
         """Begin and end a run: the pipeline opens its progress bar once, around its loop."""
 
-        def progress_bar(*args: Any, **kwargs: Any) -> Any:
-            return self._loop(original(*args, **kwargs))
+        @contextmanager
+        def progress_bar(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                bar = original(*args, **kwargs)
+                self.on_start(self._texts())
+                with bar as inside:
+                    yield inside
+            finally:
+                self.on_end()
 
         return progress_bar
-
-    @contextmanager
-    def _loop(self, bar: Any) -> Iterator[Any]:
-        try:
-            self.on_start(self._texts())
-            with bar as inside:
-                yield inside
-        finally:
-            self.on_end()
 
     def _texts(self) -> Texts:
         first = self._encoded[0] if self._encoded else {}
@@ -123,11 +134,11 @@ class Follower:
         self._encoded = []
         zeros = bool(self.pipeline.config.get("force_zeros_for_empty_prompt"))
         default = "zeros" if zeros and negative is None else "empty prompt"
-        given = _as_tuple(negative)
+        negatives = _as_tuple(negative)
         return Texts(
             prompts=_as_tuple(first.get("prompt")),
-            negatives=given,
-            negatives_are="embeddings" if embedded else "prompts" if any(given) else default,
+            negatives=negatives,
+            negatives_are="embeddings" if embedded else "prompts" if any(negatives) else default,
             separate=separate,
         )
 
@@ -140,12 +151,16 @@ def prediction_of(output: Any) -> Tensor:
 def argument_of(pipeline: Any, name: str) -> float:
     """Return a number that was given to the pipeline's running call and is kept in no attribute.
 
+    Flux's `true_cfg_scale` is such: inside ``pipeline("a cat", true_cfg_scale=4.0)``, in a hook of
+    its network, this finds 4.0 among the local variables of the pipeline's `__call__`, a frame
+    further up the stack.
+
     Raises:
         ValueError: No pipeline is running that has such an argument.
     """
     frame = sys._getframe()
     while frame is not None:
-        # Asking a frame for its values copies them all: only the one that has the argument.
+        # Reading a frame's values copies them all: only those of the one that has the argument.
         if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
             return float(frame.f_locals[name])
         frame = frame.f_back

@@ -1,31 +1,60 @@
 """Mitigation around an ordinary diffusers pipeline, for as long as a block lasts.
 
-with guard(pipeline, method=DelayedGuidance(), calibration=calibration) as record:
+with guard(pipeline, calibration=calibration) as record:
     images = pipeline("a caption", num_images_per_prompt=4).images
 for image in record.runs[0].images:
     print(image.fired, image.score_before, image.threshold, image.score_after)
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from ..mitigation.gate import Gate
-from ..mitigation.method import Method
+from ..mitigation import DEFAULT, make_method
+from ..mitigation.gate import AppliedGate, Gate, GuardedImage
+from ..mitigation.method import Method, Start
+from ..models.adapter import PipelineDenoiser
 from ..score.calibration import Calibration
-from .guard_record import GuardedImage, GuardedRun, GuardRecord
-from .pipeline_guard import GuidanceIsOff, PipelineGuard
+from ..score.denoiser import Conditioning
+from ..score.metrics import text_noise_norm
+from .follower import Follower, Texts, unfollowed
+from .mitigated_run import MitigatedRun
+from .network_call import NetworkCall
 
-__all__ = ["GuardRecord", "GuardedImage", "GuardedRun", "GuidanceIsOff", "guard"]
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class GuidanceIsOff(ValueError):
+    """A method that acts on guidance met a run without it."""
+
+
+@dataclass(kw_only=True)
+class GuardedRun:
+    """One call of the pipeline."""
+
+    images: tuple[GuardedImage, ...] = ()
+    """In order; empty when the pipeline stopped before its first step."""
+
+
+@dataclass(kw_only=True)
+class GuardRecord:
+    """What the guard did, in order."""
+
+    runs: list[GuardedRun] = field(default_factory=list)
+    caveat: str = ""
+    """Why the calibration need not hold here, when it was forced; print it with the scores."""
 
 
 @contextmanager
 def guard(
     pipeline: Any,
     *,
-    method: Method,
+    method: Method | str = DEFAULT,
     calibration: Calibration | None = None,
     gate: str = "calibrated",
     seeds: int = 1,
@@ -36,7 +65,7 @@ def guard(
     """Mitigate calls of `pipeline` inside the block, image by image, where the gate says so.
 
     Images on which the method does not act are bit-identical to those of the same call without a
-    guard. The prompts of a run are probed before its first step, at the calibration's size whatever
+    guard. The prompts of a run are scored before its first step, at the calibration's size whatever
     that of the run, at a cost of `seeds` network rows per prompt that was not seen before; weights,
     LoRA and their strength must stay as they are inside the block. Afterwards the pipeline carries
     no trace, also when something fails.
@@ -44,11 +73,11 @@ def guard(
     Args:
         pipeline: A diffusers text-to-image pipeline. Its arguments stay as they are: any
             scheduler, batch, number of images, negative prompts, embeddings, callbacks.
-        method: From `shared.mitigation`.
+        method: From `shared.mitigation`, or its name there, with the settings it has by default.
         calibration: Of this model, LoRA included; its threshold decides.
         gate: "calibrated" acts on prompts that score above the threshold, "always" on all,
             "never" on none.
-        seeds: Starting noises to probe a prompt with, the first of the calibration's.
+        seeds: Starting noises to score a prompt with, the first of the calibration's.
         seed: Of what the method draws, the same in every run.
         model: Sha256 of the weights, to be compared with that of the calibration; None takes the
             caller's word that they belong together.
@@ -59,18 +88,159 @@ def guard(
         CalibrationMismatch: The calibration was made under other conditions.
         GuidanceIsOff: On sampling without guidance when that is what the method acts on.
     """
-    guarding = PipelineGuard(
-        pipeline, method, Gate(mode=gate, calibration=calibration, seeds=seeds), seed, model, force
-    )
-    network: nn.Module = getattr(pipeline, guarding.family.network_name)
-    for hook in network._forward_pre_hooks.values():
-        other = getattr(hook, "__self__", None)
-        if isinstance(other, PipelineGuard) and other.pipeline is pipeline:
-            raise ValueError("The pipeline is guarded already: leave that block first.")
-    with ExitStack() as undo:
-        undo.enter_context(guarding.following())
-        before = network.register_forward_pre_hook(guarding.before, with_kwargs=True)
-        undo.callback(before.remove)
-        after = network.register_forward_hook(guarding.after, with_kwargs=True)
-        undo.callback(after.remove)
+    method = make_method(method) if isinstance(method, str) else method
+    gate = Gate(mode=gate, calibration=calibration, seeds=seeds)
+    guarding = PipelineGuard(pipeline, method, gate, seed, model, force)
+    with guarding.following():
         yield guarding.record
+
+
+class PipelineGuard(Follower):
+    """Decides about the images of each run at its first network call, and undoes what it did."""
+
+    def __init__(
+        self, pipeline: Any, method: Method, gate: Gate, seed: int, model: str | None, force: bool
+    ):
+        super().__init__(pipeline)
+        if all(getattr(pipeline, name, None) is None for name in ENCODERS):
+            raise ValueError(
+                "The pipeline has no text encoder, and scores compare with the empty prompt: load "
+                "it with its text encoder; prompts may be given as embeddings all the same."
+            )
+        for hook in self.network._forward_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, PipelineGuard) and other.pipeline is pipeline:
+                raise ValueError("The pipeline is guarded already: leave that block first.")
+        self.method, self.gate, self.seed = method, gate, seed
+        size = None if gate.calibration is None else gate.calibration.latent_shape[-2:]
+        self._denoisers: dict[tuple[int, ...] | None, PipelineDenoiser] = {}
+        self.denoiser = self._denoiser(size)
+        self._denoisers[tuple(self.denoiser.latent_shape[-2:])] = self.denoiser
+        self.record = GuardRecord(caveat=gate.check(self.denoiser, model=model, force=force))
+        self.applied = AppliedGate(gate, self.denoiser)
+        self.texts: Texts | None = None
+        self.undecided = False
+        self.run: MitigatedRun | None = None
+
+    def on_start(self, texts: Texts) -> None:
+        """Begin a run."""
+        self.texts, self.undecided = texts, True
+        self.record.runs.append(GuardedRun())
+
+    def on_end(self) -> None:
+        """End it: later calls of the network are another pipeline's."""
+        run, self.run, self.undecided = self.run, None, False
+        if run is not None:
+            run.close()
+
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Decide at the first call of a run, then replace what the network reads."""
+        call = NetworkCall(args=args, kwargs=kwargs)
+        if self.undecided:
+            self.undecided = False
+            self._begin(call)
+        if self.run is None:
+            return None
+        call = self.run.prepare(call)
+        return call.args, call.kwargs
+
+    def after(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Replace what the network answers."""
+        if self.run is None:
+            return None
+        return self.run.answer(self.network, NetworkCall(args=args, kwargs=kwargs), output)
+
+    def _begin(self, call: NetworkCall) -> None:
+        """Decide about each image, and let the method start on those that fired."""
+        texts, together = self.texts, getattr(self.pipeline, "do_classifier_free_guidance", False)
+        if self.method.needs_guidance and self.gate.mode != "never":
+            self._check_guidance(together or texts.separate)
+        first = len(call.latents) // 2 if together else 0
+        rows = list(range(first, len(call.latents)))
+        per_prompt = len(rows) // max(1, len(texts.prompts))
+        prompts = tuple(prompt for prompt in texts.prompts for _ in range(per_prompt))
+        with unfollowed():
+            decisions = self.applied.decide(call.conditioning(rows), prompts)
+        images = [
+            GuardedImage(
+                prompt=prompts[image] if prompts else None,
+                fired=decision.fired,
+                threshold=self.gate.threshold,
+                score_before=decision.score,
+                method=self.method.name if decision.fired else None,
+            )
+            for image, decision in enumerate(decisions)
+        ]
+        run = self.record.runs[-1]
+        run.images = tuple(images)  # stands there also when the method refuses
+        if fired := [image for image, decision in enumerate(decisions) if decision.fired]:
+            changes = self._act(call, len(rows), fired, tuple(prompts[i] for i in fired if prompts))
+            for image, change in zip(fired, changes, strict=True):
+                images[image] = replace(images[image], **change)
+            run.images = tuple(images)
+
+    def _act(
+        self, call: NetworkCall, images: int, fired: list[int], prompts: tuple[str, ...]
+    ) -> list[dict[str, float]]:
+        """Start the method, and return what it changed, per image, as fields of its record."""
+        denoiser = self._denoiser(call.latent_size)
+        calibration = self.gate.calibration
+        if calibration is not None:
+            calibration = calibration.at_size(denoiser.latent_shape)
+        self.run = MitigatedRun(denoiser, images=images, fired=fired, separate=self.texts.separate)
+        start = self.run.start(
+            self.method,
+            call,
+            sigma=self.applied.sigma,
+            empty=self.empty,
+            prompts=prompts,
+            seed=self.seed,
+            calibration=calibration,
+        )
+        with unfollowed():
+            return self._measure(start, prompts)
+
+    @torch.no_grad()
+    def _measure(self, start: Start, prompts: tuple[str, ...]) -> list[dict[str, float]]:
+        mitigation, measured = self.run.mitigation, [{} for _ in range(len(start.cond))]
+        cond = mitigation.cond or start.cond
+        if mitigation.cond is not None and (scores := self.applied.scores(cond, prompts)):
+            measured = [{"score_after": score} for score in scores]
+        if mitigation.x is not None:
+            x, empty = mitigation.x.detach(), self.empty[[0] * len(start.cond)]
+            before = _magnitude(start, start.x0_uncond, start.x, start.cond)
+            after = _magnitude(start, start.denoiser.denoise(x, start.sigma, empty), x, cond)
+            for fields, one, other in zip(measured, before, after, strict=True):
+                fields.update(noise_before=one, noise_after=other)
+        return measured
+
+    @cached_property
+    def empty(self) -> Conditioning:
+        """What guidance moves away from by default."""
+        with torch.inference_mode(False):
+            return self.denoiser.unconditional()
+
+    def _denoiser(self, size: tuple[int, ...] | None) -> PipelineDenoiser:
+        """Return the pipeline as a denoiser of latents of this height and width."""
+        if size not in self._denoisers:
+            factor = self.pipeline.vae_scale_factor
+            pixels = None if size is None else (size[0] * factor, size[1] * factor)
+            self._denoisers[size] = PipelineDenoiser(self.pipeline, resolution=pixels)
+        return self._denoisers[size]
+
+    def _check_guidance(self, guided: bool) -> None:
+        if guided:
+            return
+        scale = "`guidance_scale` above 1"
+        if self.family.guidance_distilled:
+            scale = "`true_cfg_scale` above 1 and a `negative_prompt`, '' for example"
+        raise GuidanceIsOff(
+            f"The method {self.method.name!r} acts on guidance, which is off in this run: give "
+            f"{scale}, or take a method that changes the prompt or the noise."
+        )
+
+
+def _magnitude(start: Start, x0_uncond: Tensor, x: Tensor, cond: Conditioning) -> list[float]:
+    """Return |D| of each image at the noise `x`."""
+    x0_cond = start.denoiser.denoise(x, start.sigma, cond)
+    return (text_noise_norm(x0_cond, x0_uncond) / start.sigma).tolist()

@@ -15,7 +15,7 @@ from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
 from ..score.noise_levels import input_scale, output_from_x0, x0_from_output
-from .follower import argument_of, prediction_of, unwatched
+from .follower import argument_of, prediction_of, unfollowed
 from .network_call import NetworkCall, written
 
 
@@ -44,7 +44,7 @@ class MitigatedRun:
         self._moved: list[int] = []
         self._noise: Tensor | None = None  # [moved *latent] as the network reads it
         self._waiting: tuple[NetworkCall, Tensor] | None = None
-        self._written: Tensor | None = None  # what the last guided call was made to say
+        self._written: Tensor | None = None  # the method's prediction at the last guided call
         self._index = 0
 
     def start(
@@ -58,7 +58,7 @@ class MitigatedRun:
         seed: int,
         calibration: Calibration | None,
     ) -> Start:
-        """Let the method act on the first call, and return what it was told.
+        """Let the method act on the first call, and return the start that it was given.
 
         Raises:
             ValueError: The method refuses, or its answer does not fit the run.
@@ -66,15 +66,12 @@ class MitigatedRun:
         rows = [self._at(call)[0] + image for image in self.fired]
         latent, read = self._units_of_noise(call)
         scale = self.denoiser.schedule.latent_scale(float(sigma))
-        # Autograd refuses inference tensors: what is indexed here is copied, and is none.
-        with unwatched(), torch.inference_mode(False), torch.no_grad():
+        # Autograd refuses inference tensors; indexing copies, and a copy made here is none.
+        with unfollowed(), torch.inference_mode(False), torch.no_grad():
             x = self.family.unpack(call.latents[rows]).float() / read * scale
             start = Start(
                 denoiser=self.denoiser,
-                cond=Conditioning(
-                    embeddings=call.embeddings[rows],
-                    pooled=None if call.pooled is None else call.pooled[rows],
-                ),
+                cond=call.conditioning(rows),
                 x=x,
                 sigma=sigma.clone(),
                 x0_uncond=self.denoiser.denoise(x, sigma, empty[[0] * len(rows)]),
@@ -103,20 +100,16 @@ class MitigatedRun:
         cond_at, uncond_at = self._at(call)
         if self._noise is not None:
             for at in {cond_at, uncond_at} - {None}:
-                call = call.replaced([at + image for image in self._moved], latents=self._noise)
+                call = call.with_latents([at + image for image in self._moved], self._noise)
         if cond_at is not None and (cond := self.mitigation.cond) is not None:
-            call = call.replaced(
-                [cond_at + image for image in self.fired],
-                embeddings=cond.embeddings.detach(),
-                pooled=None if cond.pooled is None else cond.pooled.detach(),
-            )
+            call = call.with_conditioning([cond_at + image for image in self.fired], cond)
         return call
 
     def answer(self, network: Callable[..., Any], call: NetworkCall, output: Any) -> Any:
         """Return the output with the method's guidance in it, or None when it has none.
 
         It stands in the rows of the prompt and of the negative alike: whatever the scale, the
-        pipeline's uncond + scale * (cond - uncond) is then what the method says.
+        pipeline's uncond + scale * (cond - uncond) then is the method's own prediction.
         """
         cond_at, uncond_at = self._at(call)
         prediction = prediction_of(output)
@@ -132,32 +125,32 @@ class MitigatedRun:
         rows = [uncond_at + image for image in self.fired]
         if waiting is not None:
             conditional, cond = waiting[0].only(self.fired), waiting[1]
-            said = self._guide(network, conditional, cond[self.fired], prediction[rows])
-            if said is not None:
+            guided = self._guide(network, conditional, cond[self.fired], prediction[rows])
+            if guided is not None:
                 # The pipeline holds this very tensor and combines it with what is returned now.
-                cond[self.fired] = said.to(cond)
+                cond[self.fired] = guided.to(cond)
         else:
             of_cond = [cond_at + image for image in self.fired]
-            said = self._guide(network, call.only(of_cond), prediction[of_cond], prediction[rows])
-            rows, said = rows + of_cond, None if said is None else torch.cat([said, said])
-        if said is None:
+            guided = self._guide(network, call.only(of_cond), prediction[of_cond], prediction[rows])
+            rows, guided = rows + of_cond, None if guided is None else torch.cat([guided, guided])
+        if guided is None:
             return None
-        self._written = said[: len(self.fired)]
-        return self._put(output, rows, said)
+        self._written = guided[: len(self.fired)]
+        return self._put(output, rows, guided)
 
     def _guide(
         self, network: Callable[..., Any], call: NetworkCall, cond: Tensor, uncond: Tensor
     ) -> Tensor | None:
-        """Ask the method; all in the shape of the network, one row per fired image."""
-        schedule, kind = self.denoiser.schedule, self.denoiser.parametrization
+        """Return the method's prediction in the network's shape, one row per fired image."""
+        schedule, parametrization = self.denoiser.schedule, self.denoiser.parametrization
         timestep = call.timestep * self.family.timestep_unit
         sigma = schedule.sigma(timestep)
-        with unwatched(), torch.inference_mode(False), torch.no_grad():
+        with unfollowed(), torch.inference_mode(False), torch.no_grad():
             tensors = (call.latents, cond, uncond)  # cloned: autograd refuses inference tensors
             read, cond, uncond = (self.family.unpack(t).clone() for t in tensors)
             x = read.float() * schedule.latent_scale(sigma)
             # eps = sqrt(abar) v + sqrt(1 - abar) x: differences of v are larger than those of eps.
-            unit = 1 / input_scale(sigma) if kind == "v_prediction" else 1.0
+            unit = 1 / input_scale(sigma) if parametrization == "v_prediction" else 1.0
             step = Step(
                 index=self._index,
                 percent=schedule.percent(timestep),
@@ -169,16 +162,18 @@ class MitigatedRun:
                 predict=lambda: self.family.unpack(
                     prediction_of(network(*call.args, **call.kwargs))
                 ),
-                to_x0=lambda prediction: x0_from_output(kind, x, sigma, prediction.float()),
-                from_x0=lambda x0: output_from_x0(kind, x, sigma, x0.float()),
+                to_x0=lambda prediction: x0_from_output(
+                    parametrization, x, sigma, prediction.float()
+                ),
+                from_x0=lambda x0: output_from_x0(parametrization, x, sigma, x0.float()),
             )
-            said = self.mitigation.guide(step)
+            guided = self.mitigation.guide(step)
             self._index += 1
-            if said is None:
+            if guided is None:
                 return None
-            if said.shape != cond.shape:
-                raise ValueError(_misfit("a guided prediction", said, cond))
-            return self.family.pack(said)
+            if guided.shape != cond.shape:
+                raise ValueError(_misfit("a guided prediction", guided, cond))
+            return self.family.pack(guided)
 
     def _at(self, call: NetworkCall) -> tuple[int | None, int | None]:
         """Return where the rows of the prompts and of the negatives begin; None: not in there."""
@@ -240,11 +235,11 @@ def _check(method: Method, mitigation: Mitigation, start: Start) -> None:
             ("embeddings", mitigation.cond.embeddings, start.cond.embeddings),
             ("pooled text", mitigation.cond.pooled, start.cond.pooled),
         ]
-    for what, found, expected in pairs:
-        if found is not None and (expected is None or found.shape != expected.shape):
-            raise ValueError(_misfit(f"{what} by {method.name!r}", found, expected))
+    for what, given, expected in pairs:
+        if given is not None and (expected is None or given.shape != expected.shape):
+            raise ValueError(_misfit(f"{what} by {method.name!r}", given, expected))
 
 
-def _misfit(what: str, found: Tensor, expected: Tensor | None) -> str:
+def _misfit(what: str, given: Tensor, expected: Tensor | None) -> str:
     shape = "none" if expected is None else f"{tuple(expected.shape)}, the shape of the run"
-    return f"Found {what} of shape {tuple(found.shape)}, expected {shape}."
+    return f"Found {what} of shape {tuple(given.shape)}, expected {shape}."

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arrays import take_rows
+from ..score.denoiser import Conditioning
 
 POSITIONS = ("sample", "timestep", "encoder_hidden_states")
 """Arguments of U-Nets that may come without a name; pipelines name those of transformers."""
@@ -21,19 +22,14 @@ class NetworkCall:
 
     @property
     def latents(self) -> Tensor:
-        """Return what the network reads, one row per row of the batch."""
+        """Return the latents that the network reads, one row per row of the batch."""
         return self._get(self._latents_name)
 
     @property
     def timestep(self) -> float:
-        """Return what the network is told, in its own units; waits for the device."""
+        """Return the time that the network reads, in its own units; waits for the device."""
         timestep = self._get("timestep")
         return float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
-
-    @property
-    def embeddings(self) -> Tensor:
-        """Return the text, [row token width]."""
-        return self._get("encoder_hidden_states")
 
     @property
     def pooled(self) -> Tensor | None:
@@ -51,28 +47,28 @@ class NetworkCall:
         # Flux numbers the patches of 2 x 2 by row and column.
         return tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
 
-    def replaced(
-        self,
-        rows: Sequence[int],
-        *,
-        latents: Tensor | None = None,
-        embeddings: Tensor | None = None,
-        pooled: Tensor | None = None,
-    ) -> "NetworkCall":
-        """Return the call with other values at `rows`, in its own dtypes."""
-        call = self
-        if latents is not None:
-            call = call._set(self._latents_name, written(self.latents, rows, latents))
-        if embeddings is not None:
-            call = call._set("encoder_hidden_states", written(self.embeddings, rows, embeddings))
-        if pooled is not None and self.pooled is not None:
-            values = written(self.pooled, rows, pooled)
-            if "pooled_projections" in self.kwargs:
-                call = call._set("pooled_projections", values)
-            else:
-                added = {**self.kwargs["added_cond_kwargs"], "text_embeds": values}
-                call = call._set("added_cond_kwargs", added)
-        return call
+    def conditioning(self, rows: Sequence[int]) -> Conditioning:
+        """Return the text at `rows` as the network reads it."""
+        return Conditioning(
+            embeddings=self._get("encoder_hidden_states")[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+        )
+
+    def with_latents(self, rows: Sequence[int], latents: Tensor) -> "NetworkCall":
+        """Return the call with other latents at `rows`, in its own dtype."""
+        return self._set(self._latents_name, written(self.latents, rows, latents))
+
+    def with_conditioning(self, rows: Sequence[int], cond: Conditioning) -> "NetworkCall":
+        """Return the call with other text at `rows`, in its own dtypes."""
+        name = "encoder_hidden_states"
+        call = self._set(name, written(self._get(name), rows, cond.embeddings.detach()))
+        if cond.pooled is None or self.pooled is None:
+            return call
+        pooled = written(self.pooled, rows, cond.pooled.detach())
+        if "pooled_projections" in self.kwargs:
+            return call._set("pooled_projections", pooled)
+        added = {**self.kwargs["added_cond_kwargs"], "text_embeds": pooled}
+        return call._set("added_cond_kwargs", added)
 
     def only(self, rows: Sequence[int]) -> "NetworkCall":
         """Return the call for these rows alone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.families import StableDiffusion
 from ..models.families.schedules import DiscreteSchedule
 from ..score.noise_levels import input_scale
-from .follower import Follower, Texts, prediction_of, watching
+from .follower import Follower, Texts, prediction_of
 
 NO_GUIDANCE = (
     "guidance was off, so no unconditional prediction was computed, and an observer adds no "
@@ -49,7 +49,7 @@ class ObservedRun:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the network was told at each measured step (training timesteps, or flow time)."""
+        """Times that the network read at the measured steps (training timesteps, or flow time)."""
         return tuple(float(t) for t in self._timesteps)
 
     @property
@@ -71,14 +71,14 @@ class ObservedRun:
 
 
 @dataclass
-class Record:
-    """What was observed, in order."""
+class ObserverRecord:
+    """The observed calls of a pipeline, in order."""
 
     runs: list[ObservedRun] = field(default_factory=list)
 
 
 @contextmanager
-def observe(pipeline: Any) -> Iterator[Record]:
+def observe(pipeline: Any) -> Iterator[ObserverRecord]:
     """Read scores from ordinary calls of `pipeline` inside the block.
 
     Nothing is added to the computation but a norm per step; images are bit-identical. Afterwards
@@ -87,12 +87,7 @@ def observe(pipeline: Any) -> Iterator[Record]:
     """
     observer = _Observer(pipeline)
     with observer.following():
-        network = getattr(pipeline, observer.family.network_name)
-        handle = network.register_forward_hook(observer.on_forward, with_kwargs=True)
-        try:
-            yield observer.record
-        finally:
-            handle.remove()
+        yield observer.record
 
 
 class _Observer(Follower):
@@ -100,7 +95,7 @@ class _Observer(Follower):
 
     def __init__(self, pipeline: Any):
         super().__init__(pipeline)
-        self.record = Record()
+        self.record = ObserverRecord()
         self.run: ObservedRun | None = None
         self.separate = False
 
@@ -121,10 +116,10 @@ class _Observer(Follower):
         self.run = None
 
     @torch.no_grad()
-    def on_forward(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    def after(self, args: tuple, kwargs: dict, output: Any) -> None:
         """Measure one network call; returns None, so the output stays what it is."""
         run = self.run
-        if run is None or not watching() or kwargs.get("skip_layers"):
+        if run is None or kwargs.get("skip_layers"):
             return
         prediction = prediction_of(output)
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]

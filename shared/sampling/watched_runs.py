@@ -1,4 +1,4 @@
-"""What a host's own sampling runs say about memorization, and verdicts on their images."""
+"""Scores of a host's own sampling runs, verdicts on their images, and the verdicts in words."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..arrays import Float, Tensor
+from ..mitigation.gate import GuardedImage
 from ..score.calibration import Calibration
 from ..score.metrics import per_element, text_noise_norm
-from .guard_record import GuardedImage
+from ..wording import counted
 
 KEPT_RUNS = 16
+NO_CALIBRATION = "A verdict needs a calibration of this model."
 SAME_LEVEL = 1e-4
 """Relative distance of noise levels that are one level, computed in two ways."""
 
@@ -24,7 +26,7 @@ class WatchedRun:
     latent_shape: tuple[int, ...] = ()
     """Of one image, without the batch."""
     latent_id: str = ""
-    """Of the latent it returned; empty until it has."""
+    """Of the latent it returned; empty while it runs."""
     extra_passes: int = 0
     """Predictions that were computed for the measurement alone."""
     guarded: tuple[GuardedImage, ...] = ()
@@ -34,7 +36,7 @@ class WatchedRun:
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def add(self, x0_cond: Tensor, x0_uncond: Tensor, sigma: Float[Tensor, " image"]) -> None:
-        """Measure one pair of predictions; levels of 0 say nothing.
+        """Measure one pair of predictions; a level of 0 measures nothing.
 
         Args:
             x0_cond: [image *latent] clean latents predicted from the prompt.
@@ -147,56 +149,116 @@ def judge(
     traces = run.traces
     steps = min(steps, traces.shape[1])
     scores = traces[:, :steps].mean(1)
-    each = per_element(scores, run.latent_shape).tolist()
-    if calibration is None:
-        images = tuple(
-            ImageVerdict(score=score, per_element=element)
-            for score, element in zip(scores.tolist(), each, strict=True)
+    images = [
+        ImageVerdict(score=score, per_element=element)
+        for score, element in zip(
+            scores.tolist(), per_element(scores, run.latent_shape).tolist(), strict=True
         )
-        return RunVerdict(images=images, steps=steps)
-    single = _for_one_seed(calibration)
-    return RunVerdict(
-        images=tuple(
-            ImageVerdict(score=score, per_element=element, p_value=p_value, memorized=memorized)
-            for score, element, p_value, memorized in zip(
-                scores.tolist(), each, single.p_values(scores).tolist(),
-                single.flags(scores).tolist(), strict=True,
-            )
-        ),
-        steps=steps,
-        threshold=single.threshold,
-        controls=tuple(
-            single.sorted_scores.quantile(torch.tensor([0.05, 0.95]).double()).tolist()
-        ),
-        caveats=_caveats(run, calibration, model),
-    )  # fmt: skip
-
-
-def _for_one_seed(calibration: Calibration) -> Calibration:
-    return replace(
+    ]
+    if calibration is None:
+        return RunVerdict(images=tuple(images), steps=steps)
+    single = replace(
         calibration,
         control_scores=tuple(scores[:1] for scores in calibration.control_scores),
         threshold=calibration.threshold_for(1),
+    )
+    p_values, flags = single.p_values(scores).tolist(), single.flags(scores).tolist()
+    quantiles = single.sorted_scores.quantile(torch.tensor([0.05, 0.95]).double())
+    return RunVerdict(
+        images=tuple(
+            replace(image, p_value=p_value, memorized=memorized)
+            for image, p_value, memorized in zip(images, p_values, flags, strict=True)
+        ),
+        steps=steps,
+        threshold=single.threshold,
+        controls=tuple(quantiles.tolist()),
+        caveats=_caveats(run, calibration, model),
     )
 
 
 def _caveats(run: WatchedRun, calibration: Calibration, model: str | None) -> tuple[str, ...]:
     """Return how the run differs from what the calibration was made with."""
-    found = []
+    caveats = []
     if model is not None and model != calibration.model:
-        found.append("Calibrated on other weights; thresholds do not carry over.")
-    shape = tuple(calibration.settings["latent_shape"])
+        caveats.append("Calibrated on other weights; thresholds do not carry over.")
+    shape = calibration.latent_shape
     if shape != run.latent_shape:
-        found.append(f"Calibrated on latents of {_sizes(shape)}, this one is "
-                     f"{_sizes(run.latent_shape)}.")  # fmt: skip
+        sizes = (" x ".join(map(str, each)) for each in (shape, run.latent_shape))
+        caveats.append("Calibrated on latents of {}, this one is {}.".format(*sizes))
     if not run.from_noise:
-        found.append("Sampling did not begin at pure noise, where the controls were measured.")
+        caveats.append("Sampling did not begin at pure noise, where the controls were measured.")
     if len(run.sigmas) < calibration.settings["steps"]:
-        found.append(
+        caveats.append(
             f"Calibrated on {calibration.settings['steps']} steps, this run has {len(run.sigmas)}."
         )
-    return tuple(found)
+    return tuple(caveats)
 
 
-def _sizes(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+def headline(verdict: RunVerdict) -> str:
+    """Return the result of a run in a few words."""
+    images = len(verdict.images)
+    if verdict.threshold is None:
+        return "Scores only: no calibration"
+    if images == 1:
+        return "Looks memorized" if verdict.hits else "Does not look memorized"
+    if not verdict.hits:
+        return f"None of {images} images looks memorized"
+    return f"{verdict.hits} of {images} images {'looks' if verdict.hits == 1 else 'look'} memorized"
+
+
+def image_line(verdict: RunVerdict, index: int) -> str:
+    """Return the result of one image of the batch in one line."""
+    image = verdict.images[index]
+    parts = [f"image {index + 1}", f"score {image.score:.3g}"]
+    if image.p_value is not None:
+        parts += [f"p = {image.p_value:.2g}", "looks memorized" if image.memorized else "ordinary"]
+    return "  ·  ".join(parts)
+
+
+def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_passes: int) -> str:
+    """Return the result of a run in full, one fact a line."""
+    steps = "the first step" if verdict.steps == 1 else f"the first {verdict.steps} steps"
+    lines = [headline(verdict), *(image_line(verdict, i) for i in range(len(verdict.images)))]
+    lines.append(f"Score: L2 norm of what the text adds to the prediction, mean over {steps}.")
+    if calibration is None:
+        lines.append(NO_CALIBRATION)
+    else:
+        lines.append(
+            f"Threshold {verdict.threshold:.4g}: at most {calibration.false_positive_rate:.2g} of "
+            f"ordinary prompts score higher, by {len(calibration.control_scores)} controls "
+            f"({calibration.controls}). p: share of controls that score at least as high."
+        )
+    if verdict.caveats:
+        lines += ["The calibration does not fit this run:", *verdict.caveats]
+    if extra_passes:
+        passes = counted(extra_passes, "additional pass", "additional passes")
+        lines.append(f"Measured anyway: {passes} of the network.")
+    return "\n".join(lines)
+
+
+def guard_lines(images: Sequence[GuardedImage]) -> list[str]:
+    """Return what a guard decided about each image of a run, one line each."""
+    lines = []
+    for number, image in enumerate(images, 1):
+        acted = f"acted by {image.method}" if image.fired else "did not act"
+        parts = [f"image {number}", f"guard {acted}"]
+        if image.score_before is not None:
+            parts.append(f"prompt scores {image.score_before:.3g}, threshold {image.threshold:.3g}")
+        if image.noise_before is not None:
+            parts.append(f"initial noise {image.noise_before:.3g} to {image.noise_after:.3g}")
+        lines.append("  ·  ".join(parts))
+    return lines
+
+
+def metadata(verdict: RunVerdict) -> dict:
+    """Return the result as plain JSON values, for the metadata of the saved images."""
+    images = verdict.images
+    return {
+        "score": [image.score for image in images],
+        "score_per_element": [image.per_element for image in images],
+        "steps": verdict.steps,
+        "threshold": verdict.threshold,
+        "p_value": [image.p_value for image in images],
+        "memorized": [image.memorized for image in images],
+        "caveats": list(verdict.caveats),
+    }

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class CalibrationMismatch(ValueError):
 
 
 class NotEnoughControls(ValueError):
-    """Too few controls for the false-positive rate asked for."""
+    """Too few controls for the requested false-positive rate."""
 
 
 def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -118,7 +118,7 @@ class Calibration:
         """
         seed_scores = detection.traces.mean(2)
         if not seed_scores.isfinite().all():
-            raise ValueError("Controls need a score for every seed; found NaN. Use `detect`.")
+            raise ValueError("Controls need a score for every seed; got NaN. Use `detect`.")
         threshold = _threshold(seed_scores.nanmean(1), false_positive_rate)
         n, hits = len(seed_scores), int((seed_scores.nanmean(1) > threshold).sum())
         return cls(
@@ -131,6 +131,11 @@ class Calibration:
             threshold=threshold,
             interval=clopper_pearson(hits, n),
         )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape of the latents that the controls were scored at."""
+        return tuple(self.settings["latent_shape"])
 
     @property
     def seed_scores(self) -> Float[Tensor, " control seed"]:
@@ -154,9 +159,23 @@ class Calibration:
         if not 1 <= seeds <= scores.shape[1]:
             raise ValueError(
                 f"`seeds` must be between 1 and {scores.shape[1]}, the seeds of this calibration, "
-                f"got {seeds}. Calibrate with more seeds to probe with more."
+                f"got {seeds}. Calibrate with more seeds to score with more."
             )
         return _threshold(scores[:, :seeds].mean(1), self.false_positive_rate)
+
+    def at_size(self, latent_shape: tuple[int, ...]) -> "Calibration":
+        """Return the calibration of latents of another size, whose scores per element are equal."""
+        if latent_shape == self.latent_shape:
+            return self
+        factor = math.sqrt(math.prod(latent_shape) / math.prod(self.latent_shape))
+        return replace(
+            self,
+            settings={**self.settings, "latent_shape": list(latent_shape)},
+            control_scores=tuple(
+                tuple(score * factor for score in scores) for scores in self.control_scores
+            ),
+            threshold=self.threshold * factor,
+        )
 
     def p_values(self, scores: Tensor | Sequence[float]) -> Float[Tensor, " prompt"]:
         """Return per score (1 + number of controls at least as high) / (controls + 1), in 0..1."""
@@ -268,7 +287,7 @@ def _threshold(scores: Float[Tensor, " control"], false_positive_rate: float) ->
         raise NotEnoughControls(
             f"not enough controls for this claim: a false-positive rate of {false_positive_rate} "
             f"needs at least {controls_needed(false_positive_rate)} controls, found {n}. "
-            "Add controls, or ask for a higher rate with --false-positive-rate."
+            "Add controls, or allow a higher rate with --false-positive-rate."
         )
     rank = math.ceil((n + 1) * (1 - rate))
     return scores.sort().values[rank - 1].item()

@@ -5,7 +5,7 @@ import pytest
 from runs_to_watch import calibration, run
 from unmemorize.shared.drawing.step_chart import LISTED, WIDTH, draw_note, draw_step_chart
 from unmemorize.shared.drawing.theme import THEMES
-from unmemorize.shared.sampling.guard_record import GuardedImage
+from unmemorize.shared.mitigation.gate import GuardedImage
 from unmemorize.shared.sampling.watched_runs import judge
 
 HIGH, LOW = 9.0, 1.2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
-from unmemorize.shared.mitigation.gate import Decision, Gate, Probe
+from unmemorize.shared.mitigation.gate import AppliedGate, Decision, Gate
 from unmemorize.shared.score.calibration import Calibration, CalibrationMismatch, settings_of
 from unmemorize.shared.score.denoiser import concatenate
 from unmemorize.shared.score.detection import DetectionConfig, detect
@@ -41,15 +41,15 @@ def calibration(denoiser):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_decisions_are_those_of_detection(denoiser, seeds, steps):
     calibration = calibrate(denoiser, steps=steps, cond_scale=4.0)
-    probe = Probe(Gate(calibration=calibration, seeds=seeds), denoiser)
-    decisions = probe.decide(denoiser.encode(CONTROLS + PROMPTS))
+    applied = AppliedGate(Gate(calibration=calibration, seeds=seeds), denoiser)
+    decisions = applied.decide(denoiser.encode(CONTROLS + PROMPTS))
     config = DetectionConfig(seeds=SEEDS[:seeds], steps=steps, cond_scale=4.0)
     scores = detect(denoiser, CONTROLS + PROMPTS, config).scores
     found = torch.tensor([decision.score for decision in decisions], dtype=torch.float64)
     torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-7)
     threshold = sorted(scores[: len(CONTROLS)].tolist())[7]  # ceil(11 * .7) = 8th of ten
-    assert probe.gate.threshold == pytest.approx(threshold)
-    assert [decision.fired for decision in decisions] == (found > probe.gate.threshold).tolist()
+    assert applied.gate.threshold == pytest.approx(threshold)
+    assert [decision.fired for decision in decisions] == (found > applied.gate.threshold).tolist()
     # The control at the threshold may fall on either side: other batches, other last digits.
     assert sum(decision.fired for decision in decisions[: len(CONTROLS)]) in (2, 3)
     if seeds == len(SEEDS):
@@ -60,47 +60,48 @@ def test_decisions_are_those_of_detection(denoiser, seeds, steps):
 def test_the_threshold_of_the_controls_fires_only_above_itself(denoiser, calibration):
     gate = Gate(calibration=calibration)
     at = calibration.seed_scores[:, 0].tolist().index(gate.threshold)
-    probe = Probe(gate, denoiser)
+    applied = AppliedGate(gate, denoiser)
     cond = denoiser.encode(CONTROLS)
-    probe.scores(cond)
-    probe._scores = {
-        key: calibration.seed_scores[i, 0].item() for i, key in enumerate(probe._scores)
+    applied.scores(cond)
+    applied._scores = {
+        key: calibration.seed_scores[i, 0].item() for i, key in enumerate(applied._scores)
     }
-    fired = [decision.fired for decision in probe.decide(cond)]
+    fired = [decision.fired for decision in applied.decide(cond)]
     assert not fired[at]
     assert sum(fired) == 2
 
 
 def test_nothing_is_computed_twice(denoiser, calibration):
-    probe = Probe(Gate(calibration=calibration, seeds=2), denoiser)
+    applied = AppliedGate(Gate(calibration=calibration, seeds=2), denoiser)
     cond = denoiser.encode(PROMPTS)
     denoiser.rows.clear()
     denoiser.encoded.clear()
-    probe.decide(cond[[0, 1, 0, 0, 1]])
+    applied.decide(cond[[0, 1, 0, 0, 1]])
     assert denoiser.rows == [2, 2 * 2]  # the empty prompt, then two prompts, at two seeds
     assert denoiser.encoded == [1]
     denoiser.rows.clear()
-    first = probe.decide(cond[[0]])
-    again = probe.decide(concatenate([cond[[1]], cond[[0]]]))
+    first = applied.decide(cond[[0]])
+    again = applied.decide(concatenate([cond[[1]], cond[[0]]]))
     assert denoiser.rows == []
     assert again[1] == first[0]
-    probe.decide(cond)
+    applied.decide(cond)
     assert denoiser.rows == [2 * 2]  # only what is new
     assert denoiser.encoded == [1]
 
 
 def test_what_counts_is_the_whole_row(denoiser, calibration):
     """One changed number, another dtype, another pooled text: another prompt."""
-    probe, cond = Probe(Gate(calibration=calibration), denoiser), denoiser.encode(PROMPTS[:1])
-    scores = probe.scores(cond)
+    cond = denoiser.encode(PROMPTS[:1])
+    applied = AppliedGate(Gate(calibration=calibration), denoiser)
+    scores = applied.scores(cond)
     denoiser.rows.clear()
     changed = cond.embeddings.clone()
     changed[0, -1, -1] += 1e-3
-    other = probe.scores(replace(cond, embeddings=changed))
+    other = applied.scores(replace(cond, embeddings=changed))
     assert denoiser.rows == [1]
     assert other != scores
     for pooled in (torch.zeros(1, 3), torch.ones(1, 3)):
-        probe.scores(replace(cond, pooled=pooled))
+        applied.scores(replace(cond, pooled=pooled))
     assert denoiser.rows == [1, 1, 1]
 
 
@@ -109,14 +110,14 @@ def test_always_and_never(denoiser, calibration):
     denoiser.rows.clear()
     for mode in ("always", "never"):
         fired = mode == "always"
-        decisions = Probe(Gate(mode=mode), denoiser).decide(cond)
+        decisions = AppliedGate(Gate(mode=mode), denoiser).decide(cond)
         assert decisions == (Decision(fired=fired, score=None),) * len(PROMPTS)
-        assert Probe(Gate(mode=mode), denoiser).scores(cond) is None
+        assert AppliedGate(Gate(mode=mode), denoiser).scores(cond) is None
     assert denoiser.rows == []
-    expected = Probe(Gate(calibration=calibration), denoiser).decide(cond)
+    expected = AppliedGate(Gate(calibration=calibration), denoiser).decide(cond)
     assert {decision.fired for decision in expected} == {True, False}  # the case is not trivial
     for mode in ("always", "never"):
-        decisions = Probe(Gate(mode=mode, calibration=calibration), denoiser).decide(cond)
+        decisions = AppliedGate(Gate(mode=mode, calibration=calibration), denoiser).decide(cond)
         assert {decision.fired for decision in decisions} == {mode == "always"}
         assert [d.score for d in decisions] == [d.score for d in expected]  # recorded all the same
 
@@ -150,26 +151,26 @@ def test_a_prediction_that_is_not_finite_names_the_prompt(denoiser, calibration)
     cond = denoiser.encode(PROMPTS)
     broken = cond.embeddings.clone()
     broken[1] = torch.nan
-    probe = Probe(Gate(calibration=calibration), denoiser)
+    applied = AppliedGate(Gate(calibration=calibration), denoiser)
     with pytest.raises(PredictionError, match="umbrella"):
-        probe.decide(replace(cond, embeddings=broken), PROMPTS)
+        applied.decide(replace(cond, embeddings=broken), PROMPTS)
     with pytest.raises(PredictionError, match="given as embeddings"):
-        probe.decide(replace(cond, embeddings=broken))
+        applied.decide(replace(cond, embeddings=broken))
 
 
 def test_half_precision_embeddings_have_content(calibration):
     denoiser = toy.ToyDenoiser(torch.bfloat16)
     cond = denoiser.encode(PROMPTS[:2])
-    probe = Probe(Gate(calibration=calibration), denoiser)
-    one, two = probe.scores(cond)
+    applied = AppliedGate(Gate(calibration=calibration), denoiser)
+    one, two = applied.scores(cond)
     denoiser.rows.clear()
-    assert probe.scores(cond[[1, 0]]) == (two, one)
+    assert applied.scores(cond[[1, 0]]) == (two, one)
     assert denoiser.rows == []
 
 
 def test_gradients_are_neither_needed_nor_left(denoiser, calibration):
     cond = denoiser.encode(PROMPTS[:1])
     leaf = cond.embeddings.clone().requires_grad_()
-    probe = Probe(Gate(calibration=calibration), denoiser)
-    assert probe.scores(replace(cond, embeddings=leaf)) == probe.scores(cond)
+    applied = AppliedGate(Gate(calibration=calibration), denoiser)
+    assert applied.scores(replace(cond, embeddings=leaf)) == applied.scores(cond)
     assert leaf.grad is None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy import ToyDenoiser
-from unmemorize.shared.mitigation.residual import CHECKS, probe
+from unmemorize.shared.mitigation.residual import CHECKS, residual_probe
 from unmemorize.shared.score.denoiser import Conditioning, Denoiser
 from unmemorize.shared.score.trajectory import PredictionError
 
@@ -59,10 +59,10 @@ def start(seed: int = 3, dtype: torch.dtype = WIDE) -> Conditioning:
 @pytest.mark.parametrize("parametrization", ["epsilon", "v_prediction", "flow"])
 def test_a_planted_image_is_found_and_another_is_not(parametrization):
     network = Planted(parametrization)
-    found = probe(network, network.image, start=start(), generator=generator())
+    found = residual_probe(network, network.image, start=start(), generator=generator())
     # So far away, the network knows nothing of the image.
     far = replace(start(), embeddings=start().embeddings + 1e6)
-    nothing = probe(network, network.image, start=far, generator=generator(), iterations=1)
+    nothing = residual_probe(network, network.image, start=far, generator=generator(), iterations=1)
     assert found.loss_after < 0.02 * nothing.loss_before
     assert found.loss_after < 0.1 * found.loss_before
     x, sigma = 14 * seeded(1, *network.latent_shape, seed=9), network.sigmas(50)[0]
@@ -71,8 +71,8 @@ def test_a_planted_image_is_found_and_another_is_not(parametrization):
     assert (untouched - network.image).norm() > 0.3 * network.image.norm()
     # The negative control: the network never saw this image, and no embedding brings it.
     stranger = seeded(*network.latent_shape, seed=11)
-    other = probe(network, stranger, start=start(), generator=generator())
-    nothing = probe(network, stranger, start=far, generator=generator(), iterations=1)
+    other = residual_probe(network, stranger, start=start(), generator=generator())
+    nothing = residual_probe(network, stranger, start=far, generator=generator(), iterations=1)
     assert other.loss_after > 0.8 * nothing.loss_before
 
 
@@ -87,7 +87,9 @@ class Idle(Planted):
 def test_the_loss_is_in_units_of_the_noise(parametrization, expected):
     """|x - x0|^2 / sigma^2 is |noise|^2, and |noise - x0|^2 for flows."""
     network, target = Idle(parametrization), torch.full(Planted.latent_shape, 3.0, dtype=WIDE)
-    found = probe(network, target, start=start(), generator=generator(), iterations=1, draws=64)
+    found = residual_probe(
+        network, target, start=start(), generator=generator(), iterations=1, draws=64
+    )
     assert found.loss_before == pytest.approx(expected, rel=0.05)
     assert found.loss_after == found.loss_before
 
@@ -138,7 +140,7 @@ SETTINGS = {"iterations": 3, "lr": 0.1, "draws": 3, "schedule_steps": 20}
 
 def test_matches_a_slow_reference_on_a_real_network(toy):
     target, first = seeded(4, 8, 8, seed=4), toy.encode(["red boat"])
-    found = probe(toy, target, start=first, generator=generator(), **SETTINGS)
+    found = residual_probe(toy, target, start=first, generator=generator(), **SETTINGS)
     slow = {name.replace("schedule_steps", "steps"): value for name, value in SETTINGS.items()}
     embedding, errors, (before, after) = slow_probe(toy, target, first, generator(), **slow)
     torch.testing.assert_close(found.cond.embeddings, embedding)
@@ -150,9 +152,9 @@ def test_matches_a_slow_reference_on_a_real_network(toy):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_batches_change_nothing(toy, batch_size):
     target, first = seeded(4, 8, 8, seed=4), toy.encode(["red boat"])
-    whole = probe(toy, target, start=first, generator=generator(), **SETTINGS)
+    whole = residual_probe(toy, target, start=first, generator=generator(), **SETTINGS)
     toy.rows.clear()
-    split = probe(
+    split = residual_probe(
         toy, target, start=first, generator=generator(), batch_size=batch_size, **SETTINGS
     )
     assert max(toy.rows) == batch_size
@@ -166,12 +168,16 @@ def test_global_random_numbers_have_no_part_in_it():
     for seed in (0, 1):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found = probe(network, network.image, start=start(), generator=generator(), iterations=5)
+        found = residual_probe(
+            network, network.image, start=start(), generator=generator(), iterations=5
+        )
         assert torch.equal(torch.get_rng_state(), state)
         results.append(found)
     assert torch.equal(results[0].cond.embeddings, results[1].cond.embeddings)
     assert results[0].losses == results[1].losses
-    other = probe(network, network.image, start=start(), generator=generator(8), iterations=5)
+    other = residual_probe(
+        network, network.image, start=start(), generator=generator(8), iterations=5
+    )
     assert other.losses != results[0].losses  # the generator does
 
 
@@ -180,7 +186,9 @@ def test_the_start_and_the_network_stay_as_they_were(toy):
     pooled = seeded(1, 3)
     first = replace(first, pooled=pooled)
     before = first.embeddings.clone()
-    found = probe(toy, seeded(4, 8, 8), start=first, generator=generator(), iterations=1, draws=1)
+    found = residual_probe(
+        toy, seeded(4, 8, 8), start=first, generator=generator(), iterations=1, draws=1
+    )
     assert torch.equal(first.embeddings, before)
     assert all(parameter.grad is None for parameter in toy.unet.parameters())
     assert not found.cond.embeddings.requires_grad
@@ -200,14 +208,14 @@ def test_embeddings_made_in_inference_mode_can_be_probed():
     network = Pooled()
     with torch.inference_mode():
         first = replace(start(), embeddings=seeded(1, 4, 6), pooled=seeded(1, 3))
-    found = probe(network, network.image, start=first, generator=generator(), iterations=2)
+    found = residual_probe(network, network.image, start=first, generator=generator(), iterations=2)
     assert math.isfinite(found.loss_after)
 
 
 def test_a_half_precision_embedding_is_optimised_in_single():
     network, first = Planted(), start(dtype=torch.float16)
     # The largest step that float16 would swallow between 1 and 2, a hundred times.
-    found = probe(
+    found = residual_probe(
         network, network.image, start=first, generator=generator(), iterations=100, lr=2e-4
     )
     assert found.cond.embeddings.dtype == torch.float16
@@ -223,7 +231,7 @@ class Broken(Planted):
 def test_a_prediction_that_is_not_finite_is_an_error():
     network = Broken()
     with pytest.raises(PredictionError, match="residual probe or its gradient is not finite"):
-        probe(network, network.image, start=start(), generator=generator())
+        residual_probe(network, network.image, start=start(), generator=generator())
 
 
 @pytest.mark.parametrize(
@@ -242,8 +250,11 @@ def test_wrong_arguments_are_refused(change, message):
     network = Planted()
     arguments = {"target": network.image, "start": start(), "generator": generator()} | change
     with pytest.raises(ValueError, match=message):
-        probe(network, **arguments)
+        residual_probe(network, **arguments)
 
 
 def test_the_word_removed_stands_nowhere(root):
-    assert "removed" not in (root / "shared" / "residual.py").read_text("utf-8").casefold()
+    assert (
+        "removed"
+        not in (root / "shared" / "mitigation" / "residual.py").read_text("utf-8").casefold()
+    )

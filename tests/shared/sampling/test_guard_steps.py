@@ -24,7 +24,7 @@ from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.sampling.network_call import NetworkCall
 from unmemorize.shared.sampling.observer import observe
-from unmemorize.shared.score.denoiser import concatenate
+from unmemorize.shared.score.denoiser import Conditioning, concatenate
 from unmemorize.shared.score.metrics import text_noise_norm
 from unmemorize.shared.score.noise_levels import output_from_x0, x0_from_output
 
@@ -340,10 +340,12 @@ def test_a_call_cut_to_rows_keeps_what_has_none():
     call = NetworkCall(args=(), kwargs=kwargs)
     cut = call.only([1, 3])
     assert cut.latents.tolist() == [[2, 3], [6, 7]]
-    assert cut.embeddings.tolist() == cut.pooled.tolist() == [1, 3]
+    assert cut.conditioning([0, 1]).embeddings.tolist() == cut.pooled.tolist() == [1, 3]
     assert cut.kwargs["added_cond_kwargs"]["image_embeds"][0].tolist() == [1, 3]
     assert cut.kwargs["txt_ids"].shape == cut.kwargs["img_ids"].shape == (4, 3)
     assert cut.timestep == 3
-    changed = call.replaced([0], pooled=torch.tensor([9.0]))
+    cond = Conditioning(embeddings=torch.tensor([8.0]), pooled=torch.tensor([9.0]))
+    changed = call.with_conditioning([0], cond)
+    assert changed.conditioning([0, 1]).embeddings.tolist() == [8, 1]
     assert changed.pooled.tolist() == [9, 1, 2, 3]
     assert call.pooled.tolist() == [0, 1, 2, 3]  # the caller's own stay

@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 from runs_to_watch import SHAPE, add, calibration, run
-from unmemorize.shared.sampling.guard_record import GuardedImage
-from unmemorize.shared.sampling.run_wording import (
+from unmemorize.shared.mitigation.gate import GuardedImage
+from unmemorize.shared.sampling.watched_runs import (
+    KEPT_RUNS,
+    WatchedRun,
+    WatchRecord,
     guard_lines,
     headline,
     image_line,
+    judge,
     metadata,
-    report,
+    verdict_text,
 )
-from unmemorize.shared.sampling.watched_runs import KEPT_RUNS, WatchedRun, WatchRecord, judge
 
 
 def test_scores_are_norms_over_sigma_image_by_image():
@@ -68,7 +71,7 @@ def test_what_does_not_fit_is_told():
     other = run([1.0])
     other.latent_shape = (4, 16, 16)
     assert "4 x 16 x 16" in judge(other, cal).caveats[0]
-    assert "does not fit" in report(judge(other, cal), cal, 0)
+    assert "does not fit" in verdict_text(judge(other, cal), cal, 0)
 
 
 def test_the_run_of_a_latent_is_found_and_old_runs_are_let_go():
@@ -95,8 +98,8 @@ def test_wording_follows_the_numbers():
     assert headline(some) == "1 of 2 images looks memorized"
     assert headline(judge(run([9.0]))) == "Scores only: no calibration"
     assert image_line(some, 0) == "image 1  ·  score 9  ·  p = 0.0083  ·  looks memorized"
-    assert "120 controls (made up)" in report(some, cal, 0)
-    assert "7 additional passes" in report(judge(run([9.0])), None, 7)
+    assert "120 controls (made up)" in verdict_text(some, cal, 0)
+    assert "7 additional passes" in verdict_text(judge(run([9.0])), None, 7)
     assert metadata(some)["memorized"] == [True, False]
 
 

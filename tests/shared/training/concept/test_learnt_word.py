@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from unmemorize import demo
-from unmemorize.shared.mitigation.residual import probe
+from unmemorize.shared.mitigation.residual import residual_probe
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.training.concept.concept import Concept
@@ -85,7 +85,7 @@ def test_the_word_learns_to_denoise_its_pictures():
     def loss(prompt: str) -> float:
         generator = torch.Generator().manual_seed(77)
         start = denoiser.encode([prompt])
-        return probe(
+        return residual_probe(
             denoiser, latents[0], start=start, generator=generator, iterations=1, lr=1e-9
         ).loss_before
 
