@@ -106,7 +106,7 @@ def cross_attention(network: nn.Module | None, blocks: str) -> list[nn.Module]:
     """Return the cross-attention of a U-Net in some blocks.
 
     Raises:
-        ValueError: There is none, or it is not diffusers' own; says what is supported.
+        ValueError: There is none, or it is not diffusers' own; names what is supported.
     """
     supported = (
         "Attraction-repulsion works on diffusers U-Nets with cross-attention, which are Stable "
@@ -114,26 +114,26 @@ def cross_attention(network: nn.Module | None, blocks: str) -> list[nn.Module]:
     )
     if network is None:
         raise ValueError(f"{supported}; the host gave no network. Choose another method.")
-    found = {
+    modules = {
         name: module
         for name, module in network.named_modules()
         if name.endswith(".attn2")
         and BLOCKS[blocks] & set(name.split("."))
         and getattr(module, "is_cross_attention", False)
     }
-    if not found:
+    if not modules:
         raise ValueError(
             f"{supported}; this {type(network).__name__} has none in its {blocks} blocks. "
             "Choose another method."
         )
-    for name, module in found.items():
-        kind = type(module.processor).__name__
-        if kind not in PROCESSORS:
+    for name, module in modules.items():
+        processor = type(module.processor).__name__
+        if processor not in PROCESSORS:
             raise ValueError(
-                f"{supported}, with their own attention; {name} has {kind}. Unload what replaced "
-                "it (an IP-Adapter, for instance), or choose another method."
+                f"{supported}, with their own attention; {name} has {processor}. Unload what "
+                "replaced it (an IP-Adapter, for instance), or choose another method."
             )
-    return list(found.values())
+    return list(modules.values())
 
 
 @contextmanager
@@ -178,17 +178,17 @@ class _Damped:
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.to_q(hidden_states), attn.to_k(context)
-        kind, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+        dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
         query, key = (attn.head_to_batch_dim(part.to(wide)) for part in (query, key))
         mask = damping(attn.scale * query @ key.transpose(1, 2), self.alpha, self.tau)
         if attention_mask is not None:
             rows, tokens = context.shape[:2]
             mask = mask + attn.prepare_attention_mask(attention_mask, tokens, rows)
-        # A mask must have the logits' dtype, and these two widen logits where the network says so.
+        # A mask must have the logits' dtype, and these two widen logits if `upcast_attention`.
         widened = attn.upcast_attention and type(self.processor).__name__ in UPCASTING
         return self.processor(
             attn,
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,
-            attention_mask=mask if widened else mask.to(kind),
+            attention_mask=mask if widened else mask.to(dtype),
         )

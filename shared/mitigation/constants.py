@@ -39,45 +39,48 @@ class Constants:
         if self.network is None:
             yield
         elif key == self._key:
-            with self._answering():
+            with self._replaying():
                 yield
         elif torch.is_grad_enabled():
             self._key, self._outputs = None, {}
-            with self._listening() as heard:
+            with self._recording() as constant:
                 yield
-            self._key, self._outputs = key, heard
+            self._key, self._outputs = key, constant
         else:  # without a graph everything would look constant
             yield
 
     @contextmanager
-    def _listening(self) -> Iterator[dict[nn.Module, Any]]:
-        """Note outputs without gradient of modules that are called once; afterwards the dict."""
-        calls: Counter[nn.Module] = Counter()
-        heard: dict[nn.Module, tuple[Any, list[int]]] = {}
+    def _recording(self) -> Iterator[dict[nn.Module, Any]]:
+        """Collect the outputs, without gradient, of the outermost modules that are called once.
 
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
+        The dictionary is filled when the block ends.
+        """
+        calls: Counter[nn.Module] = Counter()
+        outputs: dict[nn.Module, tuple[Any, list[int]]] = {}
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
             calls[module] += 1
             tensors = _tensors(output)
             if tensors and not any(tensor.requires_grad for tensor in tensors):
-                heard[module] = output, [tensor._version for tensor in tensors]
+                outputs[module] = output, [tensor._version for tensor in tensors]
 
-        found: dict[nn.Module, Any] = {}
+        constant: dict[nn.Module, Any] = {}
         with ExitStack() as undo:
             for module in self.network.modules():
-                undo.callback(module.register_forward_hook(listen).remove)
-            yield found
+                undo.callback(module.register_forward_hook(record).remove)
+            yield constant
         inside: set[nn.Module] = set()
         for module in self.network.modules():  # outer modules first
-            if module in inside or module not in heard or calls[module] > 1:
+            if module in inside or module not in outputs or calls[module] > 1:
                 continue
-            output, versions = heard[module]
-            # Who writes into an output would find it written the next time.
+            output, versions = outputs[module]
+            # An output that is written into later would be another one the next time.
             if [tensor._version for tensor in _tensors(output)] == versions:
-                found[module] = output
+                constant[module] = output
                 inside |= set(module.modules())
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def _replaying(self) -> Iterator[None]:
         """Let the modules return what they returned before."""
         with ExitStack() as undo:
             for module, output in self._outputs.items():

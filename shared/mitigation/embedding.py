@@ -15,15 +15,12 @@ from ..score.metrics import text_noise_norm
 from .constants import Constants
 from .method import Method, Start
 from .optimisation import (
-    Descent,
     Optimised,
-    batches,
     check_checkpointing,
     check_descent,
     descend,
     find_target,
     gradients,
-    joined,
 )
 
 
@@ -120,39 +117,31 @@ def optimise_embedding(
         ValueError: The network cannot recompute its activations.
         PredictionError: A prediction or gradient is not finite.
     """
-    parts: list[Descent] = []
     if checkpointing:
         check_checkpointing(network)
     with gradients(network, checkpointing=checkpointing):
         cond, x, sigma = cond.detached(), x.detach().clone(), sigma.detach().clone()
         x0_uncond = x0_uncond.detach().clone()
         constants = Constants(None if checkpointing else network)
-        for batch in batches(denoiser, len(x), batch_size):
-            here, at, base = cond[batch], x[batch], x0_uncond[batch]
-            kind = here.embeddings.dtype
+        dtype = cond.embeddings.dtype
 
-            def magnitude(
-                rows: list[int], rest: Tensor, here=here, at=at, base=base, batch=batch.start
-            ) -> Tensor:
-                first = here.embeddings[rows, :1]
-                embeddings = torch.cat([first, rest.to(first.dtype)], dim=1)
-                with constants.of((batch, *rows)):
-                    x0_cond = denoiser.denoise(
-                        at[rows], sigma, replace(here[rows], embeddings=embeddings)
-                    )
-                return text_noise_norm(x0_cond, base[rows]) / sigma
+        def magnitude(rows: list[int], rest: Tensor) -> Tensor:
+            embeddings = torch.cat([cond.embeddings[rows, :1], rest.to(dtype)], dim=1)
+            with constants.of(tuple(rows)):
+                x0_cond = denoiser.denoise(
+                    x[rows], sigma, replace(cond[rows], embeddings=embeddings)
+                )
+            return text_noise_norm(x0_cond, x0_uncond[rows]) / sigma
 
-            descent = descend(
-                # The leaves are wide, so that their gradients are; the network gets its own dtype.
-                list(here.embeddings[:, 1:].to(torch.promote_types(kind, torch.float32))),
-                magnitude,
-                target=target,
-                learning_rate=learning_rate,
-                iterations=iterations,
-                denoiser=denoiser,
-            )
-            parts.append(descent)
-        found = joined(parts)
-        rest = found.rows.to(cond.embeddings.dtype)
-        embeddings = torch.cat([cond.embeddings[:, :1], rest], dim=1)
-    return replace(cond, embeddings=embeddings), found.before, found.after, found.iterations
+        best = descend(
+            # The leaves are wide, so that their gradients are; the network gets its own dtype.
+            list(cond.embeddings[:, 1:].to(torch.promote_types(dtype, torch.float32))),
+            magnitude,
+            target=target,
+            learning_rate=learning_rate,
+            iterations=iterations,
+            denoiser=denoiser,
+            batch_size=batch_size,
+        )
+        embeddings = torch.cat([cond.embeddings[:, :1], best.rows.to(dtype)], dim=1)
+    return replace(cond, embeddings=embeddings), best.before, best.after, best.iterations

@@ -23,7 +23,6 @@ from .optimisation import (
     descend,
     find_target,
     gradients,
-    joined,
 )
 
 ITERATIONS = {"per_sample": 50, "batch": 2}
@@ -96,32 +95,29 @@ class InitialNoise(Method):
 
     def _per_sample(self, start: Start) -> Optimised:
         target = find_target(start, self.target, self.target_quantile)
-        unit, parts = _unit(start), []
+        unit = _unit(start)
         if self.checkpointing:
             check_checkpointing(start.network)
         with gradients(start.network, checkpointing=self.checkpointing):
             run = _TextNoise(start)
-            for batch in batches(start.denoiser, len(run.x), self.batch_size):
-                here, z = run.cond[batch], run.x[batch] / unit
 
-                def magnitude(rows: list[int], z: Tensor, here: Conditioning = here) -> Tensor:
-                    x0_uncond, x0_cond = run.predict(z * unit, here[rows])
-                    return text_noise_norm(x0_cond, x0_uncond) / run.sigma
+            def magnitude(rows: list[int], z: Tensor) -> Tensor:
+                x0_uncond, x0_cond = run.predict(z * unit, run.cond[rows])
+                return text_noise_norm(x0_cond, x0_uncond) / run.sigma
 
-                descent = descend(
-                    list(z),
-                    magnitude,
-                    target=target,
-                    learning_rate=self.learning_rate,
-                    iterations=self._iterations(),
-                    denoiser=start.denoiser,
-                    keep_norm=True,
-                )
-                parts.append(descent)
-            found = joined(parts)
+            best = descend(
+                list(run.x / unit),
+                magnitude,
+                target=target,
+                learning_rate=self.learning_rate,
+                iterations=self._iterations(),
+                denoiser=start.denoiser,
+                batch_size=self.batch_size,
+                keep_norm=True,
+            )
             # What did not move comes back bit for bit.
-            x = run.x + unit * (found.rows - run.x / unit)
-        return Optimised(x=x, before=found.before, after=found.after, iterations=found.iterations)
+            x = run.x + unit * (best.rows - run.x / unit)
+        return Optimised(x=x, before=best.before, after=best.after, iterations=best.iterations)
 
     @torch.no_grad()
     def _batch(self, start: Start) -> Tensor:

@@ -103,6 +103,6 @@ class Method:
         """Return what to do to this run.
 
         Raises:
-            ValueError: The run lacks what the method needs; says what.
+            ValueError: The run lacks what the method needs; names it.
         """
         raise NotImplementedError

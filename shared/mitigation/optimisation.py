@@ -70,7 +70,7 @@ def find_target(start: Start, target: float | None, target_quantile: float) -> f
     """Return the |D| at which a row may stop (L2 norm, latent units).
 
     Args:
-        start: The run; its calibration is asked when there is no target.
+        start: The run; its calibration gives the target where there is none.
         target: Already in these units.
         target_quantile: Of the control prompts' scores at single seeds, 0..1.
 
@@ -101,6 +101,7 @@ def descend(
     learning_rate: float,
     iterations: int,
     denoiser: Denoiser,
+    batch_size: int | None = None,
     keep_norm: bool = False,
 ) -> Descent:
     """Lower each row's |D| by AdamW until it reaches the target, and keep the best.
@@ -114,7 +115,8 @@ def descend(
         target: A row at or below it stops.
         learning_rate: Of AdamW, whose other settings are torch's defaults, as in the papers.
         iterations: Optimizer steps at most; there is one more evaluation than steps.
-        denoiser: Says what the network computes in.
+        denoiser: Decides the size of batches and the scale of the loss.
+        batch_size: Rows of one pass; None chooses by device and latent size.
         keep_norm: Scale each row back to the L2 norm it came with, after every step.
 
     Raises:
@@ -123,49 +125,42 @@ def descend(
     scale = loss_scale(denoiser)
     leaves = [row.detach().clone().requires_grad_() for row in rows]
     norms = [leaf.detach().norm() for leaf in leaves]
-    optimizer = torch.optim.AdamW(leaves, lr=learning_rate)
-    best, before, after = [leaf.detach().clone() for leaf in leaves], [], [math.inf] * len(leaves)
-    steps, active = [0] * len(leaves), list(range(len(leaves)))
-    for iteration in range(iterations + 1):
-        with torch.set_grad_enabled(iteration < iterations):
-            measured = magnitude(active, torch.stack([leaves[i] for i in active]))
-        values = measured.tolist()
-        if not all(map(math.isfinite, values)):
-            steps_done = counted(iteration, "optimizer step", "optimizer steps")
-            raise not_finite(f"The text noise after {steps_done}", denoiser)
-        before = before or values
-        for i, value in zip(active, values, strict=True):
-            if value < after[i]:
-                after[i], best[i] = value, leaves[i].detach().clone()
-        above = [place for place, value in enumerate(values) if value > target]
-        active = [active[place] for place in above]
-        if iteration == iterations or not active:
-            break
-        gradients = torch.autograd.grad(scale * measured[above].sum(), [leaves[i] for i in active])
-        for i, gradient in zip(active, gradients, strict=True):
-            leaves[i].grad = gradient / scale
-            steps[i] += 1
-        optimizer.step()
-        optimizer.zero_grad()  # rows without a gradient are passed over
-        if keep_norm:
-            with torch.no_grad():
-                for i in active:
-                    leaves[i] *= norms[i] / leaves[i].norm()
+    best, before = [leaf.detach().clone() for leaf in leaves], [math.inf] * len(leaves)
+    after, steps = [math.inf] * len(leaves), [0] * len(leaves)
+    for batch in batches(denoiser, len(leaves), batch_size):
+        active = list(range(len(leaves))[batch])
+        optimizer = torch.optim.AdamW(leaves[batch], lr=learning_rate)
+        for iteration in range(iterations + 1):
+            with torch.set_grad_enabled(iteration < iterations):
+                measured = magnitude(active, torch.stack([leaves[i] for i in active]))
+            values = measured.tolist()
+            if not all(map(math.isfinite, values)):
+                steps_done = counted(iteration, "optimizer step", "optimizer steps")
+                raise not_finite(f"The text noise after {steps_done}", denoiser)
+            for i, value in zip(active, values, strict=True):
+                before[i] = value if iteration == 0 else before[i]
+                if value < after[i]:
+                    after[i], best[i] = value, leaves[i].detach().clone()
+            above = [place for place, value in enumerate(values) if value > target]
+            active = [active[place] for place in above]
+            if iteration == iterations or not active:
+                break
+            moving = [leaves[i] for i in active]
+            grads = torch.autograd.grad(scale * measured[above].sum(), moving)
+            for i, gradient in zip(active, grads, strict=True):
+                leaves[i].grad = gradient / scale
+                steps[i] += 1
+            optimizer.step()
+            optimizer.zero_grad()  # rows without a gradient are passed over
+            if keep_norm:
+                with torch.no_grad():
+                    for i in active:
+                        leaves[i] *= norms[i] / leaves[i].norm()
     return Descent(
         rows=torch.stack(best),
         before=torch.tensor(before, dtype=torch.float64),
         after=torch.tensor(after, dtype=torch.float64),
         iterations=torch.tensor(steps),
-    )
-
-
-def joined(parts: Sequence[Descent]) -> Descent:
-    """Return descents of different rows as one."""
-    return Descent(
-        rows=torch.cat([part.rows for part in parts]),
-        before=torch.cat([part.before for part in parts]),
-        after=torch.cat([part.after for part in parts]),
-        iterations=torch.cat([part.iterations for part in parts]),
     )
 
 

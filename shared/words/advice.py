@@ -15,7 +15,7 @@ from .edits import Edit, Kind, Plan, apply, core, move_parts
 from .explanation import Explanation, explain
 
 NEUTRAL = ("thing", "scene")
-"""Stand-ins where the caller names none: they say little, which is the point."""
+"""Stand-ins where the caller names none: they mean little, which is the point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Advice:
     @property
     def best(self) -> Candidate | None:
         """Return the smallest edit under the threshold, the lowest score among equals."""
-        return next((found for found in self.candidates if found.under_threshold), None)
+        return next((each for each in self.candidates if each.under_threshold), None)
 
     def __str__(self) -> str:
         """Return the advice as a sentence."""
@@ -79,7 +79,7 @@ class Advice:
         if self.best is not None:
             return f"{self.best}, not above {limit}."
         tried = f"None of the {len(self.candidates)} edits tried brings the score to {limit}."
-        lowest = min(self.candidates, key=lambda found: found.score_after, default=None)
+        lowest = min(self.candidates, key=lambda each: each.score_after, default=None)
         return tried if lowest is None else f"{tried} The lowest: {lowest}."
 
 
@@ -136,7 +136,7 @@ def advise(
 
         search = _Search(prompt, explanation.words, score, threshold, budget, score_all)
         search.run(_word_edits(explanation, top, replacements), largest)
-        candidates = sorted(search.tried, key=lambda found: (found.size, found.score_after))
+        candidates = sorted(search.tried, key=lambda each: (each.size, each.score_after))
     return Advice(prompt=prompt, score=score, threshold=threshold, candidates=tuple(candidates))
 
 
@@ -183,14 +183,14 @@ class _Search:
                       under_threshold=after <= self.threshold)
             for (edits, text), after in zip(chosen, scores, strict=True)
         ]  # fmt: skip
-        return any(found.under_threshold for found in self.tried)
+        return any(each.under_threshold for each in self.tried)
 
     def _longer(self, size: int) -> list[tuple[Edit, ...]]:
         """Return edits of one word more, first those whose effects add up to the lowest score."""
-        plain = [found for found in self.tried if not any(edit.part for edit in found.edits)]
-        singles = [found for found in plain if found.size == 1]
+        plain = [each for each in self.tried if not any(edit.part for edit in each.edits)]
+        singles = [each for each in plain if each.size == 1]
         estimates: dict[tuple[Edit, ...], float] = {}
-        for shorter in (found for found in plain if found.size == size):
+        for shorter in (each for each in plain if each.size == size):
             touched = {index for edit in shorter.edits for index in edit.indices}
             for single in singles:
                 if touched.isdisjoint(single.edits[0].indices):

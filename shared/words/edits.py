@@ -84,18 +84,18 @@ def move_parts(prompt: str, words: Sequence[str]) -> list[Plan]:
 
 def core(word: str) -> tuple[int, int]:
     """Return where the letters of a word start and end; all of it when it has none."""
-    found = re.search(r"[^\W_]+(?:['\u2019-][^\W_]+)*", word)
-    return found.span() if found else (0, len(word))
+    letters = re.search(r"[^\W_]+(?:['\u2019-][^\W_]+)*", word)
+    return letters.span() if letters else (0, len(word))
 
 
 def _spans(prompt: str, words: Sequence[str]) -> list[tuple[int, int]]:
     """Return where each word starts and ends in the prompt."""
-    found, end = [], 0
+    spans, end = [], 0
     for word in words:
         start = prompt.index(word, end)
         end = start + len(word)
-        found.append((start, end))
-    return found
+        spans.append((start, end))
+    return spans
 
 
 def _owners(pieces: Sequence[str], prompt: str, words: Sequence[str]) -> list[set[int]]:
