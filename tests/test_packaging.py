@@ -147,16 +147,6 @@ def test_extras_named_in_messages_exist(root, project):
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
 
 
-def readme_examples() -> list[str]:
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    return re.findall(r"^```python\n(.*?)^```", readme.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize("example", readme_examples())
-def test_readme_examples_run(example, run_python, tmp_path):
-    assert "tensor(" in run_python("-c", example, cwd=tmp_path).stdout
-
-
 def test_one_ruff_everywhere(root, project):
     (pinned,) = project["project"]["optional-dependencies"]["lint"]
     hooks = (root / ".pre-commit-config.yaml").read_text("utf-8")

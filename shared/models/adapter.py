@@ -1,9 +1,10 @@
 """Any supported diffusers text-to-image pipeline as a `Denoiser`."""
 
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
+from .lora.files import COMPONENTS
 from .quiet import no_progress_bar, quiet
 from .tokens import Reading, read, split_words
 
@@ -36,15 +38,23 @@ class PipelineDenoiser:
     The pipeline stays the user's: nothing of it is changed. Its scheduler is only read.
     """
 
-    def __init__(self, pipeline: Any, *, resolution: int | tuple[int, int] | None = None):
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        resolution: int | tuple[int, int] | None = None,
+        weights: Callable[[], str] | None = None,
+    ):
         """Wrap a pipeline.
 
         Args:
             pipeline: A diffusers text-to-image pipeline, on its device and in its dtype.
             resolution: Side of the images in pixels, or height and width; None for what the model
                 was made for.
+            weights: Returns the sha256 of the files that the pipeline was loaded from; None for a
+                pipeline that is known from memory alone.
         """
-        self.pipeline = pipeline
+        self.pipeline, self._weights = pipeline, weights
         self.family = family_of(pipeline)(pipeline, resolution)
         self.schedule = self.family.schedule()
         self.parametrization = self.family.parametrization()
@@ -68,6 +78,20 @@ class PipelineDenoiser:
     def resolution(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         return self.family.height, self.family.width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of the weights, LoRA included: of their files if known, else of the tensors."""
+        if self._weights is not None:
+            return self._weights()
+        total = hashlib.sha256()
+        for name in COMPONENTS:
+            if (part := getattr(self.pipeline, name, None)) is not None:
+                for key, tensor in sorted(part.state_dict().items()):
+                    total.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+                    values = tensor.detach().cpu().contiguous().flatten()
+                    total.update(values.view(torch.uint8).numpy())
+        return total.hexdigest()
 
     @property
     def has_lora(self) -> bool:

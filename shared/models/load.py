@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from .single_file import load_single_file
 
 
 def load_denoiser(
-    model: str | Path,
+    model: Any,
     *,
     lora: Path | None = None,
     device: str | None = None,
@@ -26,10 +28,12 @@ def load_denoiser(
     resolution: int | None = None,
     config: Path | None = None,
 ) -> PipelineDenoiser:
-    """Load a model so that nothing of it is random, missing or ignored.
+    """Load a model so that nothing of it is random, missing or ignored, or take a pipeline.
 
     Args:
-        model: Diffusers folder, single-file .safetensors checkpoint, or hub id (``owner/name``).
+        model: Diffusers folder, single-file .safetensors checkpoint, or hub id (``owner/name``);
+            or a diffusers text-to-image pipeline, which stays as it is and to which none of the
+            arguments but `resolution` applies.
         lora: LoRA file to put on it.
         device: Of torch; None for CUDA where there is one.
         dtype: None for float16 on CUDA, float32 elsewhere.
@@ -40,7 +44,14 @@ def load_denoiser(
 
     Raises:
         ModelError: When the model or the LoRA cannot be used as it is.
+        ValueError: The pipeline is of no supported family, or an argument does not apply to it.
     """
+    if not isinstance(model, str | Path):
+        of_files = {"lora": lora, "device": device, "dtype": dtype, "revision": revision,
+                    "config": config}  # fmt: skip
+        if given := [name for name, value in of_files.items() if value is not None]:
+            raise ValueError(f"A pipeline is taken as it is: leave out {', '.join(given)}.")
+        return PipelineDenoiser(model, resolution=resolution)
     for module in ("diffusers", "transformers"):
         require(module, purpose=PURPOSE, extra="models")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +69,8 @@ def load_denoiser(
     if lora is not None:
         with quiet():
             load_lora(pipeline, Path(lora))
-    return PipelineDenoiser(pipeline.to(device), resolution=resolution)
+    weights = partial(model_fingerprint, model, lora, revision)
+    return PipelineDenoiser(pipeline.to(device), resolution=resolution, weights=weights)
 
 
 def model_fingerprint(

@@ -1,0 +1,46 @@
+"""A calibration of a loaded model in one call."""
+
+from collections.abc import Sequence
+
+from ..score.calibration import Calibration, settings_of
+from ..score.controls import load_controls
+from ..score.detection import DetectionConfig, Progress, detect
+from .adapter import PipelineDenoiser
+
+
+def calibrate(
+    model: PipelineDenoiser,
+    controls: str | Sequence[str] = "photographs",
+    config: DetectionConfig | None = None,
+    *,
+    false_positive_rate: float = 0.01,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Score control prompts on a model, and return the threshold that they support.
+
+    It holds for this model, with the LoRA that it carries, and for prompts of the same kind as the
+    controls, which the model must not have memorized.
+
+    Args:
+        model: From `load`.
+        controls: Prompts, or the name of a bundled list: "photographs" or "art".
+        config: Seeds and steps, as in the detection that it is for.
+        false_positive_rate: Highest share of ordinary prompts that may be flagged, in expectation,
+            above 0 and below 1; a rate of .01 needs 99 controls.
+        progress: Called with the number of controls scored since the last call.
+
+    Raises:
+        NotEnoughControls: The number of controls cannot support the rate.
+        ValueError: There is no such list.
+        PredictionError: A prediction is NaN or infinite; names the prompt.
+    """
+    config = config or DetectionConfig()
+    bundled = isinstance(controls, str)
+    prompts = load_controls(controls) if bundled else controls
+    return Calibration.from_controls(
+        detect(model, prompts, config, progress=progress),
+        model=model.fingerprint,
+        settings=settings_of(model, config),
+        name=controls if bundled else "given prompts",
+        false_positive_rate=false_positive_rate,
+    )
