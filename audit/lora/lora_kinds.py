@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...shared.files.weights import ModelError, read_header
-from ...shared.models.lora.dialects import PEFT_PREFIX
-from ...shared.models.lora.files import FACTORS
-from ...shared.models.lora.lycoris import MAGNITUDES
+from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted
 
 Dialect = Literal["kohya", "peft", "diffusers", "lycoris"]

@@ -54,6 +54,28 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what the header of a safetensors file says besides names, dtypes and shapes."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ModelError: It is missing, a pickle, cut off, not safetensors, or holds NaN or infinity.
+    """
+    from safetensors.torch import load_file
+
+    read_header(path)
+    tensors = load_file(path)
+    check_finite(tensors, str(path))
+    return tensors
+
+
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise ModelError naming the tensors that hold NaN or infinity."""
     bad = [

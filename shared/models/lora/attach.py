@@ -1,19 +1,21 @@
-"""LoRA files on a diffusers pipeline: read strictly, switched off and on again."""
+"""LoRA files on a diffusers pipeline, as layers of PEFT: read strictly, switched off and on."""
 
 import math
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...dependencies import require
 from ...files.weights import ModelError
 from ...wording import counted, name_some
-from .files import COMPONENTS, LoraFile, Place, read_lora
-from .lycoris import attach_products, detach_products
+from .files import COMPONENTS, LoraFile, Pair, read_lora
+from .lycoris import Product
 
 ADAPTER = "unmemorize"
 
@@ -21,161 +23,162 @@ ADAPTER = "unmemorize"
 def load_lora(pipeline: Any, path: Path) -> None:
     """Put a LoRA file on a pipeline, all of it, or raise and leave the pipeline as it was.
 
-    The dialects (kohya, PEFT, diffusers, LyCORIS) are read by diffusers' own converters, which skip
-    what they do not know; here every key must arrive in the layer it names, with the file's scale.
-    LoHa, LoKr and DoRA become layers of PEFT.
+    The loaders of libraries skip what they do not know. Here PEFT makes a layer for every module
+    of the file, and each takes the factors and the scale that the file has for it.
 
     Raises:
         ModelError: When the file is not a whole LoRA for this architecture; names the keys.
     """
     require("peft", purpose="Loading a LoRA", extra="models")
     file = read_lora(pipeline, path)
-    _check_fits(pipeline, file, path)
-    _attach(pipeline, file, path)
-
-
-def _modules(pipeline: Any, component: str) -> dict[str, torch.nn.Module]:
-    """Return the modules of a component, without the prefix transformers 5 dropped."""
-    part = getattr(pipeline, component, None)
-    if not isinstance(part, torch.nn.Module):
-        return {}
-    return {name.removeprefix("text_model."): module for name, module in part.named_modules()}
-
-
-def _check_fits(pipeline: Any, file: LoraFile, path: Path) -> None:
-    """Raise ModelError unless every module is there and has the factors' sizes."""
-    modules = {component: _modules(pipeline, component) for component in COMPONENTS}
-    shapes = {
-        place: (len(pair["B"]), *pair["A"].shape[1:]) for place, pair in file.pairs.items()
-    } | {place: product.shape for place, product in file.products.items()}
-    absent, wrong = [], []
-    for (component, name), shape in shapes.items():
-        module = modules[component].get(name)
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None:
-            absent.append(f"{component}.{name}")
-        elif not _fits(file, (component, name), shape, weight):
-            wrong.append(
-                f"{component}.{name} ({shape[0]} x {shape[1]} in the file, "
-                f"{weight.shape[0]} x {weight.shape[1]} in the model)"
-            )
-    if absent or wrong:
-        told = []
-        if absent:
-            modules = counted(len(absent), "module is", "modules are")
-            told.append(f"{modules} not in it: {name_some(absent)}")
-        if wrong:
-            modules = counted(len(wrong), "has", "have")
-            told.append(f"{modules} another size: {name_some(wrong, 3)}")
-        raise ModelError(
-            f"{path} is a LoRA for another architecture than this {type(pipeline).__name__}: "
-            f"{'; '.join(told)}. Give the base model it was trained on."
-        )
-
-
-def _fits(file: LoraFile, place: Place, shape: tuple[int, ...], weight: Tensor) -> bool:
-    """Return whether a module of the file can be put on a weight."""
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    if place in file.products:  # those of convolutions are flat
-        return (shape[0], math.prod(shape[1:])) == (rows, columns)
-    pair, magnitude = file.pairs[place], file.magnitudes.get(place)
-    return (
-        shape == tuple(weight.shape)
-        and pair["A"].shape[0] == pair["B"].shape[1]
-        and (magnitude is None or len(magnitude) == rows)
-    )
-
-
-def _attach(pipeline: Any, file: LoraFile, path: Path) -> None:
-    """Load the factors and see that each layer holds them, and the scale of the file."""
+    targets = _targets(pipeline, file, path)
     taken = {name for layer in _layers(pipeline) for name in layer.scaling}
     adapter = next(
         f"{ADAPTER}_{i}" for i in range(999)
         if not any(name.startswith(f"{ADAPTER}_{i}") for name in taken)
     )  # fmt: skip
     try:
-        _load_parts(pipeline, file, adapter)
-        lost = []
-        for (component, name), pair in file.pairs.items():
-            layer = _modules(pipeline, component).get(name)
-            magnitude = file.magnitudes.get((component, name))
-            expected = pair if magnitude is None else pair | {"magnitude": magnitude}
-            if not _holds(layer, adapter, expected):
-                lost.append(f"{component}.{name}")
-            elif file.scales or not file.metadata:  # diffusers loses alphas of text encoders
-                rank = len(pair["A"])
-                alpha = file.scales.get(f"{component}.{name}", float(rank))
-                layer.lora_alpha[adapter], layer.scaling[adapter] = alpha, alpha / rank
-        if lost:
-            modules = counted(len(lost), "module was", "modules were")
-            raise ModelError(f"{path}: {modules} not filled: {name_some(lost)}.")
-        for part, products in _products(pipeline, file):
-            attach_products(part, products, adapter)
+        for component, modules in targets.items():
+            _attach(getattr(pipeline, component), modules, adapter, file.header_of(component))
     except Exception as error:
-        for part, products in _products(pipeline, file):
-            detach_products(part, products, adapter)
-        if any(adapter in getattr(layer, "lora_A", {}) for layer in _layers(pipeline)):
-            pipeline.delete_adapters(adapter)
-        if isinstance(error, ModelError):
-            raise
+        for component, modules in targets.items():
+            _detach(getattr(pipeline, component), modules, adapter)
         raise ModelError(f"{path} could not be loaded: {error}") from error
-    for layer in _layers(pipeline):
-        for name in layer.adapter_layer_names:
-            for factor in getattr(layer, name).values():
-                factor.requires_grad_(False)
 
 
-def _holds(layer: Any, adapter: str, factors: dict[str, Tensor]) -> bool:
-    """Return whether a layer carries exactly these factors."""
-    if layer is None or adapter not in getattr(layer, "lora_A", {}):
-        return False
-    own = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
-    if adapter in layer.lora_magnitude_vector:
-        own["magnitude"] = layer.lora_magnitude_vector[adapter].weight.flatten()
-    return own.keys() == factors.keys() and all(
-        torch.equal(own[f].cpu(), factors[f].to(own[f].dtype)) for f in own
+def _targets(pipeline: Any, file: LoraFile, path: Path) -> dict[str, dict[str, Pair | Product]]:
+    """Return the file's modules by component and by the full name of the layer they change.
+
+    Raises:
+        ModelError: A layer is not there, or has another size.
+    """
+    targets: dict[str, dict[str, Pair | Product]] = {}
+    absent, wrong = [], []
+    for component in COMPONENTS:
+        part = getattr(pipeline, component, None)
+        named = part.named_modules() if isinstance(part, nn.Module) else ()
+        layers = {name.removeprefix("text_model."): (name, layer) for name, layer in named}
+        for (owner, short), module in file.modules.items():
+            if owner != component:
+                continue
+            name, layer = layers.get(short, (short, None))
+            weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+            if weight is None:
+                absent.append(f"{component}.{short}")
+            elif not _fits(module, weight):
+                wrong.append(
+                    f"{component}.{short} ({module.shape[0]} x {module.shape[1]} in the file, "
+                    f"{weight.shape[0]} x {weight.shape[1]} in the model)"
+                )
+            targets.setdefault(component, {})[name] = module
+    faults = []
+    if absent:
+        modules = counted(len(absent), "module is", "modules are")
+        faults.append(f"{modules} not in it: {name_some(absent)}")
+    if wrong:
+        modules = counted(len(wrong), "has", "have")
+        faults.append(f"{modules} another size: {name_some(wrong, 3)}")
+    if faults:
+        raise ModelError(
+            f"{path} is a LoRA for another architecture than this {type(pipeline).__name__}: "
+            f"{'; '.join(faults)}. Give the base model it was trained on."
+        )
+    return targets
+
+
+def _fits(module: Pair | Product, weight: Tensor) -> bool:
+    """Return whether a module of the file can be put on a weight."""
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    if isinstance(module, Product):  # those of convolutions are flat
+        return (module.shape[0], math.prod(module.shape[1:])) == (rows, columns)
+    return (
+        module.shape == tuple(weight.shape)
+        and module.rank == module.b.shape[1]
+        and (module.magnitude is None or len(module.magnitude) == rows)
     )
 
 
-def _products(pipeline: Any, file: LoraFile) -> Iterator[tuple[torch.nn.Module, dict]]:
-    """Yield the components with LoHa or LoKr modules, and these by their full names."""
-    for part in sorted({component for component, _ in file.products}):
-        module = getattr(pipeline, part)
-        yield (
-            module,
-            {
-                f"{_prefix(module)}{name}": product
-                for (component, name), product in file.products.items()
-                if component == part
-            },
-        )
+@torch.no_grad()
+def _attach(
+    part: nn.Module,
+    modules: Mapping[str, Pair | Product],
+    adapter: str,
+    header: dict[str, Any],
+) -> None:
+    """Make a layer of PEFT for each module and fill it.
 
+    Args:
+        part: The network; when this raises, `_detach` brings it back.
+        modules: By the full name of the layer they change.
+        adapter: Name by which PEFT knows them.
+        header: Configuration of PEFT that the file states, empty where it states none.
 
-def _prefix(module: torch.nn.Module) -> str:
-    """Return what transformers 4 puts before the names of a text encoder's modules."""
-    return "text_model." if hasattr(module, "text_model") else ""
+    Raises:
+        RuntimeError: The factors of a module do not fit together, or not to its layer.
+    """
+    import peft
 
-
-def _load_parts(pipeline: Any, file: LoraFile, adapter: str) -> None:
-    """Hand each component its factors under the names PEFT uses."""
-    metadata = None if file.scales else file.metadata
-    for part in sorted({component for component, _ in file.pairs}):
-        module = getattr(pipeline, part)
-        state = {}
-        for (component, name), pair in file.pairs.items():
-            if component == part:
-                layer = f"{part}.{_prefix(module)}{name}"
-                state |= {f"{layer}.lora_{factor}.weight": pair[factor] for factor in "AB"}
-                if (magnitude := file.magnitudes.get((component, name))) is not None:
-                    like = (1, -1, 1, 1) if pair["A"].ndim == 4 else (-1,)
-                    state[f"{layer}.lora_magnitude_vector.weight"] = magnitude.view(like)
-        common = {"adapter_name": adapter, "_pipeline": pipeline, "metadata": metadata}
-        if part in ("unet", "transformer"):
-            module.load_lora_adapter(state, prefix=part, **common)
+    alike: dict[tuple, list[str]] = {}
+    for name, module in modules.items():
+        alike.setdefault(module.settings, []).append(name)
+    for names in alike.values():
+        module, options = modules[names[0]], {"target_modules": "|".join(map(re.escape, names))}
+        if isinstance(module, Product):  # ranks come with the factors
+            kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
+            config = kinds[module.algorithm](r=1, alpha=1, **options)
+        elif header:
+            config = peft.LoraConfig(**header | options)
         else:
-            pipeline.load_lora_into_text_encoder(
-                state, network_alphas=None, text_encoder=module, prefix=part, **common
+            alpha = module.rank if module.alpha is None else module.alpha
+            config = peft.LoraConfig(
+                r=module.rank, lora_alpha=alpha, use_dora=module.magnitude is not None, **options
             )
+        with warnings.catch_warnings():
+            # Groups and kinds of modules, each on layers of its own.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            peft.inject_adapter_in_model(config, part, _adapter_of(module, adapter))
+    for name, module in modules.items():
+        _fill(part.get_submodule(name), module, _adapter_of(module, adapter))
+    part._hf_peft_config_loaded = True  # for the pipeline's own methods, such as fuse_lora
+
+
+def _adapter_of(module: Pair | Product, adapter: str) -> str:
+    """Return the adapter's name: PEFT knows one parametrization by a name."""
+    return f"{adapter}_{module.algorithm}" if isinstance(module, Product) else adapter
+
+
+def _fill(layer: Any, module: Pair | Product, adapter: str) -> None:
+    """Put the factors of a file into a layer that PEFT made."""
+    if isinstance(module, Product):
+        weight = layer.get_base_layer().weight
+        for name in layer.adapter_layer_names:
+            factors = getattr(layer, name)
+            if adapter in factors:
+                del factors[adapter]
+            if name in module.factors:
+                factors[adapter] = nn.Parameter(module.factors[name].to(weight))
+        layer.scaling[adapter] = module.scaling
+        layer.get_delta_weight(adapter)
+    else:
+        layer.lora_A[adapter].weight.copy_(module.a)
+        layer.lora_B[adapter].weight.copy_(module.b)
+        if module.magnitude is not None:
+            magnitude = layer.lora_magnitude_vector[adapter].weight
+            magnitude.copy_(module.magnitude.view_as(magnitude))
+    for name in layer.adapter_layer_names:
+        getattr(layer, name).requires_grad_(False)
+
+
+def _detach(part: nn.Module, modules: Mapping[str, Pair | Product], adapter: str) -> None:
+    """Take out the layers that `_attach` has made, as far as it came."""
+    for name, module in modules.items():
+        layer, own = part.get_submodule(name), _adapter_of(module, adapter)
+        if own in getattr(layer, "scaling", {}):
+            layer.delete_adapter(own)
+            if not layer.scaling:
+                above, _, last = name.rpartition(".")
+                setattr(part.get_submodule(above), last, layer.base_layer)
+        getattr(part, "peft_config", {}).pop(own, None)
 
 
 def _layers(pipeline: Any) -> list[Any]:

@@ -1,113 +1,129 @@
 """LoRA files in the dialects of kohya, PEFT, diffusers and LyCORIS, brought to one form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...files.weights import ModelError, check_finite, read_header
+from ...files.weights import ModelError, read_tensors
 from ...wording import counted, name_some
-from .dialects import MERGE, convert, from_peft
+from ..families import family_of
+from .dialects import FACTORS, MERGE, check_pairs, convert, from_peft, split_key
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that can carry a LoRA."""
-FACTORS = (
-    (".lora_down.weight", ".lora_up.weight"),  # kohya
-    (".lora_A.weight", ".lora_B.weight"),  # PEFT, and diffusers since 0.22
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),  # diffusers, text encoder
-    ("_lora.down.weight", "_lora.up.weight"),  # diffusers, attention processors
-    (".lora.down.weight", ".lora.up.weight"),
-)
-"""What ends the keys of the two factors, per dialect; only this file knows names."""
 UNET_LAYERS = {"to_out": "to_out.0"}
 TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-OTHER_KINDS = {
-    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA",
-    "oft_blocks": "OFT", ".on_input": "(IA)3", ".diff": "full change", ".w_norm": "norm",
-}  # fmt: skip
-"""What is no pair of factors, by a mark in the keys; the first four `read_lora` takes before."""
+"""Names of layers that diffusers' attention processors shortened."""
 Place = tuple[str, str]
-"""Component of the pipeline and module in it."""
-Pairs = dict[Place, dict[str, Tensor]]
-"""The factors "A" [rank in ...] and "B" [out rank ...] of each module."""
+"""Component of the pipeline and module in it, without the ``text_model.`` of transformers 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One module of a LoRA: the change alpha / rank * B A of a weight."""
+
+    a: Tensor
+    """[rank in ...]."""
+    b: Tensor
+    """[out rank ...]."""
+    alpha: float | None
+    """As the file says; None where it does not say."""
+    magnitude: Tensor | None
+    """[out] of a DoRA."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.a)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the change, rows first."""
+        return (len(self.b), *self.a.shape[1:])
+
+    @property
+    def settings(self) -> tuple:
+        """What a layer of PEFT is made for; modules that agree in it are made at once."""
+        return self.rank, self.alpha, self.magnitude is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """What a file says, by component and module of the pipeline it is for."""
+    """The modules of a file, by component and module of the pipeline it is for."""
 
-    pairs: Pairs
-    """Both factors of every module."""
-    scales: dict[str, float]
-    """alpha by ``component.module``; empty when the file states none."""
-    metadata: dict[str, Any] | None
-    """Ranks and scales as diffusers writes them into the header."""
-    products: dict[Place, Product] = field(default_factory=dict)
-    """LoHa and LoKr modules."""
-    magnitudes: dict[Place, Tensor] = field(default_factory=dict)
-    """[out] of the modules in `pairs` that are a DoRA."""
+    modules: dict[Place, Pair | Product]
+    metadata: dict[str, Any]
+    """PEFT's configuration by ``component.option``, as diffusers writes it into the header; empty
+    where there is none, or the pairs say their scales."""
+
+    def header_of(self, component: str) -> dict[str, Any]:
+        """Return what `metadata` says of one component."""
+        own = f"{component}."
+        return {k.removeprefix(own): v for k, v in self.metadata.items() if k.startswith(own)}
 
 
 def read_lora(pipeline: Any, path: Path) -> LoraFile:
     """Return a LoRA file as this pipeline names its modules.
 
-    The dialects are told apart and renamed by diffusers' own converters.
+    The dialects are recognised and renamed by diffusers' own converters.
 
     Raises:
         ModelError: When it is no LoRA, not whole, or not convertible for this pipeline.
     """
-    read_header(path)
-    from safetensors.torch import load_file
-
-    raw = load_file(path)
-    check_finite(raw, str(path))
+    raw = read_tensors(path)
     try:
         products, magnitudes = take_products(raw), take_magnitudes(raw)
         fold_tucker(raw)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be read: {error}. {MERGE}") from error
     if both := sorted(products.keys() & magnitudes.keys()):
-        kind = products[both[0]].kind
-        raise ModelError(f"{path} is a DoRA of a {kind}, which PEFT does not read. {MERGE}")
-    pairs, scales, metadata = {}, {}, None
+        algorithm = products[both[0]].algorithm
+        raise ModelError(f"{path} is a DoRA of a {algorithm}, which PEFT does not read. {MERGE}")
+    factors: dict[Place, dict[str, Tensor]] = {}
+    alphas: dict[Place, float] = {}
+    metadata: dict[str, Any] = {}
     if raw or not products:
         check_pairs(raw, path)
-        state, alphas, metadata = convert(pipeline, from_peft(raw, pipeline, path), path)
-        pairs = _pairs(state, path)
-        scales = {_alpha_of(key): float(value) for key, value in (alphas or {}).items()}
-        if strange := scales.keys() - {f"{component}.{name}" for component, name in pairs}:
+        state, scales, metadata = convert(pipeline, from_peft(raw, pipeline, path), path)
+        factors = _factors(state, path)
+        alphas = {_place(key): float(value) for key, value in scales.items()}
+        if strange := [".".join(place) for place in alphas.keys() - factors.keys()]:
             raise ModelError(
                 f"{path}: {counted(len(strange), 'scale', 'scales')} that nothing reads: "
                 f"{name_some(strange)}."
             )
     names = _names(pipeline, [*products, *magnitudes], path)
-    decomposed = {names[stem] for stem in magnitudes}
+    decomposed = {names[stem]: magnitude for stem, magnitude in magnitudes.items()}
     parts = {component for component, _ in decomposed}
-    if plain := [f"{c}.{n}" for c, n in pairs if c in parts and (c, n) not in decomposed]:
+    if bare := [".".join(at) for at in factors if at[0] in parts and at not in decomposed]:
         raise ModelError(
-            f"{path} is a DoRA in some modules and not in {len(plain)}: {name_some(plain)}. {MERGE}"
+            f"{path} is a DoRA in some modules and not in {len(bare)}: {name_some(bare)}. {MERGE}"
         )
+    pairs = {
+        place: Pair(
+            a=pair["A"], b=pair["B"], alpha=alphas.get(place), magnitude=decomposed.get(place)
+        )
+        for place, pair in factors.items()
+    }
     return LoraFile(
-        pairs=pairs,
-        scales=scales,
-        metadata=metadata,
-        products={names[stem]: product for stem, product in products.items()},
-        magnitudes={names[stem]: magnitude for stem, magnitude in magnitudes.items()},
+        modules=pairs | {names[stem]: product for stem, product in products.items()},
+        metadata={} if alphas else metadata,
     )
 
 
 def _names(pipeline: Any, stems: Sequence[str], path: Path) -> dict[str, Place]:
-    """Return component and module of what stands before the dot of LyCORIS' keys.
+    """Return the component and module for what stands before the last dot of LyCORIS' keys.
 
-    diffusers' converters know LoRA alone, so each name is sent through them on a LoRA whose only
-    number says which name it was.
+    diffusers' converters know LoRA alone. So each name is sent through them as a LoRA of one
+    number, its index, which says afterwards which name it was: with ["lora_te_..._q_proj"],
+    "lora_te_..._q_proj.lora_down.weight" = [[0]] comes back as "text_encoder....q_proj.lora_A".
     """
-    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+    denoiser = family_of(pipeline).network_name
     modules = dict(getattr(pipeline, denoiser).named_modules())
     flat = {f"lycoris_{name.replace('.', '_')}": (denoiser, name) for name in modules}
     names = {stem: flat[stem] for stem in stems if stem in flat}
@@ -118,85 +134,37 @@ def _names(pipeline: Any, stems: Sequence[str], path: Path) -> dict[str, Place]:
         tagged |= {f"{stem}{down}": torch.full((1, 1), index), f"{stem}{up}": torch.ones(1, 1)}
     if tagged:
         state, *_ = convert(pipeline, from_peft(tagged, pipeline, path), path)
-        for name, pair in _pairs(state, path).items():
-            names[sent[int(pair["A"])]] = name
+        for place, factors in _factors(state, path).items():
+            names[sent[int(factors["A"])]] = place
     if len(set(names.values())) != len(stems):
         raise ModelError(f"{path} changes several layers at once. {MERGE}")
     return names
 
 
-def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ModelError unless every key belongs to a module that has both of its factors."""
-    for mark, kind in OTHER_KINDS.items():
-        if keys := [key for key in state if mark in key]:
-            raise ModelError(
-                f"{path} is a {kind}, not a LoRA ({counted(len(keys), 'key', 'keys')} such as "
-                f"{keys[0]}). {MERGE}"
-            )
-    modules: dict[str, set[str]] = {}
-    unknown = []
-    for key in state:
-        for ends in FACTORS:
-            if hit := next((end for end in ends if key.endswith(end)), None):
-                modules.setdefault(key.removesuffix(hit), set()).add("AB"[ends.index(hit)])
-                break
-        else:
-            if key.endswith(".alpha"):
-                modules.setdefault(key.removesuffix(".alpha"), set())
-            else:
-                unknown.append(key)
-    if unknown or not modules:
-        keys = counted(len(unknown), "key is not a factor", "keys are not factors")
-        raise ModelError(
-            f"{path} is not a LoRA that can be read: {keys} of a module (of {len(state)}): "
-            f"{name_some(unknown) or 'the file is empty'}. A whole model is given as MODEL, not as "
-            "--lora."
-        )
-    if lone := [f"{name} ({'no factor' if not has else 'only ' + has.pop()})"
-                for name, has in modules.items() if has != {"A", "B"}]:  # fmt: skip
-        raise ModelError(
-            f"{path}: {counted(len(lone), 'module lacks', 'modules lack')} a LoRA factor: "
-            f"{name_some(lone)}. Is the file cut?"
-        )
-
-
-def _module_of(key: str) -> tuple[str, str] | None:
-    """Return the module a converted key belongs to and which factor it is; None for neither."""
-    for ends in FACTORS:
-        for end, factor in zip(ends, "AB", strict=True):
-            if key.endswith(end):
-                name = key.removesuffix(end)
-                if end.startswith("_lora"):  # attention processors: the layer's name is shortened
-                    name = name.replace(".processor.", ".")
-                    long = TEXT_LAYERS if name.startswith("text_encoder") else UNET_LAYERS
-                    head, _, tail = name.rpartition(".")
-                    name = f"{head}.{long.get(tail, tail)}"
-                return name.replace(".text_model.", ".", 1), factor
-    return None
-
-
-def _alpha_of(key: str) -> str:
-    """Return the module a converted scale belongs to."""
-    key = key.removesuffix(".alpha")
-    module = _module_of(key)
-    return module[0] if module else key.replace(".text_model.", ".", 1)
-
-
-def _pairs(state: Mapping[str, Tensor], path: Path) -> Pairs:
-    """Return the factors by component and module name, refusing keys that no component reads."""
-    pairs: Pairs = {}
+def _factors(state: Mapping[str, Tensor], path: Path) -> dict[Place, dict[str, Tensor]]:
+    """Return the factors "A" and "B" by place, refusing keys that no component reads."""
+    factors: dict[Place, dict[str, Tensor]] = {}
     stray = []
     for key, value in state.items():
-        module = _module_of(key)
-        component, _, name = module[0].partition(".") if module else ("", "", "")
-        if component not in COMPONENTS:
+        _, tensor = split_key(key) or ("", "")
+        if tensor in ("A", "B") and _place(key)[0] in COMPONENTS:
+            factors.setdefault(_place(key), {})[tensor] = value
+        else:
             stray.append(key)
-            continue
-        pairs.setdefault((component, name), {})[module[1]] = value
-    lone = [f"{c}.{n}" for (c, n), pair in pairs.items() if len(pair) < 2]
-    if stray or lone:
+    stray += [".".join(place) for place, pair in factors.items() if len(pair) < 2]
+    if stray:
         raise ModelError(
-            f"{path}: {counted(len(stray) + len(lone), 'key', 'keys')} that nothing reads: "
-            f"{name_some(stray + lone)}."
+            f"{path}: {counted(len(stray), 'key', 'keys')} that nothing reads: {name_some(stray)}."
         )
-    return pairs
+    return factors
+
+
+def _place(key: str) -> Place:
+    """Return component and module of a converted key, also of a scale's: "<factor's key>.alpha"."""
+    module, _ = split_key(key.removesuffix(".alpha")) or (key.removesuffix(".alpha"), "")
+    if key[len(module) :].startswith("_lora"):  # attention processors shorten the layer's name
+        head, _, tail = module.replace(".processor.", ".").rpartition(".")
+        long = TEXT_LAYERS if module.startswith("text_encoder") else UNET_LAYERS
+        module = f"{head}.{long.get(tail, tail)}"
+    component, _, name = module.replace(".text_model.", ".", 1).partition(".")
+    return component, name

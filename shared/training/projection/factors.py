@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ...files.weights import ModelError, check_finite, read_header
-from ...models.lora.files import FACTORS, check_pairs
+from ...files.weights import ModelError, read_tensors
+from ...models.lora.dialects import check_pairs, split_key
 from ...wording import name_some
 from ..layers.names import TEXT_FED
 from ..layers.subspaces import LayerSubspaces
@@ -121,12 +121,8 @@ def saved_state(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: The file is no whole LoRA.
     """
-    from safetensors.torch import load_file
-
-    read_header(path)
-    state = load_file(path)
+    state = read_tensors(path)
     check_pairs(state, path)
-    check_finite(state, str(path))
     return state
 
 
@@ -147,8 +143,8 @@ def factors_of(
         raise ModelError(f"{source} changes a text encoder too: {name_some(encoder, 3)}.")
     factors = {}
     for key, value in state.items():
-        down = next((end for end, _ in FACTORS if key.endswith(end)), None)
-        if down and re.search(text_fed, module := key.removesuffix(down)):
+        module, tensor = split_key(key) or ("", "")
+        if tensor == "A" and re.search(text_fed, module):
             factors[module] = value
     if not factors:
         raise ModelError(f"{source} holds no LoRA factor that reads text.")
