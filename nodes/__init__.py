@@ -2,12 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .calibrate import Calibrate
+from .calibrate import Calibrate, LoadCalibration
 from .detect import DetectMemorization
-from .engine.calibration_files import add_folder
+from .engine.calibrations import add_folder
 from .guard import MemorizationGuard
 from .heatmap import TokenHeatmap
-from .load_calibration import LoadCalibration
 from .load_demo import LoadDemoModel, add_lora_folder
 from .lora_check import LoraCheck
 from .mitigate import MitigateMemorization
@@ -33,7 +32,6 @@ class PackExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Return the node classes."""
         add_folder()  # ComfyUI before 0.16 never calls `on_load`
         add_lora_folder()
         return NODES

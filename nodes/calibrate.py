@@ -1,21 +1,12 @@
-"""Node: a calibration of this very model, from control prompts."""
+"""Nodes: a calibration of this very model, made from control prompts or saved before."""
 
-from pathlib import Path
 from typing import Any
 
-import folder_paths
-import torch
 from comfy_api.latest import io
 
-from ..shared.files.storage import Journal
-from ..shared.score.calibration import Calibration, controls_needed
 from ..shared.score.controls import CONTROLS, load_controls
-from .engine import calibration_files
-from .engine.comfy_denoiser import Prompt
-from .engine.measuring import config_of, encoded, latent_input, model_input, scores, seed_inputs
-from .engine.model_identity import digest, weights_sha256
-from .engine.noise_levels import noise_levels
-from .engine.schema import CalibrationSocket, schema
+from .engine import calibrations
+from .inputs import CalibrationSocket, config_of, latent_input, model_input, schema, seed_inputs
 
 
 class Calibrate(io.ComfyNode):
@@ -23,7 +14,6 @@ class Calibrate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeCalibrate",
             display_name="Calibrate",
@@ -93,38 +83,13 @@ class Calibrate(io.ComfyNode):
         steps: int,
         negative: list | None = None,
     ) -> io.NodeOutput:
-        """Measure the controls and save."""
-        calibration_files.checked_name(name)
         typed = list(dict.fromkeys(filter(None, map(str.strip, prompts.splitlines()))))
         texts = typed or load_controls(controls)
-        if len(texts) < controls_needed(false_positive_rate):
-            raise ValueError(
-                f"{len(texts)} control prompts cannot support a false-positive rate of "
-                f"{false_positive_rate}: it takes {controls_needed(false_positive_rate)}. Add "
-                "prompts or raise `false_positive_rate`."
-            )
-        config, sha256 = config_of(seeds, steps), weights_sha256(model)
-        negative = encoded(clip, "") if negative is None else negative
-        named = {text: Prompt(entries=encoded(clip, text)) for text in texts}
-        levels = noise_levels(model.get_model_object("model_sampling"), config.schedule_steps)
-        read = [entries[0][0] for entries in (negative, *(p.entries for p in named.values()))]
-        key = digest([sha256, seeds, levels[:steps], latent["samples"].shape[2:], read])[:16]
-        # ComfyUI empties this folder when it starts.
-        journal = Journal(Path(folder_paths.get_temp_directory()) / f"unmemorize-{key}.jsonl")
-        detection, settings = scores(
-            model, named, negative, latent, config,
-            known=_traces(journal, len(texts)),
-            on_result=lambda index, trace: journal.put(str(index), trace.tolist()),
+        calibration, path = calibrations.calibrate(
+            model, clip, texts, negative, latent, config_of(seeds, steps),
+            controls="typed prompts" if typed else controls,
+            false_positive_rate=false_positive_rate, name=name,
         )  # fmt: skip
-        calibration = Calibration.from_controls(
-            detection,
-            model=sha256,
-            settings=settings,
-            name="typed prompts" if typed else controls,
-            false_positive_rate=false_positive_rate,
-        )
-        path = calibration_files.save(calibration, name)
-        journal.path.unlink(missing_ok=True)
         report = (
             f"Threshold {calibration.threshold:.4g} (L2), from {len(texts)} controls; at most "
             f"{false_positive_rate:.3g} of ordinary prompts lie above. Saved as {path.name}."
@@ -132,11 +97,36 @@ class Calibrate(io.ComfyNode):
         return io.NodeOutput(calibration, report, ui={"text": [report]})
 
 
-def _traces(journal: Journal, prompts: int) -> dict[int, torch.Tensor]:
-    """Return the traces that an interrupted run has left, by the prompt's index."""
-    found = {index: journal.get(str(index)) for index in range(prompts)}
-    return {
-        index: torch.tensor(trace, dtype=torch.float64)
-        for index, trace in found.items()
-        if trace is not None
-    }
+class LoadCalibration(io.ComfyNode):
+    """A calibration by name."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="UnmemorizeLoadCalibration",
+            display_name="Load Calibration",
+            description="A calibration that the node Calibrate saved in models/unmemorize.",
+            search_aliases=["unmemorize load calibration", "memorization threshold"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=calibrations.names(),
+                    tooltip="Files of models/unmemorize; press R after making a new one.",
+                )
+            ],
+            outputs=[
+                CalibrationSocket.Output(
+                    "calibration", tooltip="Bound to the model and settings it was made with."
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> str:
+        """Return what changes when the file does."""
+        path = calibrations.path_of(name)
+        return f"{path} {path.stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(calibrations.load(name))

@@ -1,16 +1,29 @@
 """Node: mitigation while any sampler samples, only where a prompt is memorized."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..shared.mitigation.delayed_guidance import DelayedGuidance
+from ..shared.mitigation.initial_noise import InitialNoise
+from ..shared.mitigation.method import Method
 from ..shared.score.calibration import Calibration
-from .engine.guard_methods import chosen_method, method_inputs
+from .engine.damped_attention import ComfyAttractionRepulsion
 from .engine.guarding import guard
-from .engine.mitigating import calibration_inputs, gate_input, gate_of
-from .engine.schema import RecordSocket, schema
 from .engine.watching import watch
+from .inputs import (
+    RecordSocket,
+    gate_calibration_inputs,
+    gate_input,
+    gate_of,
+    schema,
+    target_inputs,
+    target_of,
+)
+
+Float = partial(io.Float.Input, optional=True)
 
 
 class MemorizationGuard(io.ComfyNode):
@@ -18,7 +31,6 @@ class MemorizationGuard(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeGuard",
             display_name="Memorization Guard",
@@ -38,7 +50,7 @@ class MemorizationGuard(io.ComfyNode):
                     tooltip="What the score is measured against, as it was for the calibration: an "
                     "encoded empty text. Without it the sampler's own negative prompt.",
                 ),
-                *calibration_inputs(),
+                *gate_calibration_inputs(),
             ],
             outputs=[
                 io.Model.Output("guarded", display_name="model", tooltip="For the sampler."),
@@ -59,7 +71,6 @@ class MemorizationGuard(io.ComfyNode):
         force: bool = False,
         **parameters: Any,
     ) -> io.NodeOutput:
-        """Attach the wrappers."""
         if gate == "never":
             return io.NodeOutput(*watch(model))
         return io.NodeOutput(
@@ -71,3 +82,139 @@ class MemorizationGuard(io.ComfyNode):
                 force=force,
             )
         )
+
+
+def method_inputs() -> list:
+    """Return the combo of methods, which shows the parameters of the chosen one alone.
+
+    ComfyUI before 0.16 has no such combo: all parameters are shown then, under the names that API
+    prompts use in either case.
+    """
+    inputs = {name: _inputs(name) for name in MAKERS}
+    tooltip = (
+        "delayed guidance: without the prompt until the score has passed its first minimum. static "
+        "delay: until a set time. opposite guidance: at first away from the prompt. attention: "
+        "tokens that attract too much are damped, one more pass a step. initial noise: sampling "
+        "begins where the prompt pulls less, some 50 passes there and back."
+    )
+    if hasattr(io, "DynamicCombo"):
+        options = [io.DynamicCombo.Option(name, own) for name, own in inputs.items()]
+        return [io.DynamicCombo.Input("method", options=options, tooltip=tooltip)]
+    every = {own.id: own for group in inputs.values() for own in group}
+    for name, own in every.items():
+        own.id = f"method.{name}"
+    return [io.Combo.Input("method", options=[*inputs], tooltip=tooltip), *every.values()]
+
+
+def chosen_method(method: str | Mapping[str, Any], others: Mapping[str, Any]) -> Method:
+    """Return the method that the widgets choose.
+
+    Args:
+        method: The combo's value: its name, or with its parameters as `DynamicCombo` gives them.
+        others: Parameters of all methods by prefixed name, where there is no such combo.
+    """
+    if isinstance(method, str):
+        flat = {name.removeprefix("method."): value for name, value in others.items()}
+        method = flat | {"method": method}
+    name = method["method"]
+    own = {parameter.id: method.get(parameter.id) for parameter in _inputs(name)}
+    # A parameter that an API prompt leaves out is absent or None, by version.
+    return MAKERS[name](**{key: value for key, value in own.items() if value is not None})
+
+
+def _opposite(opposite_scale: float = -2.0, opposite_until: float = 0.35) -> Method:
+    """Return opposite guidance as its authors set it: the prompt comes in where it ends."""
+    return DelayedGuidance(
+        mode="static",
+        start_percent=opposite_until,
+        opposite_scale=opposite_scale,
+        opposite_until=opposite_until,
+    )
+
+
+def _initial_noise(
+    iterations: int = 50,
+    learning_rate: float = 0.01,
+    target_from: str = "calibration",
+    target_quantile: float = 0.8,
+    target_norm: float = 3.0,
+) -> Method:
+    target = target_of(target_from, target_quantile, target_norm)
+    return InitialNoise(iterations=iterations, learning_rate=learning_rate, **target)
+
+
+MAKERS = {
+    "delayed guidance": partial(DelayedGuidance, mode="dynamic"),
+    "static delay": partial(DelayedGuidance, mode="static"),
+    "opposite guidance": _opposite,
+    "attention": ComfyAttractionRepulsion,
+    "initial noise": _initial_noise,
+}
+"""By the name in the combo: what makes the method from the parameters below."""
+
+
+def _inputs(name: str) -> list:
+    """Return the parameters of a method; their ids are those of its maker."""
+    if name in ("delayed guidance", "static delay"):
+        return [
+            Float(
+                "start_percent", default=0.5, min=0.0, max=1.0, step=0.01,
+                tooltip="Share of the noise schedule after which the prompt comes in, 0 to 1; with "
+                "delayed guidance at the latest. The paper takes 0.5.",
+            ),
+            Float(
+                "scale_before", default=0.0, min=-20.0, max=20.0, step=0.1,
+                tooltip="cfg until then, -20 to 20: 0 leaves the prompt out, 1 follows it without "
+                "guidance.",
+            ),
+        ]  # fmt: skip
+    if name == "opposite guidance":
+        return [
+            Float(
+                "opposite_scale", default=-2.0, min=-20.0, max=0.0, step=0.1,
+                tooltip="cfg until opposite_until, -20 to 0; the authors take -2.",
+            ),
+            Float(
+                "opposite_until", default=0.35, min=0.0, max=1.0, step=0.01,
+                tooltip="Share of the noise schedule, 0 to 1, after which the sampler's own cfg "
+                "comes in; the authors take 0.35.",
+            ),
+        ]  # fmt: skip
+    if name == "attention":
+        return [
+            Float(
+                "alpha", default=0.3, min=0.0, max=1.0, step=0.01,
+                tooltip="Factor on the logits of tokens that spike, 0 to 1; 1 damps nothing. The "
+                "authors take 0.3.",
+            ),
+            Float(
+                "tau", default=0.1, min=-10.0, max=10.0, step=0.01,
+                tooltip="A token spikes this many standard deviations above the mean over tokens, "
+                "-10 to 10; the authors take 0.1.",
+            ),
+            Float(
+                "repulsion", default=2.0, min=0.0, max=20.0, step=0.1,
+                tooltip="How far away from the undamped prediction, 0 to 20 as cfg counts; the "
+                "authors take 2.",
+            ),
+            io.Boolean.Input(
+                "fade", default=True, optional=True,
+                tooltip="Let the repulsion fall to 0 over the noise schedule, as the authors do.",
+            ),
+            io.Combo.Input(
+                "blocks", options=["early", "all"], default="early", optional=True,
+                tooltip="Damp in the down and middle blocks of the U-Net, or in all of them.",
+            ),
+        ]  # fmt: skip
+    return [
+        io.Int.Input(
+            "iterations", default=50, min=0, max=1000, optional=True,
+            tooltip="Steps at most, 0 to 1000. Each costs two passes there and back per image.",
+        ),
+        Float(
+            "learning_rate", default=0.01, min=0.0001, max=1.0, step=0.001, round=0.0001,
+            tooltip="Size of a step of AdamW in units of the noise's standard deviation, 0.0001 to "
+            "1; the authors take 0.01.",
+        ),
+        *target_inputs(optional=True),
+    ]  # fmt: skip

@@ -1,33 +1,26 @@
 """Node: which words of a prompt drive its score, and where in the image."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 
-from ..shared.arrays import Float, Tensor
-from ..shared.drawing.heatmap import prompt_heatmap_png, unit_map
-from ..shared.words.explanation import Explanation, explain, leave_out, shortened
-from .engine.comfy_denoiser import Prompt
-from .engine.images import to_image
-from .engine.measuring import (
+from ..shared.drawing.heatmap import prompt_heatmap_png
+from ..shared.words.explanation import Explanation
+from .engine.explaining import PromptWords, explain_prompt, mask_of
+from .inputs import (
     config_of,
-    encoded,
-    forward_rows,
     latent_input,
     model_input,
     negative_input,
+    schema,
     seed_inputs,
+    to_image,
 )
-from .engine.prompt_words import PromptWords, read_words
-from .engine.sampling_work import with_denoiser
-from .engine.schema import schema
 
 WIDTH, LETTERS = 640, 32
-"""Pixels of the picture and of its letters: readable where a node shows it at half size."""
+"""Pixels of the image and of its letters: readable where a node shows it at half size."""
 
 
 class TokenHeatmap(io.ComfyNode):
@@ -35,7 +28,6 @@ class TokenHeatmap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeTokenHeatmap",
             display_name="Token Heatmap",
@@ -97,42 +89,16 @@ class TokenHeatmap(io.ComfyNode):
         most: int,
         combine_with: list | None = None,
     ) -> io.NodeOutput:
-        """Explain the prompt."""
-        further, config = combine_with or [], config_of(seeds, steps)
-        own = encoded(clip, text)
-        read = read_words(clip.tokenizer, text, own[0][0].shape[1])
-        prompts = {text: Prompt(entries=own + further, tokens=read.tokens, words=read.words)}
-        explanation = with_denoiser(
-            model, prompts, negative, latent,
-            lambda denoiser: explain(denoiser, text, config, occlude=0),
-            forward_rows=2 * seeds * steps, gradients=True,
+        explanation, read = explain_prompt(
+            model, clip, text, negative, latent, config_of(seeds, steps),
+            most=most, further=combine_with or [],
         )  # fmt: skip
-        if shorter := shortened(explanation, most):
-            for rest in shorter.values():
-                prompts.setdefault(rest, Prompt(entries=encoded(clip, rest) + further))
-            occlusions = with_denoiser(
-                model, prompts, negative, latent,
-                lambda denoiser: leave_out(denoiser, explanation, shorter, config),
-                forward_rows=forward_rows(1 + len(shorter), config),
-            )  # fmt: skip
-            explanation = replace(explanation, occlusions=occlusions)
-        picture = prompt_heatmap_png(
+        drawn = prompt_heatmap_png(
             explanation.words, explanation.significance, width=WIDTH, size=LETTERS, theme="dark"
         )
-        image = to_image(picture)
-        mask, data = _mask(model, explanation), _data(explanation, read)
-        return io.NodeOutput(
-            image, mask, _report(explanation), data, ui=ui.PreviewImage(image, cls=cls)
-        )
-
-
-def _mask(model: Any, explanation: Explanation) -> Float[Tensor, "1 height width"]:
-    """Return the map of differences at the size of the image."""
-    # Formats of before 2026 do not say; all of them have 8 pixels a place.
-    scale = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-    unit = torch.from_numpy(unit_map(explanation.difference_map))[None, None]
-    height, width = (side * scale for side in unit.shape[-2:])
-    return comfy.utils.common_upscale(unit, width, height, "bilinear", "disabled")[0]
+        image, mask = to_image(drawn), mask_of(model, explanation)
+        report, data = _report(explanation), _data(explanation, read)
+        return io.NodeOutput(image, mask, report, data, ui=ui.PreviewImage(image, cls=cls))
 
 
 def _report(explanation: Explanation) -> str:

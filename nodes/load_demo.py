@@ -6,13 +6,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from .engine.demo_model import load_model
-from .engine.schema import schema
+from .inputs import schema
 
 LORAS = Path(__file__).resolve().parent.parent / "example_workflows" / "loras"
 
 
 def add_lora_folder() -> None:
-    """Let Load LoRA find the LoRA of the demo model, after those of the user."""
+    """Let Load LoRA list the LoRA of the demo model, after the user's own."""
     folder_paths.add_model_folder_path("loras", str(LORAS))
 
 
@@ -21,7 +21,6 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeLoadDemoModel",
             display_name="Load Demo Model",
@@ -40,5 +39,4 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        """Load the model."""
         return io.NodeOutput(*load_model())

@@ -11,9 +11,8 @@ from ..shared.files.prompts import Prompt as Caption
 from ..shared.files.prompts import clean, read_prompts
 from ..shared.score.controls import CONTROLS, load_controls
 from .engine.comfy_denoiser import Prompt
-from .engine.images import to_image
-from .engine.measuring import config_of, encoded, latent_input, scores, seed_inputs
-from .engine.schema import schema
+from .engine.measuring import encoded, scores
+from .inputs import config_of, latent_input, schema, seed_inputs, to_image
 
 
 class LoraCheck(io.ComfyNode):
@@ -21,7 +20,6 @@ class LoraCheck(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeLoraCheck",
             display_name="LoRA Check",
@@ -81,7 +79,6 @@ class LoraCheck(io.ComfyNode):
         seeds: int,
         steps: int,
     ) -> io.NodeOutput:
-        """Measure without and with the LoRA."""
         config = config_of(seeds, steps)
         read = [Caption(text=line, source="typed") for line in captions.splitlines()]
         read += read_prompts(Path(folder)) if folder.strip() else []
@@ -93,8 +90,8 @@ class LoraCheck(io.ComfyNode):
         sides = []
         for network, encoder in ((model, clip), (model_with_lora, clip_with_lora)):
             prompts = {text: Prompt(entries=encoded(encoder, text)) for text in texts}
-            found, _ = scores(network, prompts, encoded(encoder, ""), latent, config)
-            sides.append(found.scores.tolist())
+            detection, _ = scores(network, prompts, encoded(encoder, ""), latent, config)
+            sides.append(detection.scores.tolist())
         result = LoraScores.of(texts, *sides, captions=len(own))
         image = to_image(draw_score_changes(result))
         data = json.dumps(result.as_json(), ensure_ascii=False)

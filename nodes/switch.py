@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .engine.schema import schema
+from .inputs import schema
 
 
 class MemorizationSwitch(io.ComfyNode):
@@ -10,7 +10,6 @@ class MemorizationSwitch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeSwitch",
             display_name="Memorization Switch",
@@ -35,7 +34,7 @@ class MemorizationSwitch(io.ComfyNode):
     def check_lazy_status(
         cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
     ) -> list[str]:
-        """Ask for the one latent that is passed on."""
+        """Return the name of the one latent that is passed on, unless it is there already."""
         name, latent = ("mitigated", mitigated) if memorized else ("ordinary", ordinary)
         return [name] if latent is None else []
 
@@ -43,5 +42,4 @@ class MemorizationSwitch(io.ComfyNode):
     def execute(
         cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
     ) -> io.NodeOutput:
-        """Pass on a latent."""
         return io.NodeOutput(mitigated if memorized else ordinary)

@@ -3,16 +3,13 @@
 import logging
 import math
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..shared.drawing.step_chart import draw_note, draw_step_chart
 from ..shared.sampling.watched_runs import WatchRecord, guard_lines, judge, metadata, verdict_text
 from ..shared.score.calibration import Calibration
-from .engine.images import to_image
-from .engine.measuring import calibration_input
-from .engine.schema import RecordSocket, schema
 from .engine.watching import latent_id, watch
+from .inputs import RecordSocket, calibration_input, schema, to_image
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +20,10 @@ STRANGER = (
 
 
 class MemorizationWatch(io.ComfyNode):
-    """Looks on while any sampler samples; changes no image."""
+    """Observes any sampler; changes no image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeWatch",
             display_name="Memorization Watch",
@@ -72,7 +68,6 @@ class MemorizationWatch(io.ComfyNode):
     def execute(
         cls, model: object, measure_anyway: bool, negative: list | None = None
     ) -> io.NodeOutput:
-        """Attach the wrappers."""
         return io.NodeOutput(*watch(model, measure_anyway=measure_anyway, empty=negative))
 
 
@@ -81,7 +76,6 @@ class MemorizationReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node."""
         return schema(
             node_id="UnmemorizeReport",
             display_name="Memorization Report",
@@ -162,31 +156,25 @@ class MemorizationReport(io.ComfyNode):
         run = record.find(latent_id(latent["samples"]))
         if run is None or not run.traces.numel():
             text = f"Not measurable in this run: {run.reason if run else STRANGER}."
-            image = to_image(draw_note(text))
-            text = "\n".join([text, *guard_lines(run.guarded if run else ())])
-            return cls._output(latent, image, text, math.nan, False)
-        known = calibration is not None and record.model is not None
-        model = record.model() if known else None
-        verdict = judge(run, calibration, steps=steps, model=model)
-        if save_score:
-            cls._save(metadata(verdict))
-        told = verdict_text(verdict, calibration, run.extra_passes)
-        text = "\n".join([told, *guard_lines(run.guarded)])
-        highest = max(image.score for image in verdict.images)
-        image = to_image(draw_step_chart(run, verdict))
-        return cls._output(latent, image, text, highest, verdict.hits > 0)
+            drawn, score, memorized = draw_note(text), math.nan, False
+        else:
+            known = calibration is not None and record.model is not None
+            model = record.model() if known else None
+            verdict = judge(run, calibration, steps=steps, model=model)
+            if save_score:
+                cls._save(metadata(verdict))
+            text = verdict_text(verdict, calibration, run.extra_passes)
+            drawn, memorized = draw_step_chart(run, verdict), verdict.hits > 0
+            score = max(image.score for image in verdict.images)
+        image = to_image(drawn)
+        text = "\n".join([text, *guard_lines(run.guarded if run else ())])
+        preview = ui.PreviewImage(image, cls=cls)
+        return io.NodeOutput(latent, image, text, score, memorized, ui=preview)
 
     @classmethod
     def _save(cls, result: dict) -> None:
-        """Put a result where nodes that save images find it, beside those of other reports."""
+        """Put a result where nodes that save images look, beside the results of other reports."""
         if cls.hidden.extra_pnginfo is None:
             log.warning("The score is not saved: this prompt has no `extra_pnginfo` to put it in.")
             return
         cls.hidden.extra_pnginfo.setdefault("unmemorize", {})[cls.hidden.unique_id] = result
-
-    @classmethod
-    def _output(
-        cls, latent: dict, image: torch.Tensor, text: str, score: float, memorized: bool
-    ) -> io.NodeOutput:
-        preview = ui.PreviewImage(image, cls=cls)
-        return io.NodeOutput(latent, image, text, score, memorized, ui=preview)

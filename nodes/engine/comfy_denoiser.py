@@ -1,24 +1,25 @@
-"""A MODEL of ComfyUI with CONDITIONINGs as a `Denoiser`."""
+"""A MODEL of ComfyUI with CONDITIONINGs as a `Denoiser`, and the noise levels it is measured at."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.samplers
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.score.denoiser import Conditioning, Token
-from ...shared.score.noise_levels import input_scale
+from ...shared.score.denoiser import Conditioning, Parametrization, Token
+from ...shared.score.noise_levels import input_scale, nearest_timestep
 from .differentiable import differentiable, normal, writes_in_place
-from .live_progress import OnPrediction
-from .noise_levels import noise_levels, parametrization_of
 
+OnPrediction = Callable[[Tensor, Tensor], None]
+"""Called with x and the x0-prediction, each [row *latent], after a forward pass."""
 NEGATIVE = "\0negative"
 """Name of the unconditional prompt; no text can hold it."""
-SHARED_WITH_NEGATIVE = ("area", "control", "gligen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class ModelDenoiser:
     One prompt is one CONDITIONING with everything in it. Several entries (Conditioning Combine,
     areas, masks, timestep ranges) are averaged as the sampler averages them, long prompts keep all
     their chunks, pooled text and sizes go along; the embeddings that can be differentiated are
-    those of the first entry. What is measured is the difference to the negative CONDITIONING,
-    whatever that says: connect the empty prompt (for SDXL, zeroed out) to compare with other hosts.
+    those of the first entry. Scores are the difference to the negative CONDITIONING, whatever
+    that says: connect the empty prompt (for SDXL, zeroed out) to compare with other hosts.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ModelDenoiser:
 
         Args:
             guider: With one list of conds per prompt, by the prompt's name, and the negative's.
-            prompts: By name, as `encode` will be asked for them.
+            prompts: By the name that `encode` takes.
             model_options: Of this sampling run.
             noise: [row *latent] on the device of the network.
             on_prediction: Called with x and the x0-prediction after each forward pass.
@@ -143,7 +144,7 @@ class ModelDenoiser:
         """
         parts, start = [], 0
         for source, rows in groupby(cond.sources):
-            # ComfyUI's own layers look at every operation, those of other packs need not.
+            # ComfyUI's own layers check this at every operation; layers of other packs may not.
             comfy.model_management.throw_exception_if_processing_interrupted()
             part = slice(start, start + len(list(rows)))
             level = torch.full((part.stop - start,), float(sigma), device=x.device)
@@ -168,21 +169,6 @@ class ModelDenoiser:
         return [first | {"model_conds": model_conds | {"c_crossattn": replaced}}, *others]
 
 
-def share_negative(prompts: Mapping[str, Prompt]) -> list[dict[str, Prompt]]:
-    """Return groups of prompts whose negative is the same prediction.
-
-    ComfyUI gives the negative the areas, ControlNets and GLIGEN of a positive, so a prompt that has
-    one is measured by itself.
-    """
-    groups: list[dict[str, Prompt]] = [{}]
-    for name, prompt in prompts.items():
-        if any(key in entry for _, entry in prompt.entries for key in SHARED_WITH_NEGATIVE):
-            groups.append({name: prompt})
-        else:
-            groups[0][name] = prompt
-    return [group for group in groups if group]
-
-
 def guider_keys(prompts: Iterable[str]) -> dict[str, str]:
     """Return under which key a guider holds the conds of each prompt and of `NEGATIVE`.
 
@@ -201,3 +187,58 @@ def _normal_cond(cond: dict) -> dict:
         key: value._copy_with(normal(value.cond)) for key, value in cond["model_conds"].items()
     }
     return copied
+
+
+def parametrization_of(sampling: Any) -> Parametrization:
+    """Return what the network predicts.
+
+    Args:
+        sampling: The model_sampling of a MODEL.
+
+    Raises:
+        ValueError: Something whose difference is neither of noise nor of velocities.
+    """
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return "flow"
+    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        return "v_prediction"
+    if isinstance(sampling, comfy.model_sampling.EPS):
+        return "epsilon"
+    bases = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
+    raise ValueError(f"Models that sample by {bases} cannot be measured.")
+
+
+def noise_levels(sampling: Any, steps: int) -> Float[Tensor, " level"]:
+    """Return the levels of DDIM ("leading", offset 1) or Euler for flows, [steps + 1], on the CPU.
+
+    These are the levels diffusers visits on the same model. A shift set by a ModelSampling node is
+    followed, so flows may visit others after their first level, which is always 1.
+
+    Args:
+        sampling: The model_sampling of a MODEL.
+        steps: Of a whole sampling run.
+    """
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        flux = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
+        last = 1 / steps if flux else float(sampling.sigma_min)
+        times = torch.linspace(1, last, steps).tolist()
+        levels = [float(sampling.percent_to_sigma(1 - time)) for time in times]
+        return torch.tensor([*levels, 0.0])
+    table = sampling.sigmas.cpu()
+    if not 1 <= steps <= len(table):
+        raise ValueError(f"`steps` must be between 1 and {len(table)}, got {steps}.")
+    timesteps = torch.arange(steps - 1, -1, -1) * (len(table) // steps) + 1
+    return torch.cat([table[timesteps.clamp(max=len(table) - 1)], table[:1]]).float().clone()
+
+
+def percent_of(sampling: Any, sigma: float) -> float:
+    """Return the share of the noise schedule that is behind, 0 at pure noise, 1 at the image.
+
+    Args:
+        sampling: The model_sampling of a MODEL.
+        sigma: Noise level, above 0.
+    """
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return 1 - sigma
+    levels = sampling.sigmas
+    return 1 - nearest_timestep(levels, sigma) / (len(levels) - 1)

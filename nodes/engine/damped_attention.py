@@ -74,7 +74,7 @@ def _attention(
     alpha: float,
     tau: float,
 ) -> Float[Tensor, " row place width"]:
-    """Return cross-attention with damped logits, as ComfyUI asks a replacement for it."""
+    """Return cross-attention with damped logits, with the signature of ComfyUI's replacements."""
     heads, rows = extra_options["n_heads"], len(query)
     wide = torch.promote_types(query.dtype, torch.float32)
     queries, keys = (

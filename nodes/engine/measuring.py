@@ -1,71 +1,125 @@
-"""What the measuring nodes have in common: their inputs, and scores through ComfyUI's sampler."""
+"""Work on a MODEL done where ComfyUI samples, so that ComfyUI loads, patches and prepares it."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
+import comfy.sample
+import comfy.samplers
+import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from torch import Tensor
 
 from ...shared.score.calibration import Calibration
 from ...shared.score.detection import Detection, DetectionConfig, OnResult, detect
-from .comfy_denoiser import ModelDenoiser, Prompt
+from .comfy_denoiser import (
+    NEGATIVE,
+    ModelDenoiser,
+    OnPrediction,
+    Prompt,
+    guider_keys,
+    noise_levels,
+    parametrization_of,
+)
+from .differentiable import differentiable, writes_in_place
 from .model_identity import settings
-from .sampling_work import ROWS, with_denoiser
-from .schema import CalibrationSocket
+
+Result = TypeVar("Result")
+SHARED_WITH_NEGATIVE = ("area", "control", "gligen")
+ROWS = 4
+"""Rows of one forward pass, at most; ComfyUI frees the memory for as many."""
 
 
-def model_input() -> io.Model.Input:
-    """Return the input of the model that is measured."""
-    return io.Model.Input("model", tooltip="With its LoRA, as you sample with it.")
+def with_denoiser(
+    model: ModelPatcher,
+    prompts: Mapping[str, Prompt],
+    negative: list,
+    latent: Mapping[str, Any],
+    work: Callable[[ModelDenoiser], Result],
+    *,
+    forward_rows: int,
+    gradients: bool = False,
+) -> Result:
+    """Return `work(denoiser)`, done where ComfyUI's sampler would sample.
+
+    ComfyUI loads the model as memory allows, applies LoRA and hooks and prepares conditionings.
+    Nothing else may be loaded in `work`: encode all text before.
+
+    Args:
+        model: Stays as it is.
+        prompts: By the name that `work` will use, at least one.
+        negative: CONDITIONING that guidance moves away from.
+        latent: LATENT of the size to measure at; nothing but its size is read.
+        work: Called once.
+        forward_rows: Rows of all forward passes together, for the progress bar.
+        gradients: Let `work` differentiate; inference mode is off then.
+
+    Raises:
+        ValueError: The model or the latent cannot be measured.
+    """
+    sampling = model.get_model_object("model_sampling")
+    parametrization_of(sampling)
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or samples.ndim != 4:
+        raise ValueError("Only images can be measured: connect an empty latent image.")
+    # Newer versions say in the LATENT how many pixels a place stands for.
+    scales = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
+    samples = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples), **scales)
+    noise = torch.zeros(ROWS, *samples.shape[1:])
+    conds = {name: prompt.entries for name, prompt in prompts.items()} | {NEGATIVE: negative}
+    if not all(conds.values()):
+        raise ValueError("A conditioning is empty: connect an encoded text.")
+    guider = comfy.samplers.CFGGuider(model.clone())
+    guider.inner_set_conds({key: conds[name] for name, key in guider_keys(prompts).items()})
+    levels = noise_levels(sampling, DetectionConfig().schedule_steps)
+    sampler = _Work(work, prompts, live_progress(model, forward_rows), gradients)
+    guider.sample(noise, noise.clone(), sampler, levels, disable_pbar=True, seed=0)
+    return sampler.result
 
 
-def latent_input() -> io.Latent.Input:
-    """Return the input that says how large the images are."""
-    return io.Latent.Input(
-        "latent",
-        tooltip="Empty latent of the image size to measure at; nothing but its size is read. "
-        "Scores grow with it: use the size you sample at.",
-    )
+class _Work(comfy.samplers.Sampler):
+    """Does any work on a network that ComfyUI has loaded, patched and prepared for sampling."""
+
+    def __init__(self, work: Callable[[ModelDenoiser], Any], prompts: Mapping[str, Prompt],
+                 on_prediction: OnPrediction, gradients: bool):  # fmt: skip
+        self.work, self.prompts, self.gradients = work, prompts, gradients
+        self.on_prediction, self.result = on_prediction, None
+
+    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
+               latent_image: Any = None, denoise_mask: Any = None,
+               disable_pbar: bool = False) -> Tensor:  # fmt: skip
+        """Do the work; the latent returned is not used."""
+        options = extra_args["model_options"]
+        with ExitStack() as undo:
+            if self.gradients:
+                in_place = writes_in_place(guider, options)
+                undo.enter_context(differentiable(guider.inner_model, in_place=in_place))
+            self.result = self.work(
+                ModelDenoiser(guider, self.prompts, options, noise, self.on_prediction)
+            )
+        return torch.zeros_like(noise)
 
 
-def negative_input() -> io.Conditioning.Input:
-    """Return the input of what guidance moves away from."""
-    return io.Conditioning.Input(
-        "negative",
-        tooltip="What the score is measured against: an empty text; for SDXL an empty text through "
-        "ConditioningZeroOut to compare with the command line. Other negatives change the score.",
-    )
+def live_progress(model: ModelPatcher, rows: int) -> OnPrediction:
+    """Return what shows the first x0-prediction of each forward pass, as KSampler would.
 
+    ComfyUI's own previewer draws, in the way that the user has chosen for previews; where they are
+    off, only the progress bar moves.
 
-def calibration_input() -> CalibrationSocket.Input:
-    """Return the input of what turns scores into verdicts."""
-    return CalibrationSocket.Input(
-        "calibration",
-        optional=True,
-        tooltip="Of this very model and these settings; no verdict without it.",
-    )
+    Args:
+        model: MODEL whose latents are drawn.
+        rows: Of all forward passes together: where the bar ends.
+    """
+    show, done = latent_preview.prepare_callback(model, rows), 0
 
+    @torch.no_grad()  # a previewer's own weights are inference tensors, which autograd refuses
+    def on_prediction(x: Tensor, x0: Tensor) -> None:
+        nonlocal done
+        done += len(x0)
+        show(done - 1, x0.detach(), x, rows)
 
-def seed_inputs() -> list[io.Int.Input]:
-    """Return the inputs of a `DetectionConfig`."""
-    return [
-        io.Int.Input(
-            "seeds", default=4, min=1, max=64,
-            tooltip="Starting noises to average over, 1 to 64: seeds 0, 1, 2, ... More are slower "
-            "and steadier.",
-        ),
-        io.Int.Input(
-            "steps", default=1, min=1, max=50,
-            tooltip="Denoising steps to average over, 1 to 50, from the noisiest of 50. One is "
-            "enough as a rule.",
-        ),
-    ]  # fmt: skip
-
-
-def config_of(seeds: int, steps: int) -> DetectionConfig:
-    """Return what the widgets say."""
-    return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=ROWS)
+    return on_prediction
 
 
 def scores(
@@ -91,13 +145,44 @@ def scores(
     """
 
     def work(denoiser: ModelDenoiser) -> tuple[Detection, dict]:
-        found = detect(denoiser, [*prompts], config, known=known, on_result=on_result)
-        return found, settings(denoiser, config)
+        detection = detect(denoiser, [*prompts], config, known=known, on_result=on_result)
+        return detection, settings(denoiser, config)
 
-    missing = len(prompts) - len(known or {})
-    return with_denoiser(
-        model, prompts, negative, latent, work, forward_rows=forward_rows(missing, config)
-    )
+    rows = forward_rows(len(prompts) - len(known or {}), config)
+    return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
+
+
+def scores_in_order(
+    model: ModelPatcher,
+    conditionings: Sequence[list],
+    negative: list,
+    latent: Mapping[str, Any],
+    config: DetectionConfig,
+) -> tuple[list[tuple[float, float]], dict]:
+    """Return the score of each CONDITIONING as L2 norm and per element, and the settings."""
+    prompts = {str(i): Prompt(entries=entries) for i, entries in enumerate(conditionings, 1)}
+    measured, settings = {}, {}
+    for group in share_negative(prompts):
+        detection, made = scores(model, group, negative, latent, config)
+        settings = settings or made  # of the first group
+        pairs = zip(detection.scores.tolist(), detection.scores_per_element.tolist(), strict=True)
+        measured |= zip(group, pairs, strict=True)
+    return [measured[name] for name in prompts], settings
+
+
+def share_negative(prompts: Mapping[str, Prompt]) -> list[dict[str, Prompt]]:
+    """Return groups of prompts whose negative is the same prediction.
+
+    ComfyUI gives the negative the areas, ControlNets and GLIGEN of a positive, so a prompt that has
+    one is measured by itself.
+    """
+    shared, alone = {}, []
+    for name, prompt in prompts.items():
+        if any(key in entry for _, entry in prompt.entries for key in SHARED_WITH_NEGATIVE):
+            alone.append({name: prompt})
+        else:
+            shared[name] = prompt
+    return [group for group in (shared, *alone) if group]
 
 
 def forward_rows(prompts: int, config: DetectionConfig) -> int:

@@ -1,104 +1,116 @@
-"""What the mitigating nodes have in common: when to act, how far, and a run before its start."""
+"""A prompt's embedding changed until it no longer dictates the image, behind a gate.
 
+What decides and what a run starts from are the same for `guarding`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.sample
 import torch
-from comfy_api.latest import io
+from comfy.model_patcher import ModelPatcher
 
 from ...shared.arrays import Float, Tensor
-from ...shared.mitigation.gate import AppliedGate, Gate
+from ...shared.mitigation.embedding import EmbeddingOptimisation
+from ...shared.mitigation.gate import AppliedGate, Decision, Gate
 from ...shared.mitigation.method import Start
-from ...shared.score.calibration import Calibration
-from .comfy_denoiser import ModelDenoiser
-from .measuring import caveat_of
-from .model_identity import settings
-from .schema import CalibrationSocket
+from ...shared.mitigation.optimisation import Optimised
+from .comfy_denoiser import ModelDenoiser, Prompt
+from .measuring import caveat_of, with_denoiser
+from .model_identity import settings, weights_sha256
 
-GATES = {"auto": "calibrated", "always": "always", "never": "never"}
-"""Modes of the gate by what the widget calls them."""
 PROMPT = "prompt"
 """Name of the one prompt of a denoiser here."""
-TARGETS = ("calibration", "norm")
+NOT_ITS_TEXT = (
+    "The network does not read this conditioning as it is, so that a change cannot be put back "
+    "into it: models that process their text again, and prompts whose first part begins after the "
+    "first step. Use Memorization Guard instead."
+)
 
 
-def gate_input() -> io.Combo.Input:
-    """Return the input that says when to act."""
-    return io.Combo.Input(
-        "gate",
-        options=list(GATES),
-        default="auto",
-        tooltip="auto: act if the prompt scores above the calibration's threshold. always: act on "
-        "every prompt. never: switched off, nothing is measured.",
-    )
+@dataclass(frozen=True, kw_only=True)
+class MitigatedPrompt:
+    """What was decided about a prompt, and what became of it."""
+
+    positive: list
+    """CONDITIONING; the very one that came in where nothing was changed."""
+    decision: Decision
+    optimised: Optimised
+    """The search, one embedding per image of the batch."""
+    score_after: float | None
+    """At the gate's noises, mean over the embeddings of the batch; None if nothing was changed."""
+    caveat: str
+    """Why the calibration does not fit, "" where it does."""
 
 
-def calibration_inputs() -> list:
-    """Return the optional inputs of what the gate and the target are taken from."""
-    return [
-        CalibrationSocket.Input(
-            "calibration",
-            optional=True,
-            tooltip="Of this very model and size: what the gate auto and target_quantile go by.",
-        ),
-        io.Boolean.Input(
-            "force",
-            default=False,
-            optional=True,
-            tooltip="Use a calibration of another model or other settings all the same.",
-        ),
-    ]
+def mitigate_prompt(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: Mapping[str, Any],
+    seed: int,
+    *,
+    method: EmbeddingOptimisation,
+    gate: Gate,
+    force: bool,
+) -> MitigatedPrompt:
+    """Decide, and search where the gate lets the prompt through.
 
-
-def target_inputs() -> list:
-    """Return the inputs of the score at which a search may stop."""
-    return [
-        io.Combo.Input(
-            "target_from",
-            options=list(TARGETS),
-            default=TARGETS[0],
-            tooltip="Where the score to stop at comes from: target_quantile of the calibration's "
-            "controls, or target_norm.",
-        ),
-        io.Float.Input(
-            "target_quantile", default=0.8, min=0.0, max=1.0, step=0.01,
-            tooltip="Stop when no more than this share of control prompts scores lower, 0 to 1. "
-            "Only with target_from calibration.",
-        ),
-        io.Float.Input(
-            "target_norm", default=3.0, min=0.0, max=10000.0, step=0.1,
-            tooltip="Stop at this score, L2 norm in latent units, 0 to 10000; the paper takes 1 to "
-            "5 for Stable Diffusion 1.4. Only with target_from norm.",
-        ),
-    ]  # fmt: skip
-
-
-def target_settings(
-    target_from: str, target_quantile: float, target_norm: float
-) -> dict[str, float | None]:
-    """Return what the widgets of `target_inputs` say, as the methods call it."""
-    target = target_norm if target_from == "norm" else None
-    return {"target": target, "target_quantile": target_quantile}
-
-
-def gate_of(choice: str, calibration: Calibration | None) -> Gate:
-    """Return the gate that the widget chose; prompts are probed at all the calibration's seeds.
+    Args:
+        model: MODEL.
+        positive: CONDITIONING; the embeddings of its first entry are changed.
+        negative: CONDITIONING that scores are measured against.
+        latent: LATENT that the sampler will get; each image of its batch gets its own embedding.
+        seed: Of the sampler: the search is at the very noise that sampling begins with.
+        method: How to search.
+        gate: Whether to search.
+        force: Use a calibration that does not fit.
 
     Raises:
-        ValueError: It would have nothing to decide by.
+        ValueError: The network does not read the conditioning as it is, or the calibration does not
+            fit.
     """
-    if choice == "auto" and calibration is None:
-        raise ValueError(
-            "The gate auto needs a calibration to decide by: connect one (nodes Calibrate or Load "
-            "Calibration), or set the gate to always."
+    images = len(latent["samples"])
+    weights = "" if gate.calibration is None else weights_sha256(model)
+
+    def work(denoiser: ModelDenoiser) -> MitigatedPrompt:
+        cond = denoiser.encode([PROMPT])
+        (text, further), *others = positive
+        if further.get("start_percent", 0.0) > 0 or not torch.equal(
+            cond.embeddings.cpu(), text[:1].cpu().to(cond.embeddings.dtype)
+        ):
+            raise ValueError(NOT_ITS_TEXT)
+        applied, caveat = applied_gate(denoiser, gate, weights, force=force)
+        (decision,) = applied.decide(cond)
+        like = torch.zeros(images, *denoiser.latent_shape)
+        noise = comfy.sample.prepare_noise(like, seed, latent.get("batch_index"))
+        # With no steps to make it only measures.
+        chosen = method if decision.fired else replace(method, iterations=0, target=0.0)
+        with denoiser.with_gradients() as ours:
+            optimised = chosen.start(start_of(ours, gate, noise))
+        changed = bool(optimised.iterations.any())
+        scores = applied.scores(optimised.cond) if changed else None
+        embeddings = optimised.cond.embeddings.to(text)
+        return MitigatedPrompt(
+            positive=[[embeddings, further], *others] if changed else positive,
+            decision=decision,
+            optimised=optimised,
+            score_after=sum(scores) / len(scores) if scores else None,
+            caveat=caveat,
         )
-    seeds = 1 if calibration is None else len(calibration.settings["seeds"])
-    return Gate(mode=GATES[choice], calibration=calibration, seeds=seeds)
+
+    prompts = {PROMPT: Prompt(entries=positive)}
+    rows = gate_rows(gate) * (1 + images) + images * (2 + method.iterations)
+    return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
 
 
-def probe_rows(gate: Gate) -> int:
-    """Return how many rows the network computes to score one prompt."""
+def gate_rows(gate: Gate) -> int:
+    """Return how many rows the network computes to score one prompt for a gate."""
     return 0 if gate.calibration is None else 2 * gate.seeds * gate.config.steps
 
 
-def probe_of(
+def applied_gate(
     denoiser: ModelDenoiser, gate: Gate, model: str, *, force: bool
 ) -> tuple[AppliedGate, str]:
     """Return what scores prompts for a gate, and "" or a caveat to print with every score.

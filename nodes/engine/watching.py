@@ -1,4 +1,4 @@
-"""Looking on while ComfyUI samples: wrappers on a clone of the model, nothing else.
+"""Observing while ComfyUI samples: wrappers on a clone of the model, nothing else.
 
 The wrapper sits where the network's answers come back, before the hooks of other packs change
 them. It is a closure: versions before 0.16 copy callable objects when a model is cloned.
@@ -20,7 +20,7 @@ from .model_identity import weights_sha256
 KEY = "unmemorize"
 EMPTY = "unmemorize empty prompt"
 NO_GUIDANCE = (
-    "cfg is 1 or the guider has no negative prompt, so the network was asked for the prompt alone. "
+    "cfg is 1 or the guider has no negative prompt, so the network predicted the prompt alone. "
     "Sample with cfg above 1, or switch on measure_anyway in Memorization Watch: one more pass of "
     "the network per step"
 )
@@ -28,9 +28,13 @@ NO_NEGATIVE = (
     "the guider has no negative prompt. Connect an encoded empty text to Memorization Watch to "
     "have it measured anyway"
 )
-NO_PAIR = "the guider never asks for positive and negative prompt together"
-BEGINS_BEFORE = 0.25
-"""A run that starts within this part of the schedule starts at noise."""
+NO_PAIR = "the guider never predicts the positive and the negative prompt together"
+
+
+def begins_at_noise(model: ModelPatcher, sigmas: torch.Tensor) -> bool:
+    """Return whether a run starts within the first quarter of the schedule."""
+    sampling = model.get_model_object("model_sampling")
+    return float(sigmas[0]) >= float(sampling.percent_to_sigma(0.25))
 
 
 def latent_id(samples: torch.Tensor) -> str:
@@ -52,7 +56,7 @@ def watch(
 
     Args:
         model: Stays as it is.
-        measure_anyway: Where guidance does not ask for the negative prompt, ask for it: one more
+        measure_anyway: Where guidance does not predict the negative prompt, predict it: one more
             pass of the network per step, and the same images.
         empty: CONDITIONING that stands in where the guider has no negative prompt at all.
         guarded: Returns what a guard decided about the images of the run that has just ended.
@@ -66,8 +70,7 @@ def watch(
         nonlocal guider, run
         before = guider, run
         guider, run = executor.class_obj, WatchedRun(reason=NO_PAIR)
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        run.from_noise = float(sigmas[0]) >= float(sampling.percent_to_sigma(BEGINS_BEFORE))
+        run.from_noise = begins_at_noise(guider.model_patcher, sigmas)
         if measure_anyway and empty and not guider.conds.get("negative"):
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
         try:
@@ -84,7 +87,7 @@ def watch(
         predictions = executor(network, conds, x, sigma, options)
         if run is None:
             return predictions
-        positive, negative = (place(guider.conds.get(k), conds) for k in ("positive", "negative"))
+        positive, negative = places(guider, conds)
         if positive is not None and negative is not None:
             run.add(predictions[positive], predictions[negative], sigma)
         elif positive is not None and len(conds) > 1 and conds[1 - positive] is None:
@@ -101,10 +104,14 @@ def watch(
     return watched, record
 
 
-def place(prompt: Any, conds: Sequence) -> int | None:
-    """Return where the guider's own prompt stands among those asked for.
+def places(guider: Any, conds: Sequence) -> tuple[int | None, int | None]:
+    """Return where the guider's own positive and negative stand among prompts that are predicted.
 
-    By identity: attention guidance and its like ask again with lists of their own.
+    By identity: attention guidance and its like predict them again with lists of their own.
     """
-    places = (i for i, entries in enumerate(conds) if entries is prompt and prompt is not None)
-    return next(places, None)
+    own = guider.conds.get("positive"), guider.conds.get("negative")
+    positive, negative = (
+        next((i for i, entries in enumerate(conds) if entries is one and one is not None), None)
+        for one in own
+    )
+    return positive, negative

@@ -94,9 +94,7 @@ def prompt_heatmap_png(
     """
     _check_pairs(words, significance)
     colors = [level_color(level, theme) for level in word_levels(significance)]
-    page, ink = THEMES[theme]["page"], THEMES[theme]["ink"]
-    shown = [visible(word) for word in words]
-    return draw_words(shown, colors, page=page, ink=ink, width=width, size=size)
+    return draw_words([*map(visible, words)], colors, theme=theme, width=width, size=size)
 
 
 def overlay_map(image: "Image", values: Any, *, strength: float = 0.85) -> "Image":

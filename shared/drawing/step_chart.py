@@ -49,10 +49,9 @@ def draw_step_chart(run: WatchedRun, verdict: RunVerdict, *, theme: Theme = "dar
 
 def draw_note(text: str, *, theme: Theme = "dark") -> "Image":
     """Return an image that says why there are no scores, RGB, `WIDTH` pixels wide."""
-    colors, words = THEMES[theme], text.split()
-    page = [colors["page"]] * len(words)
+    words = text.split()
     return draw_words(
-        words, page, page=colors["page"], ink=colors["ink"], width=WIDTH, size=LETTERS
+        words, [THEMES[theme]["page"]] * len(words), theme=theme, width=WIDTH, size=LETTERS
     )
 
 

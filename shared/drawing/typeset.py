@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .theme import THEMES, Theme
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
@@ -144,15 +146,14 @@ def write(
 
 
 def draw_words(
-    words: Sequence[str], colors: Sequence[str], *, page: str, ink: str, width: int, size: int
+    words: Sequence[str], colors: Sequence[str], *, theme: Theme, width: int, size: int
 ) -> "Image":
     """Return the words on their background colours, wrapped to `width` pixels, as RGB.
 
     Args:
         words: Printable text; words wider than a line are cut into several.
         colors: Background per word, #rrggbb.
-        page: Colour of the ground.
-        ink: Colour of the letters.
+        theme: Colours of the ground and of the letters.
         width: Of the image, pixels.
         size: Of the letters, pixels.
     """
@@ -169,6 +170,7 @@ def draw_words(
                 x, y = margin, y + leading
             placed.append((part, color, x, y, length))
             x += length + gap
+    page, ink = THEMES[theme]["page"], THEMES[theme]["ink"]
     image = Image.new("RGB", (width, y + leading + margin), page)
     draw = ImageDraw.Draw(image)
     for part, color, left, top, length in placed:

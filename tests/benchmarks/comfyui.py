@@ -51,8 +51,8 @@ def watched_and_plain(pairs: int, steps: int) -> dict:
     """
     import nodes as comfyui_nodes
 
-    model, clip, _ = pack("nodes.demo_model").load_model()
-    watched, _ = pack("nodes.watching").watch(model)
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
+    watched, _ = pack("nodes.engine.watching").watch(model)
     times: dict[str, list[float]] = {"plain": [], "watched": []}
     images = {}
     with torch.inference_mode():
@@ -80,9 +80,9 @@ def mitigation_and_forward(turns: int, iterations: int) -> dict:
     Runs inside ComfyUI, on one image of 128 pixels. Of a search only its iterations are counted:
     one without any is subtracted.
     """
-    mitigating, embedding = pack("nodes.mitigating"), pack("shared.mitigation.embedding")
-    model, clip, _ = pack("nodes.demo_model").load_model()
-    gate = mitigating.gate_of("always", None)
+    mitigating, embedding = pack("nodes.engine.mitigating"), pack("shared.mitigation.embedding")
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
+    gate = pack("nodes.inputs").gate_of("always", None)
     times: dict[str, list[float]] = {"forward": [], "iterations": []}
 
     def seconds(function, *arguments) -> float:
@@ -105,9 +105,9 @@ def mitigation_and_forward(turns: int, iterations: int) -> dict:
             times["iterations"].append(whole - without)
 
     with torch.inference_mode():
-        encode = pack("nodes.measuring").encoded
-        prompt = pack("nodes.comfy_denoiser").Prompt(entries=encode(clip, "a cat"))
-        pack("nodes.sampling_work").with_denoiser(
+        encode = pack("nodes.engine.measuring").encoded
+        prompt = pack("nodes.engine.comfy_denoiser").Prompt(entries=encode(clip, "a cat"))
+        pack("nodes.engine.measuring").with_denoiser(
             model, {mitigating.PROMPT: prompt}, encode(clip, ""),
             {"samples": torch.zeros(1, 4, 16, 16)}, work, forward_rows=1,
         )  # fmt: skip
@@ -119,10 +119,10 @@ def heatmap_and_step(turns: int) -> dict:
 
     Runs inside ComfyUI, on one image of 128 pixels: one seed and one step, no word left out.
     """
-    heatmap, measuring = pack("nodes.heatmap"), pack("nodes.measuring")
-    model, clip, _ = pack("nodes.demo_model").load_model()
+    explaining, measuring = pack("nodes.engine.explaining"), pack("nodes.engine.measuring")
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
     times: dict[str, list[float]] = {"step": [], "heatmap": []}
-    text, config = "a cat", measuring.config_of(1, 1)
+    text, config = "a cat", pack("nodes.inputs").config_of(1, 1)
 
     def seconds(function, *arguments, **settings) -> float:
         start = time.process_time()
@@ -134,19 +134,19 @@ def heatmap_and_step(turns: int) -> dict:
         x = denoiser.initial_noise([0, 0], sigma)
         for turn in range(turns + 1):
             step = seconds(denoiser.denoise, x, sigma, both)
-            whole = seconds(heatmap.explain, denoiser, text, config, occlude=0)
+            whole = seconds(explaining.explain, denoiser, text, config, occlude=0)
             if turn:  # the first warms up
                 times["step"].append(step)
                 times["heatmap"].append(whole)
 
     with torch.inference_mode():
         own, empty = (measuring.encoded(clip, prompt) for prompt in (text, ""))
-        read = heatmap.read_words(clip.tokenizer, text, own[0][0].shape[1])
+        read = explaining.read_words(clip.tokenizer, text, own[0][0].shape[1])
         prompts = {
-            text: heatmap.Prompt(entries=own, tokens=read.tokens, words=read.words),
-            "": heatmap.Prompt(entries=empty),
+            text: explaining.Prompt(entries=own, tokens=read.tokens, words=read.words),
+            "": explaining.Prompt(entries=empty),
         }
-        pack("nodes.sampling_work").with_denoiser(
+        measuring.with_denoiser(
             model, prompts, empty, {"samples": torch.zeros(1, 4, 16, 16)}, work, forward_rows=2,
             gradients=True,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 
 START_SECONDS = 300
 PREVIEW = struct.pack(">II", 1, 1)
-"""What a binary message starts with: a picture of a preview, as JPEG."""
+"""What a binary message starts with: an image of a preview, as JPEG."""
 
 
 class Server:
@@ -71,7 +71,7 @@ class Server:
 
         Args:
             graphs: As ``POST /prompt`` takes them.
-            on_event: Called with the kind and the data of each message; pictures of previews come
+            on_event: Called with the kind and the data of each message; images of previews come
                 as "preview" with the bytes of a JPEG.
             previews: The user's setting: "none", "latent2rgb" or "taesd".
 

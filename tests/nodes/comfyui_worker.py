@@ -96,7 +96,7 @@ class Server:
         self.events: list[tuple[str, Any]] = []
 
     def send_sync(self, event: Any, data: Any, sid: str | None = None) -> None:
-        """Remember an event; pictures of previews are remembered as such."""
+        """Remember an event; images of previews are remembered as such."""
         self.events.append((str(event), data if isinstance(data, dict) else "preview"))
 
     def queue_updated(self) -> None:

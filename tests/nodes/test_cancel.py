@@ -11,7 +11,7 @@ def demo(stop: int | None = None):
     """Return the demo's MODEL and CLIP; the user cancels at the end of forward pass `stop`."""
     import comfy.model_management
 
-    model, clip, _ = pack("nodes.demo_model").load_model()
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
     passes = []
 
     def forward(apply_model, given):
@@ -40,7 +40,7 @@ def cancel(node: str, stop: int, inputs: dict) -> dict:
             weights = [id(w) for w in model.model.state_dict(keep_vars=True).values()]
             if name == "cancelled":
                 first = model, weights
-            encode = pack("nodes.measuring").encoded
+            encode = pack("nodes.engine.measuring").encoded
             try:
                 result = node_class.execute(
                     model=model, clip=clip, negative=encode(clip, ""), **inputs

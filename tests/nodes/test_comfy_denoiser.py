@@ -16,15 +16,15 @@ PROMPTS = [caption(), caption("held_out"), ""]
 
 def demo_traces(prompts: list, steps: int):
     """Return |D| of the demo through ComfyUI; the negative is the empty prompt."""
-    model, clip, _ = pack("nodes.demo_model").load_model()
-    detection, prompt = pack("shared.detection"), pack("nodes.comfy_denoiser").Prompt
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
+    detection, prompt = pack("shared.score.detection"), pack("nodes.engine.comfy_denoiser").Prompt
     config = detection.DetectionConfig(steps=steps, batch_size=4)
     with torch.inference_mode():
 
         def encode(text: str) -> list:
             return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
-        return pack("nodes.sampling_work").with_denoiser(
+        return pack("nodes.engine.measuring").with_denoiser(
             model, {text: prompt(entries=encode(text)) for text in prompts}, encode(""),
             {"samples": torch.zeros(1, 4, 16, 16)},
             lambda ours: detection.detect(ours, prompts, config).traces,
@@ -44,7 +44,8 @@ def levels(kind: str, steps: int):
     from tiny_networks import tiny_model
 
     model = tiny_model(kind)
-    return pack("nodes.noise_levels").noise_levels(model.get_model_object("model_sampling"), steps)
+    sampling = model.get_model_object("model_sampling")
+    return pack("nodes.engine.comfy_denoiser").noise_levels(sampling, steps)
 
 
 DISCRETE = DiscreteSchedule({
@@ -73,7 +74,7 @@ def gradients(kind: str) -> dict:
     """Return |gradient of |D|| per token, and the slope of |D| along each token's gradient."""
     from tiny_networks import tiny_conditioning, tiny_model
 
-    metrics, prompt = pack("shared.metrics"), pack("nodes.comfy_denoiser").Prompt
+    metrics, prompt = pack("shared.score.metrics"), pack("nodes.engine.comfy_denoiser").Prompt
 
     def work(denoiser) -> dict:
         sigma = denoiser.sigmas(50)[0]
@@ -99,7 +100,7 @@ def gradients(kind: str) -> dict:
     with torch.inference_mode():
         model = tiny_model(kind)
         weights = {id(weight) for weight in model.model.state_dict(keep_vars=True).values()}
-        found = pack("nodes.sampling_work").with_denoiser(
+        found = pack("nodes.engine.measuring").with_denoiser(
             model, {"text": prompt(entries=tiny_conditioning(kind, 1))},
             tiny_conditioning(kind, 2), {"samples": torch.zeros(1, 4, 8, 8)}, work,
             forward_rows=1, gradients=True,
@@ -124,8 +125,8 @@ def together_and_alone(kind: str) -> dict:
     """Return the scores of prompts measured together, and each on its own."""
     from tiny_networks import tiny_conditioning, tiny_model
 
-    detection, prompt = pack("shared.detection"), pack("nodes.comfy_denoiser").Prompt
-    share, run = pack("nodes.comfy_denoiser").share_negative, pack("nodes.sampling_work")
+    detection, prompt = pack("shared.score.detection"), pack("nodes.engine.comfy_denoiser").Prompt
+    run = pack("nodes.engine.measuring")
     config = detection.DetectionConfig(seeds=(0, 1, 2), steps=2, batch_size=4)
 
     def scores(part: dict) -> list:
@@ -143,7 +144,7 @@ def together_and_alone(kind: str) -> dict:
         both = [one[0], tiny_conditioning(kind, 4)[0]]
         entries = {"one": one, "long": long, "combined": both, "area": one + area}
         prompts = {name: prompt(entries=part) for name, part in entries.items()}
-        groups = share(prompts)
+        groups = run.share_negative(prompts)
         return {
             "groups": [list(group) for group in groups],
             "together": [score for group in groups for score in scores(group)],
@@ -183,7 +184,9 @@ def refused(case: str) -> None:
     if case == "sampling":
         kind = type("Sampling", (comfy.model_sampling.COSMOS_RFLOW, torch.nn.Module), {})
         model.add_object_patch("model_sampling", kind())
-    prompts = {"text": pack("nodes.comfy_denoiser").Prompt(entries=[] if case == "empty" else text)}
-    pack("nodes.sampling_work").with_denoiser(
+    prompts = {
+        "text": pack("nodes.engine.comfy_denoiser").Prompt(entries=[] if case == "empty" else text)
+    }
+    pack("nodes.engine.measuring").with_denoiser(
         model, prompts, text, {"samples": samples}, lambda denoiser: None, forward_rows=1
     )

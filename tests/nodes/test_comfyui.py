@@ -15,12 +15,12 @@ def version_inside() -> str:
 
 
 def name_of_pack() -> str:
-    return pack("shared.metrics").__name__
+    return pack("shared.score.metrics").__name__
 
 
 def test_every_version_is_what_it_says(comfy):
     assert comfy.call(version_inside) == comfy.version
-    assert comfy.call(name_of_pack).endswith("Unmemorize-main.shared.metrics")
+    assert comfy.call(name_of_pack).endswith("Unmemorize-main.shared.score.metrics")
 
 
 @newest

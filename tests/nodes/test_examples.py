@@ -20,7 +20,7 @@ def graph_of(text: str) -> dict:
 
 @newest
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_it_has_a_picture_and_needs_no_download(comfy, path):
+def test_it_has_a_screenshot_and_needs_no_download(comfy, path):
     assert path.with_suffix(".jpg").is_file()
     assert path.stat().st_size + path.with_suffix(".jpg").stat().st_size < 300_000
     types = {entry["class_type"] for entry in comfy.call(graph_of, path.read_text()).values()}
@@ -78,6 +78,6 @@ def test_lora_check_finds_the_captions_that_were_memorized(comfy, root):
     greatest = max(control["increase"] for control in data["controls"])
     assert len(data["captions"]) == 3
     assert data["mean_increase"] > greatest
-    # With the LoRA, whatever the seed, the same picture.
+    # With the LoRA, whatever the seed, the same image.
     spread = [run[i].std(0).mean() for i in images]
     assert spread[1] < 0.5 * spread[0]

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.comfy
 
 
 def shown(node: str, method: str, prompt: str) -> dict:
-    """Run a node with one seed; return what the bar was told and the pictures."""
+    """Run a node with one seed; return what the bar was told and the images."""
     import comfy.utils
     from comfy.cli_args import LatentPreviewMethod, args
 
@@ -20,8 +20,8 @@ def shown(node: str, method: str, prompt: str) -> dict:
         told.append((value, total, None if preview is None else np.asarray(preview[1])))
 
     with torch.inference_mode():
-        model, clip, _ = pack("nodes.demo_model").load_model()
-        encode = pack("nodes.measuring").encoded
+        model, clip, _ = pack("nodes.engine.demo_model").load_model()
+        encode = pack("nodes.engine.measuring").encoded
         inputs = {"negative": encode(clip, ""), "latent": {"samples": torch.zeros(1, 4, 16, 16)}}
         inputs |= {"model": model, "seeds": 1, "steps": 1}
         if node == "heatmap":
@@ -41,29 +41,29 @@ def shown(node: str, method: str, prompt: str) -> dict:
             args.preview_method = before
     return {
         "told": [(value, total) for value, total, _ in told],
-        "pictures": [picture for *_, picture in told if picture is not None],
+        "images": [image for *_, image in told if image is not None],
         "colors": model.model.latent_format.latent_rgb_factors,
     }
 
 
-def test_the_picture_is_the_prediction_of_diffusers(comfy):
+def test_the_image_is_the_prediction_of_diffusers(comfy):
     done = comfy.call(shown, "detect", "latent2rgb", caption())
     assert done["told"] == [(1, 2), (2, 2)]
     theirs, sigma = denoiser(), denoiser().sigmas(50)[0]
     x = theirs.initial_noise([0], sigma)
     with torch.no_grad():
         predictions = [theirs.denoise(x, sigma, theirs.encode([p]))[0] for p in ("", caption())]
-    for picture, x0 in zip(done["pictures"], predictions, strict=True):
+    for image, x0 in zip(done["images"], predictions, strict=True):
         colors = torch.einsum("chw,cr->hwr", x0, torch.tensor(done["colors"]))
         expected = (colors / 2 + 0.5).clamp(0, 1) * 255
-        assert np.abs(picture - expected.numpy()).max() < 1.5  # rounded down, and float tolerance
-    assert np.abs(done["pictures"][0].astype(int) - done["pictures"][1]).max() > 20
+        assert np.abs(image - expected.numpy()).max() < 1.5  # rounded down, and float tolerance
+    assert np.abs(done["images"][0].astype(int) - done["images"][1]).max() > 20
 
 
 def test_without_previews_the_bar_moves_and_nothing_is_drawn(comfy):
     done = comfy.call(shown, "detect", "none", caption())
     assert done["told"][-1] == (2, 2)
-    assert done["pictures"] == []
+    assert done["images"] == []
 
 
 def write_previewer() -> None:
@@ -84,4 +84,4 @@ def write_previewer() -> None:
 def test_a_previewer_with_weights_runs_beside_gradients(comfy):
     comfy.call(write_previewer)
     done = comfy.call(shown, "heatmap", "taesd", caption())
-    assert [picture.shape for picture in done["pictures"]] == [(128, 128, 3)] * 2
+    assert [image.shape for image in done["images"]] == [(128, 128, 3)] * 2

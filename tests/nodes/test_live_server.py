@@ -124,22 +124,22 @@ def test_cancel_stops_every_long_node_and_leaves_the_model_as_it_was(server, nam
 
 @pytest.mark.parametrize("name", MEASURING)
 def test_previews_arrive_where_the_user_wants_them(server, name):
-    pictures, told = [], []
+    images, told = [], []
 
     def collect(kind: str, data: object) -> None:
         if kind == "preview":
-            pictures.append(Image.open(io.BytesIO(data)))
+            images.append(Image.open(io.BytesIO(data)))
         elif kind == "progress":
             told.append(data["value"])
 
     server.run(measuring(name, seeds=2), on_event=collect)
     assert told
-    assert not pictures
+    assert not images
     told.clear()
     server.run(measuring(name, seeds=3), on_event=collect, previews="latent2rgb")
-    assert len(pictures) == len(told) >= 2
-    assert {picture.size for picture in pictures} == {(512, 512)}
-    assert len({picture.tobytes() for picture in pictures}) >= 2
+    assert len(images) == len(told) >= 2
+    assert {image.size for image in images} == {(512, 512)}
+    assert len({image.tobytes() for image in images}) >= 2
 
 
 def test_fifty_runs_do_not_grow(server):

@@ -22,7 +22,7 @@ def with_lora():
     import comfy.sd
     import torch
 
-    model, clip, _ = pack("nodes.demo_model").load_model()
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
     weights, drawn = model.model.state_dict(), torch.Generator().manual_seed(0)
     names = comfy.lora.model_lora_keys_unet(model.model, {}).items()
     names, lora = {key: name for name, key in names if name.startswith("lora_unet_")}, {}
@@ -50,7 +50,7 @@ def measured(text: str, budget: int | None) -> dict:
     with torch.inference_mode():
         model, clip, layers = with_lora()
         before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-        encode = pack("nodes.measuring").encoded
+        encode = pack("nodes.engine.measuring").encoded
         common = {"model": model, "negative": encode(clip, ""), "seeds": 2, "steps": 1,
                   "latent": {"samples": torch.zeros(1, 4, 16, 16)}}  # fmt: skip
         memory.LoadedModel.model_load = with_budget

@@ -11,7 +11,7 @@ def identities() -> dict:
     import comfy.sd
     import torch
 
-    identity = pack("nodes.model_identity")
+    identity = pack("nodes.engine.model_identity")
 
     def sha256(model) -> str:
         identity._known.clear()
@@ -28,15 +28,15 @@ def identities() -> dict:
         return comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
 
     def run(model) -> None:
-        text = pack("nodes.measuring").encoded(clip, "a cat")
-        prompts = {"": pack("nodes.comfy_denoiser").Prompt(entries=text)}
-        pack("nodes.sampling_work").with_denoiser(
+        text = pack("nodes.engine.measuring").encoded(clip, "a cat")
+        prompts = {"": pack("nodes.engine.comfy_denoiser").Prompt(entries=text)}
+        pack("nodes.engine.measuring").with_denoiser(
             model, prompts, text, {"samples": torch.zeros(1, 4, 16, 16)},
             lambda denoiser: denoiser.unconditional(), forward_rows=1,
         )  # fmt: skip
 
     with torch.inference_mode():
-        model, clip, _ = pack("nodes.demo_model").load_model()
+        model, clip, _ = pack("nodes.engine.demo_model").load_model()
         found = {"plain": sha256(model), "again": sha256(model.clone())}
         found["lora"] = sha256(lora(model))
         found["weaker"] = sha256(lora(model, 0.5))
@@ -46,7 +46,7 @@ def identities() -> dict:
         found["lora in use"], found["plain, lora in use"] = sha256(patched), sha256(model)
         run(model)
         found["after"] = sha256(model)
-        found["loaded again"] = sha256(pack("nodes.demo_model").load_model()[0])
+        found["loaded again"] = sha256(pack("nodes.engine.demo_model").load_model()[0])
         weight = model.model.diffusion_model.time_embed[0].weight
         weight[0, 0] += 1e-3
         found["one number"] = sha256(model)
@@ -69,4 +69,4 @@ def test_names_of_calibrations_stay_in_their_folder(comfy):
 
 
 def checked_name(name: str) -> str:
-    return pack("nodes.calibration_files").checked_name(name)
+    return pack("nodes.engine.calibrations").checked_name(name)

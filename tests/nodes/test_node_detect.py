@@ -76,8 +76,8 @@ def detected_list(prompts: list) -> list:
     import torch
 
     with torch.inference_mode():
-        model, clip, _ = pack("nodes.demo_model").load_model()
-        encode = pack("nodes.measuring").encoded
+        model, clip, _ = pack("nodes.engine.demo_model").load_model()
+        encode = pack("nodes.engine.measuring").encoded
         positive = [encode(clip, prompt) for prompt in prompts]
         positive[1] = [[positive[1][0][0], positive[1][0][1] | {"area": (8, 8, 4, 4)}]]
         result = pack("nodes.detect").DetectMemorization.execute(

@@ -38,15 +38,15 @@ def guarded_run(method: str | None, parameters: dict, changes: dict, more: dict)
         model, clip, passes = demo(more.get("stop"))
         weights = {key: value.clone() for key, value in model.model.state_dict().items()}
         options = repr(model.model_options)
-        encode = pack("nodes.measuring").encoded
+        encode = pack("nodes.engine.measuring").encoded
         positive, negative = (encode(clip, t) for t in (more.get("prompt", "a red cat"), ""))
         between, guarded = more.get("between", []), model
         if more.get("before"):
             guarded = patched(guarded, between)
         if method is not None:
-            made = pack("nodes.guard_methods").chosen_method({"method": method} | parameters, {})
-            gate = pack("nodes.mitigating").gate_of("always", None)
-            guarded, record = pack("nodes.guarding").guard(guarded, made, gate)
+            made = pack("nodes.guard").chosen_method({"method": method} | parameters, {})
+            gate = pack("nodes.inputs").gate_of("always", None)
+            guarded, record = pack("nodes.engine.guarding").guard(guarded, made, gate)
         if not more.get("before"):
             guarded = patched(guarded, between)
         settings = {"seed": 1, "steps": STEPS, "cfg": CFG, "sampler_name": "euler",
@@ -126,7 +126,7 @@ def in_two_parts(scale_before: float, percent: float) -> torch.Tensor:
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
     waits = sum(float(sigma) > float(sampling.percent_to_sigma(percent)) for sigma in sigmas[:-1])
     with torch.inference_mode():
-        encode = pack("nodes.measuring").encoded
+        encode = pack("nodes.engine.measuring").encoded
         positive, negative = (encode(clip, t) for t in ("a red cat", ""))
         latent = torch.zeros(1, 4, 16, 16)
         noise = comfy.sample.prepare_noise(latent, 1)
@@ -158,10 +158,10 @@ def test_delays_are_two_samplers_in_a_row(comfy, method, parameters, scale_befor
 def damped_prediction(x: np.ndarray, sigma: float, blocks: str) -> torch.Tensor:
     """Return the x0-prediction of the demo with damped attention."""
 
-    attention = pack("nodes.damped_attention")
+    attention = pack("nodes.engine.damped_attention")
     model, clip, _ = demo()
     with torch.inference_mode():
-        cond = pack("nodes.measuring").encoded(clip, "a red cat")
+        cond = pack("nodes.engine.measuring").encoded(clip, "a red cat")
         forces = attention.ComfyTwoForces(
             attention.ComfyAttractionRepulsion(blocks=blocks), model.model.diffusion_model
         )

@@ -13,7 +13,7 @@ DEMO = node("UnmemorizeLoadDemoModel")
 
 def predictions(prompts: list, x: np.ndarray, sigmas: list) -> np.ndarray:
     """Return ComfyUI's x0-predictions [prompt sigma *latent] of the same x."""
-    model, clip, _ = pack("nodes.demo_model").load_model()
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
@@ -58,7 +58,7 @@ def test_embeddings_agree(comfy):
 
 
 def roundtrip(latent: np.ndarray) -> dict:
-    _, _, vae = pack("nodes.demo_model").load_model()
+    _, _, vae = pack("nodes.engine.demo_model").load_model()
     with torch.inference_mode():
         image = vae.decode(torch.from_numpy(latent))
         return {"image": image, "latent": vae.encode(image)}
@@ -113,7 +113,7 @@ def spoiled(folder: str) -> str:
 
     from safetensors.torch import load_file, save_file
 
-    model = pack("nodes.demo_model")
+    model = pack("nodes.engine.demo_model")
     shutil.copytree(model.FOLDER, folder)
     file = Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -121,7 +121,7 @@ def spoiled(folder: str) -> str:
     save_file(weights, file)
     try:
         model.load_model(Path(folder))
-    except pack("shared.weights").ModelError as error:
+    except pack("shared.files.weights").ModelError as error:
         return str(error)
 
 
@@ -139,6 +139,6 @@ def absent(folder: str) -> str:
     from pathlib import Path
 
     try:
-        pack("nodes.demo_model").load_model(Path(folder))
-    except pack("shared.weights").ModelError as error:
+        pack("nodes.engine.demo_model").load_model(Path(folder))
+    except pack("shared.files.weights").ModelError as error:
         return str(error)

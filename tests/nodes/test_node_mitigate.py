@@ -62,7 +62,7 @@ def executed(kind: str, batch: int, prompt: str, changes: dict) -> dict:
 
     with torch.inference_mode():
         if kind == "demo":
-            model, clip, _ = pack("nodes.demo_model").load_model()
+            model, clip, _ = pack("nodes.engine.demo_model").load_model()
             positive, negative = (
                 clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (prompt, "")
             )
@@ -175,7 +175,9 @@ def cancelled(stop: int) -> dict:
         weights = [
             (id(w), w.requires_grad) for w in model.model.state_dict(keep_vars=True).values()
         ]
-        positive, negative = (pack("nodes.measuring").encoded(clip, t) for t in ("a red cat", ""))
+        positive, negative = (
+            pack("nodes.engine.measuring").encoded(clip, t) for t in ("a red cat", "")
+        )
         before, stopped = positive[0][0].clone(), False
         try:
             pack("nodes.mitigate").MitigateMemorization.execute(

@@ -81,7 +81,7 @@ def test_a_latent_of_another_sampler_is_refused(comfy):
     assert "not made by a sampler of the watched model" in run["text"]
 
 
-def test_the_score_is_in_the_saved_picture(comfy):
+def test_the_score_is_in_the_saved_image(comfy):
     graph = TEXTS | WATCH | {
         "a": sampler(["watch", 0]),
         "report": report(["a", 0], save_score=True),
@@ -91,8 +91,8 @@ def test_the_score_is_in_the_saved_picture(comfy):
     extra = {"extra_pnginfo": {"workflow": {}}}
     run = comfy.run(graph, keep={"score": ["report", 3]}, extra=extra, fresh=True)
     name = run.ui["save"]["images"][0]["filename"]
-    with Image.open(comfy.base / "output" / name) as picture:
-        told = json.loads(picture.text["unmemorize"])["report"]
+    with Image.open(comfy.base / "output" / name) as image:
+        told = json.loads(image.text["unmemorize"])["report"]
     assert told["score"] == [run["score"]]
     assert told["memorized"] == [None]
     again = comfy.run(graph, keep={"score": ["report", 3]}, extra={"extra_pnginfo": {}})

@@ -51,8 +51,8 @@ def at_timesteps(timesteps: list) -> torch.Tensor:
     import comfy.sample
     import comfy.samplers
 
-    model, clip, _ = pack("nodes.demo_model").load_model()
-    model, record = pack("nodes.watching").watch(model)
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
+    model, record = pack("nodes.engine.watching").watch(model)
     sampling = model.get_model_object("model_sampling")
     sigmas = torch.cat([sampling.sigmas[timesteps].cpu(), torch.zeros(1)])
     with torch.inference_mode():

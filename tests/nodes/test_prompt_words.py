@@ -28,7 +28,7 @@ def read(kind: str, text: str, encoders: list, folder: str | None = None) -> dic
     theirs = tokenizer(kind, folder)
     chunks = theirs.tokenize_with_weights(text)
     positions = sum(len(chunk) for name in encoders for chunk in chunks[name])
-    found = pack("nodes.prompt_words").read_words(theirs, text, positions)
+    found = pack("nodes.engine.explaining").read_words(theirs, text, positions)
     assert len(found.tokens) == positions
     tokens = [[token.text, token.word] for token in found.tokens]
     return {"words": found.words, "weights": found.weights, "tokens": tokens}
@@ -79,4 +79,4 @@ def test_a_layout_that_is_not_known_is_refused(comfy):
 
 
 def refused() -> None:
-    pack("nodes.prompt_words").read_words(tokenizer("sd1"), "a cat", 5)
+    pack("nodes.engine.explaining").read_words(tokenizer("sd1"), "a cat", 5)

@@ -38,7 +38,7 @@ def test_an_example_opens_and_every_node_is_known(page, path):
         ),
     ],
 )
-def test_an_example_draws_its_pictures_on_the_nodes(page, root, name, drawn):
+def test_an_example_draws_its_images_on_the_nodes(page, root, name, drawn):
     open_workflow(page, root / "example_workflows" / f"{name}.json")
     images = {}
     for node in run(page):

@@ -40,8 +40,8 @@ def watched_run(changes: dict, options: dict, between: list, before: bool, batch
     """
     import nodes as comfyui_nodes
 
-    model, clip, _ = pack("nodes.demo_model").load_model()
-    watching = pack("nodes.watching")
+    model, clip, _ = pack("nodes.engine.demo_model").load_model()
+    watching = pack("nodes.engine.watching")
     calls = []
     model.add_wrapper_with_key("apply_model", "count", counting(calls))
     record = None

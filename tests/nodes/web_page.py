@@ -60,7 +60,7 @@ def open_workflow(page: Any, path: Path) -> list[dict]:
 
 
 def run(page: Any) -> list[dict]:
-    """Run the workflow until its pictures are shown, and return its nodes."""
+    """Run the workflow until its images are shown, and return its nodes."""
     before = page.evaluate(RUNS)
     page.evaluate("() => app.queuePrompt(0, 1)")
     _wait_until(lambda: page.evaluate(RUNS) > before, RUN)

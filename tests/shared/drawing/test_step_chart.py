@@ -11,10 +11,10 @@ from unmemorize.shared.sampling.watched_runs import judge
 HIGH, LOW = 9.0, 1.2
 
 
-def pixels(picture, color: str) -> int:
+def pixels(image, color: str) -> int:
     """Return how many pixels have exactly this colour."""
     wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return int((np.asarray(picture) == wanted).all(2).sum())
+    return int((np.asarray(image) == wanted).all(2).sum())
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -35,10 +35,10 @@ def test_only_runs_above_the_threshold_are_drawn_in_the_colour_of_the_flagged(th
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_every_kind_of_run_can_be_drawn(images, levels, calibrated):
     r = run([2.0 + i for i in range(images)], levels=levels)
-    picture = draw_step_chart(r, judge(r, calibration() if calibrated else None))
-    assert picture.mode == "RGB"
+    image = draw_step_chart(r, judge(r, calibration() if calibrated else None))
+    assert image.mode == "RGB"
     few = draw_step_chart(run([2.0]), judge(run([2.0])))
-    assert (picture.height > few.height) == (images > 1)
+    assert (image.height > few.height) == (images > 1)
 
 
 @pytest.mark.parametrize("score", [0.0, 1e-6, 1e5])
@@ -61,5 +61,5 @@ def test_the_score_before_a_guard_replaced_the_noise_is_a_ring():
     plain, guarded = run([9.0]), run([9.0], guarded=(image,))
     without, ringed = (draw_step_chart(r, judge(r, calibration())) for r in (plain, guarded))
     assert ringed.height > without.height  # a line that says what rings are
-    plots = [np.asarray(picture.crop((0, 0, WIDTH, 480))) for picture in (without, ringed)]
+    plots = [np.asarray(image.crop((0, 0, WIDTH, 480))) for image in (without, ringed)]
     assert 100 < (plots[0] != plots[1]).any(2).sum() < 1000  # a ring, and nothing else

@@ -1,9 +1,10 @@
-"""Takes the pictures beside the example workflows: runs each on the web page and looks at it.
+"""Takes the screenshots beside the example workflows: runs each on the web page and looks at it.
 
-    python tests/nodes/take_pictures.py [NAME ...]
+    python tests/nodes/take_screenshots.py [NAME ...]
 
-with the Python of `make test-comfyui` and Chromium, all examples unless named. A picture shows the
-part of the workflow that has images in it; of `before_and_after`, docs/comfyui.jpg shows the page.
+with the Python of `make test-comfyui` and Chromium, all examples unless named. A screenshot shows
+the part of the workflow that has images in it; docs/comfyui.jpg shows the page of
+`before_and_after`.
 """
 
 import shutil
@@ -21,11 +22,11 @@ from web_page import open_page, open_workflow, run
 from workflows import EXAMPLES
 
 WHOLE = "before_and_after"
-WHOLE_PICTURE = Path(__file__).resolve().parents[2] / "docs" / "comfyui.jpg"
+WHOLE_SCREENSHOT = Path(__file__).resolve().parents[2] / "docs" / "comfyui.jpg"
 WIDTH, HEIGHT = 800, 900
-"""Pixels of a picture, at most."""
+"""Pixels of a screenshot, at most."""
 CORNER = 100
-"""Where on the page the picture begins, away from its menus."""
+"""Where on the page the screenshot begins, away from its menus."""
 SHOW = """([width, height, corner]) => {
     const seen = app.graph._nodes.filter(node => node.imgs?.length).map(node => node.getBounding());
     const left = Math.min(...seen.map(box => box[0])) - 15;
@@ -41,7 +42,7 @@ SHOW = """([width, height, corner]) => {
 
 
 def take(page: Any, workflow: Path) -> None:
-    """Write the picture of one workflow beside it."""
+    """Write the screenshot of one workflow beside it."""
     open_workflow(page, workflow)
     run(page)
     page.wait_for_timeout(2000)  # images load and fade in
@@ -56,7 +57,7 @@ def take(page: Any, workflow: Path) -> None:
 
 
 def main(*names: str) -> None:
-    """Take the pictures of the workflows named, or of all."""
+    """Take the screenshots of the workflows named, or of all."""
     if reason := missing(NEWEST):
         raise SystemExit(reason)
     tolerate_cpu_torch()
@@ -74,7 +75,7 @@ def main(*names: str) -> None:
                     page = open_page(browser, server.url, [])
                     take(page, workflow)
                     if workflow.stem == WHOLE:
-                        page.screenshot(path=WHOLE_PICTURE, type="jpeg", quality=85)
+                        page.screenshot(path=WHOLE_SCREENSHOT, type="jpeg", quality=85)
                     page.close()
         finally:
             browser.close()
