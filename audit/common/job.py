@@ -43,6 +43,15 @@ def content_key(*parts: Any) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def check_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     """Refuse early, before any work, an output folder that is not this job's or cannot be written.
 

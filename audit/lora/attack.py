@@ -1,7 +1,7 @@
 """The extraction attack from a base model to its LoRA: FineXtract (ICML 2025).
 
 Sampling is guided away from what the base model expects and towards what the LoRA adds, so that the
-images it was trained on come out; those that come out again and again agree with each other.
+images it was trained on come out; images that come out again and again agree with each other.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.score.trajectory import guided_step
+from .result import Attack, Clique, Generation, Rate, Thresholds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,6 +57,41 @@ def as_images(pixels: Float[Tensor, "image 3 height width"]) -> "list[Image]":
     return [Image.fromarray(values) for values in bytes_]
 
 
+def judge_attack(
+    rows: Float[Tensor, " generation dimension"],
+    generations: Sequence[Generation],
+    limits: Thresholds,
+    trained: int,
+) -> Attack | None:
+    """Return the cliques of the attack's generations and the training images they are.
+
+    Args:
+        rows: Embeddings of all generations.
+        generations: Of the audit; the attack's are looked at.
+        limits: Two generations agree, and a clique is a training image, above `verbatim`.
+        trained: Number of training images.
+    """
+    places = [i for i, generation in enumerate(generations) if generation.asked == "attack"]
+    if not places:
+        return None
+    groups = [] if limits.verbatim is None else cliques(rows[places], limits.verbatim)
+    results = []
+    for members in groups:
+        member = generations[places[central(rows[places], members)]]
+        results.append(Clique(
+            size=len(members), member=member.path, nearest=member.nearest,
+            similarity=member.similarity,
+            extracted=limits.verbatim is not None and member.similarity > limits.verbatim,
+        ))  # fmt: skip
+    out = {clique.nearest for clique in results if clique.extracted}
+    return Attack(
+        generations=len(places),
+        guidance=GUIDANCE,
+        cliques=tuple(results),
+        extracted=Rate.of(len(out), trained),
+    )
+
+
 def cliques(rows: Float[Tensor, " image dimension"], threshold: float) -> list[list[int]]:
     """Return groups in which every two images are at least `threshold` similar, largest first.
 
@@ -70,14 +106,13 @@ def cliques(rows: Float[Tensor, " image dimension"], threshold: float) -> list[l
 
     unlike = networkx.Graph()
     unlike.add_nodes_from(range(len(rows)))
-    apart = (rows @ rows.T < threshold).triu(1).nonzero()
-    unlike.add_edges_from(apart.tolist())
+    unlike.add_edges_from((rows @ rows.T < threshold).triu(1).nonzero().tolist())
     colours = networkx.greedy_color(unlike, strategy="saturation_largest_first")
     groups: dict[int, list[int]] = {}
     for image in range(len(rows)):
         groups.setdefault(colours[image], []).append(image)
-    found = [group for group in groups.values() if len(group) >= SMALLEST]
-    return sorted(found, key=lambda group: (-len(group), group))
+    large = [group for group in groups.values() if len(group) >= SMALLEST]
+    return sorted(large, key=lambda group: (-len(group), group))
 
 
 def central(rows: Float[Tensor, " image dimension"], members: Sequence[int]) -> int:

@@ -1,16 +1,32 @@
-"""The settings of an audit of a LoRA."""
+"""The settings of an audit of a LoRA, how they name its job, and how its report repeats them."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...shared.score.detection import DetectionConfig
-from ..common.subject import DEMO
+from ..common.job import content_key
+from ..common.result import versions
+from ..common.subject import DEMO, Facts, Subject
+from .result import TrainingSet
 
 LEAST = {
     "captions": 1, "images_per_prompt": 1, "attack_images": 0, "generation_steps": 1,
     "batch_size": 1, "processes": 1,
 }  # fmt: skip
 """Smallest value of each number."""
+DECIDING = (
+    "captions", "images_per_prompt", "attack_images", "generation_steps", "cond_scale",
+    "batch_size", "reserve",
+)  # fmt: skip
+"""Settings that move the result and are plain numbers."""
+OPTIONS = (
+    "reserve", "trigger", "images_per_prompt", "generation_steps", "batch_size", "revision",
+    "resolution", "dtype",
+)  # fmt: skip
+"""Settings that are options of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +53,7 @@ class LoraAuditConfig:
     epochs: tuple[Path, ...] = ()
     """Files of saved epochs, or folders of them."""
     captions: int = 100
-    """At most so many captions are asked, most often repeated images first."""
+    """At most so many captions are prompts, most often repeated images first."""
     images_per_prompt: int = 2
     """Images of each caption, as many again without the LoRA."""
     attack_images: int = 4
@@ -67,3 +83,85 @@ class LoraAuditConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"`reserve` must be at least 0 and below 1, got {self.reserve}.")
+        if self.held_out and self.reserve:
+            raise ValueError("Give `held_out` or `reserve`, not both.")
+
+
+def subject_of(config: LoraAuditConfig) -> Subject:
+    """Return the base model under the LoRA, not loaded before it has to compute."""
+    return Subject(
+        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
+        revision=config.revision, resolution=config.resolution, config=config.model_config,
+    )  # fmt: skip
+
+
+def identity_of(
+    config: LoraAuditConfig,
+    training: TrainingSet,
+    epochs: Sequence[str],
+    subject: Subject,
+    features: str,
+) -> dict[str, Any]:
+    """Return everything that decides the results; equal identities may share a folder.
+
+    Args:
+        config: The settings.
+        training: Of the LoRA.
+        epochs: The sha256 of each saved epoch.
+        subject: The base model under the LoRA.
+        features: Name of the encoder with its weights' hash.
+    """
+    images = [(image.name, image.sha256, image.caption, image.repeats, image.held_out)
+              for image in training.images]  # fmt: skip
+    return {
+        "model and LoRA": subject.fingerprint,
+        "device": subject.device.split(":")[0],
+        "dtype": subject.dtype,
+        "resolution": subject.resolution,
+        "training images": content_key(images),
+        "trigger": training.trigger,
+        "epochs": list(epochs),
+        "seeds": list(config.detection.seeds),
+        "features": features,
+        **{name: getattr(config, name) for name in DECIDING},
+        **{f"version of {name}": number for name, number in versions().items()},
+    }
+
+
+def settings_of(
+    config: LoraAuditConfig, facts: Facts, features: str
+) -> tuple[tuple[str, str], ...]:
+    """Return name and value of everything a reader needs to get the same again."""
+    return (
+        ("command", _command(config)),
+        *((name.replace("_", " "), str(getattr(config, name))) for name in DECIDING),
+        ("score seeds", ", ".join(map(str, config.detection.seeds))),
+        ("dtype", facts.info.dtype),
+        ("device", facts.info.device.split(":")[0]),
+        ("features", features),
+        *((f"version of {name}", number) for name, number in versions().items()),
+    )
+
+
+def _command(config: LoraAuditConfig) -> str:
+    """Return what to type, with names of files and folders in place of their paths."""
+    usual = LoraAuditConfig(lora=config.lora, images=config.images)
+    model = Path(config.model).name if Path(config.model).exists() else config.model
+    named = [
+        ("lora", config.lora), ("images", config.images), ("held-out", config.held_out),
+        ("model-config", config.model_config), *(("epochs", path) for path in config.epochs),
+    ]  # fmt: skip
+    words = ["unmemorize", "audit", model]
+    for option, path in named:
+        words += [f"--{option}", path.resolve().name] if path else []
+    detection = config.detection
+    if len(detection.seeds) != len(usual.detection.seeds):
+        words += ["--seeds", str(len(detection.seeds))]
+    if detection.steps != usual.detection.steps:
+        words += ["--steps", str(detection.steps)]
+    for name in OPTIONS:
+        if (value := getattr(config, name)) != getattr(usual, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [] if config.attack_images else ["--no-attack"]
+    words += ["--include-images"] if config.include_images else []
+    return shlex.join(words)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.prompts import CAPTION_SUFFIXES, METADATA
+from ..common.job import file_sha256
 from ..common.result import finite, versions
 from .result import LoraAudit, TrainingImage, TrainingSet
-from .training_set import path_of
 
 DOCUMENT = "audit.json"
 SCHEMA_VERSION = 1
@@ -63,7 +63,7 @@ def _files(training: TrainingSet, folder: Path, images: Iterable[TrainingImage])
     texts = [path for name in METADATA for path in folder.rglob(name)]
     for image in images:
         files[image.name] = image.sha256
-        path = path_of(training, image)
+        path = training.path_of(image)
         texts += [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
     files |= {p.relative_to(folder).as_posix(): file_sha256(p) for p in texts if p.is_file()}
     return dict(sorted(files.items()))
@@ -77,12 +77,3 @@ def digest_of(document: Mapping[str, Any]) -> str:
     content = {name: value for name, value in document.items() if name != DIGEST}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,8 +1,9 @@
 """What a LoRA file says of its own training: text that anybody can write into it, read as data."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ class Folder:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The metadata of a LoRA file; what is missing or makes no sense is None or empty."""
+    """The head of a LoRA file; what is missing in its metadata or makes no sense is None or empty.
 
+    It holds the shapes of the weights and, as text, what the trainer wrote.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     folders: Mapping[str, Folder] = field(default_factory=dict)
     """By name, without its parents."""
     regularisation: frozenset[str] = frozenset()
@@ -52,22 +57,38 @@ class Header:
     ours: Mapping[str, str] = field(default_factory=dict)
     """What our trainer flags wrote, without the prefix."""
 
+    def regularises(self, folder: str) -> bool:
+        """Return whether a folder holds images of the class alone, by its name."""
+        return folder in self.regularisation and folder not in self.folders
+
+    @property
+    def learnt_tags(self) -> dict[str, Mapping[str, int]]:
+        """Return the tags of the folders that are to be learnt."""
+        return {name: tags for name, tags in self.tags.items() if not self.regularises(name)}
+
+    def tag_counts(self) -> Counter[str]:
+        """Return how many captions of all these folders hold each tag, in order of appearance."""
+        total = Counter[str]()
+        for tags in self.learnt_tags.values():
+            total.update(tags)
+        return total
+
 
 def read_header(path: Path) -> Header:
-    """Return what a LoRA file says of its training; odd values are left out.
+    """Return the head of a LoRA file; odd values are left out.
 
     Raises:
         ModelError: It is missing, a pickle, cut off, or not safetensors.
     """
     from safetensors import safe_open
 
-    read_shapes(path)
+    shapes = {key: shape for key, (_, shape) in read_shapes(path).items()}
     with safe_open(path, "pt") as file:
-        return parse_header(file.metadata() or {})
+        return replace(parse_metadata(file.metadata() or {}), shapes=shapes)
 
 
-def parse_header(metadata: Mapping[str, str]) -> Header:
-    """Return the metadata of a safetensors file, whatever it holds."""
+def parse_metadata(metadata: Mapping[str, str]) -> Header:
+    """Return what the metadata of a safetensors file says, whatever it holds."""
     subsets = list(_subsets(metadata))
     learnt = {}
     for name, about, regularises in subsets:

@@ -16,7 +16,6 @@ from ...shared.drawing.theme import Theme
 from ...shared.files.images import read_image
 from ..common.pages import data_uri
 from .result import EpochPoint, LoraAudit, Rate
-from .training_set import path_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +36,7 @@ class Thumbnails:
     def training(self, index: int, side: int = SMALL) -> str | None:
         """Return a training image by position."""
         training = self._audit.training
-        path = path_of(training, training.images[index])
+        path = training.path_of(training.images[index])
         return _uri(path, side, blurred=not self._include)
 
     def generation(self, index: int, side: int = SMALL) -> str | None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...shared.score.calibration import clopper_pearson
+
 MATRIX = "similarity.npz"
 """The file with `matrix`: cosines [generation image]."""
 Verdict = Literal["verbatim", "template", "near", "none"]
@@ -20,6 +22,12 @@ class Rate:
     total: int
     low: float
     high: float
+
+    @classmethod
+    def of(cls, count: int, total: int) -> "Rate":
+        """Return a share with its interval; of nothing it is 0 to 1."""
+        low, high = clopper_pearson(count, total) if total else (0.0, 1.0)
+        return cls(count=count, total=total, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,16 @@ class TrainingSet:
     held_out_folder: Path | None = None
     """Where the held-out images lie when it is not `folder`; their names are relative to it."""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> tuple[TrainingImage, ...]:
+        """Return the images that were trained on; their positions are the first."""
+        return tuple(image for image in self.images if not image.held_out)
+
+    def path_of(self, image: TrainingImage) -> Path:
+        """Return the file of an image of the set."""
+        elsewhere = self.held_out_folder if image.held_out else None
+        return (elsewhere or self.folder) / image.name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from ...shared.dependencies import require
 from ...shared.drawing.theme import THEMES
 from ...shared.files.storage import write_text
 from ...shared.wording import counted
+from ..common.job import file_sha256
 from ..common.result import dumps, versions
 from ..common.wording import between, chance, percent, shown
-from .document import DIGEST, DOCUMENT, digest_of, file_sha256, to_document
+from .document import DIGEST, DOCUMENT, digest_of, to_document
 from .page import render_lora_page
 from .result import MATRIX, LoraAudit, Rate
 

@@ -1,4 +1,8 @@
-"""What may be said of each training image, and of the whole LoRA."""
+"""What may be said of each training image and of the whole LoRA: thresholds and verdicts.
+
+From which similarity on an image counts as given back depends on what controls reach. There is no
+fixed number: on photographs unrelated images stay below .3, on flat art they pass .5.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +10,65 @@ from dataclasses import dataclass
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.score.calibration import clopper_pearson
+from ...shared.score.calibration import NotEnoughControls, controls_needed
 from ...shared.wording import counted
+from ..common.sscd import calibrate
 from ..common.wording import between, percent
 from .result import Headline, ImageVerdict, PositiveControl, Rate, Thresholds, Verdict
 
 LEVEL = 0.05
 """p-value below which a difference from the controls is called one."""
+ABOVE = 0.05
+"""Share of controls that may lie above `near`."""
+NEEDED = controls_needed(ABOVE)
+
+
+def near_threshold(controls: Float[Tensor, " control"]) -> float | None:
+    """Return the similarity that a further control exceeds with probability `ABOVE` at most.
+
+    None when there are too few controls to say so.
+    """
+    try:
+        return calibrate(controls, ABOVE)
+    except NotEnoughControls:
+        return None
+
+
+def thresholds(
+    off: Float[Tensor, " image"],
+    held_out: Float[Tensor, " control"],
+    peers: Float[Tensor, " row"],
+) -> Thresholds:
+    """Return the thresholds that three kinds of controls carry together.
+
+    `verbatim` lies half-way from `near` to 1, the similarity of an image and itself: a copy is
+    nearer to its image than to what controls reach.
+
+    Args:
+        off: Per training image, its most similar generation without the LoRA.
+        held_out: Per image that was not trained on, its most similar generation with the LoRA.
+        peers: Per training image, its most similar other image of the same subject.
+    """
+    controls = torch.cat([off, held_out, peers])
+    near, count = near_threshold(controls), len(controls)
+    trained = ("training image", "training images")
+    kinds = [f"{counted(len(off), *trained)} against generations without the LoRA"]
+    if len(held_out):
+        held = counted(len(held_out), "held-out image", "held-out images")
+        kinds.append(f"{held} against generations with it")
+    named = ", ".join([*kinds, f"{counted(len(peers), *trained)} against each other"])
+    if near is None:
+        method = (
+            f"{counted(count, 'control', 'controls')} ({named}) cannot carry a threshold: "
+            f"{NEEDED} are needed. Give {NEEDED - count} or more images of the same subject that "
+            "were not trained on (--held-out)."
+        )
+        return Thresholds(verbatim=None, near=None, method=method, controls=count)
+    method = (
+        f"Near: above what {percent(1 - ABOVE)} of {count} controls reach ({named}). "
+        "Verbatim: above the middle between that and the similarity of an image and itself, 1."
+    )
+    return Thresholds(verbatim=(1 + near) / 2, near=near, method=method, controls=count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,28 +78,29 @@ class Evidence:
     matrix: Float[Tensor, "generation image"]
     """Cosines."""
     layouts: Float[Tensor, "generation image"]
-    """Similarities of the arrangement, 0 to 1."""
+    """Similarities of the arrangement: 1 minus the root mean square difference of thumbnails."""
     on: Sequence[int]
-    """Generations with the LoRA; those of the attack are not among them."""
+    """Generations with the LoRA, without the attack's."""
     off: Sequence[int]
-    """The same prompts and seeds without it."""
+    """The same prompts and seeds without the LoRA."""
     trained: int
     """Columns that were trained on, from the first."""
 
-    def best(self, rows: Sequence[int]) -> Float[Tensor, " image"]:
-        """Return the highest cosine of each image among some generations."""
-        return self.matrix[list(rows)].amax(0)
+    @property
+    def off_best(self) -> Float[Tensor, " image"]:
+        """Return the highest cosine without the LoRA of each image that was trained on."""
+        return self.matrix[list(self.off), : self.trained].amax(0)
+
+    @property
+    def held_out(self) -> Float[Tensor, " control"]:
+        """Return the highest cosine with the LoRA of each image it was not trained on."""
+        return self.matrix[list(self.on), self.trained :].amax(0)
 
     @property
     def layout_controls(self) -> Float[Tensor, " control"]:
         """Return the arrangements that controls reach: LoRA off, and held-out images."""
         off = self.layouts[list(self.off), : self.trained].amax(0)
         return torch.cat([off, self.layouts[list(self.on), self.trained :].amax(0)])
-
-    @property
-    def held_out(self) -> Float[Tensor, " control"]:
-        """Return the highest cosine with the LoRA of each image it was not trained on."""
-        return self.best(self.on)[self.trained :]
 
 
 def judge_images(
@@ -63,9 +120,8 @@ def judge_images(
     trained = evidence.trained
     on = evidence.matrix[list(evidence.on), :trained]
     layouts = evidence.layouts[list(evidence.on), :trained].amax(0).tolist()
-    off = evidence.best(evidence.off)[:trained].tolist()
     attracted = torch.bincount(on.argmax(1), minlength=trained).tolist()
-    best, rows = on.max(0)
+    off, (best, rows) = evidence.off_best.tolist(), on.max(0)
     return tuple(
         ImageVerdict(
             image=image,
@@ -90,12 +146,6 @@ def _verdict(
     return "template" if layout_limit is not None and layout > layout_limit else "near"
 
 
-def rate(count: int, total: int) -> Rate:
-    """Return a share with its interval; of nothing it is 0 to 1."""
-    low, high = clopper_pearson(count, total) if total else (0.0, 1.0)
-    return Rate(count=count, total=total, low=low, high=high)
-
-
 def summarize(
     verdicts: Sequence[ImageVerdict],
     evidence: Evidence,
@@ -108,40 +158,42 @@ def summarize(
     generations with it. A claim needs Fisher's exact test below `LEVEL`.
     """
     copies = sum(verdict.verdict == "verbatim" for verdict in verdicts)
-    found = rate(copies, len(verdicts))
-    limit = limits.verbatim
-    likened = torch.cat([evidence.best(evidence.off)[: evidence.trained], evidence.held_out])
-    likely = 0 if limit is None else int((likened > limit).sum())
-    controls = rate(likely, len(likened))
+    n, limit = len(verdicts), limits.verbatim
+    cosines = torch.cat([evidence.off_best, evidence.held_out])
+    hits, m = 0 if limit is None else int((cosines > limit).sum()), len(cosines)
+    reproduced, controls = Rate.of(copies, n), Rate.of(hits, m)
 
     def refused(text: str) -> Headline:
-        return Headline(text=text, given=False, reproduced=found, controls=controls, p_value=None)
+        return Headline(text=text, given=False, reproduced=reproduced, controls=controls,
+                        p_value=None)  # fmt: skip
 
     if not instrument.works:
         return refused(f"The instrument failed, so nothing can be said. {instrument.detail}")
     if limit is None:
         return refused(f"Not enough controls for a claim. {limits.method}")
-    p_value = fisher(copies, len(verdicts), likely, len(likened))
-    images = counted(len(verdicts), "training image", "training images")
+    p_value = fisher(copies, n, hits, m)
+    images, against = counted(n, "training image", "training images"), _controls(m)
     if copies == 0:
-        if (least := _least_images(len(likened))) > len(verdicts):
+        if (least := _least_images(m)) > n:
             return refused(
-                f"No training image came back, but {len(verdicts)} could not have shown it: at "
-                f"least {least} are needed beside {counted(len(likened), 'control', 'controls')}."
+                f"No training image came back, but {n} could not have shown it: at least {least} "
+                f"are needed beside {against}."
             )
         text = (
             f"None of {images} came back; for other prompts and seeds that leaves room for up to "
-            f"{percent(found.high)} of them (95 % interval)."
+            f"{percent(reproduced.high)} of them (95 % interval)."
         )
     elif p_value >= LEVEL:
-        return refused(_undecided(copies, len(verdicts), likely, len(likened), p_value))
+        return refused(_undecided(copies, n, hits, m, p_value))
     else:
         text = (
             f"{copies} of {images} {'comes' if copies == 1 else 'come'} back "
-            f"({between(found.low, found.high)}, 95 % interval), against {likely} of "
-            f"{counted(len(likened), 'control', 'controls')}."
+            f"({between(reproduced.low, reproduced.high)}, 95 % interval), against {hits} of "
+            f"{against}."
         )
-    return Headline(text=text, given=True, reproduced=found, controls=controls, p_value=p_value)
+    return Headline(
+        text=text, given=True, reproduced=reproduced, controls=controls, p_value=p_value
+    )
 
 
 def fisher(hits: int, n: int, control_hits: int, controls: int) -> float:
@@ -160,7 +212,7 @@ def _least_images(controls: int) -> int:
 def _undecided(copies: int, n: int, control_hits: int, controls: int, p_value: float) -> str:
     """Say what came back, why that is no claim, and how many controls would make it one."""
     came = f"{copies} of {counted(n, 'training image', 'training images')} came back"
-    against = counted(controls, "control", "controls")
+    against = _controls(controls)
     if control_hits:
         return (
             f"{came}, and so did {control_hits} of {against}: no difference that chance would not "
@@ -172,3 +224,7 @@ def _undecided(copies: int, n: int, control_hits: int, controls: int, p_value: f
         f"{came}: look at {'it' if copies == 1 else 'them'}. {against} cannot rule out chance "
         f"(p = {p_value:.2g}){needed} (--held-out)."
     )
+
+
+def _controls(count: int) -> str:
+    return counted(count, "control", "controls")

@@ -12,7 +12,8 @@ from typing import Any
 
 from ...shared.files.prompts import IMAGE_SUFFIXES
 from ...shared.wording import counted, name_some
-from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of, file_sha256
+from ..common.job import file_sha256
+from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of
 
 LARGEST = 1 << 30
 """Bytes of an audit.json that is read."""

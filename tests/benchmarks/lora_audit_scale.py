@@ -8,9 +8,8 @@ import psutil
 import torch
 from unmemorize import demo
 from unmemorize.audit.common.sscd import DIMENSIONS
-from unmemorize.audit.lora.duplicates import find_duplicates
 from unmemorize.audit.lora.feature_cache import FeatureCache
-from unmemorize.audit.lora.index import Index
+from unmemorize.audit.lora.neighbours import Index, find_duplicates
 
 IMAGES, QUERIES, NEIGHBOURS = 100_000, 512, 10
 PAIRED = 10_000

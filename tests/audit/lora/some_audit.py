@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 from unmemorize import demo
-from unmemorize.audit.lora.advice import find_causes
+from unmemorize.audit.lora.causes import find_causes
 from unmemorize.audit.lora.result import (
     Attack,
     Clique,

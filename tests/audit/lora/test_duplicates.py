@@ -8,7 +8,7 @@ from needs import need_package, need_sscd
 from PIL import Image, ImageEnhance
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd
-from unmemorize.audit.lora.duplicates import duplicate_threshold, find_duplicates
+from unmemorize.audit.lora.neighbours import duplicate_threshold, find_duplicates
 
 need_package("faiss")
 

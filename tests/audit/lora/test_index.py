@@ -3,7 +3,7 @@
 import pytest
 import torch
 from needs import need_package
-from unmemorize.audit.lora.index import Index
+from unmemorize.audit.lora.neighbours import Index
 
 need_package("faiss")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from some_audit import make_audit, rate
-from unmemorize.audit.lora.advice import find_causes
+from unmemorize.audit.lora.causes import find_causes
 from unmemorize.trainer_patch.options import NAMES
 
 KOHYA = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unmemorize.audit.lora.asking import left_out, paraphrases, plan_shots, questions
+from unmemorize.audit.lora.ask import left_out, paraphrases, plan_shots, questions
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.result import TrainingImage, TrainingSet
 
@@ -90,10 +90,12 @@ def test_settings_refuse_nonsense(field):
         config(**{field: 0})
     with pytest.raises(ValueError, match="`reserve` must be"):
         config(reserve=1.0)
+    with pytest.raises(ValueError, match="Give `held_out` or `reserve`, not both"):
+        config(reserve=0.1, held_out=Path("y"))
 
 
 def test_captions_that_are_not_asked_are_told_of():
     training = training_set(["a", "b", "c", ""], held_out=["d"])
     assert left_out(training, config(captions=3)) == ""
     told = left_out(training, config(captions=2))
-    assert told.startswith("The captions of 2 of 3 training images are asked")
+    assert told.startswith("The captions of 2 of 3 training images are used as prompts")

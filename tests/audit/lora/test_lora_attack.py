@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 from unmemorize import demo
-from unmemorize.audit.lora.attack import GUIDANCE, SMALLEST, central, cliques, sample_attack
-from unmemorize.audit.lora.extraction import judge_attack
+from unmemorize.audit.lora.attack import (
+    GUIDANCE,
+    SMALLEST,
+    central,
+    cliques,
+    judge_attack,
+    sample_attack,
+)
 from unmemorize.audit.lora.result import Generation, Thresholds
 from unmemorize.shared.models.load import load_denoiser
 

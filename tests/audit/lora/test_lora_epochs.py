@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unmemorize.audit.lora.epochs import Epoch, best_epoch, judge_epoch, read_epochs
+from unmemorize.audit.lora.judge import best_epoch, judge_epoch
+from unmemorize.audit.lora.read import Epoch, read_epochs
 from unmemorize.audit.lora.result import Thresholds
 
 LIMITS = Thresholds(verbatim=0.75, near=0.5, method="By hand.", controls=40)

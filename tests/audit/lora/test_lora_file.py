@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from unmemorize import demo
-from unmemorize.audit.lora.header import Folder, parse_header, read_header
-from unmemorize.audit.lora.lora_file import read_lora_facts
+from unmemorize.audit.lora.header import Folder, Header, parse_metadata, read_header
+from unmemorize.audit.lora.read import lora_facts
 from unmemorize.audit.lora.training_set import read_training_set
 from unmemorize.shared.files.weights import ModelError
 
@@ -35,6 +35,10 @@ def written(tmp_path, state=None, name="my.safetensors", **metadata):
     return tmp_path / name
 
 
+def facts_of(path, training, base):
+    return lora_facts(path, read_header(path), training, base)
+
+
 @pytest.fixture
 def training(tmp_path):
     """Two images under `10_sks dog`, one of them with a caption of its own."""
@@ -43,7 +47,7 @@ def training(tmp_path):
     for index in range(2):
         Image.new("RGB", (4, 4), (index, 0, 0)).save(folder / f"10_sks dog/{index}.png")
     (folder / "10_sks dog/1.txt").write_text("sks dog, Grass")
-    return read_training_set(folder)
+    return read_training_set(folder, Header())
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_a_header_that_agrees(tmp_path, training, checkpoint):
     full, old = hashlib.sha256(data), hashlib.sha256(data[0x100000:0x110000])
     hashes = {"ss_new_sd_model_hash": full.hexdigest(), "ss_sd_model_hash": old.hexdigest()[:8]}
     path = written(tmp_path, **HEADER, **hashes)
-    facts = read_lora_facts(path, training, checkpoint)
+    facts = facts_of(path, training, checkpoint)
     assert facts.warnings == ()
     assert (facts.dialect, facts.kinds, facts.rank, facts.modules) == ("kohya", ("lora",), 4, 1)
     assert (facts.epoch, facts.epochs, facts.steps, facts.images) == (3, 10, 60, 20)
@@ -86,14 +90,14 @@ def test_a_header_that_agrees(tmp_path, training, checkpoint):
     assert facts.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     module = {"ss_network_module": "lycoris.kohya"}
     named = written(tmp_path, name="lycoris.safetensors", **HEADER, **module)
-    assert read_lora_facts(named, training, checkpoint).dialect == "lycoris"
+    assert facts_of(named, training, checkpoint).dialect == "lycoris"
     told = " ".join(facts.says)
     assert "the hash in its header is the file's" in told
     assert "2 training images, as many" in told
     assert "hold the 2 tags" in told
     assert "with Unmemorize: filter" in told
     only_old = {**HEADER, "ss_sd_model_hash": hashes["ss_sd_model_hash"]}
-    facts = read_lora_facts(written(tmp_path, **only_old), training, checkpoint)
+    facts = facts_of(written(tmp_path, **only_old), training, checkpoint)
     assert "the hash in its header is the file's" in " ".join(facts.says)
 
 
@@ -110,25 +114,25 @@ def test_a_header_that_agrees(tmp_path, training, checkpoint):
     ],
 )
 def test_each_difference_is_pointed_out(tmp_path, training, checkpoint, change, says):
-    facts = read_lora_facts(written(tmp_path, **HEADER | change), training, checkpoint)
+    facts = facts_of(written(tmp_path, **HEADER | change), training, checkpoint)
     assert len(facts.warnings) == 1
     assert re.search(says, facts.warnings[0])
     assert facts.says[0] == facts.warnings[0]
 
 
 def test_another_architecture_is_seen_in_the_shapes(tmp_path, training):
-    facts = read_lora_facts(written(tmp_path), training, demo.MODEL)
+    facts = facts_of(written(tmp_path), training, demo.MODEL)
     assert "768 numbers a token, model of 128" in facts.warnings[0]
     assert "does not say what base model" in facts.says[-1]
 
 
 def test_images_that_were_reserved_but_trained_on(tmp_path, training):
-    reserved = read_training_set(training.folder, reserve=0.5)
+    reserved = read_training_set(training.folder, Header(), reserve=0.5)
     path = written(tmp_path, **HEADER)
-    facts = read_lora_facts(path, reserved, demo.MODEL)
+    facts = facts_of(path, reserved, demo.MODEL)
     assert any("were trained on, and are no controls" in told for told in facts.warnings)
     honest = HEADER | {"ss_dataset_dirs": {"10_sks dog": {"n_repeats": 10, "img_count": 1}}}
-    facts = read_lora_facts(written(tmp_path, **honest), reserved, demo.MODEL)
+    facts = facts_of(written(tmp_path, **honest), reserved, demo.MODEL)
     assert not any("controls" in told for told in facts.warnings)
 
 
@@ -152,24 +156,24 @@ LOHA = {"hada_w1_a": (8, 5), "hada_w1_b": (5, 8), "hada_w2_a": (8, 5), "hada_w2_
 )  # fmt: skip
 def test_dialects_and_kinds(tmp_path, training, stem, factors, dialect, kinds, rank):
     state = {f"{stem}.{name}": torch.ones(shape) for name, shape in factors.items()}
-    facts = read_lora_facts(written(tmp_path, state), training, demo.MODEL)
+    facts = facts_of(written(tmp_path, state), training, demo.MODEL)
     assert (facts.dialect, facts.kinds, facts.rank, facts.modules) == (dialect, kinds, rank, 1)
 
 
 def test_pefts_configuration_names_the_base(tmp_path, training):
     path = written(tmp_path, {f"base_model.model.a.{k}": torch.ones(s) for k, s in PAIR.items()})
     path.with_name("adapter_config.json").write_text('{"base_model_name_or_path": "me/model"}')
-    facts = read_lora_facts(path, training, demo.MODEL)
+    facts = facts_of(path, training, demo.MODEL)
     assert (facts.base_name, facts.warnings) == ("me/model", ())
     path.with_name("adapter_config.json").write_text("[7]")
-    assert read_lora_facts(path, training, "someone/hub-id").base_name is None
+    assert facts_of(path, training, "someone/hub-id").base_name is None
 
 
 def test_what_is_no_lora_is_refused(tmp_path, training):
     with pytest.raises(ModelError, match="is no LoRA: it holds 1 key and no factor"):
-        read_lora_facts(written(tmp_path, {"conv.weight": torch.ones(2)}), training, demo.MODEL)
+        facts_of(written(tmp_path, {"conv.weight": torch.ones(2)}), training, demo.MODEL)
     with pytest.raises(ModelError, match="no such file"):
-        read_lora_facts(tmp_path / "absent.safetensors", training, demo.MODEL)
+        facts_of(tmp_path / "absent.safetensors", training, demo.MODEL)
 
 
 def test_headers_of_configured_datasets(tmp_path):
@@ -192,8 +196,8 @@ def test_headers_of_configured_datasets(tmp_path):
 )  # fmt: skip
 def test_nonsense_is_left_out(tmp_path, training, value):
     keys = [*HEADER, "ss_datasets", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_network_module"]
-    header = parse_header(dict.fromkeys(keys, value))
+    header = parse_metadata(dict.fromkeys(keys, value))
     assert header.images in (None, 7)
-    facts = read_lora_facts(written(tmp_path, **dict.fromkeys(keys, value)), training, demo.MODEL)
+    facts = facts_of(written(tmp_path, **dict.fromkeys(keys, value)), training, demo.MODEL)
     assert "\u202e" not in json.dumps([facts.says, facts.base_name], ensure_ascii=False)
     "".join(facts.says).encode()

@@ -4,12 +4,19 @@ from itertools import product
 
 import pytest
 import torch
-from unmemorize.audit.lora.result import PositiveControl, Thresholds
-from unmemorize.audit.lora.thresholds import NEEDED, near_threshold, thresholds
-from unmemorize.audit.lora.verdicts import Evidence, fisher, judge_images, rate, summarize
+from unmemorize.audit.lora.result import PositiveControl, Rate, Thresholds
+from unmemorize.audit.lora.verdicts import (
+    NEEDED,
+    Evidence,
+    fisher,
+    judge_images,
+    near_threshold,
+    summarize,
+    thresholds,
+)
 
-WORKS = PositiveControl(found=rate(8, 8), works=True, detail="All were found.")
-FAILS = PositiveControl(found=rate(1, 8), works=False, detail="One was found.")
+WORKS = PositiveControl(found=Rate.of(8, 8), works=True, detail="All were found.")
+FAILS = PositiveControl(found=Rate.of(1, 8), works=False, detail="One was found.")
 LIMITS = Thresholds(verbatim=0.75, near=0.5, method="By hand.", controls=40)
 
 

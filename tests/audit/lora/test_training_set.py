@@ -7,8 +7,12 @@ import pytest
 from needs import need_package
 from PIL import Image
 from unmemorize.audit.lora.header import Folder, Header
-from unmemorize.audit.lora.training_set import path_of, read_training_set
+from unmemorize.audit.lora.training_set import read_training_set
 from unmemorize.shared.files.prompts import PromptError
+
+
+def read(folder, header=None, **options):
+    return read_training_set(folder, header or Header(), **options)
 
 
 def draw(folder, name, shade=0, caption=None, size=(8, 6)):
@@ -32,7 +36,7 @@ def test_kohya_folders(tmp_path):
     draw(tmp_path, "reg/1_dog/d.png", 4)
     draw(tmp_path, "img/10_sks dog/deeper/e.png", 5)
     draw(tmp_path, "loose.png", 6)
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert table(training) == {
         "img/10_sks dog/a.png": ("a sks dog, grass", 10),
         "img/10_sks dog/b.png": ("sks dog", 10),
@@ -50,7 +54,7 @@ def test_kohya_folders(tmp_path):
 
 def test_the_numbered_folder_itself(tmp_path):
     draw(tmp_path, "7_ohwx man/a.png", 1)
-    training = read_training_set(tmp_path / "7_ohwx man")
+    training = read(tmp_path / "7_ohwx man")
     assert table(training) == {"a.png": ("ohwx man", 7)}
     assert training.trigger == "ohwx"
 
@@ -61,10 +65,8 @@ def test_the_header_names_regularisation_folders(tmp_path):
     header = Header(
         folders={"10_sks dog": Folder(repeats=10, images=1)}, regularisation=frozenset({"1_dog"})
     )
-    assert len(read_training_set(tmp_path).images) == 2
-    assert table(read_training_set(tmp_path, header=header)) == {
-        "10_sks dog/a.png": ("sks dog", 10)
-    }
+    assert len(read(tmp_path).images) == 2
+    assert table(read(tmp_path, header=header)) == {"10_sks dog/a.png": ("sks dog", 10)}
 
 
 def test_metadata_folders(tmp_path):
@@ -78,13 +80,13 @@ def test_metadata_folders(tmp_path):
         {"file_name": "c.png", "text": ""},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert table(training) == {"a.png": ("a cat", 2), "c.png": ("", 1), "sub/b.png": ("a dog", 1)}
     assert training.layout == "metadata"
     told = " ".join(training.warnings)
     assert "metadata.jsonl:4" in told
     assert "no table names them: d.png" in told
-    assert "several captions, of which the first is asked for: a.png" in told
+    assert "several captions, of which the first is used: a.png" in told
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -96,23 +98,23 @@ def test_other_tables(tmp_path, kind):
         parquet = need_package("pyarrow.parquet")
         rows = need_package("pyarrow").table({"file_name": ["ä b.png"], "text": ["ein Hund"]})
         parquet.write_table(rows, tmp_path / "metadata.parquet")
-    assert table(read_training_set(tmp_path)) == {"ä b.png": ("ein Hund", 1)}
+    assert table(read(tmp_path)) == {"ä b.png": ("ein Hund", 1)}
 
 
 def test_plain_folders(tmp_path):
     draw(tmp_path, "b.png", 1)
     draw(tmp_path, "a/z.jpg", 2, "zorp, a hill")
     draw(tmp_path, "a/y.jpg", 3, "zorp, a tree")
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     captions = {"a/y.jpg": "zorp, a tree", "a/z.jpg": "zorp, a hill", "b.png": ""}
     assert table(training) == {name: (caption, 1) for name, caption in captions.items()}
     assert training.layout == "plain"
     assert training.trigger == ""
-    assert [path_of(training, image).name for image in training.images] == [
+    assert [training.path_of(image).name for image in training.images] == [
         "y.jpg", "z.jpg", "b.png",
     ]  # fmt: skip
     header = Header(folders={tmp_path.name: Folder(repeats=12, images=3)})
-    assert {i.repeats for i in read_training_set(tmp_path, header=header).images} == {12}
+    assert {i.repeats for i in read(tmp_path, header=header).images} == {12}
 
 
 def test_the_trigger(tmp_path):
@@ -123,7 +125,7 @@ def test_the_trigger(tmp_path):
     tags = {"10_hat woman": {"hat": 2, "zorp": 1}, "2_cat": {"hat": 1}, "1_cat": {"zorp": 9}}
 
     def trigger(**kwargs) -> str:
-        return read_training_set(tmp_path, **kwargs).trigger
+        return read(tmp_path, **kwargs).trigger
 
     assert trigger() == "zorp"
     assert trigger(trigger="named") == "named"
@@ -132,7 +134,7 @@ def test_the_trigger(tmp_path):
     assert trigger(header=counted) == "hat"
     assert trigger(header=Header(tags=tags)) == "zorp"  # no counts to compare with
     (tmp_path / "2_cat/c.txt").write_text("none of them", encoding="utf-8")
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert training.trigger == "hat"
     assert "2 things: cat, hat woman. Only 'hat'" in " ".join(training.warnings)
 
@@ -144,7 +146,7 @@ def test_broken_files_are_named_and_left_out(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "folder.png").mkdir()
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert list(table(training)) == ["whole.png"]
     (told,) = training.warnings
     assert told.startswith("4 files are left out, since they are not whole images: <b>no image.png")
@@ -156,7 +158,7 @@ def test_damaged_bytes_never_crash(tmp_path):
         for index in range(0, len(data), max(1, len(data) // 40)):
             damaged = data[:index] + bytes([data[index] ^ 0xFF]) + data[index + 1 :]
             (tmp_path / f"damaged-{index}.{kind}").write_bytes(damaged)
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert {f"whole.{kind}" for kind in ("png", "jpg", "webp")} <= table(training).keys()
     assert "not whole images" in training.warnings[0]
 
@@ -168,14 +170,14 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (folder / "10_zorp sign").symlink_to(tmp_path / "elsewhere")
     (folder / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(folder)
-    assert table(read_training_set(folder)) == {"10_zorp sign/a.png": ("zorp sign", 10)}
+    assert table(read(folder)) == {"10_zorp sign/a.png": ("zorp sign", 10)}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
 def test_names_that_are_no_unicode(tmp_path):
     draw(tmp_path, "日本 🐶.png", 1)
     os.rename(draw(tmp_path, "b.png", 2), os.fsencode(tmp_path) + b"/\xff.png")
-    training = read_training_set(tmp_path)
+    training = read(tmp_path)
     assert list(table(training)) == ["日本 🐶.png"]
     assert "1 file is left out, since its name is not Unicode" in training.warnings[0]
     json.dumps(training.warnings).encode()
@@ -183,12 +185,12 @@ def test_names_that_are_no_unicode(tmp_path):
 
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(PromptError, match="No such folder"):
-        read_training_set(tmp_path / "absent")
+        read(tmp_path / "absent")
     with pytest.raises(PromptError, match="no image that can be read"):
-        read_training_set(tmp_path)
+        read(tmp_path)
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(PromptError, match=r"not a whole image: a\.png"):
-        read_training_set(tmp_path)
+        read(tmp_path)
 
 
 def test_held_out_images_come_last_and_are_never_trained_on(tmp_path):
@@ -196,44 +198,38 @@ def test_held_out_images_come_last_and_are_never_trained_on(tmp_path):
         draw(tmp_path, f"z{shade}.png", shade)
     draw(tmp_path, "controls/a.png", 50)
     draw(tmp_path, "controls/copy.png", 2)
-    training = read_training_set(tmp_path, held_out=tmp_path / "controls")
+    training = read(tmp_path, held_out=tmp_path / "controls")
     assert [(image.name, image.held_out) for image in training.images] == [
         *((f"z{shade}.png", False) for shade in range(4)), ("a.png", True),
     ]  # fmt: skip
-    assert path_of(training, training.images[-1]) == tmp_path / "controls/a.png"
+    assert training.path_of(training.images[-1]) == tmp_path / "controls/a.png"
     assert "copy.png" in training.warnings[-1]
 
 
 def test_a_held_out_folder_without_new_images(tmp_path):
     draw(tmp_path, "set/a.png", 1)
     draw(tmp_path, "controls/b.png", 1)
-    training = read_training_set(tmp_path / "set", held_out=tmp_path / "controls")
+    training = read(tmp_path / "set", held_out=tmp_path / "controls")
     assert len(training.images) == 1
     assert "no controls" in training.warnings[-1]
-    assert "0 images count" in read_training_set(tmp_path / "set", reserve=0.9).warnings[-1]
+    assert "0 images count" in read(tmp_path / "set", reserve=0.9).warnings[-1]
 
 
 def test_the_reserve_depends_on_content_alone(tmp_path):
     for shade in range(20):
         draw(tmp_path, f"one/{shade}.png", shade)
         draw(tmp_path, f"two/x/{99 - shade}.png", shade)
-    sets = [read_training_set(tmp_path / name, reserve=0.25) for name in ("one", "two")]
+    sets = [read(tmp_path / name, reserve=0.25) for name in ("one", "two")]
     held = [{i.sha256 for i in training.images if i.held_out} for training in sets]
     assert held[0] == held[1]
     assert len(held[0]) == 5
     assert [image.held_out for image in sets[0].images] == [False] * 15 + [True] * 5
-    assert all(path_of(sets[0], image).is_file() for image in sets[0].images)
+    assert all(sets[0].path_of(image).is_file() for image in sets[0].images)
     assert "only if they were left out" in sets[0].warnings[-1]
-    with pytest.raises(ValueError, match="not both"):
-        read_training_set(tmp_path / "one", reserve=0.1, held_out=tmp_path / "two")
-    with pytest.raises(ValueError, match="below 1, got 1"):
-        read_training_set(tmp_path / "one", reserve=1.0)
 
 
 def test_ten_thousand_files(tmp_path):
     first = draw(tmp_path, "5_zorp sign/0.png", 1).read_bytes()
     for index in range(1, 10_000):
         (tmp_path / f"5_zorp sign/{index}.png").write_bytes(first)
-    seen = []
-    training = read_training_set(tmp_path, progress=seen.append)
-    assert len(training.images) == sum(seen) == 10_000
+    assert len(read(tmp_path).images) == 10_000

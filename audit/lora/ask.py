@@ -1,0 +1,182 @@
+"""Ask: plan the prompts, captions, the trigger alone, other wordings and nothing at all.
+
+Every question is asked twice from the same noise, with the LoRA and without it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...shared.arrays import Float, Tensor
+from ...shared.files.images import ImageFiles
+from .config import LoraAuditConfig
+from .neighbours import duplicate_threshold, find_duplicates
+from .read import Epoch, Material
+from .result import Asked, DuplicateGroup, LoraFacts, TrainingSet
+from .work import Work
+
+Mode = Literal["on", "off", "attack"]
+"""With the LoRA, without it, or guided from the base model to the LoRA."""
+TEMPLATE = "a picture of {}"
+ALONE = 4
+"""Times `images_per_prompt` that the trigger and the empty prompt are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt and the noises it is drawn from."""
+
+    prompt: str
+    asked: Asked
+    source: int | None
+    """Training image whose caption or paraphrase it is."""
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One image to generate."""
+
+    prompt: str
+    asked: Asked
+    source: int | None
+    seed: int
+    mode: Mode
+    path: str
+    """Relative to the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that is known before the work of hours."""
+
+    lora: LoraFacts
+    training: TrainingSet
+    features: Float[Tensor, " image dimension"]
+    """Embeddings of the training images, held-out ones included."""
+    duplicates: tuple[DuplicateGroup, ...]
+    questions: tuple[Question, ...]
+    shots: tuple[Shot, ...]
+    epochs: tuple[tuple[Epoch, tuple[Shot, ...]], ...]
+    """Saved epochs, each with its own images."""
+
+
+def ask(material: Material, work: Work) -> Plan:
+    """Return what the LoRA is asked; what looks wrong is said before it is drawn for hours."""
+    training, config = material.training, work.config
+    if caveat := left_out(training, config):
+        training = replace(training, warnings=(caveat, *training.warnings))
+    for warning in (*material.lora.warnings, *training.warnings):
+        work.notify(warning)
+    paths, count = [training.path_of(i) for i in training.images], len(training.trained)
+    features = work.embed(work.features, paths, "training images")
+    limit = duplicate_threshold(ImageFiles(paths[:count]), work.encoder.embed)
+    duplicates = find_duplicates(features[:count], [i.sha256 for i in training.trained], limit)
+    if duplicates:
+        again = sum(len(group.images) for group in duplicates)
+        work.notify(f"{again} training images are near-duplicates of each other.")
+    return Plan(
+        lora=material.lora,
+        training=training,
+        features=features,
+        duplicates=duplicates,
+        questions=tuple(questions(training, config)),
+        shots=tuple(plan_shots(training, config)),
+        epochs=tuple((epoch, shots) for number, epoch in enumerate(material.epochs)
+                     if (shots := epoch_shots(number, training, config))),
+    )  # fmt: skip
+
+
+def chosen_images(training: TrainingSet, most: int, *, held_out: bool = False) -> list[int]:
+    """Return the images whose captions are prompts: most repeated first, then a fixed sample."""
+    images = training.images
+    rows = [i for i, image in enumerate(images) if image.held_out is held_out and image.caption]
+    return sorted(sorted(rows, key=lambda i: (-images[i].repeats, images[i].sha256))[:most])
+
+
+def left_out(training: TrainingSet, config: LoraAuditConfig) -> str:
+    """Return a sentence about captions of trained images that are no prompts, "" for none."""
+    captioned = len(chosen_images(training, len(training.images)))
+    asked = len(chosen_images(training, config.captions))
+    if asked == captioned:
+        return ""
+    return (
+        f"The captions of {asked} of {captioned} training images are used as prompts, the most "
+        "repeated first. A verdict of none on the others says only that these did not bring them "
+        "out."
+    )
+
+
+def questions(training: TrainingSet, config: LoraAuditConfig) -> list[Question]:
+    """Return all questions but the attack's; the captions of held-out images are among them."""
+    images, count = training.images, config.images_per_prompt
+    trained = chosen_images(training, config.captions)
+    controls = chosen_images(training, config.captions, held_out=True)
+    wishes: list[tuple[str, Asked, int | None, int]] = [
+        *((images[i].caption, "caption", i, count) for i in [*trained, *controls]),
+        *((text, "paraphrase", i, 1) for i in trained for text in paraphrases(images[i].caption)),
+        *([(training.trigger, "trigger", None, ALONE * count)] if training.trigger else []),
+        ("", "empty", None, ALONE * count),
+    ]
+    return _deal(wishes)
+
+
+def attack_questions(training: TrainingSet, config: LoraAuditConfig) -> list[Question]:
+    """Return the prompts of the extraction attack: every caption, else the trigger alone."""
+    if not config.attack_images:
+        return []
+    trained = chosen_images(training, config.captions)
+    wishes = [(training.images[i].caption, "attack", i, config.attack_images) for i in trained]
+    return _deal(wishes or [(training.trigger, "attack", None, ALONE * config.attack_images)])
+
+
+def plan_shots(training: TrainingSet, config: LoraAuditConfig) -> list[Shot]:
+    """Return every image of the audit: each question with the LoRA and without, then the attack."""
+    both, alone = questions(training, config), attack_questions(training, config)
+    modes: dict[Mode, list[Question]] = {"on": both, "off": both, "attack": alone}
+    shots = []
+    for mode, asked in modes.items():
+        seeds = [(question, seed) for question in asked for seed in question.seeds]
+        shots += [
+            Shot(prompt=question.prompt, asked=question.asked, source=question.source, seed=seed,
+                 mode=mode, path=f"images/{number:05d}-{mode}.png")
+            for number, (question, seed) in enumerate(seeds)
+        ]  # fmt: skip
+    return shots
+
+
+def epoch_shots(number: int, training: TrainingSet, config: LoraAuditConfig) -> tuple[Shot, ...]:
+    """Return what is drawn with a saved epoch: every caption once."""
+    return tuple(
+        Shot(prompt=training.images[i].caption, asked="caption", source=i, seed=place, mode="on",
+             path=f"images/epoch-{number:03d}/{i:05d}-on.png")
+        for place, i in enumerate(chosen_images(training, config.captions))
+    )  # fmt: skip
+
+
+def paraphrases(caption: str) -> tuple[str, ...]:
+    """Return the same wish in other words, simple and always the same.
+
+    Its parts, or its words where it has no commas, in the opposite order; every other of them;
+    and the whole caption in a neutral sentence.
+    """
+    mark = "," if "," in caption else None
+    parts = [part.strip() for part in caption.split(mark) if part.strip()]
+    joint = ", " if mark else " "
+    texts = (joint.join(parts[::-1]), joint.join(parts[::2]), TEMPLATE.format(caption))
+    return tuple(text for text in dict.fromkeys(texts) if text != caption)
+
+
+def _deal(wishes: Iterable[tuple[str, Asked, int | None, int]]) -> list[Question]:
+    """Give each wish its own seeds: no prompt is drawn from one noise twice.
+
+    Images that share a caption take turns at its seeds, so that each gets equally many.
+    """
+    drawn: Counter[str] = Counter()
+    dealt = []
+    for prompt, asked, source, count in wishes:
+        seeds = tuple(range(drawn[prompt], drawn[prompt] + count))
+        drawn[prompt] += count
+        dealt.append(Question(prompt=prompt, asked=asked, source=source, seeds=seeds))
+    return dealt

@@ -1,0 +1,267 @@
+"""Draw: have the model make every image and score every prompt, in one process or in several.
+
+A batch is drawn by one process alone and holds the same images whoever draws it, so that the number
+of processes changes nothing. Nothing is sent between them: an image that lies there is finished.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...shared.dependencies import require
+from ...shared.files.images import ImageFiles
+from ...shared.files.storage import replace_atomically, write_text
+from ...shared.wording import counted
+from ..common.measure import Bar, Bars
+from ..common.subject import Subject
+from .ask import Plan, Question, Shot
+from .attack import as_images, sample_attack
+from .config import LoraAuditConfig, subject_of
+from .result import PromptScore, TrainingSet
+from .work import Work
+
+Batch = tuple[Shot, ...]
+"""Images of one mode that are sampled at once, so that their digits depend on nothing else."""
+SETTINGS = ("model", "revision", "model_config", "resolution", "device", "dtype",
+            "generation_steps", "cond_scale")  # fmt: skip
+"""What the workers need to know besides their batches."""
+GLANCE = 0.5
+"""Seconds between two looks at what the workers have finished."""
+AT_ONCE = 4
+"""Images in one pass through the autoencoder."""
+
+
+class DrawingError(RuntimeError):
+    """A process that draws has failed; the message holds the end of its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What the model made; the images lie in the output folder, where the plan says."""
+
+    scores: tuple[PromptScore, ...]
+    round_trips: tuple[Path, ...]
+    """The training images as the autoencoder gives them back."""
+    rises: tuple[float, ...]
+    """Per saved epoch, the mean LoRA-on minus LoRA-off score of the captions."""
+
+
+def draw(plan: Plan, work: Work) -> Drawn:
+    """Draw what is missing of the plan, one model after the other.
+
+    Raises:
+        DrawingError: One of several processes has failed; what was drawn is kept.
+    """
+    config, folder = work.config, work.job.folder
+    scores = score_questions(plan.questions, work)
+    trips = draw_round_trips(plan.training, work)
+    planned = batches(plan.shots, config.batch_size)
+    work.notify(estimate(planned, work.subject, folder, config))
+    draw_all(planned, work.subject, config, folder, work.bars)
+    rises, captions = [], list(dict.fromkeys(shot.prompt for _, s in plan.epochs[:1] for shot in s))
+    base = work.scores(captions, work.subject, lora=False) if captions else {}
+    for epoch, shots in plan.epochs:
+        saved = replace(config, lora=epoch.path)
+        subject = subject_of(saved)
+        draw_all(batches(shots, config.batch_size), subject, saved, folder, work.bars)
+        with_lora = work.scores(captions, subject, lora=True)
+        rises.append(sum(with_lora[c] - base[c] for c in captions) / len(captions))
+    return Drawn(scores=scores, round_trips=trips, rises=tuple(rises))
+
+
+def score_questions(asked: Sequence[Question], work: Work) -> tuple[PromptScore, ...]:
+    """Return the mean |D| of every distinct prompt, with the LoRA and without."""
+    first = {question.prompt: question for question in reversed(asked)}
+    prompts = list(dict.fromkeys(question.prompt for question in asked))
+    on, off = (work.scores(prompts, work.subject, lora=lora) for lora in (True, False))
+    return tuple(
+        PromptScore(prompt=prompt, asked=first[prompt].asked, source=first[prompt].source,
+                    on=on[prompt], off=off[prompt])
+        for prompt in prompts
+    )  # fmt: skip
+
+
+def draw_round_trips(training: TrainingSet, work: Work) -> tuple[Path, ...]:
+    """Write what the autoencoder makes of each image, in the size the network draws."""
+    paths = [training.path_of(image) for image in training.images]
+    folder = work.job.folder / "journal" / "round_trips"
+    trips = tuple(folder / f"{place:06d}.png" for place in range(len(paths)))
+    left = [place for place, trip in enumerate(trips) if not trip.is_file()]
+    with closing(work.bars("autoencoder", len(trips), len(trips) - len(left), "image")) as bar:
+        for start in range(0, len(left), AT_ONCE):
+            places, denoiser = left[start : start + AT_ONCE], work.subject.denoiser
+            latents = denoiser.encode_images(list(ImageFiles([paths[n] for n in places])))
+            for place, image in zip(places, as_images(denoiser.decode(latents)), strict=True):
+                with replace_atomically(trips[place]) as part:
+                    image.save(part, format="PNG")
+            bar.update(len(places))
+    return trips
+
+
+def batches(shots: Sequence[Shot], size: int) -> list[Batch]:
+    """Cut shots into batches of one mode; the cuts do not depend on what is finished."""
+    return [
+        tuple(same[start : start + size])
+        for _, group in groupby(shots, key=lambda shot: shot.mode)
+        for same in [list(group)]
+        for start in range(0, len(same), size)
+    ]
+
+
+def unfinished(planned: Sequence[Batch], folder: Path) -> list[Batch]:
+    """Return the batches of which a file is missing."""
+    return [batch for batch in planned
+            if not all((folder / shot.path).is_file() for shot in batch)]  # fmt: skip
+
+
+@torch.no_grad()  # a model that is loaded in inference mode could never be switched again
+def estimate(
+    planned: Sequence[Batch], subject: Subject, folder: Path, config: LoraAuditConfig
+) -> str:
+    """Return a sentence with the time that the missing images will take, by one timed step."""
+    left = sum(map(len, unfinished(planned, folder)))
+    if not left:
+        return "All images are there."
+    denoiser, rows = subject.denoiser, 2 * config.batch_size
+    sigma = denoiser.sigmas(config.generation_steps)[0]
+    noise = denoiser.initial_noise([0] * rows, sigma)
+    empty = denoiser.unconditional()[[0] * rows]
+    for _ in range(2):  # the first call also warms up
+        start = time.perf_counter()
+        denoiser.denoise(noise, sigma, empty).cpu()
+        step = time.perf_counter() - start
+    seconds = step * config.generation_steps * left / config.batch_size / config.processes
+    minutes = seconds / 60
+    if seconds < 90:
+        about = counted(max(1, round(seconds)), "second", "seconds")
+    else:
+        about = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    return f"{counted(left, 'image is', 'images are')} to be drawn: about {about}."
+
+
+def draw_all(
+    planned: Sequence[Batch], subject: Subject, config: LoraAuditConfig, folder: Path, bars: Bars
+) -> None:
+    """Draw the batches that are missing in `folder`.
+
+    Raises:
+        DrawingError: One of several processes has failed; what was drawn is kept.
+    """
+    left = unfinished(planned, folder)
+    total, missing = (sum(map(len, part)) for part in (planned, left))
+    with closing(bars("images", total, total - missing, "image")) as bar:
+        if config.processes > 1 and len(left) > 1:
+            _draw_elsewhere(left, config, folder, bar)
+        else:
+            for batch in left:
+                draw_batch(batch, subject, config, folder)
+                bar.update(len(batch))
+
+
+def draw_batch(batch: Batch, subject: Subject, config: LoraAuditConfig, folder: Path) -> None:
+    """Sample a batch and write its images into `folder`, each whole or not at all."""
+    denoiser, mode = subject.denoiser, batch[0].mode
+    prompts, seeds = [shot.prompt for shot in batch], [shot.seed for shot in batch]
+    if mode == "attack":
+        images = sample_attack(denoiser, prompts, seeds, config.generation_steps)
+    else:
+        with denoiser.lora_disabled() if mode == "off" else nullcontext():
+            images = denoiser.generate(
+                prompts, seeds, steps=config.generation_steps, cond_scale=config.cond_scale
+            )
+    for shot, image in zip(batch, images, strict=True):
+        with replace_atomically(folder / shot.path) as part:
+            image.save(part, format="PNG")
+
+
+def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path, bar: Bar) -> None:
+    """Start the workers, count their files, and stop them when this process is stopped."""
+    require("accelerate", purpose="Drawing with several processes", extra="models")
+    request = folder / "journal" / "drawing.json"
+    write_text(request, json.dumps(to_request(left, config, folder)))
+    output = request.with_suffix(".log")
+    missing = [path for batch in left for shot in batch
+               if not (path := folder / shot.path).is_file()]  # fmt: skip
+
+    def count() -> None:
+        still = [path for path in missing if not path.is_file()]
+        if len(still) < len(missing):
+            bar.update(len(missing) - len(still))
+        missing[:] = still
+
+    threads = str(max(1, (os.cpu_count() or 1) // config.processes))
+    with output.open("w+b") as log:
+        workers = subprocess.Popen(_command(config, request), stdout=log, stderr=log,
+                                   env={"OMP_NUM_THREADS": threads} | os.environ)  # fmt: skip
+        try:
+            while workers.poll() is None:
+                count()
+                with suppress(subprocess.TimeoutExpired):
+                    workers.wait(GLANCE)
+        finally:
+            workers.terminate()
+            workers.wait()
+    count()
+    if workers.returncode or missing:
+        raise DrawingError(
+            f"{config.processes} processes were to draw, "
+            f"{counted(len(missing), 'image is', 'images are')} missing: "
+            f"{output.read_text('utf-8', 'replace').strip()[-600:]}\nWhat was drawn is kept; "
+            "the same command continues, also with --processes 1."
+        )
+    request.unlink()
+    output.unlink()
+
+
+def to_request(left: Sequence[Batch], config: LoraAuditConfig, folder: Path) -> dict[str, Any]:
+    """Return everything that a worker must know, as JSON values."""
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    return {
+        "lora": str(config.lora.resolve()),
+        "folder": str(folder.resolve()),
+        "settings": settings | {"model_config": config.model_config and str(config.model_config)},
+        "batches": [[asdict(shot) for shot in batch] for batch in left],
+    }
+
+
+def _command(config: LoraAuditConfig, request: Path) -> list[str]:
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu" if on_cpu else "--multi_gpu",
+        "--num_processes", str(config.processes), "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", __name__, str(request),
+    ]  # fmt: skip
+
+
+def work_off(request: Path) -> None:
+    """Draw one process's share of a request, as ``accelerate launch -m`` starts this file."""
+    from accelerate import PartialState
+
+    values = json.loads(request.read_text("utf-8"))
+    settings, folder = values["settings"], Path(values["folder"])
+    state = PartialState(cpu=settings["device"] == "cpu")
+    if config_path := settings["model_config"]:
+        settings["model_config"] = Path(config_path)
+    config = LoraAuditConfig(lora=Path(values["lora"]), images=folder,
+                             **settings | {"device": str(state.device)})  # fmt: skip
+    planned = [tuple(Shot(**shot) for shot in batch) for batch in values["batches"]]
+    subject = subject_of(config)
+    with state.split_between_processes(planned) as share:
+        for batch in share:
+            draw_batch(batch, subject, config, folder)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work_off(Path(sys.argv[1]))

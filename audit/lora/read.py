@@ -1,0 +1,188 @@
+"""Read: the LoRA's file, its training folder, and its saved epochs, each once."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...shared.files.weights import ModelError, sha256_of
+from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
+from ...shared.wording import counted, visible
+from ..common.job import file_sha256
+from .config import LoraAuditConfig
+from .header import LONGEST, Header, read_header
+from .remarks import base_remarks, caption_remarks, count_remarks, own_remarks, read_base
+from .result import LoraFacts, TrainingSet
+from .training_set import read_training_set
+
+Dialect = Literal["kohya", "peft", "diffusers", "lycoris"]
+PARTS = ("unet.", "transformer.", "text_encoder")
+"""How diffusers' keys begin."""
+PRODUCTS = {"hada_": "loha", "lokr_": "lokr"}
+"""Kind of a module by the start of a factor's name."""
+DOWN = tuple(down for down, _ in FACTORS)
+INNER = (*DOWN, ".hada_w1_b", ".lokr_w2_b", ".lokr_w1_b")
+"""Endings of factors whose first dimension is the rank."""
+READS_TEXT = ("attn2_to_k", "attn2.to_k")
+"""Layers whose inputs are the text's embeddings."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One saved file."""
+
+    path: Path
+    number: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What an audit starts from."""
+
+    lora: LoraFacts
+    training: TrainingSet
+    epochs: tuple[Epoch, ...]
+
+
+def read(config: LoraAuditConfig, base: str | Path) -> Material:
+    """Return what the files of an audit hold; of the base model only its head is read.
+
+    Args:
+        config: Names the files.
+        base: Diffusers folder, single-file checkpoint, or hub id, of which only the name is used.
+
+    Raises:
+        ModelError: The LoRA is missing, a pickle, cut off, not safetensors, or no LoRA.
+        PromptError: The training folder cannot be read.
+        ValueError: The epochs cannot be read.
+    """
+    epochs = read_epochs(config.epochs)
+    header = read_header(config.lora)
+    training = read_training_set(config.images, header, trigger=config.trigger,
+                                 held_out=config.held_out, reserve=config.reserve)  # fmt: skip
+    lora = lora_facts(config.lora, header, training, base)
+    return Material(lora=lora, training=training, epochs=tuple(epochs))
+
+
+def read_epochs(named: Sequence[Path]) -> list[Epoch]:
+    """Return the LoRA files that were named, or lie in the named folders, by rising epoch.
+
+    The number stands in the header (`ss_epoch`), else at the end of the name; a file with neither
+    is taken for the last, as kohya's scripts name their final one.
+
+    Raises:
+        ValueError: There is no such file, or a folder holds none.
+    """
+    paths: list[Path] = []
+    for path in named:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not all(each.is_file() for each in files):
+            raise ValueError(f"--epochs: {path} is no .safetensors file and no folder of them.")
+        paths += files
+    numbers = {path: _epoch_of(path) for path in dict.fromkeys(path.resolve() for path in paths)}
+    last = 1 + max((n for n in numbers.values() if n is not None), default=0)
+    ordered = sorted(numbers, key=lambda path: (numbers[path] or last, path.name))
+    return [Epoch(path=path, number=numbers[path] or last, sha256=sha256_of([path], path.parent))
+            for path in ordered]  # fmt: skip
+
+
+def _epoch_of(path: Path) -> int | None:
+    written = read_header(path).epoch
+    digits = re.search(r"(\d+)$", path.stem)
+    return written if written is not None else int(digits[1]) if digits else None
+
+
+def lora_facts(path: Path, header: Header, training: TrainingSet, base: str | Path) -> LoraFacts:
+    """Return what a LoRA file is, and what its header says against the folder and the base model.
+
+    Raises:
+        ModelError: It is no LoRA in the dialect of kohya, PEFT, diffusers or LyCORIS.
+    """
+    shapes = header.shapes
+    modules = _modules(shapes)
+    if not modules:
+        raise ModelError(
+            f"{path} is no LoRA: it holds {counted(len(shapes), 'key', 'keys')} and no factor of "
+            "one. A whole model is given as MODEL, not as --lora."
+        )
+    ranks = [shape[0] for key, shape in shapes.items() if key.endswith(INNER) and shape]
+    rank = max(ranks, default=None)
+    base_name = header.base_name or _peft_base(path)
+    remarks = [
+        *base_remarks(header, _text_width(shapes), base_name, read_base(base)),
+        *count_remarks(header, training),
+        *caption_remarks(header, training),
+        *own_remarks(header, rank),
+    ]
+    remarks.sort(key=lambda remark: not remark.urgent)
+    by_lycoris = (header.module or "").startswith("lycoris")  # its LoCon looks like kohya's
+    return LoraFacts(
+        name=path.name,
+        sha256=file_sha256(path),
+        dialect="lycoris" if by_lycoris else _dialect(shapes),
+        kinds=tuple(sorted(set(modules.values()))),
+        rank=rank,
+        modules=len(modules),
+        epoch=header.epoch,
+        epochs=header.epochs,
+        steps=header.steps,
+        images=header.images,
+        base_name=base_name,
+        base_hash=header.base_sha256 or header.base_hash,
+        says=tuple(remark.text for remark in remarks),
+        warnings=tuple(remark.text for remark in remarks if remark.urgent),
+    )
+
+
+def _modules(shapes: Shapes) -> dict[str, str]:
+    """Return what each adapted layer is: lora, locon, loha, lokr or dora."""
+    modules: dict[str, str] = {}
+    for key, shape in shapes.items():
+        if end := _ending(key, DOWN):
+            stem = key.removesuffix(end)
+            whole = f"{stem}.lora_mid.weight" in shapes or any(side > 1 for side in shape[2:])
+            modules.setdefault(stem, "locon" if whole else "lora")
+        elif end := _ending(key, MAGNITUDES):
+            modules[key.removesuffix(end)] = "dora"
+        else:
+            stem, _, factor = key.rpartition(".")
+            if product := PRODUCTS.get(factor[:5]):
+                modules.setdefault(stem, product)
+    return modules
+
+
+def _ending(key: str, endings: Iterable[str]) -> str | None:
+    return next((end for end in endings if key.endswith(end)), None)
+
+
+def _dialect(shapes: Shapes) -> Dialect:
+    """Return who writes keys like these."""
+    if any(key.startswith(PEFT_PREFIX) for key in shapes):
+        return "peft"
+    if any(key.startswith(PARTS) for key in shapes):
+        return "diffusers"
+    marks = (".hada_", ".lokr_", ".lora_mid.", MAGNITUDES[0])
+    return "lycoris" if any(mark in key for key in shapes for mark in marks) else "kohya"
+
+
+def _text_width(shapes: Shapes) -> int | None:
+    """Return how many numbers a token has where the LoRA reads the text; None where none tells."""
+    widths = (
+        shape[1] for key, shape in shapes.items()
+        if any(layer in key for layer in READS_TEXT)
+        and key.endswith((*DOWN, ".hada_w1_b")) and len(shape) > 1
+    )  # fmt: skip
+    return next(widths, None)
+
+
+def _peft_base(path: Path) -> str | None:
+    """Return the base model that PEFT's configuration beside the file names."""
+    try:
+        config = json.loads(path.with_name("adapter_config.json").read_text("utf-8"))
+        return visible(config["base_model_name_or_path"][:LONGEST]) or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
