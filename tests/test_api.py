@@ -37,6 +37,11 @@ def test_the_readme_guards_a_pipeline(used):
     (image,) = used["guarded"].runs[0].images
     assert image.fired
     assert image.score_after < image.threshold < image.score_before
+    with (
+        pytest.raises(ValueError, match="There is no method 'gone'"),
+        unmemorize.guard(used["pipeline"], method="gone", gate="always"),
+    ):
+        pytest.fail("was entered")
 
 
 def test_the_readme_observes_a_pipeline(used):

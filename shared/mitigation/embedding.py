@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ..arrays import Float, Tensor
-from ..score.denoiser import Conditioning, Denoiser
 from ..score.metrics import text_noise_norm
 from .constants import Constants
 from .method import Method, Start
@@ -58,90 +56,39 @@ class EmbeddingOptimisation(Method):
     def start(self, start: Start) -> Optimised:
         """Return the conditioning with each image's best embedding.
 
+        x is fixed, so its unconditional prediction is given and needs no graph: an image costs one
+        conditional forward and backward pass per iteration and one more forward pass, all without
+        the parts of the network that come before the text. The first token is the same for every
+        prompt and stays bit for bit, as does the embedding of an image at or below the target.
+
         Raises:
             ValueError: There is nothing to take the target from, or no way to recompute.
             PredictionError: A prediction or gradient is not finite.
         """
-        cond, before, after, iterations = optimise_embedding(
-            start.denoiser,
-            start.cond,
-            start.x,
-            start.sigma,
-            start.x0_uncond,
-            find_target(start, self.target, self.target_quantile),
-            learning_rate=self.learning_rate,
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            network=start.network,
-            checkpointing=self.checkpointing,
-        )
-        return Optimised(cond=cond, before=before, after=after, iterations=iterations)
+        target = find_target(start, self.target, self.target_quantile)
+        if self.checkpointing:
+            check_checkpointing(start.network)
+        with gradients(start.network, checkpointing=self.checkpointing):
+            cond, x, sigma = start.cond.detached(), start.x.detach().clone(), start.sigma.clone()
+            x0_uncond, dtype = start.x0_uncond.detach().clone(), cond.embeddings.dtype
+            constants = Constants(None if self.checkpointing else start.network)
 
+            def magnitude(rows: list[int], rest: Tensor) -> Tensor:
+                embeddings = torch.cat([cond.embeddings[rows, :1], rest.to(dtype)], dim=1)
+                with constants.of(tuple(rows)):
+                    changed = replace(cond[rows], embeddings=embeddings)
+                    x0_cond = start.denoiser.denoise(x[rows], sigma, changed)
+                return text_noise_norm(x0_cond, x0_uncond[rows]) / sigma
 
-def optimise_embedding(
-    denoiser: Denoiser,
-    cond: Conditioning,
-    x: Float[Tensor, " row *latent"],
-    sigma: Tensor,
-    x0_uncond: Float[Tensor, " row *latent"],
-    target: float,
-    *,
-    learning_rate: float = 0.05,
-    iterations: int = 10,
-    batch_size: int | None = None,
-    network: nn.Module | None = None,
-    checkpointing: bool = False,
-) -> tuple[Conditioning, Tensor, Tensor, Tensor]:
-    """Return each row's best embedding, |D| before and after, and the optimizer steps made.
-
-    x is fixed, so its unconditional prediction is given and needs no graph: a row costs one
-    conditional forward and backward pass per iteration and one more forward pass, all without the
-    parts of the network that come before the text. The first token is the same for every prompt and
-    stays bit for bit, as does a row at or below the target.
-
-    Args:
-        denoiser: The network.
-        cond: One row per row of `x`.
-        x: Noise at `sigma`.
-        sigma: Noise level of the first step.
-        x0_uncond: Predicted from the empty prompt at `x`.
-        target: |D| to stop at, L2 norm in latent units.
-        learning_rate: Of AdamW.
-        iterations: Optimizer steps at most.
-        batch_size: Rows of one pass; None chooses by device and latent size.
-        network: That of `denoiser`, so that its weights need not be in the graph and its constant
-            parts are computed once; None where it cannot be had costs memory and time.
-        checkpointing: Recompute the activations of `network` instead of keeping them.
-
-    Raises:
-        ValueError: The network cannot recompute its activations.
-        PredictionError: A prediction or gradient is not finite.
-    """
-    if checkpointing:
-        check_checkpointing(network)
-    with gradients(network, checkpointing=checkpointing):
-        cond, x, sigma = cond.detached(), x.detach().clone(), sigma.detach().clone()
-        x0_uncond = x0_uncond.detach().clone()
-        constants = Constants(None if checkpointing else network)
-        dtype = cond.embeddings.dtype
-
-        def magnitude(rows: list[int], rest: Tensor) -> Tensor:
-            embeddings = torch.cat([cond.embeddings[rows, :1], rest.to(dtype)], dim=1)
-            with constants.of(tuple(rows)):
-                x0_cond = denoiser.denoise(
-                    x[rows], sigma, replace(cond[rows], embeddings=embeddings)
-                )
-            return text_noise_norm(x0_cond, x0_uncond[rows]) / sigma
-
-        best = descend(
-            # The leaves are wide, so that their gradients are; the network gets its own dtype.
-            list(cond.embeddings[:, 1:].to(torch.promote_types(dtype, torch.float32))),
-            magnitude,
-            target=target,
-            learning_rate=learning_rate,
-            iterations=iterations,
-            denoiser=denoiser,
-            batch_size=batch_size,
-        )
-        embeddings = torch.cat([cond.embeddings[:, :1], best.rows.to(dtype)], dim=1)
-    return replace(cond, embeddings=embeddings), best.before, best.after, best.iterations
+            best = descend(
+                # The leaves are wide, so that their gradients are; the network gets its own dtype.
+                list(cond.embeddings[:, 1:].to(torch.promote_types(dtype, torch.float32))),
+                magnitude,
+                target=target,
+                learning_rate=self.learning_rate,
+                iterations=self.iterations,
+                denoiser=start.denoiser,
+                batch_size=self.batch_size,
+            )
+            embeddings = torch.cat([cond.embeddings[:, :1], best.rows.to(dtype)], dim=1)
+        return Optimised(best, cond=replace(cond, embeddings=embeddings))

@@ -117,7 +117,7 @@ class InitialNoise(Method):
             )
             # What did not move comes back bit for bit.
             x = run.x + unit * (best.rows - run.x / unit)
-        return Optimised(x=x, before=best.before, after=best.after, iterations=best.iterations)
+        return Optimised(best, x=x)
 
     @torch.no_grad()
     def _batch(self, start: Start) -> Tensor:

@@ -17,27 +17,6 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 """What diffusers sets on the parts of a network."""
 
 
-class Optimised(Mitigation):
-    """A change of the start that was searched for, and what the search measured."""
-
-    def __init__(
-        self,
-        *,
-        before: Tensor,
-        after: Tensor,
-        iterations: Tensor,
-        cond: Conditioning | None = None,
-        x: Tensor | None = None,
-    ):
-        super().__init__(cond=cond, x=x)
-        self.before = before
-        """[image] |D| at the start's noise, L2 norm, float64 on the CPU."""
-        self.after = after
-        """[image] the same of what is kept."""
-        self.iterations = iterations
-        """[image] optimizer steps that were made."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Descent:
     """Where a descent of |D| ended, per row."""
@@ -45,11 +24,22 @@ class Descent:
     rows: Tensor
     """[row ...] the best that were measured."""
     before: Tensor
-    """[row] |D|, float64 on the CPU."""
+    """[row] |D|, L2 norm, float64 on the CPU."""
     after: Tensor
     """[row] |D| of `rows`, at most `before`."""
     iterations: Tensor
     """[row] optimizer steps that were made."""
+
+
+class Optimised(Mitigation):
+    """A change of the start that a descent found; one row per image."""
+
+    def __init__(
+        self, descent: Descent, *, cond: Conditioning | None = None, x: Tensor | None = None
+    ):
+        super().__init__(cond=cond, x=x)
+        self.before, self.after = descent.before, descent.after
+        self.iterations = descent.iterations
 
 
 def check_descent(

@@ -39,15 +39,6 @@ class Residual:
     """Per iteration, over noises of its own and before its step: noisy, and not comparable."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Draw:
-    """Noises of one level."""
-
-    sigma: Tensor
-    noise: Tensor
-    """[row *latent] at unit variance."""
-
-
 def residual_probe(
     denoiser: Denoiser,
     target: Float[Tensor, " *latent"],
@@ -86,11 +77,13 @@ def residual_probe(
     _check(denoiser, target, start, iterations, lr, draws, batch_size)
     rows = batch_size or max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
     task = _Task(denoiser, target, start, generator, draws, schedule_steps, rows)
-    checks = [task.draw(level) for level in task.spread(CHECKS)]
+    last = len(task.sigmas) - 1
+    levels = sorted({round(last * i / max(1, CHECKS - 1)) for i in range(CHECKS)})
+    checks = [task.draw(level) for level in levels]
     before = task.leaf.detach().clone()
     optimizer, losses = torch.optim.Adam([task.leaf], lr=lr), []
     for _ in range(iterations):
-        loss, task.leaf.grad = task.gradient(task.draw())
+        loss, task.leaf.grad = task.gradient(*task.draw())
         losses.append(loss)
         optimizer.step()
     return Residual(
@@ -122,54 +115,45 @@ class _Task:
         leaf = start.embeddings.detach().to(torch.promote_types(self.dtype, torch.float32))
         self.leaf = leaf.clone().requires_grad_()
 
-    def spread(self, number: int) -> list[int]:
-        """Return `number` levels of the schedule at equal distances, fewer when it has fewer."""
-        last = len(self.sigmas) - 1
-        return sorted({round(last * i / max(1, number - 1)) for i in range(number)})
-
-    def draw(self, level: int | None = None) -> _Draw:
-        """Return noises of one level, of a random one when it is None."""
-        device = self.generator.device
+    def draw(self, level: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return a noise level, a random one when `level` is None, and noises [draw *latent]."""
+        on = {"generator": self.generator, "device": self.generator.device}
         if level is None:
-            size = (len(self.sigmas), ())
-            level = int(torch.randint(*size, generator=self.generator, device=device))
-        noise = torch.randn(
-            (self.draws, *self.target.shape), generator=self.generator, device=device
-        )
-        return _Draw(sigma=self.sigmas[level], noise=noise.to(self.target))
+            level = int(torch.randint(len(self.sigmas), (), **on))
+        noise = torch.randn((self.draws, *self.target.shape), **on)
+        return self.sigmas[level], noise.to(self.target)
 
     def conditioning(self, embeddings: Tensor) -> Conditioning:
         """Return embeddings as the network reads them."""
         return replace(self.start, embeddings=embeddings.to(self.dtype))
 
-    def gradient(self, draw: _Draw) -> tuple[float, Tensor]:
+    def gradient(self, sigma: Tensor, noise: Tensor) -> tuple[float, Tensor]:
         """Return the loss per element and its gradient, summed over elements.
 
         Adam does not see the scale of a loss; half precision does, and would lose the mean's.
         """
         total, loss = torch.zeros_like(self.leaf), 0.0
         with torch.enable_grad():
-            for part in self._errors(draw, self.leaf):
+            for part in self._errors(sigma, noise, self.leaf):
                 (gradient,) = torch.autograd.grad(part, self.leaf)
                 total += gradient
                 loss += part.item()
         if not (total.isfinite().all() and math.isfinite(loss)):
             raise not_finite("The loss of the residual probe or its gradient", self.denoiser)
-        return loss / draw.noise.numel(), total
+        return loss / noise.numel(), total
 
     @torch.no_grad()
-    def mean_loss(self, draws: list[_Draw], embeddings: Tensor) -> float:
-        """Return the loss per element, mean over all of `draws`."""
-        sums = [sum(part.item() for part in self._errors(d, embeddings)) for d in draws]
-        return sum(sums) / sum(d.noise.numel() for d in draws)
+    def mean_loss(self, checks: list[tuple[Tensor, Tensor]], embeddings: Tensor) -> float:
+        """Return the loss per element, mean over all levels and noises of `checks`."""
+        sums = [sum(part.item() for part in self._errors(*c, embeddings)) for c in checks]
+        return sum(sums) / sum(noise.numel() for _, noise in checks)
 
-    def _errors(self, draw: _Draw, embeddings: Tensor) -> Iterator[Tensor]:
+    def _errors(self, sigma: Tensor, noise: Tensor, embeddings: Tensor) -> Iterator[Tensor]:
         """Yield the squared error, summed over elements, of some rows at a time."""
-        sigma, flow = draw.sigma, self.denoiser.parametrization == "flow"
-        for noise in draw.noise.split(self.rows):
-            x = ((1 - sigma) if flow else 1.0) * self.target + sigma * noise
-            cond = self.conditioning(embeddings)[[0] * len(noise)]
-            x0 = self.denoiser.denoise(x, sigma, cond)
+        clean = 1 - sigma if self.denoiser.parametrization == "flow" else 1.0
+        for part in noise.split(self.rows):
+            cond = self.conditioning(embeddings)[[0] * len(part)]
+            x0 = self.denoiser.denoise(clean * self.target + sigma * part, sigma, cond)
             # (x0_pred - x0) / sigma is the error of the noise, or of the velocity: `Denoiser`.
             yield ((x0.to(self.target.dtype) - self.target) / sigma).square().sum()
 

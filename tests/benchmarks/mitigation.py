@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from unmemorize import demo
 from unmemorize.demo import data
 from unmemorize.shared.mitigation import DEFAULT, METHODS, make_method
-from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
+from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.score.calibration import Calibration, clopper_pearson, settings_of
@@ -149,12 +150,13 @@ def measure_embedding(denoiser, bench: dict) -> None:
     empty, network = denoiser.unconditional()[[0] * images], denoiser.pipeline.unet
     with torch.no_grad():
         x0_uncond = denoiser.denoise(x, sigma, empty)
+    start = Start(
+        denoiser=denoiser, cond=cond, x=x, sigma=sigma, x0_uncond=x0_uncond, network=network,
+        generator=torch.Generator(),
+    )  # fmt: skip
 
     def ours(iterations: int) -> None:
-        optimise_embedding(
-            denoiser, cond, x, sigma, x0_uncond, 0.0, iterations=iterations, batch_size=images,
-            network=network,
-        )  # fmt: skip
+        EmbeddingOptimisation(target=0.0, iterations=iterations, batch_size=images).start(start)
 
     def both_rows(iterations: int) -> None:
         leaf = cond.embeddings.clone().requires_grad_()

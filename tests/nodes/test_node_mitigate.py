@@ -7,7 +7,8 @@ from comfyui import newest, node, pack
 from demo_side import denoiser
 from mitigated_prompts import calibrated, memorized, sampler
 from test_cancel import demo
-from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
+from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.score.calibration import Calibration
 
 pytestmark = pytest.mark.comfy
@@ -100,15 +101,17 @@ def test_the_embedding_is_that_of_shared_through_diffusers(comfy):
     x = theirs.initial_noise([0], sigma)
     with torch.no_grad():
         x0_uncond = theirs.denoise(x, sigma, theirs.unconditional())
-    expected, before, after, _ = optimise_embedding(
-        theirs, cond, x, sigma, x0_uncond, target=0.0, iterations=3
-    )
+    start = Start(
+        denoiser=theirs, cond=cond, x=x, sigma=sigma, x0_uncond=x0_uncond,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    expected = EmbeddingOptimisation(target=0.0, iterations=3).start(start)
     changes = {"target_norm": 0.0, "iterations": 3}
     found = comfy.call(executed, "demo", 1, memorized(), changes)
-    assert found["before"] == pytest.approx(before.item(), rel=1e-4)
-    assert found["after"] == pytest.approx(after.item(), rel=1e-3)
-    moved = expected.embeddings - cond.embeddings
-    difference = torch.from_numpy(found["embeddings"]) - expected.embeddings
+    assert found["before"] == pytest.approx(expected.before.item(), rel=1e-4)
+    assert found["after"] == pytest.approx(expected.after.item(), rel=1e-3)
+    moved = expected.cond.embeddings - cond.embeddings
+    difference = torch.from_numpy(found["embeddings"]) - expected.cond.embeddings
     # AdamW's first step has the size of the learning rate whatever the gradient's, so that
     # elements without one go either way.
     assert difference.norm() < 0.02 * moved.norm()

@@ -5,7 +5,8 @@ import tiny
 import torch
 from torch import nn
 from unmemorize.shared.mitigation.constants import Constants
-from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
+from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.score.denoiser import Denoiser
 
@@ -125,15 +126,18 @@ def test_embeddings_are_the_same_bit_for_bit_with_fewer_calls(name):
 
     def optimise(network, target):
         calls.clear()
-        found = optimise_embedding(
-            denoiser, cond, x, sigma, x0_uncond, target, learning_rate=1e-4, iterations=4,
-            network=network, batch_size=3,
+        start = Start(
+            denoiser=denoiser, cond=cond, x=x, sigma=sigma, x0_uncond=x0_uncond, network=network,
+            generator=torch.Generator(),
         )  # fmt: skip
-        return *found, len(calls)
+        method = EmbeddingOptimisation(
+            target=target, learning_rate=1e-4, iterations=4, batch_size=3
+        )
+        return method.start(start), len(calls)
 
-    target = optimise(None, 0.0)[1].median().item()  # so that not all stop together
-    expected, found = optimise(None, target), optimise(network, target)
-    assert len(set(found[3].tolist())) > 1
-    assert torch.equal(found[0].embeddings, expected[0].embeddings)
-    assert torch.equal(found[2], expected[2])
-    assert found[4] < expected[4]
+    target = optimise(None, 0.0)[0].before.median().item()  # so that not all stop together
+    (expected, all_calls), (found, fewer_calls) = optimise(None, target), optimise(network, target)
+    assert len(set(found.iterations.tolist())) > 1
+    assert torch.equal(found.cond.embeddings, expected.cond.embeddings)
+    assert torch.equal(found.after, expected.after)
+    assert fewer_calls < all_calls

@@ -3,7 +3,8 @@
 import pytest
 import tiny
 import torch
-from unmemorize.shared.mitigation.embedding import optimise_embedding
+from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
+from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.models.adapter import PipelineDenoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
@@ -33,11 +34,15 @@ def test_one_conditional_pass_is_kept_and_less_when_it_is_computed_again(name):
     with torch.no_grad():
         x0_uncond = denoiser.denoise(x, sigma, empty)
 
+    start = Start(
+        denoiser=denoiser, cond=cond, x=x, sigma=sigma, x0_uncond=x0_uncond, network=network,
+        generator=torch.Generator(),
+    )  # fmt: skip
+
     def optimise(checkpointing=False):
-        optimise_embedding(
-            denoiser, cond, x, sigma, x0_uncond, 0.0, iterations=1, batch_size=images,
-            network=network, checkpointing=checkpointing,
-        )  # fmt: skip
+        EmbeddingOptimisation(
+            target=0.0, iterations=1, batch_size=images, checkpointing=checkpointing
+        ).start(start)
 
     def plain_pass(uncond: bool):
         leaf = cond.embeddings.clone().requires_grad_()

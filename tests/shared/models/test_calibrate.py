@@ -1,0 +1,44 @@
+"""A calibration in one call is the one made step by step, bound to the model's own weights."""
+
+import pytest
+import tiny
+from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.calibrate import calibrate
+from unmemorize.shared.score.calibration import Calibration, NotEnoughControls, settings_of
+from unmemorize.shared.score.controls import load_controls
+from unmemorize.shared.score.detection import DetectionConfig, detect
+
+CONFIG = DetectionConfig(seeds=(3,))
+PROMPTS = [f"a {color} {thing}" for color in ("red", "green", "old") for thing in ("cat", "dog")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PipelineDenoiser(tiny.PIPELINES["sd1"]())
+
+
+def test_own_controls_are_scored_with_the_config(model):
+    found = calibrate(model, PROMPTS, CONFIG, false_positive_rate=0.2)
+    assert found == Calibration.from_controls(
+        detect(model, PROMPTS, CONFIG),
+        model=PipelineDenoiser(model.pipeline).fingerprint,
+        settings=settings_of(model, CONFIG),
+        name="given prompts",
+        false_positive_rate=0.2,
+    )
+    assert not found.differences(model.fingerprint, settings_of(model, CONFIG))
+
+
+def test_a_bundled_list_is_the_default_and_supports_one_percent(model):
+    counts = []
+    found = calibrate(model, config=CONFIG, progress=counts.append)
+    assert found.controls == "photographs"
+    assert len(found.control_scores) == sum(counts) == len(load_controls("photographs"))
+    assert found.false_positive_rate == 0.01
+
+
+def test_too_few_controls_and_unknown_lists_are_refused(model):
+    with pytest.raises(NotEnoughControls):
+        calibrate(model, PROMPTS, CONFIG)
+    with pytest.raises(ValueError, match="no list of controls 'paintings'"):
+        calibrate(model, "paintings", CONFIG)
