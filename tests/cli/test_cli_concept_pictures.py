@@ -79,7 +79,7 @@ def test_a_concept_is_built_from_pictures_alone(unmemorize):
     assert unmemorize("show", built["output"])[1]["learnt"] == learnt
     code, refused = unmemorize("test", built["output"], "demo")
     assert code == 1
-    assert "learnt from pictures" in refused["error"]["message"]
+    assert "learnt from images" in refused["error"]["message"]
     code, refused = unmemorize("build", "demo", *common)
     assert code == 1
     assert "at least one name" in refused["error"]["message"]

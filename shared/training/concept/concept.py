@@ -1,4 +1,4 @@
-"""A concept in words: its names in many sentences, each with a twin that does not mean it."""
+"""A concept in words: its names in many sentences, each with a twin that does not name it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ TEMPLATES = Path(__file__).parent / "templates.txt"
 PLACE = "{}"
 """Where a template takes the name."""
 HOLDOUT = 4
-"""Every so many templates, one is kept for the acceptance test."""
+"""One of so many templates is kept for the acceptance test."""
 
 
 @cache
@@ -40,7 +40,7 @@ class Concept:
     names: tuple[str, ...]
     """The name first, then synonyms and spellings; 5 to 20 of them make a good subspace."""
     neutral: str
-    """What the same sentence would say of any other such thing, "a character" for a character."""
+    """Word for any other thing of that sort, as "a character" for a character."""
     templates: tuple[str, ...] = field(default_factory=load_templates)
     """Sentences with one `{}` as a word of its own."""
 
@@ -48,7 +48,7 @@ class Concept:
         if not self.names or not all(name.strip() for name in self.names):
             raise ValueError("`names` must hold at least one name, and none that is empty.")
         if not self.neutral.strip():
-            raise ValueError("`neutral` must not be empty: name the kind of thing it is.")
+            raise ValueError("`neutral` must not be empty: name what sort of thing it is.")
         if wrong := [line for line in self.templates if split_words(line).count(PLACE) != 1]:
             raise ValueError(
                 f"Each of `templates` must hold {PLACE} once, with spaces around it; "
@@ -64,7 +64,7 @@ class Concept:
             raise ValueError(f"`neutral` must differ from every name, got {same.pop()!r} in both.")
 
     def pairs(self, *, holdout: bool) -> list[PromptPair]:
-        """Return every name in the templates to learn from, or in those held out."""
+        """Return every name in each template to learn from, or in each of the holdout."""
         return [
             _pair(template, name.strip(), self.neutral.strip())
             for number, template in enumerate(self.templates, 1)
@@ -77,7 +77,7 @@ class Concept:
         return named_words(self.names, caption) is not None
 
     def pair_of(self, prompt: str) -> PromptPair | None:
-        """Return a prompt with the twin that says the neutral word instead; None without a name."""
+        """Return a prompt with its twin, which has the neutral word; None without a name."""
         named = named_words(self.names, prompt)
         if named is None:
             return None
@@ -88,9 +88,10 @@ class Concept:
 
 
 def named_words(names: Sequence[str], text: str) -> range | None:
-    """Return where the first of some names stands in a text, the longest of those that start there.
+    """Return the words of a text at which the first of the names stands, None without any.
 
-    Case and punctuation around words do not count; None where no name stands as words of its own.
+    A name must stand as words of its own; case and punctuation around words do not count. Of the
+    names that start at the same word the longest is taken.
     """
     words = [_bare(word) for word in split_words(text)]
     bare = [tuple(map(_bare, split_words(name))) for name in names]

@@ -1,8 +1,8 @@
-"""A word for what pictures show, learnt on a model that stays as it is.
+"""A word for what images show, learnt on a model that stays as it is.
 
 Textual inversion (Gal et al., ICLR 2023, arXiv:2208.01618): the input embedding of one new token
-is optimised so that the network denoises the pictures. What the text encoders then make of the
-token is what text-fed layers would read of the concept, had it a name.
+is optimised so that the network denoises the images. Text-fed layers read the token as they would
+read the concept if it had a name.
 """
 
 import copy
@@ -20,13 +20,13 @@ from ...score.detection import Progress
 from .concept import PLACE
 
 WORD = "<learnt>"
-"""What the word is written as."""
+"""How the word is written."""
 READERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 """Parts of a pipeline that read one prompt side by side."""
 RATE = 5e-3
-"""Of Adam, in units of the embedding: that of the authors' code for one picture at a time."""
-PICTURES = 4
-"""In each step, all at one noise level."""
+"""Of Adam, in units of the embedding: that of the authors' code for one image at a time."""
+BATCH = 4
+"""Images in each step, all at one noise level."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def knowing(pipeline: Any, like: str) -> Iterator[list[Tensor]]:
         The word's embedding in each encoder, [width] in float32; change them in place.
 
     Raises:
-        ValueError: The pipeline has no U-Net: its text reaches the layers mixed with the picture.
+        ValueError: The pipeline has no U-Net: its text reaches the layers mixed with the image.
     """
     if not hasattr(pipeline, "unet"):
         raise ValueError("A word is learnt for SD 1, SD 2 and SDXL, whose layers read text states.")
@@ -85,7 +85,7 @@ def _reading(pipeline: Any, name: str, encoder: nn.Module, like: str) -> Iterato
 def learn(
     denoiser: PipelineDenoiser,
     vectors: Sequence[Tensor],
-    latents: Float[Tensor, " picture *latent"],
+    latents: Float[Tensor, " image *latent"],
     templates: Sequence[str],
     *,
     steps: int = 500,
@@ -98,11 +98,11 @@ def learn(
     Args:
         denoiser: Of the pipeline.
         vectors: What `knowing` yielded.
-        latents: Clean ones of the pictures.
+        latents: Clean ones of the images.
         templates: Sentences with one `{}`, one of which is drawn in each step.
         steps: Of Adam.
         rate: Its learning rate.
-        seed: Of noise, levels, pictures and sentences.
+        seed: Of noise, levels, images and sentences.
         progress: Called after each step.
 
     Returns:
@@ -118,7 +118,7 @@ def learn(
         return torch.randint(count, (number,), generator=generator).tolist()
 
     for _ in range(steps):
-        rows = drawn(len(latents), PICTURES)
+        rows = drawn(len(latents), BATCH)
         sentence = templates[drawn(len(templates))[0]].replace(PLACE, WORD)
         sigma = sigmas[drawn(len(sigmas))[0]].to(latents)
         noise = torch.randn(latents[rows].shape, generator=generator).to(latents)
@@ -126,7 +126,8 @@ def learn(
         cond = replace(denoiser.encode([sentence]), embeddings=embeddings, pooled=pooled)
         x0 = denoiser.denoise(latents[rows] + sigma * noise, sigma, cond[[0] * len(rows)])
         errors = ((x0 - latents[rows]) / sigma).square()
-        # Adam does not see the scale of a loss; half precision does, and would lose the mean's.
+        # The sum, not the mean: Adam ignores the scale of a loss, and in half precision the
+        # gradients of the mean would vanish.
         gradients = torch.autograd.grad(errors.sum(), vectors)
         for vector, gradient in zip(vectors, gradients, strict=True):
             vector.grad = gradient

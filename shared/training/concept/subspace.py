@@ -1,4 +1,7 @@
-"""The subspace of a concept in the input space of text-fed layers: a value, and its file."""
+"""The subspace of a concept: a basis with its file, its projection, and how directions are chosen.
+
+It lies in the input space of the layers that read text states of one width.
+"""
 
 import json
 from collections.abc import Mapping
@@ -14,9 +17,11 @@ from ...files.weights import ModelError, check_finite, read_header
 
 KEY = "basis"
 HEADER = "unmemorize.subspace"
-"""Where a file keeps the provenance, as JSON."""
+"""Where a file's metadata keep the provenance, as JSON."""
 ORTHONORMAL = 1e-8
 """How far the basis may be from orthonormal, largest entry of its Gram matrix minus I."""
+ROUNDING = 1e-10
+"""Gains below this share of the concept's energy are rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +59,8 @@ class ConceptSubspace:
         return cls(basis=torch.zeros(width, 0, dtype=torch.float64))
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the provenance in its header, whole or not at all."""
-        from safetensors.torch import save_file
-
-        header = {HEADER: json.dumps(dict(self.provenance), sort_keys=True)}
-        with replace_atomically(path) as part:
-            save_file({KEY: self.basis.contiguous()}, part, metadata=header)
+        """Write a safetensors file with the provenance in its metadata, whole or not at all."""
+        save_tensors(path, {KEY: self.basis}, {HEADER: self.provenance})
 
     @classmethod
     def load(cls, path: Path, *, width: int | None = None) -> "ConceptSubspace":
@@ -67,22 +68,18 @@ class ConceptSubspace:
 
         Args:
             path: The safetensors file.
-            width: Of the layers it is for; None takes what the file says.
+            width: Of the layers it is for; None takes any.
 
         Raises:
             ModelError: The file is missing, cut, of another kind, or its subspace does not fit.
         """
-        from safetensors import safe_open
-
-        tensors = read_header(path)
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-            if set(tensors) != {KEY} or header is None:
-                raise ModelError(f"{path} is not a concept subspace that this package wrote.")
-            basis = file.get_tensor(KEY)
-        check_finite({KEY: basis}, str(path))
+        otherwise = "is not a concept subspace that this package wrote"
+        tensors, metadata = load_tensors(path, HEADER, otherwise)
+        if set(tensors) != {KEY}:
+            raise ModelError(f"{path} {otherwise}.")
         try:
-            subspace = cls(basis=basis, provenance=provenance_in(header))
+            provenance = parse_provenance(metadata[HEADER])
+            subspace = cls(basis=tensors[KEY], provenance=provenance)
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
         if width not in (None, subspace.width):
@@ -91,18 +88,6 @@ class ConceptSubspace:
                 "Build the subspace with the model that is trained."
             )
         return subspace
-
-
-def provenance_in(header: str) -> dict[str, Any]:
-    """Return the provenance that a file's header holds.
-
-    Raises:
-        ValueError: It is not JSON, or not an object.
-    """
-    provenance = json.loads(header)
-    if not isinstance(provenance, dict):
-        raise ValueError(f"its provenance is {header[:20]!r}, not an object.")
-    return provenance
 
 
 def remove(
@@ -115,10 +100,6 @@ def remove(
     return x - (x @ basis) @ basis.mT
 
 
-ROUNDING = 1e-10
-"""Gains below this share of the concept's energy are rounding."""
-
-
 def contrast(
     concept: Float[Tensor, "row width"], retained: Float[Tensor, "other width"], price: float
 ) -> tuple[Float[Tensor, "width rank"], Float[Tensor, " rank"]]:
@@ -129,7 +110,7 @@ def contrast(
     tr V^T (E - price G) V (Ky Fan, 1949).
 
     Args:
-        concept: What the subspace is to hold, in float64; the caller sees to the scale of both.
+        concept: What the subspace is to hold, in float64; the caller sets the scale of both.
         retained: What it is to leave alone; without any this is an SVD of `concept`.
         price: Energy of `concept` that a direction must hold for one of `retained`, >= 0.
 
@@ -151,3 +132,45 @@ def leading(energies: Float[Tensor, " direction"], share: float, total: float, m
     """Return how many of the first energies reach a share of `total`, `most` at most."""
     reached = energies.cumsum(0) >= share * total * (1 - 1e-12)
     return min(most, len(energies), int((~reached).sum()) + 1)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write a safetensors file with metadata as JSON, whole or not at all."""
+    from safetensors.torch import save_file
+
+    header = {name: json.dumps(dict(value), sort_keys=True) for name, value in metadata.items()}
+    with replace_atomically(path) as part:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=header)
+
+
+def load_tensors(path: Path, key: str, otherwise: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file whose metadata hold a key.
+
+    Raises:
+        ModelError: The file is missing, cut, holds NaN or infinity, or lacks the key, of which
+            `otherwise` is the message.
+    """
+    from safetensors import safe_open
+
+    read_header(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if key not in metadata:
+            raise ModelError(f"{path} {otherwise}.")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    check_finite(tensors, str(path))
+    return tensors, metadata
+
+
+def parse_provenance(text: str) -> dict[str, Any]:
+    """Return the provenance that a file's metadata hold.
+
+    Raises:
+        ValueError: It is not JSON, or not an object.
+    """
+    provenance = json.loads(text)
+    if not isinstance(provenance, dict):
+        raise ValueError(f"its provenance is {text[:20]!r}, not an object.")
+    return provenance

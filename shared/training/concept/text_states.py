@@ -1,4 +1,4 @@
-"""What text-fed layers read: a text encoder's states, and how a concept changes them."""
+"""What text-fed layers read: a text encoder's states, and what a concept changes in them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def read_states(parts: Sequence[Tensor], tokenizer: Any, prompts: Sequence[str])
 
 
 def encoders_of(pipeline: Any) -> tuple[int, ...]:
-    """Return the widths of the encoders that a diffusers pipeline joins, empty unless it does."""
+    """Return the widths of the encoders that a diffusers pipeline joins, empty for one encoder."""
     parts = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
     # SD3 and Flux have several encoders too, but put T5's states elsewhere than beside CLIP's.
     if not hasattr(pipeline, "unet") or None in parts:
@@ -93,11 +93,11 @@ def differences(text_path: TextPath, pairs: Sequence[PromptPair]) -> Float[Tenso
 
     Per pair: each token of the name minus the mean of the neutral word's tokens, the end token
     minus the twin's, and the padding minus the twin's at the same place. The padding of a prompt
-    counts as one row, else its many places would decide. The first token is never taken: it is
-    the same for every prompt.
+    counts as one row, else its many places would decide. The first token is left out: it is the
+    same for every prompt.
 
     Raises:
-        ValueError: A name is not read by the text encoder, since a prompt is too long.
+        ValueError: A prompt is so long that the text encoder does not read the name.
     """
     rows = []
     for start in range(0, len(pairs), BATCH):
@@ -122,7 +122,7 @@ def differences(text_path: TextPath, pairs: Sequence[PromptPair]) -> Float[Tenso
 
 
 def token_weights(words: Sequence[int | None]) -> Float[Tensor, " token"]:
-    """Return what each token of a prompt counts: 1, and the padding 1 in all."""
+    """Return the weight of each token of a prompt: 1 each, and 1 for the whole padding."""
     weights = torch.ones(len(words), dtype=torch.float64)
     padding = weights[_end(words) + 1 :]
     padding.fill_(1 / max(1, len(padding)))

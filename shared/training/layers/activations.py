@@ -1,6 +1,6 @@
 """What each layer of a network reads, remembered in little memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -87,11 +87,18 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Sketch]]:
         chosen = torch.randperm(len(rows), generator=generator)[:ROWS].to(rows.device)
         sketches.setdefault(name, Sketch(rows.shape[1])).add(rows[chosen])
 
+    with reading(layers, record):
+        yield sketches
+
+
+@contextmanager
+def reading(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `take` with the name and the input of each layer that runs while the block lasts."""
     with ExitStack() as undo:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+            hook = layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
             undo.callback(hook.remove)
-        yield sketches
+        yield
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""The names of a network's layers, from whatever dialect a trainer or a file writes to diffusers'.
+"""The names of a network's layers: from any dialect of a trainer or file to that of diffusers.
 
-Stability AI's and Black Forest Labs' code joins layers of one input in one: such a layer has
-several names.
+Stability AI's and Black Forest Labs' code joins layers that read the same input: such a layer has
+several names in diffusers.
 """
 
 import re
 
 TEXT_FED = r"attn2[._](processor\.)?to_[kv]$|(^|[._])context_embedder$"
 """Modules whose input is the text encoder's output: cross-attention of SD 1, SD 2 and SDXL, and the
-entry layer of SD3 and Flux, which trainers leave alone unless it is asked for."""
+entry layer of SD3 and Flux, which trainers train only on request."""
 PREFIXES = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|lora_unet_|lora_transformer_)+")
 """What trainers put before a layer's name."""
 RESNET = {
@@ -19,7 +19,7 @@ RESNET = {
 }
 """Layers of a residual block, as Stability AI's code and as diffusers calls them."""
 RESAMPLER = ("op", "conv")
-"""What the former calls the only layer of a downsampler and of an upsampler."""
+"""What Stability AI calls the only layer of a downsampler and of an upsampler."""
 BLOCK = re.compile(r"^(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)$")
 
 IMAGE = ("attn_to_q", "attn_to_k", "attn_to_v")
@@ -60,7 +60,7 @@ JOINT = {
 """Layers of blocks with joint attention, as their authors' code and as diffusers calls them."""
 JOINT_BLOCK = re.compile(rf"^({'|'.join(JOINT)})_(\d+)_(.+)$")
 BLOCKS = {"single_blocks": "single_transformer_blocks"}
-"""What diffusers calls them; the others are its `transformer_blocks`."""
+"""What diffusers calls them; it calls the others `transformer_blocks`."""
 ENDS = {
     "img_in": "x_embedder",
     "final_layer_linear": "proj_out",
@@ -71,36 +71,35 @@ ENDS = {
     "label_emb_0_2": "add_embedding_linear_2",
     "out_2": "conv_out",
 }
-"""Layers outside of the blocks, of Flux and SD3 those that see places, in the same dialects."""
+"""Layers outside of the blocks, in the same dialects; of Flux and SD3 those that see places."""
 
 
 def cores(name: str) -> tuple[str, ...]:
     """Return the names that diffusers gives to a layer, without prefixes, parts joined by _.
 
-    More than one for a layer in which others of the same input are joined. A name that is known in
-    no other dialect stays as it is.
+    A layer that joins several layers has several names. A name of no known dialect stays as it is.
     """
     name = PREFIXES.sub("", name).replace(".processor", "").replace(".", "_")
     if name in ENDS:
         return (ENDS[name],)
-    if found := BLOCK.match(name):
-        return (_of_unet(*found.groups()),)
-    if found := JOINT_BLOCK.match(name):
-        kind, place, layer = found.groups()
-        block = f"{BLOCKS.get(kind, 'transformer_blocks')}_{place}"
-        return tuple(f"{block}_{each}" for each in JOINT[kind].get(layer, (layer,)))
+    if match := BLOCK.match(name):
+        return (_of_unet(*match.groups()),)
+    if match := JOINT_BLOCK.match(name):
+        stack, place, layer = match.groups()
+        block = f"{BLOCKS.get(stack, 'transformer_blocks')}_{place}"
+        return tuple(f"{block}_{each}" for each in JOINT[stack].get(layer, (layer,)))
     return (name,)
 
 
-def _of_unet(kind: str, first: str, second: str | None, layer: str) -> str:
+def _of_unet(stack: str, first: str, second: str | None, layer: str) -> str:
     """Translate Stability AI's name of a layer, which sd-scripts writes for SDXL."""
-    if kind == "middle_block":
+    if stack == "middle_block":
         # Its parts are counted through: residual block, attention, residual block.
         part = f"attentions_0_{layer}" if first == "1" else _resnet(int(first) // 2, layer)
         return f"mid_block_{part}"
     # Going down, the first block is the entry layer alone, and each third one a downsampler.
-    block, place = divmod(int(first) - (kind == "input_blocks"), 3)
-    side = "down" if kind == "input_blocks" else "up"
+    block, place = divmod(int(first) - (stack == "input_blocks"), 3)
+    side = "down" if stack == "input_blocks" else "up"
     if layer in RESAMPLER:
         return f"{side}_blocks_{block}_{side}samplers_0_conv"
     part = f"attentions_{place}_{layer}" if second == "1" else _resnet(place, layer)

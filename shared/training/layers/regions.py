@@ -7,7 +7,6 @@ LoRA is taught what the network predicts without it.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 from ...arrays import Float, Tensor
 from ...score.denoiser import Denoiser
 from ...wording import counted
+from .activations import reading
 from .names import cores
 
 STEPS, STEP = 20, 16
@@ -220,13 +220,7 @@ def coordinates(
             places = inputs.float()
             read[name] = places @ bases[name].to(places)
 
-    with ExitStack() as undo:
-        for name in bases:
-            module = modules[cores(name)[0]]
-            hook = module.register_forward_pre_hook(
-                lambda _, args, name=name: record(name, args[0])
-            )
-            undo.callback(hook.remove)
+    with reading({name: modules[cores(name)[0]] for name in bases}, record):
         look(latents)
     return read
 

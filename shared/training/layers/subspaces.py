@@ -9,19 +9,18 @@ from typing import Any
 import torch
 
 from ...arrays import Tensor
-from ...files.storage import replace_atomically
-from ...files.weights import ModelError, check_finite, read_header
+from ...files.weights import ModelError, read_header
 from ...wording import counted, name_some
-from ..concept.subspace import ConceptSubspace, provenance_in
+from ..concept.subspace import ConceptSubspace, load_tensors, parse_provenance, save_tensors
 from .names import cores
 from .regions import ConceptRegions
 
 HEADER = "unmemorize.layers"
-"""Where a file keeps the provenance, as JSON."""
+"""Where a file's metadata keep the provenance, as JSON."""
 REGIONS = "unmemorize.regions"
-"""Where a file keeps units, limit and noise level of its regions, as JSON."""
+"""Where they keep units, limit and noise level of the regions, as JSON."""
 CENTRE = "centre/"
-"""Before the layer's name of a centre of the regions."""
+"""Before the layer's name, in the key of a centre of the regions."""
 DEPENDENT = 1e-10
 """Singular values of several bases side by side up to this are rounding."""
 
@@ -48,8 +47,8 @@ class LayerSubspaces:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How they were made: plain data, kept with the file."""
     regions: ConceptRegions | None = None
-    """Where pictures show the concept, by some of the layers, as they were measured. None where no
-    layer tells places apart, and in files of earlier versions."""
+    """Where images show the concept, measured with the subspaces of some of the layers. None where
+    no layer tells places apart, and in files of earlier versions."""
 
     def __post_init__(self):
         for name, basis in self.bases.items():
@@ -59,41 +58,39 @@ class LayerSubspaces:
                 raise ValueError(f"{name}: {error}") from error
 
     def of(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the bases by these names of the layers, in whatever dialect they are.
+        """Return the bases by the given names of the layers, in any dialect.
 
-        A network, its LoRA and the saved file put different words before the same name. Where one
-        layer stands for several of the same input, its basis spans all of theirs.
+        A network, its LoRA and the saved file put different words before the same name. A layer
+        that joins several layers of one input gets a basis that spans all of theirs.
 
         Raises:
             ValueError: One of the layers is not among the names.
         """
         known = {core: name for name in names for core in cores(name)}
         if missing := [name for name in self.bases if cores(name)[0] not in known]:
-            told = counted(len(missing), "layer is", "layers are")
-            raise ValueError(f"{told} not there: {name_some(missing, 3)}.")
+            count = counted(len(missing), "layer is", "layers are")
+            raise ValueError(f"{count} not there: {name_some(missing, 3)}.")
         joined: dict[str, list[Tensor]] = {}
         for name, basis in self.bases.items():
             joined.setdefault(known[cores(name)[0]], []).append(basis)
         return {name: _span(bases) for name, bases in joined.items()}
 
     def among(self, names: Iterable[str]) -> "LayerSubspaces":
-        """Return the subspaces of those layers that are among these names, in any dialect."""
+        """Return the subspaces of the layers that have one of the names, in any dialect."""
         known = {core for name in names for core in cores(name)}
         bases = {name: basis for name, basis in self.bases.items() if cores(name)[0] in known}
         return replace(self, bases=bases)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the provenance in its header, whole or not at all."""
-        from safetensors.torch import save_file
-
-        header = {HEADER: json.dumps(dict(self.provenance), sort_keys=True)}
+        """Write a safetensors file with the provenance in its metadata, whole or not at all."""
+        metadata: dict[str, Mapping[str, Any]] = {HEADER: self.provenance}
         tensors = dict(self.bases)
-        if found := self.regions:
-            told = {"units": dict(found.units), "limit": found.limit, "sigma": found.sigma}
-            header[REGIONS] = json.dumps(told, sort_keys=True)
-            tensors |= {CENTRE + name: centre for name, centre in found.centres.items()}
-        with replace_atomically(path) as part:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=header)
+        if regions := self.regions:
+            metadata[REGIONS] = {
+                "units": dict(regions.units), "limit": regions.limit, "sigma": regions.sigma
+            }  # fmt: skip
+            tensors |= {CENTRE + name: centre for name, centre in regions.centres.items()}
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "LayerSubspaces":
@@ -102,28 +99,20 @@ class LayerSubspaces:
         Raises:
             ModelError: The file is missing, cut, or of another kind.
         """
-        from safetensors import safe_open
-
-        read_header(path)
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-            if header is None:
-                raise ModelError(f"{path} holds no subspaces of layers that this package wrote.")
-            regions = (file.metadata() or {}).get(REGIONS)
-            bases = {key: file.get_tensor(key) for key in file.keys()}
-        check_finite(bases, str(path))
+        bases, metadata = load_tensors(
+            path, HEADER, "holds no subspaces of layers that this package wrote"
+        )
+        regions = None
         try:
-            found = None if regions is None else _regions_in(regions, bases)
-            return cls(bases=bases, provenance=provenance_in(header), regions=found)
+            if REGIONS in metadata:
+                settings = json.loads(metadata[REGIONS])
+                centres = {name: bases.pop(CENTRE + name) for name in settings["units"]}
+                own = {name: bases[name] for name in centres}
+                regions = ConceptRegions(bases=own, centres=centres, **settings)
+            provenance = parse_provenance(metadata[HEADER])
+            return cls(bases=bases, provenance=provenance, regions=regions)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
-
-
-def _regions_in(header: str, tensors: dict[str, Tensor]) -> ConceptRegions:
-    """Return the regions of a file, and take their tensors away from those of the subspaces."""
-    told = json.loads(header)
-    centres = {name: tensors.pop(CENTRE + name) for name in told["units"]}
-    return ConceptRegions(bases={name: tensors[name] for name in centres}, centres=centres, **told)
 
 
 def _span(bases: Sequence[Tensor]) -> Tensor:

@@ -71,7 +71,7 @@ def test_a_word_that_learnt_nothing_has_no_subspace(denoiser):
 
 
 def test_subspaces_from_pictures_are_not_built_again_from_words():
-    with pytest.raises(ValueError, match="learnt from pictures"):
+    with pytest.raises(ValueError, match="learnt from images"):
         concepts_of({"concepts": [], "templates": [], "learnt": {"pictures": 3}})
 
 
