@@ -89,7 +89,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
 
 # A trainer's own script, unpacked, not installed. Without a network the tests that train with it
 # skip, but not in CI.
-$(AUTOTRAIN): tests/trainer_patch/diffusers_autotrain.py | $(VENV)/.test
+$(AUTOTRAIN): tests/trainer_patch/diffusers/diffusers_autotrain.py | $(VENV)/.test
 	$(BIN)/python $< fetch && touch $@ || [ -z "$$CI" ]
 
 $(VENV)/.comfyui: tests/nodes/requirements-comfyui.txt $(VENV)/.test

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ai_toolkit_lora import CACHED, MIXED, STEPS, USUAL, header, same_tensors, ups
-from diffusers_runs import make_regions
+from demo_subspaces import make_regions
 from safetensors.torch import load_file
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser

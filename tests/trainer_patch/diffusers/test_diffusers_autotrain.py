@@ -6,17 +6,8 @@ from pathlib import Path
 
 import diffusers_autotrain
 import pytest
-from diffusers_runs import (
-    WIDTH,
-    header_of,
-    make_regions,
-    make_subspace,
-    records_of,
-    residual,
-    run,
-    same,
-    weights_of,
-)
+from demo_subspaces import WIDTH, make_regions, make_subspace
+from diffusers_runs import header_of, records_of, residual, run, same, weights_of
 from needs import skip_unless_ci
 from unmemorize import demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
@@ -24,7 +15,8 @@ from unmemorize.shared.training.concept.subspace import ConceptSubspace
 pytestmark = pytest.mark.slow
 if not diffusers_autotrain.TREE.is_dir():
     skip_unless_ci(
-        "needs AutoTrain's script: python tests/trainer_patch/diffusers_autotrain.py fetch"
+        "needs AutoTrain's script: python "
+        "tests/trainer_patch/diffusers/diffusers_autotrain.py fetch"
     )
 
 

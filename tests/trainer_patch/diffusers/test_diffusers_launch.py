@@ -3,15 +3,8 @@
 import json
 
 import pytest
-from diffusers_runs import (
-    WIDTH,
-    header_of,
-    make_subspace,
-    records_of,
-    residual,
-    same,
-    weights_of,
-)
+from demo_subspaces import WIDTH, make_subspace
+from diffusers_runs import header_of, records_of, residual, same, weights_of
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
 

@@ -6,18 +6,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from diffusers_runs import (
-    LORA,
-    WIDTH,
-    header_of,
-    layer_residuals,
-    make_layers,
-    make_subspace,
-    residual,
-    run,
-    same,
-    weights_of,
-)
+from demo_subspaces import WIDTH, layer_residuals, make_layers, make_subspace
+from diffusers_runs import LORA, header_of, residual, run, same, weights_of
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
+from demo_subspaces import WIDTH, make_subspace
 from diffusers import StableDiffusionPipeline
-from diffusers_runs import WIDTH, header_of, make_subspace, records_of, residual, same, weights_of
+from diffusers_runs import header_of, records_of, residual, same, weights_of
 from peft import LoraConfig
 from unmemorize import demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace

@@ -11,15 +11,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers_runs import (
-    header_of,
-    make_subspace,
-    records_of,
-    residual,
-    run,
-    same,
-    weights_of,
-)
+from demo_subspaces import make_subspace
+from diffusers_runs import header_of, records_of, residual, run, same, weights_of
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from demo_subspaces import make_regions
 from diffusers import DDPMScheduler
-from diffusers_runs import SCRIPT, header_of, make_regions, records_of, run, same, weights_of
+from diffusers_runs import SCRIPT, header_of, records_of, run, same, weights_of
 from torch import nn
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.projection.factors import UnsupportedTraining

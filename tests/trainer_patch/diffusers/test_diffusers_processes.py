@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_runs import (
-    WIDTH,
-    header_of,
-    make_regions,
-    make_subspace,
-    records_of,
-    residual,
-    weights_of,
-)
+from demo_subspaces import WIDTH, make_regions, make_subspace
+from diffusers_runs import header_of, records_of, residual, weights_of
 from unmemorize import demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
-SCRIPT = Path(__file__).resolve().parents[1] / "diffusers_parallel.py"
+SCRIPT = Path(__file__).with_name("diffusers_parallel.py")
 
 
 def decisions(output, processes):

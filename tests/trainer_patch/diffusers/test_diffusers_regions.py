@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from demo_subspaces import make_layers
 from diffusers import DDPMScheduler
-from diffusers_runs import LORA, header_of, make_layers, same
+from diffusers_runs import LORA, header_of, same
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ImageDraw

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers_runs import make_layers
+from demo_subspaces import make_layers
 from kohya_lora import header, protect, same_tensors
 from safetensors.torch import load_file
 from test_kohya_projection import UNETS

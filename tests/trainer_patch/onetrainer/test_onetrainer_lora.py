@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import CAPTIONS, CONCEPT, can_learn
-from diffusers_runs import layer_residuals, make_layers
+from demo_subspaces import layer_residuals, make_layers
 from onetrainer_lora import EVERYTHING, STEPS, header, largest_share, same_tensors, told
 from safetensors.torch import load_file
 from unmemorize.shared.training.concept.subspace import ConceptSubspace

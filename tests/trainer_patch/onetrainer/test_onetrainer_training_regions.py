@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkouts import CAPTIONS
-from diffusers_runs import make_regions
+from demo_subspaces import make_regions
 from onetrainer_lora import EVERYTHING, STEPS, header, same_tensors, told
 from PIL import Image
 from safetensors.torch import load_file

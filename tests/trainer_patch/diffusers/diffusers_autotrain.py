@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TREE = Path(__file__).resolve().parents[2] / "build" / "autotrain"
+TREE = Path(__file__).resolve().parents[3] / "build" / "autotrain"
 """Folder of the unpacked wheels."""
 WHEELS = (
     ("--require-hashes", "autotrain-advanced==0.8.19 "
