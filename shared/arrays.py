@@ -1,21 +1,24 @@
 """Tensors: shapes in annotations, checked in tests at no cost to users, and rows of a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-try:
-    from jaxtyping import Float
-except ImportError:  # users of the node pack do not need jaxtyping
+if TYPE_CHECKING:
+    from typing import Annotated as Float  # a type checker reads the tensor and skips the shape
+else:
+    try:
+        from jaxtyping import Float
+    except ImportError:  # users of the node pack do not need jaxtyping
 
-    class Float:
-        """Stand-in: `Float[Tensor, "..."]` is the plain tensor type."""
+        class Float:
+            """Stand-in: `Float[Tensor, "..."]` is the plain tensor type."""
 
-        def __class_getitem__(cls, item: tuple) -> type:
-            """Return the array type of the annotation."""
-            return item[0]
+            def __class_getitem__(cls, item: tuple) -> type:
+                """Return the array type of the annotation."""
+                return item[0]
 
 
 __all__ = ["Float", "Tensor", "take_rows", "widened"]

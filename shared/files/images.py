@@ -17,7 +17,7 @@ class ImageFiles(Sequence):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> "Image":
+    def __getitem__(self, index: int) -> "Image":  # type: ignore[override]  # slices are not read
         return read_image(self._paths[index])
 
 

@@ -8,9 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-MISPLACED = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+REMEDIES = {
+    **dict.fromkeys(
+        FULL, "What was finished before is kept: free some space and run the same command again, "
+        "or choose another folder.",
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Choose a folder that is yours, or change its permissions.",
+    ),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "A file stands where a folder is needed, or "
+        "the other way round: choose another place.",
+    ),
+}  # fmt: skip
 
 
 class StorageError(OSError):
@@ -25,22 +37,12 @@ def writing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        if error.errno in FULL:
-            raise StorageError(
-                f"No space left to write {path} ({error.strerror}). What was finished before is "
-                "kept: free some space and run the same command again, or choose another folder."
-            ) from error
-        if error.errno in FORBIDDEN:
-            raise StorageError(
-                f"{path} cannot be written ({error.strerror}). Choose a folder that is yours, "
-                "or change its permissions."
-            ) from error
-        if error.errno in MISPLACED:
-            raise StorageError(
-                f"{path} cannot be written ({error.strerror}): a file stands where a folder is "
-                "needed, or the other way round. Choose another place."
-            ) from error
-        raise
+        if error.errno not in REMEDIES:
+            raise
+        fault = "No space left to write {}" if error.errno in FULL else "{} cannot be written"
+        raise StorageError(
+            f"{fault.format(path)} ({error.strerror}). {REMEDIES[error.errno]}"
+        ) from error
 
 
 @contextmanager
@@ -155,19 +157,15 @@ class Journal:
             # Unbuffered: a buffer could write half of a line now and the rest at exit.
             with self.path.open("ab", buffering=0) as file:
                 try:
-                    _write_whole(file.fileno(), lines)
+                    left = lines
+                    while left:  # the system takes a part only when the disk is about to be full
+                        left = left[os.write(file.fileno(), left) :]
                     os.fsync(file.fileno())
                 except OSError:
-                    os.ftruncate(file.fileno(), self._size)
+                    file.truncate(self._size)
                     raise
         self._size += len(lines)
         self._values.update(json.loads(json.dumps(dict(values))))
-
-
-def _write_whole(descriptor: int, content: bytes) -> None:
-    """Write everything; the system may take a part only when the disk is about to be full."""
-    while content:
-        content = content[os.write(descriptor, content) :]
 
 
 @contextmanager
@@ -181,22 +179,19 @@ def locked(path: Path, *, owner: str) -> Iterator[None]:
     Raises:
         StorageError: Another process holds it.
     """
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=0)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    with file:
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock.acquire()
+        except filelock.Timeout as error:
             raise StorageError(
                 f"Another process is writing {owner}. Wait until it has finished, or choose "
                 "another output folder."
             ) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -35,12 +35,13 @@ def calibrate(
         PredictionError: A prediction is NaN or infinite; names the prompt.
     """
     config = config or DetectionConfig()
-    bundled = isinstance(controls, str)
-    prompts = load_controls(controls) if bundled else controls
+    prompts, name = controls, "given prompts"
+    if isinstance(controls, str):
+        prompts, name = load_controls(controls), controls
     return Calibration.from_controls(
         detect(model, prompts, config, progress=progress),
         model=model.fingerprint,
         settings=settings_of(model, config),
-        name=controls if bundled else "given prompts",
+        name=name,
         false_positive_rate=false_positive_rate,
     )

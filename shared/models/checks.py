@@ -115,20 +115,20 @@ def check_keys(
         ("key that nothing reads", "keys that nothing reads"): unused,
         ("weight of the wrong shape", "weights of the wrong shape"): wrong,
     }
-    faults = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
-    if any(faults.values()):
-        told = "; ".join(f"{counted(len(v), *k)}: {name_some(v)}" for k, v in faults.items() if v)
+    kept = {k: [n for n in v if not IGNORED_KEYS.search(n)] for k, v in faults.items()}
+    if any(kept.values()):
+        shown = "; ".join(f"{counted(len(v), *k)}: {name_some(v)}" for k, v in kept.items() if v)
         raise ModelError(
-            f"{what} does not fit the network it is for ({told}). Libraries would fill the gaps "
+            f"{what} does not fit the network it is for ({shown}). Libraries would fill the gaps "
             "with random numbers; is the file of another version, cut, or only a part?"
         )
 
 
 def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -> None:
-    """Raise ModelError when a weight differs from the file: nobody's report is taken on trust.
+    """Raise ModelError when the first row of a weight differs from the file.
 
-    Key names changed between transformers 4 and 5 (``text_model.``), and a reader that does not
-    know one of them starts from random weights. Compares the first row of each weight.
+    The libraries' own reports do not suffice: key names changed between transformers 4 and 5
+    (``text_model.``), and a reader that does not know one of them starts from random weights.
     """
     from safetensors import safe_open
 

@@ -93,10 +93,11 @@ def _load_component(
     cls = getattr(require(library, purpose=PURPOSE, extra="models"), name, None)
     if cls is None:
         raise ModelError(f"{folder} asks for {library}.{name}, which this {library} does not have.")
-    kwargs = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
-    kwargs |= {"variant": variant_of(files), dtype_argument(library): dtype}
+    kwargs: dict[str, Any] = {"variant": variant_of(files), dtype_argument(library): dtype}
     try:
-        module, info = cls.from_pretrained(folder, **kwargs)
+        module, info = cls.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} does not fit its configuration: {error}") from error
     missing, unused = set(info["missing_keys"]), set(info["unexpected_keys"])

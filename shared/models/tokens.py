@@ -1,7 +1,9 @@
 """Which word of a prompt stands at which position of a text encoder, and what did not fit."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from ..score.denoiser import Token
@@ -36,16 +38,12 @@ def words_by_length(pieces: Sequence[str], words: Sequence[str]) -> list[int | N
     """Return the word of each piece by counting characters, for text the tokenizer rewrote."""
     if not words:  # white space that the tokenizer reads as pieces
         return [None] * len(pieces)
-    ends, total = [], 0
-    for word in words:
-        total += len(word)
-        ends.append(total)
+    ends = list(accumulate(map(len, words)))
     owners: list[int | None] = []
-    position = word = 0
+    position = 0
     for piece in pieces:
-        while word < len(words) - 1 and position >= ends[word]:
-            word += 1
-        owners.append(word)
+        # Pieces beyond the last word's end belong to it.
+        owners.append(min(bisect_right(ends, position), len(words) - 1))
         position += len(show(piece))
     return owners
 
@@ -75,7 +73,7 @@ def read(
     if [piece for pieces in each for piece in pieces] != list(whole):
         owners = words_by_length(tokenizer.convert_ids_to_tokens(whole), words)
     room = max(0, length - special)
-    first_cut = owners[room] if words and len(owners) > room else len(words)
+    cut = owners[room] if len(owners) > room else None
     padded = tokenizer(
         convert(prompt), padding="max_length", max_length=length, truncation=True
     ).input_ids
@@ -83,4 +81,4 @@ def read(
     placed = [None] * start + owners[:room]
     placed += [None] * (length - len(placed))
     tokens = tuple(Token(text=show(t), word=w) for t, w in zip(shown, placed, strict=True))
-    return Reading(tokens=tokens, first_cut=first_cut)
+    return Reading(tokens=tokens, first_cut=len(words) if cut is None else cut)

@@ -96,8 +96,14 @@ class Denoiser(Protocol):
     """Channels, height and width of one latent (frames first for video)."""
     guidance_distilled: bool
     """The network guides itself; the empty prompt is an extra pass, scores have another scale."""
-    device: torch.device
-    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the prompts as the network reads them, one row a prompt."""

@@ -130,11 +130,9 @@ class FlowFamily(Family):
     """Tokens of T5: the pipeline's own default for `max_sequence_length`."""
 
     def parametrization(self) -> Parametrization:
-        """Return "flow"."""
         return "flow"
 
     def schedule(self) -> Schedule:
-        """Return the noise levels of this model at this resolution."""
         return FlowSchedule(
             self.pipeline.scheduler.config,
             image_tokens=self.height * self.width // self.multiple**2,

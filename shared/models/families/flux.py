@@ -28,7 +28,6 @@ class Flux(FlowFamily):
 
     @property
     def multiple(self) -> int:
-        """Pixels that height and width must be multiples of."""
         return self.pipeline.vae_scale_factor * 2
 
     def _pixels(self) -> tuple[int, int]:
@@ -40,7 +39,6 @@ class Flux(FlowFamily):
         return {"return_alphas": True}
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings [prompt token width] and pooled [prompt pooled_width]."""
         embeddings, pooled, _ = self.pipeline.encode_prompt(list(prompts), None)
         return embeddings, pooled
 
@@ -58,7 +56,6 @@ class Flux(FlowFamily):
         return pipeline._unpack_latents(packed, self.height, self.width, pipeline.vae_scale_factor)
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """Return velocity [row *latent]."""
         rows, _, height, width = latents.shape
         device, dtype = latents.device, latents.dtype
         pipeline, guided = self.pipeline, self.network.config.guidance_embeds

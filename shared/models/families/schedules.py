@@ -51,7 +51,6 @@ class DiscreteSchedule:
         self.final = sigma_of(float(self.scheduler.final_alpha_cumprod))
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
         most = self.scheduler.config.num_train_timesteps
         if not 1 <= steps <= most:
             raise ValueError(f"`steps` must be between 1 and {most}, got {steps}.")
@@ -68,7 +67,6 @@ class DiscreteSchedule:
         return float(np.exp(np.interp(timestep, range(len(self.table)), self.table.log().numpy())))
 
     def percent(self, timestep: float) -> float:
-        """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
         return 1 - timestep / (len(self.table) - 1)
 
     def signal(self) -> Tensor:
@@ -106,7 +104,6 @@ class FlowSchedule:
         self.from_one = from_one and not get("use_flow_sigmas", False)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
         levels = np.linspace(1.0, 1 / steps, steps) if self.from_one else None
@@ -118,13 +115,10 @@ class FlowSchedule:
         return torch.tensor(sigma * self.scheduler.config.num_train_timesteps, dtype=torch.float32)
 
     def sigma(self, timestep: float) -> float:
-        """Return the noise level of a training timestep."""
         return timestep / self.scheduler.config.num_train_timesteps
 
     def percent(self, timestep: float) -> float:
-        """Return the share of the schedule that is behind, 0 at pure noise, 1 at the image."""
         return 1 - self.sigma(timestep)
 
     def latent_scale(self, sigma: float) -> float:
-        """Return 1: x is what the pipeline keeps."""
         return 1.0

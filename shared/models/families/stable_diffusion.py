@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,8 +12,8 @@ from .family import Family
 class StableDiffusion(Family):
     """One CLIP encoder, last layer, no pooled text."""
 
-    pipelines = ("StableDiffusionPipeline",)
-    checkpoints = ("v1", "v2")
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    checkpoints: ClassVar[tuple[str, ...]] = ("v1", "v2")
 
     def _check(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.network.config.get("time_cond_proj_dim") is not None:
@@ -23,12 +24,10 @@ class StableDiffusion(Family):
         return super()._check(size)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings [prompt token width]."""
         device = self.pipeline._execution_device
         return self.pipeline.encode_prompt(list(prompts), device, 1, False)[0], None
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """Return noise or velocity [row *latent]."""
         return self.network(
             latents, timestep, encoder_hidden_states=cond.embeddings, return_dict=False
         )[0]

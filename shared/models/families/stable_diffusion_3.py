@@ -19,11 +19,9 @@ class StableDiffusion3(FlowFamily):
 
     @property
     def multiple(self) -> int:
-        """Pixels that height and width must be multiples of."""
         return self.pipeline.vae_scale_factor * self.network.config.patch_size
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings [prompt token width] and pooled [prompt pooled_width]."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, do_classifier_free_guidance=False
         )
@@ -36,7 +34,6 @@ class StableDiffusion3(FlowFamily):
         return [(pipeline.tokenizer, pipeline.tokenizer_max_length), (t5, self.t5_length)]
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """Return velocity [row *latent]."""
         return self.network(
             hidden_states=latents,
             timestep=timestep.expand(len(latents)),

@@ -26,7 +26,6 @@ class StableDiffusionXL(StableDiffusion):
         return {"unet_config": pipeline.unet.config}
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings [prompt token width] and pooled [prompt pooled_width]."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.pipeline._execution_device, do_classifier_free_guidance=False
         )
@@ -38,13 +37,12 @@ class StableDiffusionXL(StableDiffusion):
         return [(tokenizer, tokenizer.model_max_length)]
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """Return noise or velocity [row *latent]."""
         size = self.height, self.width
-        encoder = self.pipeline.text_encoder_2
-        width = encoder.config.projection_dim if encoder is not None else cond.pooled.shape[-1]
+        assert cond.pooled is not None
         time_ids = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, dtype=cond.embeddings.dtype, text_encoder_projection_dim=width
-        )
+            size, (0, 0), size, dtype=cond.embeddings.dtype,
+            text_encoder_projection_dim=cond.pooled.shape[-1],
+        )  # fmt: skip
         added = {
             "text_embeds": cond.pooled,
             "time_ids": time_ids.to(latents.device).repeat(len(latents), 1),

@@ -69,9 +69,9 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
         else:
             unknown.append(key)
     if unknown or not modules:
-        keys = counted(len(unknown), "key is not a factor", "keys are not factors")
+        faults = counted(len(unknown), "key is not a factor", "keys are not factors")
         raise ModelError(
-            f"{path} is not a LoRA that can be read: {keys} of a module (of {len(state)}): "
+            f"{path} is not a LoRA that can be read: {faults} of a module (of {len(state)}): "
             f"{name_some(unknown) or 'the file is empty'}. A whole model is given as MODEL, not as "
             "--lora."
         )

@@ -128,7 +128,7 @@ def _names(pipeline: Any, stems: Sequence[str], path: Path) -> dict[str, Place]:
     flat = {f"lycoris_{name.replace('.', '_')}": (denoiser, name) for name in modules}
     names = {stem: flat[stem] for stem in stems if stem in flat}
     sent = [stem for stem in stems if stem not in flat]
-    tagged = {}
+    tagged: dict[str, Tensor] = {}
     for index, stem in enumerate(sent):
         down, up = FACTORS[1 if "." in stem else 0]
         tagged |= {f"{stem}{down}": torch.full((1, 1), index), f"{stem}{up}": torch.ones(1, 1)}

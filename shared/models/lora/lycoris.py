@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .dialects import split_key
 
+Algorithm = Literal["loha", "lokr"]
 HADAMARD = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LEFT = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
 RIGHT = (
     {"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_t2", "lokr_w2_a", "lokr_w2_b"},
 )  # fmt: skip
-WHOLE = {
+WHOLE: dict[Algorithm, list[set[str]]] = {
     "loha": [HADAMARD, HADAMARD | {"hada_t1", "hada_t2"}],
     "lokr": [left | right for left in LEFT for right in RIGHT],
 }
@@ -29,7 +30,7 @@ class Product:
     LoKr (Yeh et al., arXiv:2309.14859): the Kronecker product of w1 and w2.
     """
 
-    algorithm: Literal["loha", "lokr"]
+    algorithm: Algorithm
     factors: Mapping[str, Tensor]
     """By the names that LyCORIS and PEFT share; ``t`` factors are cores of Tucker's form."""
     alpha: float | None

@@ -118,7 +118,7 @@ def test_replace_atomically_keeps_the_old_file_when_the_block_fails(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.EACCES, "permissions"), (errno.EROFS, "yours"), (errno.ENOTDIR, "a file stands")],
+    [(errno.EACCES, "permissions"), (errno.EROFS, "yours"), (errno.ENOTDIR, "A file stands")],
 )
 def test_why_a_file_cannot_be_written(code, message, tmp_path):
     with pytest.raises(StorageError, match=message), storage.writing(tmp_path / "x"):
