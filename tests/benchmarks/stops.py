@@ -234,7 +234,10 @@ def main() -> None:
             f"## From {WAYS[way]}\n\n{len(stops)} stops in {files} files.\n\n{table(stops)}\n"
         )
     if root == ROOT and set(options.only) == set(WAYS):
-        head = "# Stops\n\nWhat a reader passes on the way to a result; `make bench NAME=stops` made this page.\n"
+        head = (
+            "# Stops\n\nA stop: another function in another file is entered for the first time, on "
+            "the way from a door\nto its result. `make bench NAME=stops` made this page.\n"
+        )
         (ROOT / "docs" / "stops.md").write_text("\n".join([head, *pages]), "utf-8")
         (ROOT / "bench.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
