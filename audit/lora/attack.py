@@ -65,11 +65,7 @@ def judge_attack(
 ) -> Attack | None:
     """Return the cliques of the attack's generations and the training images they are.
 
-    Args:
-        rows: Embeddings of all generations.
-        generations: Of the audit; the attack's are looked at.
-        limits: Two generations agree, and a clique is a training image, above `verbatim`.
-        trained: Number of training images.
+    Two generations agree, and a clique is one of the `trained` training images, above `verbatim`.
     """
     places = [i for i, generation in enumerate(generations) if generation.asked == "attack"]
     if not places:
@@ -84,12 +80,8 @@ def judge_attack(
             extracted=limits.verbatim is not None and member.similarity > limits.verbatim,
         ))  # fmt: skip
     out = {clique.nearest for clique in results if clique.extracted}
-    return Attack(
-        generations=len(places),
-        guidance=GUIDANCE,
-        cliques=tuple(results),
-        extracted=Rate.of(len(out), trained),
-    )
+    return Attack(generations=len(places), guidance=GUIDANCE, cliques=tuple(results),
+                  extracted=Rate.of(len(out), trained))  # fmt: skip
 
 
 def cliques(rows: Float[Tensor, " image dimension"], threshold: float) -> list[list[int]]:
@@ -97,10 +89,7 @@ def cliques(rows: Float[Tensor, " image dimension"], threshold: float) -> list[l
 
     No image is in two groups. To find the fewest such groups is hard, so a greedy colouring of
     the pairs that are *not* similar stands for it (DSATUR); groups below `SMALLEST` are left out.
-
-    Args:
-        rows: Unit vectors.
-        threshold: Cosine, -1 to 1.
+    Rows are unit vectors, and the threshold is a cosine.
     """
     import networkx
 

@@ -5,7 +5,6 @@ next training. No change makes a LoRA safe; whether it helped, the next audit sa
 """
 
 from collections import Counter
-from collections.abc import Iterable
 
 from ...shared.wording import counted
 from .result import Cause, LoraAudit
@@ -19,29 +18,26 @@ LEAST_RANK = 4
 
 
 def find_causes(audit: LoraAudit) -> tuple[Cause, ...]:
-    """Return the causes that were found, duplicates first; none where no image comes back."""
+    """Return the causes that this audit shows, duplicates first; none where no image comes back."""
     back = {v.image for v in audit.verdicts if v.verdict in COMING_BACK}
     if not back:
         return ()
-    found = (
-        _duplicates(audit, back),
-        _captions(audit, back),
-        _repeats(audit, back),
-        _epochs(audit),
-        _rank(audit),
-    )
-    return tuple(cause for cause in found if cause)
-
-
-def _trained(audit: LoraAudit) -> list[int]:
-    return [verdict.image for verdict in audit.verdicts]
-
-
-def _duplicates(audit: LoraAudit, back: set[int]) -> Cause | None:
-    """Images that are in the folder more than once are shown more often than the others."""
-    trained = set(_trained(audit))
+    trained = {verdict.image for verdict in audit.verdicts}
     groups = [sorted(trained.intersection(group.images)) for group in audit.duplicates]
     groups = [group for group in groups if len(group) > 1]
+    distinct = trained.difference(*(group[1:] for group in groups))
+    causes = (
+        _duplicates(back, trained, groups),
+        _captions(audit, back, distinct),
+        _repeats(audit, back, trained),
+        _epochs(audit),
+        _rank(audit, len(distinct)),
+    )
+    return tuple(cause for cause in causes if cause)
+
+
+def _duplicates(back: set[int], trained: set[int], groups: list[list[int]]) -> Cause | None:
+    """Images that are in the folder more than once are shown more often than the others."""
     inside = {image for group in groups for image in group}
     if not back & inside:
         return None
@@ -56,14 +52,14 @@ def _duplicates(audit: LoraAudit, back: set[int]) -> Cause | None:
     )
 
 
-def _captions(audit: LoraAudit, back: set[int]) -> Cause | None:
+def _captions(audit: LoraAudit, back: set[int], distinct: set[int]) -> Cause | None:
     """Different images with the same words: what tells them apart is learnt by heart."""
-    images, distinct = audit.training.images, _distinct(audit)
-    counts = Counter(images[index].caption.strip() for index in distinct)
-    same = {index for index in distinct if counts[images[index].caption.strip()] > 1}
+    captions = {index: audit.training.images[index].caption.strip() for index in distinct}
+    counts = Counter(captions.values())
+    same = {index for index in distinct if counts[captions[index]] > 1}
     if not back & same:
         return None
-    texts = len({images[index].caption.strip() for index in same})
+    texts = len({captions[index] for index in same})
     return Cause(
         kind="captions",
         evidence=f"{len(same)} of {len(distinct)} distinct training images share "
@@ -76,38 +72,29 @@ def _captions(audit: LoraAudit, back: set[int]) -> Cause | None:
     )
 
 
-def _repeats(audit: LoraAudit, back: set[int]) -> Cause | None:
+def _repeats(audit: LoraAudit, back: set[int], trained: set[int]) -> Cause | None:
     """The more often an image is shown, the sooner it comes back."""
-    repeats = {index: audit.training.images[index].repeats for index in _trained(audit)}
-    often = max(repeats[index] for index in back)
+    repeats = {index: audit.training.images[index].repeats for index in trained}
+    often, first = (end(repeats[index] for index in back) for end in (max, min))
     if often < 2:
         return None
-    fewer = _spared_repeats(repeats, back) or often // 2
+    # The highest repeats up to which no image came back, if there are any such images.
+    fewer = max((count for count in repeats.values() if count < first), default=often // 2)
     kept = [index for index in repeats if repeats[index] <= fewer]
+    epoch = audit.lora.epoch
+    over = f", {often * epoch} times over {epoch} epochs" if epoch and epoch > 1 else ""
     reason = (
         f"none of the {counted(len(kept), 'image', 'images')} repeated {fewer} times or less "
         "came back" if kept else "a first step of half as many; audit the result"
     )  # fmt: skip
     return Cause(
         kind="repeats",
-        evidence=f"Images that come back are shown up to {often} times in an epoch"
-        + _over_epochs(audit, often) + ".",
+        evidence=f"Images that come back are shown up to {often} times in an epoch{over}.",
         change=f"Lower the repeats from {often} to {fewer} ({reason})."
         + (f" In kohya's layout the folder's name says it: {fewer}_name."
            if audit.training.layout == "kohya" else ""),
         flags=FILTER,
     )  # fmt: skip
-
-
-def _spared_repeats(repeats: dict[int, int], back: set[int]) -> int | None:
-    """Return the highest repeats up to which no image came back, if there are any such images."""
-    first = min(repeats[index] for index in back)
-    return max((count for count in repeats.values() if count < first), default=None)
-
-
-def _over_epochs(audit: LoraAudit, repeats: int) -> str:
-    epoch = audit.lora.epoch
-    return f", {repeats * epoch} times over {epoch} epochs" if epoch and epoch > 1 else ""
 
 
 def _epochs(audit: LoraAudit) -> Cause | None:
@@ -165,9 +152,9 @@ def _every_epoch(audit: LoraAudit) -> str:
     return f"--checkpointing_steps {max(steps // epoch, 1)}" if steps and epoch else ""
 
 
-def _rank(audit: LoraAudit) -> Cause | None:
+def _rank(audit: LoraAudit, distinct: int) -> Cause | None:
     """From one direction per distinct image on, a layer can keep them all apart."""
-    rank, distinct = audit.lora.rank, len(_distinct(audit))
+    rank = audit.lora.rank
     # The kinds other than low-rank ones have no rank; Kronecker factors multiply theirs.
     if rank is None or rank <= LEAST_RANK or rank < distinct or "lokr" in audit.lora.kinds:
         return None
@@ -183,20 +170,13 @@ def _rank(audit: LoraAudit) -> Cause | None:
     )
 
 
-def _distinct(audit: LoraAudit) -> set[int]:
-    """Return the trained images, of each group of near-duplicates only the first."""
-    trained = set(_trained(audit))
-    groups = (sorted(trained.intersection(group.images)) for group in audit.duplicates)
-    return trained.difference(*(group[1:] for group in groups))
+def _among(back: set[int], some: set[int], trained: set[int]) -> str:
+    """Return how many images come back among some and among the others."""
 
+    def share(of: set[int]) -> str:
+        count = len(back & of)
+        return f"{count} {'comes' if count == 1 else 'come'} back"
 
-def _among(back: set[int], some: set[int], trained: Iterable[int]) -> str:
-    """Return how many come back of some and of the others."""
-    others = set(trained) - some
-    rest = f", of the {len(others)} others {_share(back, others)}" if others else ""
-    return f"Of these {_share(back, some)}{rest}."
-
-
-def _share(back: set[int], some: set[int]) -> str:
-    count = len(back & some)
-    return f"{count} {'comes' if count == 1 else 'come'} back"
+    others = trained - some
+    rest = f", of the {len(others)} others {share(others)}" if others else ""
+    return f"Of these {share(some)}{rest}."

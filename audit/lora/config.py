@@ -104,12 +104,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return everything that decides the results; equal identities may share a folder.
 
-    Args:
-        config: The settings.
-        training: Of the LoRA.
-        epochs: The sha256 of each saved epoch.
-        subject: The base model under the LoRA.
-        features: Name of the encoder with its weights' hash.
+    `epochs` are the sha256 of saved ones, `features` names the encoder with its weights' hash.
     """
     images = [(image.name, image.sha256, image.caption, image.repeats, image.held_out)
               for image in training.images]  # fmt: skip

@@ -13,6 +13,7 @@ from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
 from ...shared.files.storage import replace_atomically
 from ...shared.score.detection import Progress
+from ..common.job import file_sha256
 from ..common.sscd import BATCH, DIMENSIONS, Sscd
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,11 @@ class FeatureCache:
     deleted whenever nothing runs.
     """
 
-    def __init__(self, encoder: Sscd | None = None, folder: Path | None = None):
-        """Open the cache of an encoder.
-
-        Args:
-            encoder: None for the installed one.
-            folder: Where rows are kept, 2 kB an image; None for `default_folder`.
-
-        Raises:
-            ImportError: The extra `sscd` is not installed; says what to type.
-        """
-        self._encoder = encoder or Sscd()
-        weights = _sha256(self._encoder.path)
-        self.name = f"SSCD: {self._encoder.path.name}, sha256 {weights}"
+    def __init__(self, encoder: Sscd, folder: Path | None = None):
+        """Open the cache of an encoder; rows lie in `folder`, 2 kB an image, or the default one."""
+        self._encoder = encoder
+        weights = file_sha256(encoder.path)
+        self.name = f"SSCD: {encoder.path.name}, sha256 {weights}"
         self._folder = (folder or default_folder()) / f"sscd-{VERSION}-{weights[:32]}"
 
     def rows(
@@ -66,16 +59,14 @@ class FeatureCache:
     ) -> Float[Tensor, " image 512"]:
         """Return one unit vector per image file, float32; equal files are embedded once.
 
-        Args:
-            paths: Image files.
-            progress: Called with the number of images finished since the last call.
+        `progress` is called with the number of images finished since the last call.
 
         Raises:
             ValueError: A file is no whole image; names it.
         """
-        keys = [_sha256(path) for path in paths]
-        found = dict(self._read(set(keys)))
-        todo = {key: path for key, path in zip(keys, paths, strict=True) if key not in found}
+        keys = [file_sha256(path) for path in paths]
+        known = dict(self._read(set(keys)))
+        todo = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
         if progress is not None:
             progress(len(keys) - len(todo))
         for start in range(0, len(todo), CHUNK):
@@ -83,8 +74,8 @@ class FeatureCache:
             rows = self._encoder.embed(ImageFiles(list(part.values())), progress=progress)
             fresh = dict(zip(part, rows, strict=True))
             self._write(fresh)
-            found |= fresh
-        return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, DIMENSIONS)
+            known |= fresh
+        return torch.stack([known[key] for key in keys]) if keys else torch.zeros(0, DIMENSIONS)
 
     def _read(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the rows that are kept; a file that cannot be read counts as absent."""
@@ -113,8 +104,3 @@ class FeatureCache:
                 save_file({"sha256": digests, "rows": torch.stack(list(rows.values()))}, part)
         except OSError as error:
             logger.warning("Embeddings are not kept for next time: %s", error)
-
-
-def _sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

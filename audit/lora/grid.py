@@ -1,4 +1,4 @@
-"""The similarity matrix to look at: training images down, ways of asking across, on and off."""
+"""The similarity matrix to look at: training images down, kinds of prompts across, on and off."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ GRAVITY = ("verbatim", "template", "near", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One way of asking."""
+    """One kind of prompt."""
 
     title: str
     asked: tuple[Asked, ...]
@@ -24,14 +24,14 @@ class Column:
     lora: bool
 
     def fits(self, generation: Generation, image: int) -> bool:
-        """Return whether a generation was asked for in this way, as seen from an image."""
+        """Return whether a generation's prompt is of this kind, as seen from an image."""
         own = self.own is None or self.own == (generation.source == image)
         return generation.asked in self.asked and generation.lora == self.lora and own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The nearest that one way of asking came to one training image."""
+    """The nearest that one kind of prompt came to one training image."""
 
     generation: int
     """Position of the generation."""
@@ -42,6 +42,12 @@ class Cell:
     """Strength of the colour, 0 to `LEVELS`."""
     mark: str
     """`verbatim` or `near` above that threshold, else empty."""
+
+    @property
+    def text(self) -> str:
+        """Return .98 for 0.98, so that columns stay narrow; nothing but an equal image reads 1."""
+        text = f"{min(self.similarity, 0.994):.2f}" if self.similarity < 1 else "1"
+        return text.replace("0.", ".", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +104,7 @@ def load_matrix(audit: LoraAudit) -> np.ndarray:
 
 
 def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
-    """Return the matrix as a table.
-
-    Args:
-        audit: What was found.
-        matrix: Similarities [generation image].
-    """
+    """Return the similarities [generation image] as a table."""
     columns = _columns(audit)
     rank = sorted(audit.verdicts, key=lambda v: (gravity(v), -v.similarity, v.image))[:ROWS]
     apart = [n for n, image in enumerate(audit.training.images) if image.held_out]
@@ -142,16 +143,16 @@ def twins_of(audit: LoraAudit) -> dict[int, int]:
         return generation.asked, generation.source, generation.prompt, generation.seed, lora
 
     known = {key(g, g.lora): n for n, g in enumerate(audit.generations)}
-    found = ((n, known.get(key(g, not g.lora))) for n, g in enumerate(audit.generations))
-    return {n: twin for n, twin in found if twin is not None}
+    twins = ((n, known.get(key(g, not g.lora))) for n, g in enumerate(audit.generations))
+    return {n: twin for n, twin in twins if twin is not None}
 
 
 def _columns(audit: LoraAudit) -> tuple[Column, ...]:
-    """Return the ways that were asked at all."""
-    found = {(generation.asked, generation.lora) for generation in audit.generations}
+    """Return the kinds of prompts that there are."""
+    known = {(generation.asked, generation.lora) for generation in audit.generations}
     every = (Column(title=title, asked=asked, own=own, lora=lora)
              for title, asked, own in _WAYS for lora in (True, False))  # fmt: skip
-    return tuple(c for c in every if any((asked, c.lora) in found for asked in c.asked))
+    return tuple(c for c in every if any((asked, c.lora) in known for asked in c.asked))
 
 
 def _nearest(audit: LoraAudit, matrix: np.ndarray, image: int, column: Column) -> int | None:

@@ -110,12 +110,9 @@ def parse_metadata(metadata: Mapping[str, str]) -> Header:
         architecture=_text(metadata, "modelspec.architecture")
         or _text(metadata, "ss_base_model_version"),
         module=_text(metadata, "ss_network_module"),
-        ours={
-            visible(key.removeprefix(OURS)[:LONGEST]): visible(value[:LONGEST])
-            for key, value in metadata.items()
-            if key.startswith(OURS)
-        },
-    )
+        ours={visible(key.removeprefix(OURS)[:LONGEST]): visible(value[:LONGEST])
+              for key, value in metadata.items() if key.startswith(OURS)},
+    )  # fmt: skip
 
 
 def _subsets(metadata: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:

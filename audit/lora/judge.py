@@ -85,13 +85,9 @@ def judge_epoch(
             fisher(beyond, len(best), likely, len(control)) >= LEVEL
         )
     return EpochPoint(
-        name=epoch.path.name,
-        epoch=epoch.number,
-        score=score,
-        similarity=float(best.mean()),
-        reproduced=Rate.of(copies, len(best)),
-        inside=inside,
-    )
+        name=epoch.path.name, epoch=epoch.number, score=score, similarity=float(best.mean()),
+        reproduced=Rate.of(copies, len(best)), inside=inside,
+    )  # fmt: skip
 
 
 def best_epoch(points: Sequence[EpochPoint]) -> int | None:
@@ -101,13 +97,7 @@ def best_epoch(points: Sequence[EpochPoint]) -> int | None:
 
 
 def explain_captions(verdicts: Sequence[ImageVerdict], training: TrainingSet, work: Work) -> Words:
-    """Return which words of a caption bring its image back; each caption is journalled.
-
-    Args:
-        verdicts: Of the trained images; only verbatim ones are explained.
-        training: Holds their captions.
-        work: Its subject is the base model under the LoRA.
-    """
+    """Return which words bring verbatim images back; each caption is journalled."""
     back = sorted((v for v in verdicts if v.verdict == "verbatim"), key=lambda v: -v.similarity)
     captions = list(dict.fromkeys(training.images[v.image].caption for v in back))
     keys = {caption: content_key(work.key, caption) for caption in captions if caption}

@@ -45,14 +45,9 @@ class Index:
         self._index.add(_array(rows))
 
     def search(self, rows: Float[Tensor, " query dimension"], k: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the cosines of each row's neighbours, largest first, and their positions.
+        """Return the cosines of each row's `k` neighbours, largest first, and their positions.
 
-        Args:
-            rows: Unit vectors.
-            k: Neighbours of each; when there are fewer, all of them.
-
-        Returns:
-            float32 and int64, both [query k].
+        Both are [query k], float32 and int64; k is smaller when there are fewer rows.
         """
         cosines, positions = self._index.search(_array(rows), min(k, self._index.ntotal))
         return torch.from_numpy(cosines).clamp(-1, 1), torch.from_numpy(positions)
@@ -60,8 +55,7 @@ class Index:
     def pairs(self, threshold: float) -> tuple[Tensor, Tensor]:
         """Return all pairs of rows whose cosine is at least `threshold`, and these cosines.
 
-        Returns:
-            Positions [pair 2], int64, the lower first and in rising order; cosines [pair], float32.
+        Positions are [pair 2], int64, the lower first and in rising order; cosines [pair], float32.
         """
         count = self._index.ntotal
         rows = self._index.reconstruct_n(0, count)
@@ -85,13 +79,9 @@ def find_duplicates(
 ) -> tuple[DuplicateGroup, ...]:
     """Return the groups of images that are linked by similarity, the largest first.
 
-    Two images are linked when their files are equal or their cosine is at least `threshold`. A
-    group may be a chain: its `similarity` is the lowest cosine of any two members.
-
-    Args:
-        rows: Unit vectors, one an image.
-        sha256: Of the image files, as many.
-        threshold: Cosine; see `duplicate_threshold`.
+    Two images are linked when their files are equal or the cosine of their unit vectors is at
+    least `threshold`. A group may be a chain: its `similarity` is the lowest cosine of any two
+    members.
     """
     if len(rows) != len(sha256):
         raise ValueError(f"{len(rows)} rows but {len(sha256)} hashes.")
@@ -104,13 +94,10 @@ def find_duplicates(
     groups = []
     for members in _connected(len(rows), [*equal, *near.tolist()]):
         together = rows[members] @ rows[members].T
-        groups.append(
-            DuplicateGroup(
-                images=tuple(members),
-                exact=len({sha256[member] for member in members}) == 1,
-                similarity=min(1.0, together.min().item()),
-            )
-        )
+        groups.append(DuplicateGroup(
+            images=tuple(members), exact=len({sha256[member] for member in members}) == 1,
+            similarity=min(1.0, together.min().item()),
+        ))  # fmt: skip
     return tuple(sorted(groups, key=lambda group: (-len(group.images), group.images)))
 
 

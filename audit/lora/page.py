@@ -1,21 +1,19 @@
 """The page of a LoRA's audit: one HTML file that needs nothing else, safe to open and to send."""
 
-from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ..common.pages import TEMPLATES, embedded_chart, render_page, safe
 from ..common.result import versions
-from .grid import Cell, Grid, Row, gravity, load_matrix, make_grid, twins_of
+from .grid import gravity, load_matrix, make_grid, twins_of
 from .page_images import LARGE, Thumbnails, epoch_chart
-from .result import Clique, DuplicateGroup, ImageVerdict, LoraAudit
+from .result import ImageVerdict, LoraAudit
 
 CARDS, SAMPLES = 24, 3
 """Flagged images that are shown side by side, and others for comparison."""
-GROUPS, IN_GROUP = 12, 8
-"""Groups of near-duplicates, and images of each."""
-CLIQUES = 12
+MOST = {"groups": 12, "in_group": 8, "cliques": 12}
+"""Groups of near-duplicates that are shown, images of each, and cliques of the attack."""
 PROMPTS = 200
 """Prompts in the table of scores, largest difference first."""
 SAYS = {
@@ -37,10 +35,10 @@ COMMAND = "command"
 
 
 def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
-    """Return the page as HTML, the same text for the same audit and pictures.
+    """Return the page as HTML, the same text for the same audit and images.
 
     Args:
-        audit: What was found.
+        audit: What the page shows.
         include_images: Show training images as they are; otherwise a few pixels of them.
 
     Raises:
@@ -49,67 +47,30 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
     """
     thumbnails = Thumbnails(audit, include_images=include_images)
     grid = make_grid(audit, load_matrix(audit))
-    cliques = audit.attack.cliques if audit.attack else ()
     settings = dict(audit.settings)
-    command = settings.pop(COMMAND, "")
-    style = (TEMPLATES / "lora.css").read_text("utf-8")
     return render_page(
         "lora.html.j2",
         script="lora.js",
-        style=heatmap_css() + style,
+        style=heatmap_css() + (TEMPLATES / "lora.css").read_text("utf-8"),
         audit=audit,
+        thumbnails=thumbnails,
         include_images=include_images,
+        most=MOST,
         says=SAYS,
         asked_short=ASKED_SHORT,
         titles=TITLES,
         facts=_facts(audit),
         version=versions()["unmemorize"],
-        command=command,
+        command=settings.pop(COMMAND, ""),
         settings=list(settings.items()),
-        **_matrix(grid, audit, thumbnails),
+        grid=grid,
+        heads=[(title, len(list(group)))
+               for title, group in groupby(column.title for column in grid.columns)],
         **_cards(audit, thumbnails),
-        duplicates=[_group(g, audit, thumbnails) for g in audit.duplicates[:GROUPS]],
-        cliques=[_clique(c, audit, thumbnails) for c in cliques[:CLIQUES]],
+        back={v.image for v in audit.verdicts if v.verdict in ("verbatim", "template")},
         curve=_curve(audit),
-        scores=_scores(audit),
-    )
-
-
-def _matrix(grid: Grid, audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
-    """Return the table, and every picture that a click on it asks for."""
-    shown = [
-        {"number": n, "uri": thumbnails.generation(n), "blurred": thumbnails.blurs(n),
-         "made": audit.generations[n]}
-        for n in grid.shown()
-    ]  # fmt: skip
-    return {
-        "grid": grid,
-        "heads": [(title, len(list(group))) for title, group in
-                  groupby(column.title for column in grid.columns)],
-        "rows": [_row(row, audit, thumbnails) for row in grid.rows],
-        "held_out": [_row(row, audit, thumbnails) for row in grid.held_out],
-        "shown": shown,
-    }  # fmt: skip
-
-
-def _row(row: Row, audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
-    image = audit.training.images[row.image]
-    return {
-        "number": row.image,
-        "name": image.name,
-        "file": image.name.rpartition("/")[2],
-        "caption": image.caption,
-        "uri": thumbnails.training(row.image),
-        "verdict": row.verdict and row.verdict.verdict,
-        "cells": [cell and _cell(cell) for cell in row.cells],
-    }
-
-
-def _cell(cell: Cell) -> dict[str, Any]:
-    # .98 for 0.98: the columns stay narrow. Nothing but an equal picture reads 1.
-    text = f"{min(cell.similarity, 0.994):.2f}" if cell.similarity < 1 else "1"
-    return {"text": text.replace("0.", ".", 1), "level": cell.level, "mark": cell.mark,
-            "generation": cell.generation, "twin": cell.twin}  # fmt: skip
+        scores=sorted(audit.scores, key=lambda s: (s.off - s.on, s.prompt))[:PROMPTS],
+    )  # fmt: skip
 
 
 def _cards(audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
@@ -117,24 +78,16 @@ def _cards(audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
     rank = sorted(audit.verdicts, key=lambda v: (gravity(v), -v.similarity, v.image))
     flagged = [verdict for verdict in rank if verdict.verdict != "none"]
     others = rank[len(flagged) :][:SAMPLES]
-    words, twins = dict(audit.words), twins_of(audit)
-
-    def cards(verdicts: Iterable[ImageVerdict]) -> list[dict[str, Any]]:
-        return [_card(verdict, audit, thumbnails, words, twins) for verdict in verdicts]
-
+    twins = twins_of(audit)
     return {
-        "cards": cards(flagged[:CARDS]),
+        "cards": [_card(verdict, audit, thumbnails, twins) for verdict in flagged[:CARDS]],
         "cards_left": max(len(flagged) - CARDS, 0),
-        "samples": cards(others),
+        "samples": [_card(verdict, audit, thumbnails, twins) for verdict in others],
     }
 
 
 def _card(
-    verdict: ImageVerdict,
-    audit: LoraAudit,
-    thumbnails: Thumbnails,
-    words: dict[str, tuple[tuple[str, float], ...]],
-    twins: dict[int, int],
+    verdict: ImageVerdict, audit: LoraAudit, thumbnails: Thumbnails, twins: dict[int, int]
 ) -> dict[str, Any]:
     image = audit.training.images[verdict.image]
     tiles: list[dict[str, Any]] = [
@@ -144,12 +97,12 @@ def _card(
     if verdict.generation is not None:
         made = audit.generations[verdict.generation]
         tiles.append({"title": "with the LoRA", "truth": False,
-                      "text": f"asked by {ASKED[made.asked]}, seed {made.seed}",
+                      "text": f"from {ASKED[made.asked]}, seed {made.seed}",
                       "uri": thumbnails.generation(verdict.generation, LARGE)})  # fmt: skip
         if (twin := twins.get(verdict.generation)) is not None:
             tiles.append({"title": "LoRA off", "text": "same words, same seed", "truth": False,
                           "uri": thumbnails.generation(twin, LARGE)})  # fmt: skip
-    known = words.get(image.caption, ())
+    known = dict(audit.words).get(image.caption, ())
     return {
         "number": verdict.image, "verdict": verdict, "caption": image.caption,
         "repeats": image.repeats, "tiles": tiles,
@@ -157,35 +110,6 @@ def _card(
             prompt_heatmap_html(*map(list, zip(*known, strict=True)), style=False)
         ) if known else None,
     }  # fmt: skip
-
-
-def _group(group: DuplicateGroup, audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
-    back = {v.image for v in audit.verdicts if v.verdict in ("verbatim", "template")}
-    return {
-        "exact": group.exact,
-        "similarity": group.similarity,
-        "count": len(group.images),
-        "back": len(back.intersection(group.images)),
-        "tiles": [
-            {"uri": thumbnails.training(n), "name": audit.training.images[n].name}
-            for n in group.images[:IN_GROUP]
-        ],
-    }
-
-
-def _clique(clique: Clique, audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
-    return {
-        "clique": clique,
-        "name": audit.training.images[clique.nearest].name,
-        "member": thumbnails.member(clique.member, clique.similarity),
-        "training": thumbnails.training(clique.nearest),
-    }
-
-
-def _scores(audit: LoraAudit) -> list[dict[str, Any]]:
-    """Return prompts with their scores, those that the LoRA drives hardest first."""
-    rank = sorted(audit.scores, key=lambda score: (score.off - score.on, score.prompt))
-    return [{"score": score, "delta": score.on - score.off} for score in rank[:PROMPTS]]
 
 
 def _facts(audit: LoraAudit) -> list[tuple[str, Any]]:

@@ -46,17 +46,12 @@ class Thumbnails:
 
     def blurs(self, index: int) -> bool:
         """Return whether a generation is shown blurred."""
-        return self._hides(self._audit.generations[index].similarity)
-
-    def member(self, path: str, similarity: float, side: int = SMALL) -> str | None:
-        """Return an image of the output folder that has `similarity` to a training image."""
-        if path in self._positions:
-            return self.generation(self._positions[path], side)
-        return _uri(self._audit.folder / path, side, blurred=self._hides(similarity))
-
-    def _hides(self, similarity: float) -> bool:
-        near = self._audit.thresholds.near
+        similarity, near = self._audit.generations[index].similarity, self._audit.thresholds.near
         return not self._include and (near is None or similarity >= near)
+
+    def member(self, path: str) -> str | None:
+        """Return a generation by its path."""
+        return self.generation(self._positions[path])
 
 
 def _uri(path: Path, side: int, *, blurred: bool) -> str | None:

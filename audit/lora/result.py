@@ -1,4 +1,4 @@
-"""What the audit of a LoRA found: plain frozen values, from which all that is written is made."""
+"""The results of an audit of a LoRA: plain frozen values; page and files are made of them alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ MATRIX = "similarity.npz"
 Verdict = Literal["verbatim", "template", "near", "none"]
 """A training image comes back; only its layout; closer than controls are; nothing of the kind."""
 Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
-"""How a generation was asked for."""
+"""Which prompt a generation was made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class TrainingImage:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """The images a LoRA was trained on, as found in a folder."""
+    """The images a LoRA was trained on, as they lie in a folder."""
 
     folder: Path
     layout: Literal["kohya", "metadata", "plain"]
@@ -122,7 +122,7 @@ class Generation:
     prompt: str
     asked: Asked
     source: int | None
-    """Training image whose caption or paraphrase was asked for."""
+    """Training image whose caption or paraphrase the prompt is."""
     seed: int
     lora: bool
     """False: the same prompt and seed with the LoRA off, a control."""
@@ -224,10 +224,10 @@ class PositiveControl:
     """The demo model's planted duplicates, measured in the same run by the same instrument."""
 
     found: Rate
-    """Planted images that it found."""
+    """The planted images that came back."""
     works: bool
     detail: str
-    """A sentence: what was asked of it and what came out."""
+    """A sentence: what was measured and what came out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +252,7 @@ class Cause:
 
     kind: Literal["duplicates", "captions", "repeats", "epochs", "rank"]
     evidence: str
-    """What was found, a sentence with numbers."""
+    """A sentence with numbers."""
     change: str
     """What to do, a sentence with numbers."""
     flags: str = ""

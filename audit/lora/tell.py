@@ -45,13 +45,9 @@ def tell(audit: LoraAudit, *, include_images: bool = False) -> list[Path]:
     folder = audit.folder
     write_text(folder / PAGE, render_lora_page(audit, include_images=include_images))
     write_text(folder / BADGE, render_badge(audit))
-    members = [clique.member for clique in audit.attack.cliques] if audit.attack else []
-    images = [generation.path for generation in audit.generations]
     document = to_document(audit)
-    document["files"] = {
-        name: file_sha256(folder / name)
-        for name in sorted({PAGE, BADGE, MATRIX, *images, *members})
-    }
+    names = sorted({PAGE, BADGE, MATRIX, *(made.path for made in audit.generations)})
+    document["files"] = {name: file_sha256(folder / name) for name in names}
     document[DIGEST] = digest_of(document)
     write_text(folder / DOCUMENT, dumps(document, indent=1) + "\n")
     write_text(folder / CARD, render_card(audit, document[DIGEST]))

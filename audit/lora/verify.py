@@ -13,6 +13,7 @@ from typing import Any
 from ...shared.files.prompts import IMAGE_SUFFIXES
 from ...shared.wording import counted, name_some
 from ..common.job import file_sha256
+from ..common.subject import Subject
 from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of
 
 LARGEST = 1 << 30
@@ -30,6 +31,11 @@ class Check:
     what: str
     fits: bool
     detail: str
+
+    @classmethod
+    def of(cls, what: str, fits: bool, yes: str, no: str) -> "Check":
+        """Return a comparison with the sentence for its result."""
+        return cls(what=what, fits=fits, detail=yes if fits else no)
 
 
 def verify_report(
@@ -64,19 +70,36 @@ def verify_report(
     except ValueError as error:
         return (Check(what=DOCUMENT, fits=False, detail=f"It was damaged or edited: {error}."),)
     _refuse_strange(document, path)
-    checks = [_own_digest(document, own)]
+    checks = [Check.of(
+        DOCUMENT, document.get(DIGEST) == own, f"Its digest is {own}.",
+        f"It was edited: its content has the digest {own}, and it names another.",
+    )]  # fmt: skip
     if digest is not None:
-        checks.append(_published(own, digest))
+        checks.append(Check.of(
+            "published digest", digest.strip().lower() == own, "It is that of this report.",
+            "It is that of another report, or this one was edited and sealed anew.",
+        ))  # fmt: skip
     checks.append(_report_files(path.parent, _mapping(document, "files")))
     if lora is not None:
-        checks.append(_lora(lora, _mapping(document, "inputs", "lora")))
-    for what, folder, key in (
-        ("training folder", images, "images"), ("held-out folder", held_out, "held_out")
-    ):  # fmt: skip
-        if folder is not None:
-            checks.append(_folder(what, folder, _mapping(document, "inputs", key)))
+        audited = _mapping(document, "inputs", "lora")
+        name = audited.get("name")
+        then = "" if lora.name == name else f", which was called {name!r} then"
+        checks.append(Check.of(
+            "LoRA", file_sha256(lora) == audited.get("sha256"), f"It is the audited file{then}.",
+            f"The report is about another file, {name!r}.",
+        ))  # fmt: skip
+    if images is not None:
+        checks.append(_folder("training folder", images, _mapping(document, "inputs", "images")))
+    if held_out is not None:
+        checks.append(_folder("held-out folder", held_out,
+                              _mapping(document, "inputs", "held_out")))  # fmt: skip
     if model is not None:
-        checks.append(_model(model, _mapping(document, "inputs", "base")))
+        audited = _mapping(document, "inputs", "base")
+        checks.append(Check.of(
+            "base model", Subject(model).fingerprint == audited.get("sha256"),
+            "It is the audited one.",
+            f"The audit was made on other weights, {audited.get('name')!r}.",
+        ))  # fmt: skip
     return tuple(checks)
 
 
@@ -136,24 +159,6 @@ def _mapping(document: Mapping[str, Any], *keys: str) -> dict[str, str]:
     return value
 
 
-def _either(what: str, fits: bool, yes: str, no: str) -> Check:
-    return Check(what=what, fits=fits, detail=yes if fits else no)
-
-
-def _own_digest(document: Mapping[str, Any], own: str) -> Check:
-    return _either(
-        DOCUMENT, document.get(DIGEST) == own, f"Its digest is {own}.",
-        f"It was edited: its content has the digest {own}, and it names another.",
-    )  # fmt: skip
-
-
-def _published(own: str, digest: str) -> Check:
-    return _either(
-        "published digest", digest.strip().lower() == own, "It is that of this report.",
-        "It is that of another report, or this one was edited and sealed anew.",
-    )  # fmt: skip
-
-
 def _report_files(folder: Path, expected: Mapping[str, str]) -> Check:
     """Compare the files of the report itself; those that were not passed on cannot be compared."""
     absent, changed = _compare(folder, expected)
@@ -164,25 +169,7 @@ def _report_files(folder: Path, expected: Mapping[str, str]) -> Check:
     if absent:
         are = counted(len(absent), "file is", "files are")
         detail += f" {are} not here and could not be compared: {name_some(absent)}."
-    return Check(what="page, badge, pictures", fits=not changed, detail=detail)
-
-
-def _lora(lora: Path, expected: Mapping[str, str]) -> Check:
-    name = expected.get("name")
-    then = "" if lora.name == name else f", which was called {name!r} then"
-    return _either(
-        "LoRA", file_sha256(lora) == expected.get("sha256"), f"It is the audited file{then}.",
-        f"The report is about another file, {name!r}.",
-    )  # fmt: skip
-
-
-def _model(model: str, expected: Mapping[str, str]) -> Check:
-    from ..common.subject import Subject
-
-    return _either(
-        "base model", Subject(model).fingerprint == expected.get("sha256"),
-        "It is the audited one.", f"The audit was made on other weights, {expected.get('name')!r}.",
-    )  # fmt: skip
+    return Check(what="page, badge, images", fits=not changed, detail=detail)
 
 
 def _folder(what: str, folder: Path, expected: Mapping[str, str]) -> Check:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 from unmemorize import demo
-from unmemorize.audit.common.sscd import DIMENSIONS
+from unmemorize.audit.common.sscd import DIMENSIONS, Sscd
 from unmemorize.audit.lora.feature_cache import FeatureCache
 from unmemorize.audit.lora.neighbours import Index, find_duplicates
 
@@ -78,7 +78,7 @@ def measure_cache() -> dict[str, float]:
         paths = [folder / f"{index}.png" for index in range(FILES)]
         for path, image in zip(paths, images, strict=False):
             image.save(path)
-        cache = FeatureCache(folder=folder / "cache")
+        cache = FeatureCache(Sscd(), folder / "cache")
         for key in ("embed_ms", "cached_ms"):
             start = time.perf_counter()
             cache.rows(paths)

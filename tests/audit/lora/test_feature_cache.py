@@ -110,10 +110,11 @@ def test_where_nothing_can_be_written_it_works_without(tmp_path, counted, caplog
 WORK = """\
 import sys
 from pathlib import Path
+from unmemorize.audit.common.sscd import Sscd
 from unmemorize.audit.lora import feature_cache
 feature_cache.CHUNK = 2
 paths = sorted(Path(sys.argv[1]).iterdir())
-cache = feature_cache.FeatureCache(folder=Path(sys.argv[2]))
+cache = feature_cache.FeatureCache(Sscd(), Path(sys.argv[2]))
 cache.rows(paths, progress=lambda done: print(done, flush=True))
 """
 

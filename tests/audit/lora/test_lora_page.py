@@ -190,7 +190,7 @@ def test_without_leave_no_sharp_training_image_is_in_the_page(short):
 def test_missing_pictures_leave_a_gap_and_no_error(short, tmp_path):
     gone = replace(short, training=replace(short.training, folder=tmp_path / "moved"))
     text = Reader(render_lora_page(gone, include_images=True)).text
-    assert text.count("picture not found") >= len(short.training.images)
+    assert text.count("image not found") >= len(short.training.images)
 
 
 def test_pictures_are_no_larger_than_they_are_shown(short):

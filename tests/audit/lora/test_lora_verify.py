@@ -59,7 +59,7 @@ def test_what_was_not_touched_fits(case):
     assert check(case) == {}
     checks = verify_report(case / "out" / "audit.json", digest=document(case)["digest"].upper())
     assert [one.what for one in checks] == [
-        "audit.json", "published digest", "page, badge, pictures"
+        "audit.json", "published digest", "page, badge, images"
     ]  # fmt: skip
     assert all(one.fits for one in checks)
 
@@ -69,8 +69,8 @@ def test_what_was_not_touched_fits(case):
 def test_one_byte_of_any_file_is_noticed(case, name, place):
     flip(case / "out" / name, place)
     found = check(case)
-    assert set(found) == {"page, badge, pictures"}
-    assert f"1 file was edited: {name}" in found["page, badge, pictures"]
+    assert set(found) == {"page, badge, images"}
+    assert f"1 file was edited: {name}" in found["page, badge, images"]
 
 
 def test_one_byte_of_the_json_is_noticed_wherever_it_means_something(case):
@@ -205,8 +205,8 @@ def test_the_base_model_is_compared(case):
 def test_pictures_that_were_not_passed_on_are_told(case):
     shutil.rmtree(case / "out" / "images")
     checks = {one.what: one for one in verify_report(case / "out")}
-    assert checks["page, badge, pictures"].fits
-    assert "files are not here and could not be compared" in checks["page, badge, pictures"].detail
+    assert checks["page, badge, images"].fits
+    assert "files are not here and could not be compared" in checks["page, badge, images"].detail
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_names_in_a_report_open_nothing_outside(case, name):
     content["digest"] = digest_of(content)
     write(case, content)
     checks = {one.what: one for one in verify_report(case / "out", images=case / "training")}
-    assert "1 file is not here" in checks["page, badge, pictures"].detail
+    assert "1 file is not here" in checks["page, badge, images"].detail
     assert "1 file missing" in checks["training folder"].detail
 
 
