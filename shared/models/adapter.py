@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.files import COMPONENTS
-from .quiet import no_progress_bar, quiet
+from .quiet import quiet
 from .tokens import Reading, read, split_words
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class PipelineDenoiser:
         """Return the prompts as the network reads them, one row a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-        with quiet():  # what is cut is told below, once and as data
+        with quiet():  # what is cut is logged below, once and as data
             embeddings, pooled = self.family.encode(prompts)
             readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
         words = tuple(split_words(prompt) for prompt in prompts)
@@ -147,12 +148,10 @@ class PipelineDenoiser:
         empty = self.encode([""])
         if not self.family.zero_unconditional:
             return empty
-        return Conditioning(
+        return replace(
+            empty,
             embeddings=torch.zeros_like(empty.embeddings),
             pooled=None if empty.pooled is None else torch.zeros_like(empty.pooled),
-            tokens=empty.tokens,
-            words=empty.words,
-            cut=empty.cut,
         )
 
     def sigmas(self, steps: int) -> Float[Tensor, " level"]:
@@ -195,7 +194,7 @@ class PipelineDenoiser:
         return decode(self.pipeline.vae, latents)
 
     def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
-        """Return clean latents of pictures, each resized to the network's own size."""
+        """Return clean latents of images, each resized to the network's own size."""
         import numpy as np
 
         height, width = self.resolution
@@ -227,7 +226,7 @@ class PipelineDenoiser:
         if self.family.guidance_embedding is not None:
             cond_scale = self.family.guidance_embedding
         height, width = self.resolution
-        with quiet(), no_progress_bar(self.pipeline), _unchecked(self.pipeline):
+        with quiet(), _bare(self.pipeline):
             return self.pipeline(
                 list(prompts),
                 height=height,
@@ -243,14 +242,21 @@ def _as_typed(text: str, tokenizer: Any) -> str:
 
 
 @contextmanager
-def _unchecked(pipeline: Any) -> Iterator[None]:
-    """Take the safety checker out, which would replace images by black ones."""
-    checker = getattr(pipeline, "safety_checker", None)
-    if checker is None:
-        yield
-        return
+def _bare(pipeline: Any) -> Iterator[None]:
+    """Take out a pipeline's progress bar and its safety checker for a block.
+
+    The one would tear ours apart, the other replaces images by black ones.
+    """
+    bar, checker = "_progress_bar_config", getattr(pipeline, "safety_checker", None)
+    before = vars(pipeline).get(bar)
     try:
-        pipeline.safety_checker = None
+        vars(pipeline)[bar] = {**(before or {}), "disable": True}
+        if checker is not None:
+            pipeline.safety_checker = None
         yield
     finally:
-        pipeline.safety_checker = checker
+        vars(pipeline)[bar] = before
+        if before is None:
+            del vars(pipeline)[bar]
+        if checker is not None:
+            pipeline.safety_checker = checker

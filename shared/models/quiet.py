@@ -4,9 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-_ABSENT = object()
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -28,18 +26,3 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         for module in bars:
             module.enable_progress_bar()
-
-
-@contextmanager
-def no_progress_bar(pipeline: Any) -> Iterator[None]:
-    """Hide the pipeline's own progress bar, which would tear ours apart."""
-    name = "_progress_bar_config"
-    before = vars(pipeline).get(name, _ABSENT)
-    try:
-        vars(pipeline)[name] = {**(before if isinstance(before, dict) else {}), "disable": True}
-        yield
-    finally:
-        if before is _ABSENT:
-            vars(pipeline).pop(name, None)
-        else:
-            vars(pipeline)[name] = before

@@ -1,5 +1,6 @@
 """Checkpoints in one file, read through diffusers without the network, nothing left out."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -136,61 +137,50 @@ def _refuse_gaps(path: Path, header: dict, folder: Path) -> None:
             unset.append(f"{part}: {error.args[0]}")
             continue
         unset += [f"{part}.{key}" for key in expected if key not in converted]
-    if unset:
-        count = counted(len(unset), "parameter", "parameters")
-        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
+    _refuse_unset(path, unset)
+
+
+def _refuse_unset(path: Path, names: list[str]) -> None:
+    if names:
+        count = counted(len(names), "parameter", "parameters")
+        raise ModelError(f"{path} leaves {count} unset: {name_some(names)}.")
 
 
 def check_complete(pipeline: Any, path: Path, header: dict) -> None:
-    """Raise ModelError when parameters stay unset or keys unused: the converters only pass by.
+    """Raise ModelError when parameters stay unset or keys unused, which converters pass over.
 
     Every part of the pipeline must have as many values as the file has for it.
     """
-    parts = {n: getattr(pipeline, n, None) for n in GROUPS}
-    unset = [
-        f"{name}.{key}"
-        for name, part in parts.items()
-        if part is not None
-        for key, tensor in part.state_dict().items()
-        if tensor.is_meta
-    ]
-    if unset:
-        count = counted(len(unset), "parameter", "parameters")
-        raise ModelError(f"{path} leaves {count} unset: {name_some(unset)}.")
+    states = {
+        name: part.state_dict()
+        for name in GROUPS
+        if (part := getattr(pipeline, name, None)) is not None
+    }
+    _refuse_unset(path, [f"{name}.{key}" for name, state in states.items()
+                         for key, tensor in state.items() if tensor.is_meta])  # fmt: skip
     keys = {key for key in header if not BOOKKEEPING.search(key)}
-    starts = tuple(s for n, p in parts.items() if p is not None for s in GROUPS[n])
-    stray = [key for key in keys if not key.startswith(starts)]
-    if stray:
+    starts = tuple(start for name in states for start in GROUPS[name])
+    if stray := [key for key in keys if not key.startswith(starts)]:
         count = counted(len(stray), "key", "keys")
         raise ModelError(f"{path} has {count} that nothing reads: {name_some(stray)}.")
-    for name, part in parts.items():
-        if part is None:
-            continue
+    for name, state in states.items():
         own = [key for key in keys if key.startswith(GROUPS[name])]
-        held = sum(tensor.numel() for tensor in part.state_dict().values())
-        given = sum(_size(header[key][1]) for key in own)
+        held = sum(tensor.numel() for tensor in state.values())
+        given = sum(math.prod(header[key][1]) for key in own)
         if held != given:
             raise ModelError(
                 f"{path} holds {given:,} values for {name}, which has {held:,}: "
-                f"{name_some(_unmatched(path, own, part.state_dict().values())) or 'some'} "
+                f"{name_some(_unmatched(path, own, [*state.values()])) or 'some'} "
                 "were not read, or parameters were left unset."
             )
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
-
-
-def _unmatched(path: Path, keys: Iterable[str], loaded: Iterable[Tensor]) -> list[str]:
+def _unmatched(path: Path, keys: Iterable[str], loaded: list[Tensor]) -> list[str]:
     """Return the keys whose values are in no loaded tensor, whatever its name became."""
     from safetensors import safe_open
 
-    tensors = list(loaded)
-    seen = {(t.numel(), float(t.double().sum())) for t in tensors}
-    dtype = tensors[0].dtype
+    seen = {(t.numel(), float(t.double().sum())) for t in loaded}
+    dtype = loaded[0].dtype
     with safe_open(path, "pt") as file:
         values = {key: file.get_tensor(key).to(dtype) for key in keys if "in_proj" not in key}
     return [k for k, v in values.items() if (v.numel(), float(v.double().sum())) not in seen]
