@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .shared.sampling.observer import ObserverRecord as ObserverRecord
     from .shared.sampling.observer import observe as observe
     from .shared.score.calibration import Calibration as Calibration
+    from .shared.score.config import DetectionConfig as DetectionConfig
     from .shared.score.detection import Detection as Detection
     from .shared.score.detection import detect as detect
-    from .shared.score.trajectory import DetectionConfig as DetectionConfig
     from .shared.words.explanation import Explanation as Explanation
     from .shared.words.explanation import explain as explain
     from .trainer_patch.diffusers.loop import ProtectedLoop as ProtectedLoop
@@ -38,7 +38,7 @@ _PUBLIC = {
     "protect": "trainer_patch.diffusers.loop.protect",
     "Calibration": "shared.score.calibration.Calibration",
     "Detection": "shared.score.detection.Detection",
-    "DetectionConfig": "shared.score.trajectory.DetectionConfig",
+    "DetectionConfig": "shared.score.config.DetectionConfig",
     "Explanation": "shared.words.explanation.Explanation",
     "GuardRecord": "shared.sampling.guard.GuardRecord",
     "GuardedImage": "shared.mitigation.gate.GuardedImage",

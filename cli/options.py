@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from ..audit.common.subject import Subject
     from ..audit.model.config import AuditConfig
-    from ..shared.score.detection import DetectionConfig
+    from ..shared.score.config import DetectionConfig
 
 # Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
 Model = Annotated[
@@ -98,7 +98,7 @@ Processes = Annotated[
 
 def detection_config(seeds: int, steps: int, batch_size: int | None = None) -> "DetectionConfig":
     """Return the settings of a detection with the first seeds."""
-    from ..shared.score.detection import DetectionConfig
+    from ..shared.score.config import DetectionConfig
 
     return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=batch_size)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from .data import Caption
 
+NAME = "demo"
+"""As model: the bundled demo. As prompts or controls: its captions."""
 MODEL = Path(__file__).parent / "model"
 """Diffusers folder that `StableDiffusionPipeline.from_pretrained` loads."""
 IMAGES = Path(__file__).parent / "images"

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..shared.arrays import Float, Tensor
 from ..shared.mitigation.gate import Gate
 from ..shared.score.calibration import Calibration
-from ..shared.score.detection import DetectionConfig
+from ..shared.score.config import DetectionConfig
 from .engine.measuring import ROWS
 
 if TYPE_CHECKING:

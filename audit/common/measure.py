@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...shared.files.storage import Journal
 from ...shared.score.calibration import Calibration
+from ...shared.score.config import DetectionConfig
 from ...shared.score.denoiser import Conditioning, Denoiser
-from ...shared.score.detection import Detection, DetectionConfig, detect
+from ...shared.score.detection import Detection, detect
 from ...shared.score.sequential import detect_sequentially
 from .job import content_key
 from .result import finite

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ... import demo
 from ...shared.files.storage import Journal
 from ...shared.models.load import load_denoiser, model_fingerprint
 from ...shared.score.calibration import settings_of
-from ...shared.score.detection import DetectionConfig
+from ...shared.score.config import DetectionConfig
 from ...shared.score.trajectory import automatic_rows
 from .result import ModelInfo
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
 
-DEMO = "demo"
-"""As model: the bundled demo. As prompts or controls: its captions."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -27,7 +26,7 @@ class Subject:
 
     def __init__(
         self,
-        model: str = DEMO,
+        model: str = demo.NAME,
         *,
         lora: Path | None = None,
         device: str | None = None,
@@ -41,7 +40,7 @@ class Subject:
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
-        self.is_demo = model == DEMO
+        self.is_demo = model == demo.NAME
         self.location = _demo_folder() if self.is_demo else model
         # The name is printed and kept; the folders above it are nobody's business.
         self.name = (

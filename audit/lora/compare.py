@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from ... import demo
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
 from ...shared.files.storage import StorageError, replace_atomically, write_text
@@ -21,7 +22,7 @@ from ..common.job import content_key
 from ..common.result import versions
 from ..common.similarity import PIXELS
 from ..common.sscd import similarity
-from ..common.subject import DEMO, Subject
+from ..common.subject import Subject
 from ..common.wording import percent
 from .ask import Plan
 from .attack import as_images
@@ -144,7 +145,7 @@ def positive_control(work: Work) -> PositiveControl:
     The same features, thresholds and rule as for the LoRA, on a model of which the truth is known.
     The same question is answered once.
     """
-    subject = Subject(DEMO, device=work.subject.device)
+    subject = Subject(demo.NAME, device=work.subject.device)
     key = content_key(subject.fingerprint, work.features.name, subject.device, subject.dtype,
                       versions(), [PLANTED, ASKED, SEED, STEPS, COND_SCALE, ENOUGH])  # fmt: skip
     path = default_folder() / "positive-control" / f"{key}.json"

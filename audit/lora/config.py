@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...shared.score.detection import DetectionConfig
+from ... import demo
+from ...shared.score.config import DetectionConfig
 from ..common.job import content_key
 from ..common.result import versions
-from ..common.subject import DEMO, Facts, Subject
+from ..common.subject import Facts, Subject
 from .result import TrainingSet
 
 LEAST = {
@@ -36,7 +37,7 @@ class LoraAuditConfig:
     lora: Path
     images: Path
     """The folder it was trained on."""
-    model: str = DEMO
+    model: str = demo.NAME
     """Base model: diffusers folder, single-file .safetensors checkpoint, hub id, or `demo`."""
     revision: str | None = None
     """Of a hub id."""

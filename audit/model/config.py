@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...shared.score.detection import DetectionConfig
-from ..common.subject import DEMO
+from ... import demo
+from ...shared.score.config import DetectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     """What to audit, how hard to look, and where to write."""
 
-    model: str = DEMO
+    model: str = demo.NAME
     """Diffusers folder, single-file .safetensors checkpoint, hub id, or `demo`."""
     lora: Path | None = None
     revision: str | None = None

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ... import demo
 from ...shared.files.prompts import Prompt, PromptSet, clean, read_prompts
 from ...shared.score.controls import load_controls
-from ..common.subject import DEMO
 from .config import AuditConfig
 
 BUNDLED_CONTROLS = ("photographs", "art")
@@ -39,13 +39,13 @@ def read_inputs(
         PromptError: A file is missing, of another kind, or holds no prompts.
         ValueError: No prompts were named for a model of the user's own.
     """
-    prompts = read_named(config.prompts, texts, demo=config.model == DEMO, groups=groups)
-    known = _demo_groups() if config.model == DEMO else {}
-    name = config.controls or (DEMO if config.model == DEMO else BUNDLED_CONTROLS[0])
+    prompts = read_named(config.prompts, texts, demo=config.model == demo.NAME, groups=groups)
+    known = _demo_groups() if config.model == demo.NAME else {}
+    name = config.controls or (demo.NAME if config.model == demo.NAME else BUNDLED_CONTROLS[0])
     return Inputs(
         prompts=prompts,
         groups=tuple(known.get(text) for text in prompts.prompts),
-        controls_name=name if name in (DEMO, *BUNDLED_CONTROLS) else Path(name).name,
+        controls_name=name if name in (demo.NAME, *BUNDLED_CONTROLS) else Path(name).name,
         controls=() if config.calibration else tuple(read_controls(name)),
     )
 
@@ -78,9 +78,7 @@ def read_named(
 
 def read_controls(name: str) -> Sequence[str]:
     """Return control prompts: a bundled list, the demo's own, or those of a file."""
-    if name == DEMO:
-        from ... import demo
-
+    if name == demo.NAME:
         return demo.controls()
     if name in BUNDLED_CONTROLS:
         return load_controls(name)
@@ -89,8 +87,6 @@ def read_controls(name: str) -> Sequence[str]:
 
 def demo_prompts(groups: Mapping[str, int] | None = None) -> list[Prompt]:
     """Return captions an audit of the demo looks at: all, or the first so many of each group."""
-    from ... import demo
-
     captions = demo.audited()
     if groups is not None:
         captions = [caption for group, count in groups.items()
@@ -99,6 +95,5 @@ def demo_prompts(groups: Mapping[str, int] | None = None) -> list[Prompt]:
 
 
 def _demo_groups() -> dict[str, str]:
-    from ... import demo
 
     return {caption.text: caption.group for caption in demo.captions()}

@@ -6,15 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ... import demo
 from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.storage import Journal, replace_atomically, write_text
 from ...shared.score.calibration import Calibration
-from ...shared.score.detection import DetectionConfig
+from ...shared.score.config import DetectionConfig
 from ...shared.words.explanation import explain as explain_prompt
 from ..common.job import content_key
 from ..common.measure import Bars, Measured, measure
 from ..common.result import dumps, finite, versions
-from ..common.subject import DEMO, Subject
+from ..common.subject import Subject
 from .explain import to_values
 from .inputs import BUNDLED_CONTROLS, read_controls, read_named
 
@@ -118,7 +119,7 @@ def make_calibration(
     bars: Bars,
 ) -> dict[str, Any]:  # fmt: skip
     """Score controls and write a calibration; return what it says."""
-    name = controls or (DEMO if subject.is_demo else BUNDLED_CONTROLS[0])
+    name = controls or (demo.NAME if subject.is_demo else BUNDLED_CONTROLS[0])
     prompts = tuple(read_controls(name))
     with _kept(subject, config, output) as (journal, key):
         facts = subject.facts(journal, config)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ... import demo
 from ...shared.files.images import read_image
 from ...shared.files.prompts import PromptSet
 from ...shared.files.storage import replace_atomically
 from ..common.measure import Bars
 from ..common.similarity import SIDE
-from ..common.subject import DEMO
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,6 @@ class Known:
         for one, path in zip(self.captions, self.paths, strict=True):
             if one == caption and path is not None:
                 return read_image(path)
-        from ... import demo
 
         return demo.training_image(caption) if self.is_demo else None
 
@@ -57,8 +56,7 @@ class Known:
 
 def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
     """Return the demo's training images, or those beside the user's captions."""
-    if model == DEMO:
-        from ... import demo
+    if model == demo.NAME:
         from ...demo.data import build_renderings
 
         captions = demo.captions()

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...shared.files.storage import Journal
 from ...shared.score.calibration import Calibration, CalibrationError, controls_needed
-from ...shared.score.detection import DetectionConfig
+from ...shared.score.config import DetectionConfig
 from .comfy_denoiser import Prompt, noise_levels
 from .measuring import encoded, scores
 from .model_identity import digest, weights_sha256

@@ -12,8 +12,8 @@ from comfy.sd1_clip import escape_important, token_weights
 from ...shared.arrays import Float, Tensor
 from ...shared.drawing.heatmap import unit_map
 from ...shared.models.tokens import show, words_by_length
+from ...shared.score.config import DetectionConfig
 from ...shared.score.denoiser import Token
-from ...shared.score.detection import DetectionConfig
 from ...shared.words.explanation import Explanation, explain, leave_out, shortened
 from .comfy_denoiser import Prompt
 from .measuring import encoded, forward_rows, with_denoiser

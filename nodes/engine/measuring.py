@@ -12,7 +12,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...shared.score.calibration import Calibration
-from ...shared.score.detection import Detection, DetectionConfig, OnResult, detect
+from ...shared.score.config import DetectionConfig
+from ...shared.score.detection import Detection, OnResult, detect
 from .comfy_denoiser import (
     NEGATIVE,
     ModelDenoiser,

@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...shared.score.calibration import settings_of
-from ...shared.score.detection import DetectionConfig
+from ...shared.score.config import DetectionConfig
 from .comfy_denoiser import ModelDenoiser
 
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, str]]" = weakref.WeakKeyDictionary()

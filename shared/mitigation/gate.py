@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..score.calibration import Calibration, settings_of
+from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.detection import DetectionConfig
 from ..score.trajectory import Trajectory
 
 MODES = ("calibrated", "always", "never")

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from ..score.calibration import Calibration, settings_of
+from ..score.config import DetectionConfig
 from ..score.controls import load_controls
-from ..score.detection import DetectionConfig, Progress, detect
+from ..score.detection import Progress, detect
 from .adapter import PipelineDenoiser
 
 

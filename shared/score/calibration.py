@@ -16,8 +16,9 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
+from .config import DetectionConfig
 from .denoiser import Denoiser
-from .detection import Detection, DetectionConfig
+from .detection import Detection
 
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.95

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ..arrays import Float, Tensor
+from .config import DetectionConfig
 from .denoiser import Denoiser
 from .metrics import per_element
-from .trajectory import DetectionConfig, PredictionError, Trajectory, encode
+from .trajectory import PredictionError, Trajectory, encode
 
 __all__ = ["Detection", "DetectionConfig", "PredictionError", "detect", "mean_over_seeds"]
 

@@ -24,8 +24,9 @@ import torch
 
 from ..arrays import Float, Tensor
 from .calibration import Calibration
+from .config import DetectionConfig
 from .denoiser import Denoiser
-from .detection import Detection, DetectionConfig, OnResult, Progress, emit, mean_over_seeds
+from .detection import Detection, OnResult, Progress, emit, mean_over_seeds
 from .trajectory import Trajectory, encode
 
 

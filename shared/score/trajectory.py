@@ -3,11 +3,11 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ..arrays import Float, Tensor
+from .config import DetectionConfig
 from .denoiser import Conditioning, Denoiser
 from .metrics import text_noise_norm
 
@@ -15,38 +15,6 @@ log = logging.getLogger(__name__)
 
 ROWS_OF_A_GRADIENT = 4
 """Forward rows that need as much memory as one row with its gradient, roughly."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionConfig:
-    """What is measured. All but `batch_size` decide the score."""
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Starting noises; the score is the mean over them."""
-    steps: int = 1
-    """Denoising steps to average over, counted from the noisiest."""
-    schedule_steps: int = 50
-    """Length of the sampling run those steps are taken from."""
-    cond_scale: float = 7.5
-    """Guidance along the trajectory, 1.0 = none; without effect when `steps` is 1."""
-    batch_size: int | None = None
-    """Rows of one forward pass; None chooses by device and latent size."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "seeds", tuple(self.seeds))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(
-                f"`seeds` must be one or more different integers from 0, got {list(self.seeds)}."
-            )
-        if not 1 <= self.steps <= self.schedule_steps:
-            raise ValueError(
-                f"`steps` must be between 1 and `schedule_steps` ({self.schedule_steps}), "
-                f"got {self.steps}."
-            )
-        if not math.isfinite(self.cond_scale):
-            raise ValueError(f"`cond_scale` must be finite, got {self.cond_scale}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
 
 
 class PredictionError(ValueError):

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..score.config import DetectionConfig
 from ..score.denoiser import Denoiser
-from ..score.detection import DetectionConfig, Progress, detect
+from ..score.detection import Progress, detect
 from .edits import Edit, Kind, Plan, apply, core, move_parts
 from .explanation import Explanation, explain
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..arrays import Float, Tensor
+from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, Denoiser, Token
-from ..score.detection import Detection, DetectionConfig, detect
+from ..score.detection import Detection, detect
 from ..score.metrics import difference_map, text_noise, text_noise_norm
 from ..score.trajectory import (
     ROWS_OF_A_GRADIENT,

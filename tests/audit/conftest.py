@@ -7,7 +7,7 @@ from unmemorize.audit.common import subject
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.score.detection import DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
 
 
 @pytest.fixture(scope="session")

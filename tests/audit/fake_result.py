@@ -20,7 +20,8 @@ from unmemorize.audit.model.result import (
 from unmemorize.audit.model.summary import rate, summarize
 from unmemorize.shared.files.prompts import PromptSet
 from unmemorize.shared.score.calibration import Calibration
-from unmemorize.shared.score.detection import Detection, DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection
 
 SHAPE = (4, 16, 16)
 GROUPS = ("verbatim", "template", "learnt")

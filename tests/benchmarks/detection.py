@@ -23,7 +23,8 @@ from unmemorize.demo import data
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.calibration import Calibration, settings_of
-from unmemorize.shared.score.detection import Detection, DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection, detect
 from unmemorize.shared.score.sequential import detect_sequentially
 
 REFERENCE_STEPS = 50
@@ -167,7 +168,8 @@ def measure_memory(bench: dict) -> None:
     code = (
         "import resource, sys\n"
         "from unmemorize import demo\n"
-        "from unmemorize.shared.score.detection import DetectionConfig, detect\n"
+        "from unmemorize.shared.score.config import DetectionConfig\n"
+        "from unmemorize.shared.score.detection import detect\n"
         "from unmemorize.shared.models.load import load_denoiser\n"
         "texts = [f'{c.text} {i}' for i in range(4) for c in demo.audited()][:int(sys.argv[1])]\n"
         "detect(load_denoiser(demo.MODEL), texts, DetectionConfig(seeds=(0, 1)))\n"

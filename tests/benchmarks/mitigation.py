@@ -37,7 +37,8 @@ from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.score.calibration import Calibration, clopper_pearson, settings_of
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 
 def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:

@@ -13,7 +13,8 @@ from unmemorize import demo
 from unmemorize.audit.model.demo_check import check
 from unmemorize.demo import data
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "demo_scores.json"  # by make_demo_scores.py
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 if __name__ == "__main__":
     groups = ("verbatim", "template", "learnt", "held_out")

@@ -6,7 +6,8 @@ from comfyui import node
 from demo_side import denoiser
 from test_node_detect import DEMO, calibrator, text
 from unmemorize import demo
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 SAMPLING = {
     "seed": 0, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal",

@@ -8,7 +8,8 @@ import torch
 from comfyui import newest, pack
 from demo_side import caption, denoiser
 from unmemorize.shared.models.families.schedules import DiscreteSchedule, FlowSchedule
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 pytestmark = pytest.mark.comfy
 PROMPTS = [caption(), caption("held_out"), ""]

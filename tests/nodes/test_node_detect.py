@@ -3,7 +3,8 @@
 import pytest
 from comfyui import newest, node, pack
 from demo_side import caption, denoiser
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 pytestmark = pytest.mark.comfy
 PROMPTS = [caption("held_out"), caption()]

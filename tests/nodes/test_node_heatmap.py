@@ -5,7 +5,7 @@ import json
 import pytest
 from comfyui import node
 from demo_side import caption, denoiser
-from unmemorize.shared.score.detection import DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.words.explanation import explain
 
 pytestmark = pytest.mark.comfy

@@ -3,7 +3,8 @@
 import torch
 from unmemorize.shared.sampling.watched_runs import WatchedRun
 from unmemorize.shared.score.calibration import Calibration
-from unmemorize.shared.score.detection import Detection, DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection
 
 SHAPE = (4, 8, 8)
 

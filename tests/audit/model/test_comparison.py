@@ -6,7 +6,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.measure import silent
 from unmemorize.audit.common.similarity import PIXELS
-from unmemorize.audit.common.subject import DEMO
 from unmemorize.audit.model import comparison
 from unmemorize.audit.model.comparison import Comparer, best_features
 from unmemorize.audit.model.training_images import known_images
@@ -68,7 +67,7 @@ def test_edited_copies_of_files_are_found_by_sscd(known, files, tmp_path):
 
 def test_pixels_serve_where_sscd_is_missing_and_for_the_demo(known, monkeypatch):
     nobody = PromptSet(prompts=(), sources=(), images=(), read=0, empty=0)
-    assert best_features(known_images(DEMO, nobody, silent)) is PIXELS
+    assert best_features(known_images(demo.NAME, nobody, silent)) is PIXELS
     monkeypatch.setattr(comparison, "has_sscd", lambda: False)
     assert best_features(known) is PIXELS
 

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.measure import silent
-from unmemorize.audit.common.subject import DEMO
 from unmemorize.audit.model import probing
 from unmemorize.audit.model.comparison import Comparer
 from unmemorize.audit.model.config import AuditConfig
@@ -16,7 +15,9 @@ from unmemorize.shared.files.prompts import PromptSet
 
 @pytest.fixture(scope="module")
 def known():
-    return known_images(DEMO, PromptSet(prompts=(), sources=(), images=(), read=0, empty=0), silent)
+    return known_images(
+        demo.NAME, PromptSet(prompts=(), sources=(), images=(), read=0, empty=0), silent
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from unmemorize.shared.files.prompts import PromptError
 from unmemorize.shared.files.storage import StorageError
 from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.score.calibration import NotEnoughControls
-from unmemorize.shared.score.detection import DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
 
 
 @pytest.mark.parametrize(

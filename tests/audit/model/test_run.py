@@ -11,7 +11,7 @@ import torch
 from tiny_audit import LONG, MARKUP, lines, schema
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.score.calibration import CalibrationMismatch
-from unmemorize.shared.score.detection import DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
 
 
 def test_the_folder_holds_what_the_result_says(result, config):

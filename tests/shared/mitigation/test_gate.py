@@ -7,8 +7,9 @@ import torch
 import toy
 from unmemorize.shared.mitigation.gate import AppliedGate, Decision, Gate
 from unmemorize.shared.score.calibration import Calibration, CalibrationMismatch, settings_of
+from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.denoiser import concatenate
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.detection import detect
 from unmemorize.shared.score.trajectory import PredictionError
 
 SEEDS = (3, 5, 8)

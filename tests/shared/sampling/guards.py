@@ -8,7 +8,8 @@ from torch import Tensor
 from unmemorize.shared.mitigation.method import Method, Mitigation, Start, Step
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.score.calibration import Calibration, settings_of
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 PROMPTS = ["a red cat", "tall tree"]
 OTHERS = ["a green dog", "sea on the mat"]

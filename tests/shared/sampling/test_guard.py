@@ -25,7 +25,8 @@ from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.calibration import CalibrationMismatch
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

@@ -18,7 +18,8 @@ from unmemorize.shared.score.calibration import (
     controls_needed,
     settings_of,
 )
-from unmemorize.shared.score.detection import Detection, DetectionConfig
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection
 
 SETTINGS = {"dtype": "float32", "seeds": [0, 1], "steps": 1}
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyDenoiser, prompts
 from unmemorize.shared.score import trajectory
+from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.denoiser import Denoiser
 from unmemorize.shared.score.detection import (
     ENCODED_AT_ONCE,
-    DetectionConfig,
     PredictionError,
     detect,
     mean_over_seeds,

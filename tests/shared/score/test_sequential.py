@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyDenoiser, prompts
 from unmemorize.shared.score.calibration import Calibration, settings_of
-from unmemorize.shared.score.detection import DetectionConfig, detect, mean_over_seeds
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import detect, mean_over_seeds
 from unmemorize.shared.score.sequential import SettlingRule, detect_sequentially
 
 CONFIG = DetectionConfig()

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyDenoiser
+from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.denoiser import Conditioning, Denoiser, Token
-from unmemorize.shared.score.detection import DetectionConfig, detect
+from unmemorize.shared.score.detection import detect
 from unmemorize.shared.words.advice import NEUTRAL, Advice, advise
 from unmemorize.shared.words.explanation import explain
 

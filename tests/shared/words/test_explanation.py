@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from toy import ToyDenoiser
+from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.denoiser import Token
-from unmemorize.shared.score.detection import DetectionConfig, PredictionError, detect
+from unmemorize.shared.score.detection import PredictionError, detect
 from unmemorize.shared.score.metrics import text_noise_norm
 from unmemorize.shared.words.explanation import (
     Explanation,
