@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..shared.score.controls import CONTROLS, load_controls
 from .engine import calibrations
-from .inputs import CalibrationSocket, config_of, latent_input, model_input, schema, seed_inputs
+from .inputs import CalibrationSocket, config_of, schema, seed_inputs
 
 
 class Calibrate(io.ComfyNode):
@@ -16,58 +16,26 @@ class Calibrate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeCalibrate",
-            display_name="Calibrate",
-            description=(
-                "Scores ordinary prompts on this model, so that other nodes can tell which scores "
-                "are extraordinary. Once per model, LoRA and size; the result is saved. After "
-                "Cancel, the next run goes on where it stopped."
-            ),
             search_aliases=["unmemorize calibrate", "memorization threshold", "control prompts"],
             is_output_node=True,
             inputs=[
-                model_input(),
-                io.Clip.Input("clip", tooltip="Encodes the control prompts."),
-                latent_input(),
-                io.String.Input(
-                    "name",
-                    default="my model",
-                    tooltip="File name in models/unmemorize, without ending; replaced if there.",
-                ),
-                io.Combo.Input(
-                    "controls",
-                    options=list(CONTROLS),
-                    default=CONTROLS[0],
-                    tooltip="Bundled list of about 250 prompts, used when none are typed below.",
-                ),
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Latent.Input("latent"),
+                io.String.Input("name", default="my model"),
+                io.Combo.Input("controls", options=list(CONTROLS), default=CONTROLS[0]),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
                     placeholder="control prompts, one a line; empty: the bundled list",
-                    tooltip="Ordinary prompts of the kind the model is used for, none of them from "
-                    "its training set. One a line.",
                 ),
-                io.Float.Input(
-                    "false_positive_rate",
-                    default=0.01, min=0.001, max=0.5, step=0.001,
-                    tooltip="Share of ordinary prompts that may be flagged, 0.001 to 0.5. 0.01 "
-                    "needs 99 controls.",
-                ),
+                io.Float.Input("false_positive_rate", default=0.01, min=0.001, max=0.5, step=0.001),
                 *seed_inputs(),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="As connected to the nodes that will use the calibration; without it "
-                    "the empty text.",
-                ),
+                io.Conditioning.Input("negative", optional=True),
             ],
-            outputs=[
-                CalibrationSocket.Output(
-                    "calibration", tooltip="For Detect Memorization and Memorization Report."
-                ),
-                io.String.Output("report", tooltip="Threshold, its rate and where it was saved."),
-            ],
-        )  # fmt: skip
+            outputs=[CalibrationSocket.Output("calibration"), io.String.Output("report")],
+        )
 
     @classmethod
     def execute(
@@ -104,21 +72,9 @@ class LoadCalibration(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeLoadCalibration",
-            display_name="Load Calibration",
-            description="A calibration that the node Calibrate saved in models/unmemorize.",
             search_aliases=["unmemorize load calibration", "memorization threshold"],
-            inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=calibrations.names(),
-                    tooltip="Files of models/unmemorize; press R after making a new one.",
-                )
-            ],
-            outputs=[
-                CalibrationSocket.Output(
-                    "calibration", tooltip="Bound to the model and settings it was made with."
-                )
-            ],
+            inputs=[io.Combo.Input("name", options=calibrations.names())],
+            outputs=[CalibrationSocket.Output("calibration")],
         )
 
     @classmethod

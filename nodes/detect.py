@@ -6,15 +6,7 @@ from comfy_api.latest import io
 
 from .engine.measuring import caveat_of, scores_in_order
 from .engine.model_identity import weights_sha256
-from .inputs import (
-    calibration_input,
-    config_of,
-    latent_input,
-    model_input,
-    negative_input,
-    schema,
-    seed_inputs,
-)
+from .inputs import CalibrationSocket, config_of, schema, seed_inputs
 
 NO_VERDICT = (
     "No verdict: a score alone does not say whether a prompt is memorized. Connect a calibration "
@@ -29,52 +21,24 @@ class DetectMemorization(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeDetect",
-            display_name="Detect Memorization",
-            description=(
-                "How strongly a prompt alone steers the first denoising step, measured before any "
-                "sampling. Memorized prompts steer more than ordinary ones."
-            ),
             search_aliases=["memorization score", "unmemorize detect", "training image leak"],
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                model_input(),
-                io.Conditioning.Input(
-                    "positive", tooltip="The prompt, or a list of prompts: each gets a score."
-                ),
-                negative_input(),
-                latent_input(),
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
                 *seed_inputs(),
-                calibration_input(),
-                io.Boolean.Input(
-                    "force",
-                    default=False,
-                    optional=True,
-                    tooltip="Use a calibration of another model or other settings; the report says "
-                    "so.",
-                ),
+                CalibrationSocket.Input("calibration", optional=True),
+                io.Boolean.Input("force", default=False, optional=True),
             ],
             outputs=[
-                io.String.Output("report", tooltip="One line a prompt, highest score first."),
-                io.Float.Output(
-                    "score", is_output_list=True, tooltip="L2 norm in latent units, 0 or more."
-                ),
-                io.Float.Output(
-                    "score_per_element",
-                    is_output_list=True,
-                    tooltip="Root mean square over latent elements, does not grow with the size.",
-                ),
-                io.Float.Output(
-                    "p_value",
-                    is_output_list=True,
-                    tooltip="Share of ordinary prompts that score as high, 0 to 1; NaN without a "
-                    "calibration.",
-                ),
-                io.Boolean.Output(
-                    "memorized",
-                    is_output_list=True,
-                    tooltip="Score above the calibration's threshold; False without a calibration.",
-                ),
+                io.String.Output("report"),
+                io.Float.Output("score", is_output_list=True),
+                io.Float.Output("score_per_element", is_output_list=True),
+                io.Float.Output("p_value", is_output_list=True),
+                io.Boolean.Output("memorized", is_output_list=True),
             ],
         )
 

@@ -14,9 +14,9 @@ from .engine.damped_attention import ComfyAttractionRepulsion
 from .engine.guarding import guard
 from .engine.watching import watch
 from .inputs import (
+    GATES,
+    CalibrationSocket,
     RecordSocket,
-    gate_calibration_inputs,
-    gate_input,
     gate_of,
     schema,
     target_inputs,
@@ -33,31 +33,16 @@ class MemorizationGuard(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeGuard",
-            display_name="Memorization Guard",
-            description=(
-                "Put it between the model and any sampler. Before the first step it scores the "
-                "prompt; if that is memorized, it changes guidance, attention or the initial noise "
-                "of this run. All other images stay the very same."
-            ),
             search_aliases=["unmemorize guard", "memorisation", "delayed guidance", "mitigation"],
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRAs; the sampler gets the output."),
-                gate_input(),
+                io.Model.Input("model"),
+                io.Combo.Input("gate", options=list(GATES), default="auto"),
                 *method_inputs(),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="What the score is measured against, as it was for the calibration: an "
-                    "encoded empty text. Without it the sampler's own negative prompt.",
-                ),
-                *gate_calibration_inputs(),
+                io.Conditioning.Input("negative", optional=True),
+                CalibrationSocket.Input("calibration", optional=True),
+                io.Boolean.Input("force", default=False, optional=True),
             ],
-            outputs=[
-                io.Model.Output("guarded", display_name="model", tooltip="For the sampler."),
-                RecordSocket.Output(
-                    "record", tooltip="For Memorization Report: scores, and what the guard decided."
-                ),
-            ],
+            outputs=[io.Model.Output("guarded"), RecordSocket.Output("record")],
         )
 
     @classmethod
@@ -73,15 +58,9 @@ class MemorizationGuard(io.ComfyNode):
     ) -> io.NodeOutput:
         if gate == "never":
             return io.NodeOutput(*watch(model))
-        return io.NodeOutput(
-            *guard(
-                model,
-                chosen_method(method, parameters),
-                gate_of(gate, calibration),
-                empty=negative,
-                force=force,
-            )
-        )
+        chosen = chosen_method(method, parameters)
+        guarded = guard(model, chosen, gate_of(gate, calibration), empty=negative, force=force)
+        return io.NodeOutput(*guarded)
 
 
 def method_inputs() -> list:
@@ -91,19 +70,13 @@ def method_inputs() -> list:
     prompts use in either case.
     """
     inputs = {name: _inputs(name) for name in MAKERS}
-    tooltip = (
-        "delayed guidance: without the prompt until the score has passed its first minimum. static "
-        "delay: until a set time. opposite guidance: at first away from the prompt. attention: "
-        "tokens that attract too much are damped, one more pass a step. initial noise: sampling "
-        "begins where the prompt pulls less, some 50 passes there and back."
-    )
     if hasattr(io, "DynamicCombo"):
         options = [io.DynamicCombo.Option(name, own) for name, own in inputs.items()]
-        return [io.DynamicCombo.Input("method", options=options, tooltip=tooltip)]
+        return [io.DynamicCombo.Input("method", options=options)]
     every = {own.id: own for group in inputs.values() for own in group}
     for name, own in every.items():
         own.id = f"method.{name}"
-    return [io.Combo.Input("method", options=[*inputs], tooltip=tooltip), *every.values()]
+    return [io.Combo.Input("method", options=[*inputs]), *every.values()]
 
 
 def chosen_method(method: str | Mapping[str, Any], others: Mapping[str, Any]) -> Method:

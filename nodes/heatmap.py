@@ -9,15 +9,7 @@ from comfy_api.latest import io, ui
 from ..shared.drawing.heatmap import prompt_heatmap_png
 from ..shared.words.explanation import Explanation
 from .engine.explaining import PromptWords, explain_prompt, mask_of
-from .inputs import (
-    config_of,
-    latent_input,
-    model_input,
-    negative_input,
-    schema,
-    seed_inputs,
-    to_image,
-)
+from .inputs import config_of, schema, seed_inputs, to_image
 
 WIDTH, LETTERS = 640, 32
 """Pixels of the image and of its letters: readable where a node shows it at half size."""
@@ -30,51 +22,25 @@ class TokenHeatmap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeTokenHeatmap",
-            display_name="Token Heatmap",
-            description=(
-                "Which words of a prompt drive its score, drawn as the prompt in colour, and where "
-                "in the image they act. The strongest words are left out in turn, to see how far "
-                "the score falls."
-            ),
             search_aliases=["unmemorize heatmap", "token attribution", "trigger words"],
             is_output_node=True,
             inputs=[
-                model_input(),
-                io.Clip.Input("clip", tooltip="Text encoder of the model."),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="The prompt, with weights (word:1.2) and embedding:names as you use "
-                    "them; long prompts are read to the end.",
-                ),
-                negative_input(),
-                latent_input(),
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
                 *seed_inputs(),
-                io.Int.Input(
-                    "most",
-                    display_name="leave out",
-                    default=3, min=0, max=20,
-                    tooltip="How many of the strongest words are left out in turn, 0 to 20; each "
-                    "costs a score.",
-                ),
-                io.Conditioning.Input(
-                    "combine_with",
-                    optional=True,
-                    tooltip="Further conditioning that is averaged with the text, as Conditioning "
-                    "Combine does; its words are not shown.",
-                ),
+                io.Int.Input("most", default=3, min=0, max=20),
+                io.Conditioning.Input("combine_with", optional=True),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The prompt, each word on its colour."),
-                io.Mask.Output(
-                    "where",
-                    tooltip="Where the prompt dictates the pixels, 0 to 1, at the image's size.",
-                ),
-                io.String.Output("report", tooltip="What leaving words out does to the score."),
-                io.String.Output("data", tooltip="The same as JSON, one number per word."),
+                io.Image.Output("image"),
+                io.Mask.Output("where"),
+                io.String.Output("report"),
+                io.String.Output("data"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

@@ -1,6 +1,8 @@
 """What several nodes have in common: their schema, their inputs, and what these say."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,10 @@ from .engine.measuring import ROWS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 CATEGORY = "unmemorize"
+TEXTS = json.loads((ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))
+"""English names and tooltips by node id."""
 CalibrationSocket = io.Custom("UNMEMORIZE_CALIBRATION")
 """Socket that carries a `Calibration`."""
 RecordSocket = io.Custom("UNMEMORIZE_RECORD")
@@ -26,17 +31,35 @@ GATES = {"auto": "calibrated", "always": "always", "never": "never"}
 TARGETS = ("calibration", "norm")
 
 
-def schema(*, search_aliases: list[str], **settings: Any) -> io.Schema:
-    """Return a node's schema in the pack's category.
+def schema(
+    node_id: str, *, inputs: list, outputs: list, search_aliases: list[str], **settings: Any
+) -> io.Schema:
+    """Return a node's schema in the pack's category, its texts in English.
+
+    Names, description and tooltips stand in locales/en/nodeDefs.json, beside their translations.
 
     Args:
+        node_id: Key of the texts.
+        inputs: Texts are filled in here; what the file does not name keeps its own.
+        outputs: The same.
         search_aliases: Further words a search should find the node by; ComfyUI before 0.16 has no
             such field.
         settings: Fields that every supported ComfyUI knows.
     """
+    texts = TEXTS[node_id]
+    named = [(one, texts.get("inputs", {}).get(one.id)) for one in inputs]
+    named += [(one, texts["outputs"][str(place)]) for place, one in enumerate(outputs)]
+    for one, text in named:
+        if text:
+            one.tooltip = text["tooltip"]
+            if text["name"] != one.id:
+                one.display_name = text["name"]
     if "search_aliases" in {field.name for field in fields(io.Schema)}:
         settings["search_aliases"] = search_aliases
-    return io.Schema(category=CATEGORY, **settings)
+    return io.Schema(
+        node_id=node_id, display_name=texts["display_name"], description=texts["description"],
+        category=CATEGORY, inputs=inputs, outputs=outputs, **settings,
+    )  # fmt: skip
 
 
 def to_image(drawn: "Image") -> Float[Tensor, " 1 height width 3"]:
@@ -44,85 +67,17 @@ def to_image(drawn: "Image") -> Float[Tensor, " 1 height width 3"]:
     return torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255)[None]
 
 
-def model_input() -> io.Model.Input:
-    """Return the input of the model that is measured."""
-    return io.Model.Input("model", tooltip="With its LoRA, as you sample with it.")
-
-
-def latent_input() -> io.Latent.Input:
-    """Return the input that says how large the images are."""
-    return io.Latent.Input(
-        "latent",
-        tooltip="Empty latent of the image size to measure at; nothing but its size is read. "
-        "Scores grow with it: use the size you sample at.",
-    )
-
-
-def negative_input() -> io.Conditioning.Input:
-    """Return the input of what guidance moves away from."""
-    return io.Conditioning.Input(
-        "negative",
-        tooltip="What the score is measured against: an empty text; for SDXL an empty text through "
-        "ConditioningZeroOut to compare with the command line. Other negatives change the score.",
-    )
-
-
-def calibration_input() -> CalibrationSocket.Input:
-    """Return the input of what turns scores into verdicts."""
-    return CalibrationSocket.Input(
-        "calibration",
-        optional=True,
-        tooltip="Of this very model and these settings; no verdict without it.",
-    )
-
-
 def seed_inputs() -> list[io.Int.Input]:
     """Return the inputs of `config_of`."""
     return [
-        io.Int.Input(
-            "seeds", default=4, min=1, max=64,
-            tooltip="Starting noises to average over, 1 to 64: seeds 0, 1, 2, ... More are slower "
-            "and steadier.",
-        ),
-        io.Int.Input(
-            "steps", default=1, min=1, max=50,
-            tooltip="Denoising steps to average over, 1 to 50, from the noisiest of 50. One is "
-            "enough as a rule.",
-        ),
-    ]  # fmt: skip
+        io.Int.Input("seeds", default=4, min=1, max=64),
+        io.Int.Input("steps", default=1, min=1, max=50),
+    ]
 
 
 def config_of(seeds: int, steps: int) -> DetectionConfig:
     """Return what the widgets of `seed_inputs` say."""
     return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=ROWS)
-
-
-def gate_input() -> io.Combo.Input:
-    """Return the input that says when to act."""
-    return io.Combo.Input(
-        "gate",
-        options=list(GATES),
-        default="auto",
-        tooltip="auto: act if the prompt scores above the calibration's threshold. always: act on "
-        "every prompt. never: switched off, nothing is measured.",
-    )
-
-
-def gate_calibration_inputs() -> list:
-    """Return the optional inputs of what the gate and the target are taken from."""
-    return [
-        CalibrationSocket.Input(
-            "calibration",
-            optional=True,
-            tooltip="Of this very model and size: what the gate auto and target_quantile go by.",
-        ),
-        io.Boolean.Input(
-            "force",
-            default=False,
-            optional=True,
-            tooltip="Use a calibration of another model or other settings all the same.",
-        ),
-    ]
 
 
 def gate_of(choice: str, calibration: Calibration | None) -> Gate:

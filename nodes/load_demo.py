@@ -23,18 +23,9 @@ class LoadDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeLoadDemoModel",
-            display_name="Load Demo Model",
-            description=(
-                "A small model that memorizes, made to try these nodes on: 128 x 128 pixels, "
-                "seconds on a laptop, nothing to download. Its duplicates were planted."
-            ),
             search_aliases=["unmemorize demo", "tiny model", "example checkpoint"],
             inputs=[],
-            outputs=[
-                io.Model.Output("model", tooltip="U-Net, Stable Diffusion 1.x at small width."),
-                io.Clip.Output("clip", tooltip="Text encoder and tokenizer, 77 tokens."),
-                io.Vae.Output("vae", tooltip="Autoencoder, 8 x 8 pixels per latent place."),
-            ],
+            outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from ..shared.files.prompts import clean, read_prompts
 from ..shared.score.controls import CONTROLS, load_controls
 from .engine.comfy_denoiser import Prompt
 from .engine.measuring import encoded, scores
-from .inputs import config_of, latent_input, schema, seed_inputs, to_image
+from .inputs import config_of, schema, seed_inputs, to_image
 
 
 class LoraCheck(io.ComfyNode):
@@ -22,48 +22,31 @@ class LoraCheck(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeLoraCheck",
-            display_name="LoRA Check",
-            description=(
-                "Scores of a LoRA's training captions with the LoRA minus without it. A caption "
-                "whose score rises far more than that of ordinary prompts may be memorized."
-            ),
             search_aliases=["lora memorization check", "unmemorize lora", "lora overfitting"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="Without the LoRA."),
-                io.Clip.Input("clip", tooltip="Without the LoRA."),
-                io.Model.Input("model_with_lora", tooltip="The same model after Load LoRA."),
-                io.Clip.Input("clip_with_lora", tooltip="The same text encoder after Load LoRA."),
-                latent_input(),
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Model.Input("model_with_lora"),
+                io.Clip.Input("clip_with_lora"),
+                io.Latent.Input("latent"),
                 io.String.Input(
                     "captions",
                     multiline=True,
                     default="",
                     placeholder="training captions, one a line",
-                    tooltip="Training captions, one a line.",
                 ),
-                io.String.Input(
-                    "folder",
-                    default="",
-                    tooltip="Training folder with captions as .txt beside the images or in "
-                    "metadata.jsonl or .csv; read in addition. Empty: none.",
-                ),
-                io.Int.Input(
-                    "controls", default=20, min=0, max=250,
-                    tooltip="Bundled ordinary prompts to compare with, 0 to 250: they show what "
-                    "the LoRA does to every prompt.",
-                ),
+                io.String.Input("folder", default=""),
+                io.Int.Input("controls", default=20, min=0, max=250),
                 *seed_inputs(),
             ],
             outputs=[
-                io.Image.Output("table", tooltip="Greatest increases first, 640 pixels wide."),
-                io.String.Output("report", tooltip="The result in words, a line per caption."),
-                io.String.Output("data", tooltip="The same as JSON."),
-                io.Float.Output(
-                    "increase", tooltip="Mean over the captions, L2 norm in latent units."
-                ),
+                io.Image.Output("table"),
+                io.String.Output("report"),
+                io.String.Output("data"),
+                io.Float.Output("increase"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

@@ -8,16 +8,7 @@ from comfy_api.latest import io
 from ..shared.mitigation.embedding import EmbeddingOptimisation
 from ..shared.score.calibration import Calibration
 from .engine.mitigating import MitigatedPrompt, mitigate_prompt
-from .inputs import (
-    gate_calibration_inputs,
-    gate_input,
-    gate_of,
-    model_input,
-    negative_input,
-    schema,
-    target_inputs,
-    target_of,
-)
+from .inputs import GATES, CalibrationSocket, gate_of, schema, target_inputs, target_of
 
 OFF = "Off: the gate is set to never, nothing was measured."
 
@@ -29,57 +20,32 @@ class MitigateMemorization(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeMitigate",
-            display_name="Mitigate Memorization",
-            description=(
-                "Changes an encoded prompt a little, until it no longer dictates the image: the "
-                "score falls, the subject stays. A prompt that is not memorized leaves as it came, "
-                "and its images are the very same."
-            ),
             search_aliases=["unmemorize mitigate", "memorisation", "prompt embedding optimization"],
             inputs=[
-                model_input(),
-                io.Conditioning.Input(
-                    "positive", tooltip="The prompt; of a combined one, the first part is changed."
-                ),
-                negative_input(),
-                io.Latent.Input(
-                    "latent",
-                    tooltip="The one the sampler gets: its size is measured at, and each image of "
-                    "its batch gets an embedding of its own.",
-                ),
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="That of the sampler, 0 to 2^64 - 1: the embedding is searched at the "
-                    "very noise that sampling begins with.",
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True
                 ),
-                gate_input(),
+                io.Combo.Input("gate", options=list(GATES), default="auto"),
                 *target_inputs(),
                 io.Float.Input(
-                    "learning_rate", default=0.05, min=0.0001, max=1.0, step=0.001, round=0.0001,
-                    tooltip="Size of a step of AdamW in units of the embedding, 0.0001 to 1; the "
-                    "authors' code takes 0.05.",
+                    "learning_rate", default=0.05, min=0.0001, max=1.0, step=0.001, round=0.0001
                 ),
-                io.Int.Input(
-                    "iterations", default=10, min=0, max=500,
-                    tooltip="Steps at most, 0 to 500; the authors' code takes 10. Each costs about "
-                    "three passes of the network per image.",
-                ),
-                *gate_calibration_inputs(),
+                io.Int.Input("iterations", default=10, min=0, max=500),
+                CalibrationSocket.Input("calibration", optional=True),
+                io.Boolean.Input("force", default=False, optional=True),
             ],
             outputs=[
-                io.Conditioning.Output(
-                    "mitigated", display_name="positive", tooltip="For the sampler, same noise."
-                ),
-                io.String.Output("report", tooltip="Decision, scores and steps made, in words."),
-                io.Boolean.Output("acted", tooltip="Whether the prompt was changed."),
-                io.Float.Output(
-                    "before",
-                    tooltip="Score at the sampler's own noise, highest of the batch: L2 norm in "
-                    "latent units, from 0; NaN if switched off.",
-                ),
-                io.Float.Output("after", tooltip="The same of the prompt that leaves this node."),
+                io.Conditioning.Output("mitigated"),
+                io.String.Output("report"),
+                io.Boolean.Output("acted"),
+                io.Float.Output("before"),
+                io.Float.Output("after"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

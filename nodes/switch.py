@@ -12,22 +12,13 @@ class MemorizationSwitch(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeSwitch",
-            display_name="Memorization Switch",
-            description=(
-                "Passes on the second latent if the first looks memorized. What makes the second "
-                "one runs only then."
-            ),
             search_aliases=["unmemorize switch", "lazy switch", "resample if memorized"],
             inputs=[
-                io.Boolean.Input(
-                    "memorized", force_input=True, tooltip="From Memorization Report."
-                ),
-                io.Latent.Input("ordinary", lazy=True, tooltip="Passed on if not memorized."),
-                io.Latent.Input(
-                    "mitigated", lazy=True, tooltip="Passed on if memorized; made only then."
-                ),
+                io.Boolean.Input("memorized", force_input=True),
+                io.Latent.Input("ordinary", lazy=True),
+                io.Latent.Input("mitigated", lazy=True),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="One of the two, as it came.")],
+            outputs=[io.Latent.Output("latent")],
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from ..shared.drawing.step_chart import draw_note, draw_step_chart
 from ..shared.sampling.watched_runs import WatchRecord, guard_lines, judge, metadata, verdict_text
 from ..shared.score.calibration import Calibration
 from .engine.watching import latent_id, watch
-from .inputs import RecordSocket, calibration_input, schema, to_image
+from .inputs import CalibrationSocket, RecordSocket, schema, to_image
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,6 @@ class MemorizationWatch(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeWatch",
-            display_name="Memorization Watch",
-            description=(
-                "Put it between the model and any sampler. It reads how strongly the prompt steers "
-                "each step from predictions that guidance computes anyway: no extra work, the very "
-                "same images. Memorization Report shows the result."
-            ),
             search_aliases=[
                 "detect memorization",
                 "memorisation",
@@ -39,29 +33,11 @@ class MemorizationWatch(io.ComfyNode):
                 "monitor",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRAs; the sampler gets the output."),
-                io.Boolean.Input(
-                    "measure_anyway",
-                    default=False,
-                    tooltip=(
-                        "For cfg 1, BasicGuider and guidance-distilled models, which never ask for "
-                        "the negative prompt: ask for it. Costs one more pass of the network per "
-                        "step, up to twice the time. Without effect where cfg is above 1."
-                    ),
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip=(
-                        "Encoded empty text. Only needed to measure anyway with a guider that has "
-                        "no negative prompt, such as BasicGuider."
-                    ),
-                ),
+                io.Model.Input("model"),
+                io.Boolean.Input("measure_anyway", default=False),
+                io.Conditioning.Input("negative", optional=True),
             ],
-            outputs=[
-                io.Model.Output("watched", display_name="model", tooltip="For the sampler."),
-                RecordSocket.Output("record", tooltip="For Memorization Report."),
-            ],
+            outputs=[io.Model.Output("watched"), RecordSocket.Output("record")],
         )
 
     @classmethod
@@ -78,55 +54,22 @@ class MemorizationReport(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnmemorizeReport",
-            display_name="Memorization Report",
-            description=(
-                "Score per sampling step of each image of the batch and, with a calibration, which "
-                "of them looks memorized."
-            ),
             search_aliases=["memorisation report", "memorization score", "verdict"],
             is_output_node=True,
             hidden=[io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             inputs=[
-                RecordSocket.Input("record", tooltip="From Memorization Watch."),
-                io.Latent.Input(
-                    "latent", tooltip="From the sampler: says which run to report, and that it ran."
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=1,
-                    min=1,
-                    max=1000,
-                    tooltip=(
-                        "Sampling steps to average the score over, counted from the noisiest, 1 to "
-                        "1000. A connected calibration decides instead."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "save_score",
-                    default=False,
-                    tooltip=(
-                        "Write the result into the metadata of images saved downstream, under "
-                        "`unmemorize` and this node's id. Decode the latent that leaves this node, "
-                        "so that it runs before the saving; it then runs every time."
-                    ),
-                ),
-                calibration_input(),
+                RecordSocket.Input("record"),
+                io.Latent.Input("latent"),
+                io.Int.Input("steps", default=1, min=1, max=1000),
+                io.Boolean.Input("save_score", default=False),
+                CalibrationSocket.Input("calibration", optional=True),
             ],
             outputs=[
-                io.Latent.Output("reported", display_name="latent", tooltip="As it came in."),
-                io.Image.Output("chart", tooltip="Score per step, 640 pixels wide."),
-                io.String.Output("report", tooltip="The result in words."),
-                io.Float.Output(
-                    "score",
-                    tooltip=(
-                        "Highest of the batch: L2 norm in latent units, from 0; NaN where nothing "
-                        "could be measured."
-                    ),
-                ),
-                io.Boolean.Output(
-                    "memorized",
-                    tooltip="Whether any image is above the threshold; false without calibration.",
-                ),
+                io.Latent.Output("reported"),
+                io.Image.Output("chart"),
+                io.String.Output("report"),
+                io.Float.Output("score"),
+                io.Boolean.Output("memorized"),
             ],
         )
 
