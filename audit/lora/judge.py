@@ -16,7 +16,7 @@ from .config import settings_of
 from .draw import Drawn
 from .read import Epoch
 from .result import EpochPoint, ImageVerdict, LoraAudit, Rate, Thresholds, TrainingSet
-from .verdicts import LEVEL, fisher, judge_images, near_threshold, summarize, thresholds
+from .verdicts import LEVEL, fisher, weigh
 from .work import Work
 
 EXPLAINED = 6
@@ -28,9 +28,9 @@ Words = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit:
     """Return everything the page shows and the files hold."""
     subject, evidence, generations = work.subject, compared.evidence, compared.generations
-    limits = thresholds(evidence.off_best, evidence.held_out, compared.peers)
-    layout_limit = near_threshold(evidence.layout_controls)
-    verdicts = judge_images(evidence, compared.ceilings, limits, layout_limit)
+    limits, verdicts, headline = weigh(
+        evidence, compared.ceilings, compared.peers, compared.instrument
+    )
     points = tuple(
         judge_epoch(epoch, best, evidence.off_best, limits, rise)
         for (epoch, _), best, rise in zip(plan.epochs, compared.epochs, drawn.rises, strict=True)
@@ -45,7 +45,7 @@ def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit
         generations=generations,
         verdicts=verdicts,
         thresholds=limits,
-        headline=summarize(verdicts, evidence, limits, compared.instrument),
+        headline=headline,
         positive_control=compared.instrument,
         attack=judge_attack(compared.rows, generations, limits, evidence.trained),
         epochs=points,

@@ -13,7 +13,7 @@ from ...shared.wording import counted, visible
 from ..common.job import file_sha256
 from .config import LoraAuditConfig
 from .header import LONGEST, Header, read_header
-from .remarks import base_remarks, caption_remarks, count_remarks, own_remarks, read_base
+from .remarks import compare_header
 from .result import LoraFacts, TrainingSet
 from .training_set import read_training_set
 
@@ -49,7 +49,7 @@ class Material:
 
 
 def read(config: LoraAuditConfig, base: str | Path) -> Material:
-    """Return what the files of an audit hold; of the base model only its head is read.
+    """Return what the files of an audit hold; nothing is computed.
 
     Args:
         config: Names the files.
@@ -112,13 +112,9 @@ def lora_facts(path: Path, header: Header, training: TrainingSet, base: str | Pa
     ranks = [shape[0] for key, shape in shapes.items() if key.endswith(INNER) and shape]
     rank = max(ranks, default=None)
     base_name = header.base_name or _peft_base(path)
-    remarks = [
-        *base_remarks(header, _text_width(shapes), base_name, read_base(base)),
-        *count_remarks(header, training),
-        *caption_remarks(header, training),
-        *own_remarks(header, rank),
-    ]
-    remarks.sort(key=lambda remark: not remark.urgent)
+    remarks = compare_header(
+        header, training, base, base_name=base_name, rank=rank, text_width=_text_width(shapes)
+    )
     by_lycoris = (header.module or "").startswith("lycoris")  # its LoCon looks like kohya's
     return LoraFacts(
         name=path.name,

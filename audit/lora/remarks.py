@@ -116,17 +116,38 @@ class Remark:
     """A user must act on it."""
 
 
-def base_remarks(
-    header: Header, text_width: int | None, name: str | None, model: BaseModel
-) -> Iterator[Remark]:
-    """Compare the base model with the one the LoRA names: by architecture, by hash, else by name.
+def compare_header(
+    header: Header,
+    training: TrainingSet,
+    base: str | Path,
+    *,
+    base_name: str | None,
+    rank: int | None,
+    text_width: int | None,
+) -> list[Remark]:
+    """Return what differs between a LoRA's header and everything else first, then what agrees.
 
     Args:
         header: Of the LoRA.
+        training: The folder it is said to be trained on.
+        base: Location of the base model that is used.
+        base_name: Name of the base model, as the LoRA says.
+        rank: Of the file.
         text_width: Numbers a token has where the LoRA reads the text.
-        name: Of its base model, as the LoRA says.
-        model: The base model that is used.
     """
+    remarks = [
+        *_base_remarks(header, text_width, base_name, read_base(base)),
+        *_count_remarks(header, training),
+        *_caption_remarks(header, training),
+        *_own_remarks(header, rank),
+    ]
+    return sorted(remarks, key=lambda remark: not remark.urgent)
+
+
+def _base_remarks(
+    header: Header, text_width: int | None, name: str | None, model: BaseModel
+) -> Iterator[Remark]:
+    """Compare the base model with the one the LoRA names: by its kind, by hash, or else by name."""
     architecture = named_architecture(header.architecture)
     if architecture and model.architecture and architecture != model.architecture:
         text = f"The LoRA was trained on {architecture}; {model.name} is {model.architecture}."
@@ -162,7 +183,7 @@ def base_remarks(
         yield Remark("The LoRA does not say what base model it was trained on.")
 
 
-def count_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
+def _count_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
     """Compare the images and repeats that the header counts with those of the folder."""
     trained = training.trained
     reserved = 0 if training.held_out_folder else len(training.images) - len(trained)
@@ -197,7 +218,7 @@ def count_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
         yield Remark(f"An epoch shows {images} by the header, {shown} by the folder.")
 
 
-def caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
+def _caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
     """Compare the tags that the header counts with those of the captions, as kohya counts them."""
     in_header = header.tag_counts()
     if not in_header:
@@ -220,7 +241,7 @@ def caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
         yield Remark(f"The captions hold the {len(in_header)} tags that the header counts.")
 
 
-def own_remarks(header: Header, rank: int | None) -> Iterator[Remark]:
+def _own_remarks(header: Header, rank: int | None) -> Iterator[Remark]:
     """Name a rank that was changed afterwards, and what our trainer flags wrote."""
     if header.rank is not None and rank is not None and header.rank != rank:
         yield Remark(f"The header says rank {header.rank}, the file has {rank}.")

@@ -103,6 +103,19 @@ class Evidence:
         return torch.cat([off, self.layouts[list(self.on), self.trained :].amax(0)])
 
 
+def weigh(
+    evidence: Evidence,
+    ceilings: Float[Tensor, " image"],
+    peers: Float[Tensor, " row"],
+    instrument: PositiveControl,
+) -> tuple[Thresholds, tuple[ImageVerdict, ...], Headline]:
+    """Return the thresholds that the controls carry, and what follows for images and LoRA."""
+    limits = thresholds(evidence.off_best, evidence.held_out, peers)
+    layout_limit = near_threshold(evidence.layout_controls)
+    verdicts = judge_images(evidence, ceilings, limits, layout_limit)
+    return limits, verdicts, summarize(verdicts, evidence, limits, instrument)
+
+
 def judge_images(
     evidence: Evidence,
     ceilings: Float[Tensor, " image"],
