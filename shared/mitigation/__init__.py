@@ -39,7 +39,8 @@ def make_method(name: str, **settings: Any) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; choose one of {', '.join(METHODS)}.")
-    known = {field.name: field for field in fields(METHODS[name])}
+    method: Any = METHODS[name]  # each of them is a dataclass
+    known = {field.name: field for field in fields(method)}
     if unknown := sorted(settings.keys() - known.keys()):
         raise ValueError(
             f"Method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
@@ -47,4 +48,4 @@ def make_method(name: str, **settings: Any) -> Method:
     needed = {name for name, field in known.items() if field.default is MISSING}
     if missing := sorted(needed - settings.keys()):
         raise ValueError(f"Method {name!r} needs {', '.join(missing)}.")
-    return METHODS[name](**settings)
+    return method(**settings)

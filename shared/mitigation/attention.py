@@ -59,7 +59,7 @@ class AttractionRepulsion(Method):
     """Where attention is damped: "early" in the down and middle blocks (authors' README:
     BLOCKS_EARLY), "all" in the up blocks, too."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` must lie in 0..1, got {self.alpha}.")
         if math.isnan(self.tau):

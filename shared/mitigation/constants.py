@@ -39,53 +39,55 @@ class Constants:
         if self.network is None:
             yield
         elif key == self._key:
-            with self._replaying():
+            with _replaying(self._outputs):
                 yield
         elif torch.is_grad_enabled():
             self._key, self._outputs = None, {}
-            with self._recording() as constant:
+            with _recording(self.network) as constant:
                 yield
             self._key, self._outputs = key, constant
         else:  # without a graph everything would look constant
             yield
 
-    @contextmanager
-    def _recording(self) -> Iterator[dict[nn.Module, Any]]:
-        """Collect the outputs, without gradient, of the outermost modules that are called once.
 
-        The dictionary is filled when the block ends.
-        """
-        calls: Counter[nn.Module] = Counter()
-        outputs: dict[nn.Module, tuple[Any, list[int]]] = {}
+@contextmanager
+def _recording(network: nn.Module) -> Iterator[dict[nn.Module, Any]]:
+    """Collect the outputs, without gradient, of the outermost modules that are called once.
 
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            calls[module] += 1
-            tensors = _tensors(output)
-            if tensors and not any(tensor.requires_grad for tensor in tensors):
-                outputs[module] = output, [tensor._version for tensor in tensors]
+    The dictionary is filled when the block ends.
+    """
+    calls: Counter[nn.Module] = Counter()
+    outputs: dict[nn.Module, tuple[Any, list[int]]] = {}
 
-        constant: dict[nn.Module, Any] = {}
-        with ExitStack() as undo:
-            for module in self.network.modules():
-                undo.callback(module.register_forward_hook(record).remove)
-            yield constant
-        inside: set[nn.Module] = set()
-        for module in self.network.modules():  # outer modules first
-            if module in inside or module not in outputs or calls[module] > 1:
-                continue
-            output, versions = outputs[module]
-            # An output that is written into later would be another one the next time.
-            if [tensor._version for tensor in _tensors(output)] == versions:
-                constant[module] = output
-                inside |= set(module.modules())
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        calls[module] += 1
+        tensors = _tensors(output)
+        if tensors and not any(tensor.requires_grad for tensor in tensors):
+            outputs[module] = output, [tensor._version for tensor in tensors]
 
-    @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        """Let the modules return what they returned before."""
-        with ExitStack() as undo:
-            for module, output in self._outputs.items():
-                undo.enter_context(patched(module, "forward", partial(_always, output)))
-            yield
+    constant: dict[nn.Module, Any] = {}
+    with ExitStack() as undo:
+        for module in network.modules():
+            undo.callback(module.register_forward_hook(record).remove)
+        yield constant
+    inside: set[nn.Module] = set()
+    for module in network.modules():  # outer modules first
+        if module in inside or module not in outputs or calls[module] > 1:
+            continue
+        output, versions = outputs[module]
+        # An output that is written into later would be another one the next time.
+        if [tensor._version for tensor in _tensors(output)] == versions:
+            constant[module] = output
+            inside |= set(module.modules())
+
+
+@contextmanager
+def _replaying(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Let the modules return what they returned before."""
+    with ExitStack() as undo:
+        for module, output in outputs.items():
+            undo.enter_context(patched(module, "forward", partial(_always, output)))
+        yield
 
 
 def _always(output: Any, original: Function) -> Function:

@@ -43,7 +43,7 @@ class DelayedGuidance(Method):
     opposite_until: float = 0.35
     """Share of the schedule, 0..1 (authors' README: t = 650 of 1000, so 0.35)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
         for name in ("start_percent", "opposite_until"):
@@ -78,24 +78,24 @@ class Delay(Mitigation):
 
     def guide(self, step: Step) -> Tensor | None:
         """Return the prediction of images that wait; None when all have started."""
-        self._watch(step)
-        if self.started.all():
+        self.started = started = self._watch(step)
+        if started.all():
             return None
         before = step.guided(self.settings.scale_at(step.percent))
-        if not self.started.any():
+        if not started.any():
             return before
-        started = self.started.view(-1, *[1] * (before.ndim - 1))
-        return torch.where(started, step.guided(), before)
+        return torch.where(started.view(-1, *[1] * (before.ndim - 1)), step.guided(), before)
 
-    def _watch(self, step: Step) -> None:
-        """Let images start whose |D| has just risen after a fall."""
-        now = step.magnitude
-        if self.started is None:
-            self.started = torch.zeros(len(now), dtype=torch.bool, device=now.device)
+    def _watch(self, step: Step) -> Tensor:
+        """Return the images that have started, with those whose |D| has just risen after a fall."""
+        now, started = step.magnitude, self.started
+        if started is None:
+            started = torch.zeros(len(now), dtype=torch.bool, device=now.device)
         if step.percent >= self.settings.start_percent:
-            self.started = torch.ones_like(self.started)
-        elif self.settings.mode == "dynamic":
+            return torch.ones_like(started)
+        if self.settings.mode == "dynamic":
             self._magnitudes = [*self._magnitudes[-2:], now]
             if len(self._magnitudes) == 3:
                 first, last, now = self._magnitudes
-                self.started = self.started | ((first > last) & (last < now))
+                started = started | ((first > last) & (last < now))
+        return started

@@ -14,7 +14,6 @@ from .constants import Constants
 from .method import Method, Start
 from .optimisation import (
     Optimised,
-    check_checkpointing,
     check_descent,
     descend,
     find_target,
@@ -48,7 +47,7 @@ class EmbeddingOptimisation(Method):
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, a third more time."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_descent(self.learning_rate, self.target, self.target_quantile, self.batch_size)
         if self.iterations < 0:
             raise ValueError(f"`iterations` must be at least 0, got {self.iterations}.")
@@ -66,8 +65,6 @@ class EmbeddingOptimisation(Method):
             PredictionError: A prediction or gradient is not finite.
         """
         target = find_target(start, self.target, self.target_quantile)
-        if self.checkpointing:
-            check_checkpointing(start.network)
         with gradients(start.network, checkpointing=self.checkpointing):
             cond, x, sigma = start.cond.detached(), start.x.detach().clone(), start.sigma.clone()
             x0_uncond, dtype = start.x0_uncond.detach().clone(), cond.embeddings.dtype

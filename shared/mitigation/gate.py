@@ -31,7 +31,7 @@ class Gate:
     """Starting noises to score a prompt with, the first of the calibration's; the threshold is that
     of the controls at the same seeds. Each costs one network row per prompt and calibrated step."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"The gate must be one of {', '.join(MODES)}, got {self.mode!r}.")
         if self.mode == "calibrated" and self.calibration is None:
@@ -132,10 +132,10 @@ class AppliedGate:
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
-        mode, scores = self.gate.mode, self.scores(cond, prompts)
-        if scores is None:
+        mode, threshold = self.gate.mode, self.gate.threshold
+        scores = self.scores(cond, prompts)
+        if scores is None or threshold is None:
             return (Decision(fired=mode == "always", score=None),) * len(cond)
-        threshold = self.gate.threshold
         return tuple(
             Decision(fired=mode == "always" or (mode == "calibrated" and s > threshold), score=s)
             for s in scores

@@ -18,7 +18,6 @@ from .method import Method, Mitigation, Start, Step
 from .optimisation import (
     Optimised,
     batches,
-    check_checkpointing,
     check_descent,
     descend,
     find_target,
@@ -68,7 +67,7 @@ class InitialNoise(Method):
     checkpointing: bool = False
     """Per sample: recompute activations instead of keeping them: less memory, more time."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in ITERATIONS:
             raise ValueError(f"`mode` must be one of {', '.join(ITERATIONS)}, got {self.mode!r}.")
         check_descent(self.learning_rate, self.target, self.target_quantile, self.batch_size)
@@ -96,8 +95,6 @@ class InitialNoise(Method):
     def _per_sample(self, start: Start) -> Optimised:
         target = find_target(start, self.target, self.target_quantile)
         unit = _unit(start)
-        if self.checkpointing:
-            check_checkpointing(start.network)
         with gradients(start.network, checkpointing=self.checkpointing):
             run = _TextNoise(start)
 

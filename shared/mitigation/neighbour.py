@@ -55,7 +55,7 @@ class NearestNeighbour(Method):
     """c_3, at least 0: length of the step away, as a share of the norm of the predicted latents
     (paper, Eq. 17, in other units; it gives no value)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.latents.ndim < 3 or len(self.latents) == 0:
             raise ValueError(
                 "`latents` must hold at least one image, [image channel height width], got shape "

@@ -170,28 +170,28 @@ def gradients(network: nn.Module | None, *, checkpointing: bool = False) -> Iter
             required is put back. None leaves the network alone.
         checkpointing: Recompute activations on the way back, as diffusers networks can, which costs
             a forward pass and saves most of the memory; the network's own choice is put back.
+
+    Raises:
+        ValueError: The network cannot recompute its activations.
     """
-    with ExitStack() as undo:
-        for parameter in [] if network is None else network.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        if checkpointing:
-            for module in network.modules():
-                undo.callback(_put_back, module, _choice(module))
-            network.enable_gradient_checkpointing()
-        undo.enter_context(torch.inference_mode(False))
-        undo.enter_context(torch.enable_grad())
-        yield
-
-
-def check_checkpointing(network: nn.Module | None) -> None:
-    """Raise ValueError unless the network can recompute its activations."""
-    if not hasattr(network, "enable_gradient_checkpointing"):
+    if checkpointing and not hasattr(network, "enable_gradient_checkpointing"):
         given = "the host gave no network" if network is None else "this network cannot"
         raise ValueError(
             f"`checkpointing` needs a network of diffusers, {given}: switch it off, or use a "
             "smaller `batch_size`."
         )
+    with ExitStack() as undo:
+        if network is not None:
+            for parameter in network.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            if checkpointing:
+                for module in network.modules():
+                    undo.callback(_put_back, module, _choice(module))
+                network.enable_gradient_checkpointing()
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        yield
 
 
 def _choice(module: nn.Module) -> dict:

@@ -35,7 +35,7 @@ class RandomInsertion(Method):
     kind: str = "words"
     """"words" (paper: random token, RT) or "numbers" below 100,000 (paper: random number, RNA)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"`count` must be at least 0, got {self.count}.")
         if self.kind not in KINDS:

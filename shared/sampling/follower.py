@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -158,7 +159,7 @@ def argument_of(pipeline: Any, name: str) -> float:
     Raises:
         ValueError: No pipeline is running that has such an argument.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         # Reading a frame's values copies them all: only those of the one that has the argument.
         if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..mitigation import DEFAULT, make_method
 from ..mitigation.gate import AppliedGate, Gate, GuardedImage
-from ..mitigation.method import Method, Start
+from ..mitigation.method import Method, Mitigation, Start
 from ..models.adapter import PipelineDenoiser
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
@@ -88,9 +88,14 @@ def guard(
         CalibrationMismatch: The calibration was made under other conditions.
         GuidanceIsOff: On sampling without guidance when that is what the method acts on.
     """
-    method = make_method(method) if isinstance(method, str) else method
-    gate = Gate(mode=gate, calibration=calibration, seeds=seeds)
-    guarding = PipelineGuard(pipeline, method, gate, seed, model, force)
+    guarding = PipelineGuard(
+        pipeline,
+        make_method(method) if isinstance(method, str) else method,
+        Gate(mode=gate, calibration=calibration, seeds=seeds),
+        seed,
+        model,
+        force,
+    )
     with guarding.following():
         yield guarding.record
 
@@ -118,27 +123,26 @@ class PipelineGuard(Follower):
         self._denoisers[tuple(self.denoiser.latent_shape[-2:])] = self.denoiser
         self.record = GuardRecord(caveat=gate.check(self.denoiser, model=model, force=force))
         self.applied = AppliedGate(gate, self.denoiser)
-        self.texts: Texts | None = None
-        self.undecided = False
+        self.undecided: Texts | None = None  # of a run before its first network call
         self.run: MitigatedRun | None = None
 
     def on_start(self, texts: Texts) -> None:
         """Begin a run."""
-        self.texts, self.undecided = texts, True
+        self.undecided = texts
         self.record.runs.append(GuardedRun())
 
     def on_end(self) -> None:
         """End it: later calls of the network are another pipeline's."""
-        run, self.run, self.undecided = self.run, None, False
+        run, self.run, self.undecided = self.run, None, None
         if run is not None:
             run.close()
 
     def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decide at the first call of a run, then replace what the network reads."""
         call = NetworkCall(args=args, kwargs=kwargs)
-        if self.undecided:
-            self.undecided = False
-            self._begin(call)
+        if self.undecided is not None:
+            texts, self.undecided = self.undecided, None
+            self._begin(call, texts)
         if self.run is None:
             return None
         call = self.run.prepare(call)
@@ -150,9 +154,9 @@ class PipelineGuard(Follower):
             return None
         return self.run.answer(self.network, NetworkCall(args=args, kwargs=kwargs), output)
 
-    def _begin(self, call: NetworkCall) -> None:
+    def _begin(self, call: NetworkCall, texts: Texts) -> None:
         """Decide about each image, and let the method start on those that fired."""
-        texts, together = self.texts, getattr(self.pipeline, "do_classifier_free_guidance", False)
+        together = getattr(self.pipeline, "do_classifier_free_guidance", False)
         if self.method.needs_guidance and self.gate.mode != "never":
             self._check_guidance(together or texts.separate)
         first = len(call.latents) // 2 if together else 0
@@ -174,21 +178,24 @@ class PipelineGuard(Follower):
         run = self.record.runs[-1]
         run.images = tuple(images)  # stands there also when the method refuses
         if fired := [image for image, decision in enumerate(decisions) if decision.fired]:
-            changes = self._act(call, len(rows), fired, tuple(prompts[i] for i in fired if prompts))
+            denoiser = self._denoiser(call.latent_size)
+            # Before it starts: the end of the loop closes it whatever happens.
+            self.run = MitigatedRun(
+                denoiser, images=len(rows), fired=fired, separate=texts.separate
+            )
+            changes = self._act(self.run, call, tuple(prompts[i] for i in fired if prompts))
             for image, change in zip(fired, changes, strict=True):
                 images[image] = replace(images[image], **change)
             run.images = tuple(images)
 
     def _act(
-        self, call: NetworkCall, images: int, fired: list[int], prompts: tuple[str, ...]
-    ) -> list[dict[str, float]]:
+        self, run: MitigatedRun, call: NetworkCall, prompts: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
         """Start the method, and return what it changed, per image, as fields of its record."""
-        denoiser = self._denoiser(call.latent_size)
         calibration = self.gate.calibration
         if calibration is not None:
-            calibration = calibration.at_size(denoiser.latent_shape)
-        self.run = MitigatedRun(denoiser, images=images, fired=fired, separate=self.texts.separate)
-        start = self.run.start(
+            calibration = calibration.at_size(run.denoiser.latent_shape)
+        start = run.start(
             self.method,
             call,
             sigma=self.applied.sigma,
@@ -198,11 +205,13 @@ class PipelineGuard(Follower):
             calibration=calibration,
         )
         with unfollowed():
-            return self._measure(start, prompts)
+            return self._measure(run.mitigation, start, prompts)
 
     @torch.no_grad()
-    def _measure(self, start: Start, prompts: tuple[str, ...]) -> list[dict[str, float]]:
-        mitigation, measured = self.run.mitigation, [{} for _ in range(len(start.cond))]
+    def _measure(
+        self, mitigation: Mitigation, start: Start, prompts: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        measured: list[dict[str, Any]] = [{} for _ in range(len(start.cond))]
         cond = mitigation.cond or start.cond
         if mitigation.cond is not None and (scores := self.applied.scores(cond, prompts)):
             measured = [{"score_after": score} for score in scores]

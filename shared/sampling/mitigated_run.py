@@ -63,7 +63,9 @@ class MitigatedRun:
         Raises:
             ValueError: The method refuses, or its answer does not fit the run.
         """
-        rows = [self._at(call)[0] + image for image in self.fired]
+        cond_at, _ = self._at(call)
+        assert cond_at is not None  # the first call of a run reads the prompts
+        rows = [cond_at + image for image in self.fired]
         latent, read = self._units_of_noise(call)
         scale = self.denoiser.schedule.latent_scale(float(sigma))
         # Autograd refuses inference tensors; indexing copies, and a copy made here is none.
@@ -99,8 +101,9 @@ class MitigatedRun:
         """Return the call with what the method replaced."""
         cond_at, uncond_at = self._at(call)
         if self._noise is not None:
-            for at in {cond_at, uncond_at} - {None}:
-                call = call.with_latents([at + image for image in self._moved], self._noise)
+            for at in (cond_at, uncond_at):
+                if at is not None:
+                    call = call.with_latents([at + image for image in self._moved], self._noise)
         if cond_at is not None and (cond := self.mitigation.cond) is not None:
             call = call.with_conditioning([cond_at + image for image in self.fired], cond)
         return call
@@ -130,6 +133,7 @@ class MitigatedRun:
                 # The pipeline holds this very tensor and combines it with what is returned now.
                 cond[self.fired] = guided.to(cond)
         else:
+            assert cond_at is not None  # one call reads both
             of_cond = [cond_at + image for image in self.fired]
             guided = self._guide(network, call.only(of_cond), prediction[of_cond], prediction[rows])
             rows, guided = rows + of_cond, None if guided is None else torch.cat([guided, guided])

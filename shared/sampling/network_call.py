@@ -43,9 +43,10 @@ class NetworkCall:
         """Return height and width of the latents, unpacked."""
         ids = self.kwargs.get("img_ids")
         if ids is None:
-            return tuple(self.latents.shape[-2:])
-        # Flux numbers the patches of 2 x 2 by row and column.
-        return tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            height, width = self.latents.shape[-2:]
+        else:  # Flux numbers the patches of 2 x 2 by row and column
+            height, width = (2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+        return height, width
 
     def conditioning(self, rows: Sequence[int]) -> Conditioning:
         """Return the text at `rows` as the network reads it."""

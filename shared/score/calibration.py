@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -202,7 +203,7 @@ class Calibration:
 
     def differences(self, model: str, settings: dict) -> str:
         """Return every field that differs with both values, "" when the calibration fits."""
-        pairs = {"model": (self.model, model)}
+        pairs: dict[str, tuple[Any, Any]] = {"model": (self.model, model)}
         for key in sorted(self.settings.keys() | settings.keys()):
             pairs[key] = (self.settings.get(key), settings.get(key))
         return "; ".join(

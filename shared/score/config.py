@@ -19,7 +19,7 @@ class DetectionConfig:
     batch_size: int | None = None
     """Rows of one forward pass; None chooses by device and latent size."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(

@@ -158,7 +158,7 @@ class _Search:
         parts = move_parts(self.prompt, self.words)
         late = [plan for plan in parts if len(plan[0][0].indices) > largest]
         kept = min(len(late), self.budget // 4)  # pairs alone could use up everything
-        plans = [(edit,) for edit in edits]
+        plans: list[tuple[Edit, ...]] = [(edit,) for edit in edits]
         for size in range(1, largest + 1):
             fitting = [plan for plan in parts if len(plan[0][0].indices) == size]
             texts = [(plan, apply(self.prompt, self.words, plan)) for plan in plans]
@@ -212,8 +212,9 @@ def _word_edits(
         word = words[index]
         first, last = core(word)
         texts = NEUTRAL if replacements is None else by_word.get(word[first:last].casefold(), ())
-        kinds = [("drop", ""), *(("replace", text) for text in texts), ("reorder", "end")]
-        edits += [Edit(kind=kind, indices=(index,), words=(word,), to=to) for kind, to in kinds]
+        changes: list[tuple[Kind, str]] = [("drop", ""), *(("replace", text) for text in texts)]
+        changes.append(("reorder", "end"))
+        edits += [Edit(kind=kind, indices=(index,), words=(word,), to=to) for kind, to in changes]
     return edits
 
 
