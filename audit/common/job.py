@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ class FolderTaken(ValueError):
 class Job:
     """An opened output folder; its journals hold every finished part of the work."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, key: str):
         self.folder = folder
+        self.key = key
+        """Stands for all that decides the results, in the keys of the journals."""
         self._journals: dict[str, Journal] = {}
 
     def journal(self, name: str) -> Journal:
@@ -52,64 +54,52 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Refuse early, before any work, an output folder that is not this job's or cannot be written.
+@contextmanager
+def open_job(
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    check: Callable[[], object] | None = None,
+) -> Iterator[Job]:
+    """Claim `folder` for one job; the same job continues, another one is refused.
 
     Args:
         folder: Made when it is missing.
         identity: All that decides the results, as JSON values by readable names.
-        overwrite: Accept any folder that can be written.
+        overwrite: Remove the files of another job; the same job continues all the same.
+        check: Called before a new job claims the folder; when it raises, no new folder stays, so
+            that the command with a corrected option finds none that names another job.
 
     Raises:
         FolderTaken: It holds another job, whose differing settings are named, or foreign files.
-        StorageError: It is a file, or nothing can be written there.
+        StorageError: It is a file, another process is writing there, or nothing can be written.
     """
     make_folder(folder)
-    if overwrite:
-        return
-    found = _read_identity(folder / "journal" / IDENTITY)
-    if found is not None and found != _plain(identity) and _has_work(folder):
-        raise FolderTaken(_difference(folder, found, _plain(identity)))
-    # A kill right after the start leaves a journal folder that does not name its job yet.
-    names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
-    if found is None and (foreign := sorted(names - {"journal", LOCK})):
-        raise FolderTaken(
-            f"{folder} exists and holds {counted(len(foreign), 'file that is', 'files that are')} "
-            f"not an audit's, such as {foreign[0]!r}. Choose another --output, or add "
-            "--overwrite to write into it (only files of an audit's own names are replaced)."
-        )
-
-
-def holds(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether `folder` already holds this very job."""
-    return _read_identity(folder / "journal" / IDENTITY) == _plain(identity)
-
-
-@contextmanager
-def open_job(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Iterator[Job]:
-    """Claim `folder` for one job; the same job continues, another one is refused.
-
-    Args:
-        folder: Already checked by `check_folder`.
-        identity: All that decides the results, as JSON values by readable names.
-        overwrite: Remove the files of another job; the same job continues all the same.
-
-    Raises:
-        FolderTaken: It holds another job; names the settings that differ.
-        StorageError: Another process is writing there, or nothing can be written.
-    """
+    path = folder / "journal" / IDENTITY
+    identity = dict(json.loads(json.dumps(dict(identity))))
+    stored = _read_identity(path)
+    if not overwrite:
+        _refuse_another(folder, stored, identity)
+        if stored is None:
+            _refuse_foreign(folder)
+    if check is not None and stored != identity:
+        try:
+            check()
+        except BaseException:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+            raise
     make_folder(folder / "journal")
     with locked(folder / LOCK, owner=str(folder)):
-        path = folder / "journal" / IDENTITY
-        identity = _plain(identity)
-        found = _read_identity(path)
-        if found is not None and found != identity:
-            if not overwrite:
-                raise FolderTaken(_difference(folder, found, identity))
+        stored = _read_identity(path)
+        if not overwrite:  # another process may have come first
+            _refuse_another(folder, stored, identity)
+        if stored not in (None, identity):
             _remove_results(folder)
-        if found != identity:
+        if stored != identity:
             write_text(path, json.dumps(identity, indent=1) + "\n")
-        yield Job(folder)
+        yield Job(folder, content_key(identity))
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
@@ -121,24 +111,27 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
         return {"job": f"{path.name} is damaged"}
 
 
-def _has_work(folder: Path) -> bool:
-    """Return whether anything beyond facts about the model was finished there."""
-    journals = (folder / "journal").glob("*.jsonl")
-    return any(path.stat().st_size for path in journals if path.name != "model.jsonl")
-
-
-def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(dict(identity))))
-
-
-def _difference(folder: Path, found: dict[str, Any], identity: dict[str, Any]) -> str:
-    names = [name for name in sorted({*found, *identity}) if found.get(name) != identity.get(name)]
-    shown = "; ".join(f"{n}: {_short(found.get(n))} there, {_short(identity.get(n))} now"
+def _refuse_another(folder: Path, stored: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+    if stored in (None, identity):
+        return
+    names = [n for n in sorted({*stored, *identity}) if stored.get(n) != identity.get(n)]
+    shown = "; ".join(f"{n}: {_short(stored.get(n))} there, {_short(identity.get(n))} now"
                       for n in names)  # fmt: skip
-    return (
+    raise FolderTaken(
         f"{folder} holds another audit ({shown}). Choose another --output, or add --overwrite to "
         "replace it."
     )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    # A kill right after the start leaves a journal folder that does not name its job yet.
+    names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
+    if foreign := sorted(names - {"journal", LOCK}):
+        raise FolderTaken(
+            f"{folder} exists and holds {counted(len(foreign), 'file that is', 'files that are')} "
+            f"not an audit's, such as {foreign[0]!r}. Choose another --output, or add "
+            "--overwrite to write into it (only files of an audit's own names are replaced)."
+        )
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,11 @@
-"""Detection with a journal: what was measured before is never measured again."""
+"""Work with a journal: what was finished before is never computed again."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .subject import Facts, Subject
 
 @runtime_checkable
 class Bar(Protocol):
-    """What the work tells about its progress; tqdm's bars fit."""
+    """Shows the progress of the work; tqdm's bars fit."""
 
     def update(self, n: int) -> object:
         """Count `n` more."""
@@ -33,6 +34,7 @@ class Bar(Protocol):
 
 Bars = Callable[[str, int, int, str], Bar]
 """Makes a bar from description, total, how many are done already, and unit."""
+Item = TypeVar("Item")
 
 
 class SilentBar:
@@ -48,6 +50,40 @@ class SilentBar:
 def silent(description: str, total: int, initial: int, unit: str) -> Bar:
     """Return a bar that shows nothing."""
     return SilentBar()
+
+
+def complete(
+    journal: Journal,
+    keys: Mapping[Item, str],
+    compute: Callable[[Item], Any],
+    *,
+    bars: Bars,
+    phase: str,
+    unit: str,
+    size: Callable[[Item], int] = lambda item: 1,
+    whole: Callable[[Any], bool] = lambda value: True,
+) -> dict[Item, Any]:
+    """Return the stored result of every item; what is missing is computed and stored at once.
+
+    Args:
+        journal: Of this phase.
+        keys: Under what each item's result is stored.
+        compute: From a missing item to its result as JSON values.
+        bars: Makes the progress bar.
+        phase: Label of the bar.
+        unit: What the bar counts.
+        size: How many units an item is.
+        whole: Whether a stored result can be used; not when a file that it names is gone.
+    """
+    missing = [
+        item for item, key in keys.items() if key not in journal or not whole(journal.get(key))
+    ]
+    total, left = (sum(map(size, items)) for items in (keys, missing))
+    with closing(bars(phase, total, total - left, unit)) as bar:
+        for item in missing:
+            journal.put(keys[item], compute(item))
+            bar.update(size(item))
+    return {item: journal.get(key) for item, key in keys.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +117,7 @@ def measure(
         journal: Of this phase.
         job_key: Stands for model and settings in the keys.
         bars: Makes the progress bar, which counts prompts.
-        phase: What the bar says.
+        phase: Label of the bar.
         sequentially: Draw only the seeds that a verdict by this calibration needs.
     """
     keys = [content_key(job_key, prompt) for prompt in prompts]
@@ -102,8 +138,10 @@ def measure(
                 cut = watched.cuts.get(prompts[index], "")
                 pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
 
-            run = detect if sequentially is None else _sequential(sequentially)
-            run(watched, prompts, config, known=known, on_result=on_result, progress=store)
+            score = detect
+            if sequentially is not None:
+                score = partial(detect_sequentially, calibration=sequentially)
+            score(watched, prompts, config, known=known, on_result=on_result, progress=store)
             store()
     return Measured(
         detection=Detection(
@@ -115,13 +153,6 @@ def measure(
         ),
         cuts=tuple(journal.get(key)["cut"] for key in keys),
     )
-
-
-def _sequential(calibration: Calibration) -> Callable[..., Detection]:
-    def run(denoiser: Denoiser, prompts: Sequence[str], config: DetectionConfig, **hooks: Any):
-        return detect_sequentially(denoiser, prompts, config, calibration, **hooks)
-
-    return run
 
 
 def _trace(value: dict[str, Any]) -> Tensor:

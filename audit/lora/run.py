@@ -7,10 +7,8 @@ files that are whole or absent. Everything else follows from these, so that an a
 stopped and continued ends with the same bytes as one that was not.
 """
 
-from contextlib import suppress
-
 from ...shared.dependencies import has, require
-from ..common.job import check_folder, content_key, holds, open_job
+from ..common.job import open_job
 from ..common.measure import Bars, silent
 from ..common.sscd import Sscd
 from .ask import ask
@@ -56,17 +54,11 @@ def run_lora_audit(
     material = read(config, subject.location)
     epochs = [epoch.sha256 for epoch in material.epochs]
     identity = identity_of(config, material.training, epochs, subject, features.name)
-    check_folder(config.output, identity, overwrite=config.overwrite)
-    if not holds(config.output, identity):
-        try:  # what cannot be loaded must not leave a folder behind that names its job
-            subject.denoiser  # noqa: B018
-        except BaseException:
-            with suppress(OSError):
-                config.output.rmdir()
-            raise
-    with open_job(config.output, identity, overwrite=config.overwrite) as job:
+    with open_job(
+        config.output, identity, overwrite=config.overwrite, check=lambda: subject.denoiser
+    ) as job:
         work = Work(
-            config=config, subject=subject, job=job, key=content_key(identity), encoder=encoder,
+            config=config, subject=subject, job=job, key=job.key, encoder=encoder,
             facts=subject.facts(job.journal("model"), config.detection), features=features,
             drawn=FeatureCache(encoder, job.folder / "journal" / "features"),
             bars=bars, notify=notify,

@@ -18,7 +18,7 @@ from ...shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
 from ...shared.sampling.guard import guard
 from ...shared.score.calibration import Calibration
 from ...shared.words.advice import advise
-from ..common.job import Job, check_folder, content_key, open_job
+from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, silent
 from ..common.subject import Subject
 from .comparison import Comparer
@@ -74,9 +74,8 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         "advise": config.advise,
         "probe": config.probe,
     }
-    check_folder(audit.output, identity, overwrite=audit.overwrite)
     with open_job(audit.output, identity, overwrite=audit.overwrite) as job:
-        return _Mitigation(config, inputs, subject, job, content_key(identity), bars).run()
+        return _Mitigation(config, inputs, subject, job, job.key, bars).run()
 
 
 def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ stopped and continued ends with the same bytes as one that was not.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...shared.score.calibration import (
     prompts_sha256,
     settings_of,
 )
-from ..common.job import Job, check_folder, content_key, holds, open_job
+from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, Measured, silent
 from ..common.result import dumps, versions
 from ..common.subject import Subject
@@ -59,16 +59,11 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
     inputs = read_inputs(config)
     subject = subject_of(config)
     identity = job_identity(config, inputs, subject)
-    check_folder(config.output, identity, overwrite=config.overwrite)
-    if not holds(config.output, identity):
-        try:  # what cannot work must not leave a folder behind that names its job
-            check_means(config, inputs, subject)
-        except BaseException:
-            with suppress(OSError):
-                config.output.rmdir()
-            raise
-    with open_job(config.output, identity, overwrite=config.overwrite) as job:
-        return _Audit(config, inputs, subject, job, content_key(identity), bars).run()
+    with open_job(
+        config.output, identity, overwrite=config.overwrite,
+        check=lambda: check_means(config, inputs, subject),
+    ) as job:  # fmt: skip
+        return _Audit(config, inputs, subject, job, job.key, bars).run()
 
 
 def subject_of(config: AuditConfig) -> Subject:
