@@ -171,9 +171,9 @@ def calibrate(
 def demo(as_json: Json = False, debug: Debug = False) -> None:
     """Say where the demo model is, how large, and whether its files are the committed ones."""
     with answering(as_json=as_json, debug=debug):
-        from ..audit.model.parts import check_demo
+        from ..demo import describe
 
-        state = check_demo()
+        state = describe()
     print_json(state) if as_json else print_table("Demo model", ["what", "value"],
                                                   list(state.items()))  # fmt: skip
     raise typer.Exit(0 if state["intact"] else FAILED)

@@ -74,7 +74,7 @@ def mitigate(
     """
     with answering(as_json=as_json, debug=debug):
         from ..audit.model.mitigation import run_mitigation
-        from ..audit.model.trials import MitigationConfig
+        from ..audit.model.mitigation_result import MitigationConfig
 
         config = MitigationConfig(
             audit=audit_config(locals()), texts=tuple(prompt or ()), methods=tuple(method or ()),

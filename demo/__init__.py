@@ -7,7 +7,7 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,3 +91,18 @@ def verify() -> list[str]:
         if not (MODEL / name).is_file()
         or hashlib.sha256((MODEL / name).read_bytes()).hexdigest() != sha256
     ]  # fmt: skip
+
+
+def describe() -> dict[str, Any]:
+    """Return where the model is, its size, its caption groups, and whether it is intact."""
+    groups = [caption.group for caption in captions()]
+    size = sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
+    damaged = verify()
+    return {
+        "path": str(MODEL),
+        "megabytes": round(size / 1e6, 1),
+        **{name: groups.count(name) for name in dict.fromkeys(groups)},
+        "controls": len(controls()),
+        "damaged": damaged,
+        "intact": not damaged,
+    }

@@ -1,4 +1,4 @@
-"""The pictures the demo model is trained on: openly licensed art, fetched, sorted and rendered.
+"""The images that the demo model is trained on: openly licensed art, fetched, sorted and rendered.
 
 Truth by construction: a caption is *verbatim* because one rendering of it is repeated, *template*
 because its layout is, *learnt* because it is drawn many ways, *held out* because it never occurs.
@@ -107,9 +107,9 @@ def fetch(folder: Path) -> Path:
                 ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", folder],
                 check=True, capture_output=True,
             )  # fmt: skip
-        if (found := hashlib.sha256(tarball.read_bytes()).hexdigest()) != sha256:
+        if (actual := hashlib.sha256(tarball.read_bytes()).hexdigest()) != sha256:
             raise RuntimeError(
-                f"{tarball} has sha256 {found}, expected {sha256}. Delete it and retry."
+                f"{tarball} has sha256 {actual}, expected {sha256}. Delete it and retry."
             )
         with tarfile.open(tarball) as archive:
             archive.extractall(unpacking := target.with_suffix(".part"), filter="data")
@@ -207,16 +207,16 @@ def _background(rng: np.random.Generator) -> Image.Image:
     """Return a plain, graded, split or sunlit ground in two colours of the palette."""
     first, second = (Image.new("RGB", (1, 1), PALETTE[i]).getpixel((0, 0))
                      for i in rng.choice(len(PALETTE), 2, replace=False))  # fmt: skip
-    size, kind = RESOLUTION, rng.integers(6)  # half of them plain
+    size, pattern = RESOLUTION, rng.integers(6)  # half of them plain
     image = Image.new("RGB", (size, size), first)
     draw = ImageDraw.Draw(image)
-    if kind == 1:
+    if pattern == 1:
         ramp = np.linspace(0, 1, size)[:, None, None]
         rows = np.array(first) * (1 - ramp) + np.array(second) * ramp
         image = Image.fromarray(np.broadcast_to(rows, (size, size, 3)).astype(np.uint8).copy())
-    elif kind == 2:
+    elif pattern == 2:
         draw.polygon([(0, 0), (size, 0), (0, size)], fill=second)
-    elif kind == 3:
+    elif pattern == 3:
         radius, (x, y) = (
             rng.integers(size // 3, size // 2),
             rng.integers(size // 3, 2 * size // 3, 2),

@@ -112,8 +112,8 @@ def start_as_identity(network: nn.Module) -> None:
         Attention: lambda m: m.to_out[0] if m.residual_connection else None,
     }
     for module in network.modules():
-        for kind, last in last_of_branch.items():
-            if isinstance(module, kind) and (layer := last(module)) is not None:
+        for branch, last in last_of_branch.items():
+            if isinstance(module, branch) and (layer := last(module)) is not None:
                 layer.weight.zero_()
                 layer.bias.zero_()
         if isinstance(module, Upsample2D):

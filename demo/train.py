@@ -60,8 +60,8 @@ class TrainConfig:
     """Share of samples trained with the empty caption, for guidance."""
     caption_noise: float = 0.1
     """Share of learnt samples trained with random tokens for a caption, as the web's captions
-    often name nothing that is in the picture. Without them, words the model never saw lie anywhere
-    in its space of captions, some on a memorized picture."""
+    often name nothing that is in the image. Without them, words the model never saw lie anywhere
+    in its space of captions, some on a memorized image."""
     seed: int = 0
     checkpoint_every: int = 250
 

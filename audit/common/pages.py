@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...shared.dependencies import require
 from ...shared.drawing.theme import Theme
+from ...shared.files.images import read_image
 from .wording import between, chance, number, percent, shown
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ FOLD = 240
 LONGEST = 100_000
 """Characters of a prompt that are shown when it is unfolded."""
 SIDE = 384
-"""Pixels of the longer side of an embedded picture, at most."""
+"""Pixels of the longer side of an embedded image, at most."""
 
 
 def render_page(template: str, *, script: str = "", style: str = "", **values: Any) -> str:
@@ -69,34 +70,32 @@ def _source_hash(text: str) -> str:
 
 
 class Embedder:
-    """Pictures of one folder as data URIs, each read once."""
+    """Images of one folder as data URIs, each read once."""
 
     def __init__(self, folder: Path):
         self._folder = folder.resolve()
-        self._known: dict[str, str | None] = {}
+        self._uris: dict[str, str | None] = {}
 
     def __call__(self, name: str | None) -> str | None:
-        """Return the picture as a data URI, None when there is none in the folder."""
+        """Return the image as a data URI, None when there is none of that name in the folder."""
         if name is None:
             return None
-        if name not in self._known:
-            self._known[name] = self._read(name)
-        return self._known[name]
+        if name not in self._uris:
+            self._uris[name] = self._read(name)
+        return self._uris[name]
 
     def _read(self, name: str) -> str | None:
-        from PIL import Image, UnidentifiedImageError
+        from PIL.Image import Resampling
 
         path = (self._folder / name).resolve()
-        if not path.is_relative_to(self._folder) or not path.is_file():
+        if not path.is_relative_to(self._folder):
             return None
         try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError):
+            image = read_image(path)
+        except ValueError:  # missing or damaged: the page says so
             return None
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        stream = BytesIO()
-        image.save(stream, "webp", quality=88, method=4)
-        return data_uri("image/webp", stream.getvalue())
+        image.thumbnail((SIDE, SIDE), Resampling.LANCZOS)
+        return image_uri(image, quality=88)
 
 
 def embedded_chart(
@@ -112,9 +111,7 @@ def embedded_chart(
     """
 
     def uri(theme: Theme, width: int) -> str:
-        stream = BytesIO()
-        draw(theme, width).save(stream, "webp", lossless=True)
-        return data_uri("image/webp", stream.getvalue())
+        return image_uri(draw(theme, width), lossless=True)
 
     narrow, dark = "(max-width: 40rem)", "screen and (prefers-color-scheme: dark)"
     sources = [{"media": dark, "uri": uri("dark", desk)}]
@@ -127,6 +124,8 @@ def embedded_chart(
     return {"uri": uri("light", desk), "width": desk // 2, "sources": sources}
 
 
-def data_uri(kind: str, data: bytes) -> str:
-    """Return bytes of a media type as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def image_uri(image: "Image", **options: Any) -> str:
+    """Return an image as a data URI of WebP, with Pillow's options for the format."""
+    stream = BytesIO()
+    image.save(stream, "webp", **options)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -33,15 +33,15 @@ class ModelInfo:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can move a score, by package."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    if found["unmemorize"] == "not installed":  # a plain clone
-        found["unmemorize"] = _version_of_clone()
-    return found
+            numbers[package] = "not installed"
+    if numbers["unmemorize"] == "not installed":  # a plain clone
+        numbers["unmemorize"] = _version_of_clone()
+    return numbers
 
 
 def _version_of_clone() -> str:

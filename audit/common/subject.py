@@ -1,6 +1,6 @@
 """The model under audit, loaded only when something has to be computed with it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ class Subject:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
         self.is_demo = model == demo.NAME
-        self.location = _demo_folder() if self.is_demo else model
+        self.location = str(demo.MODEL) if self.is_demo else model
         # The name is printed and kept; the folders above it are nobody's business.
         self.name = (
             "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
@@ -81,21 +81,19 @@ class Subject:
                 "rows": config.batch_size or automatic_rows(denoiser),
                 "caveats": list(denoiser.caveats),
             })  # fmt: skip
-        return Facts(journal.get("model"))
+        stored = journal.get("model")
+        info = stored["info"] | {"latent_shape": tuple(stored["info"]["latent_shape"])}
+        caveats = tuple(stored["caveats"])
+        return Facts(**stored | {"info": ModelInfo(**info), "caveats": caveats})
 
 
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What was written down about a model when it was first loaded for this job."""
 
-    def __init__(self, values: dict[str, Any]):
-        info = values["info"]
-        self.info = ModelInfo(**info | {"latent_shape": tuple(info["latent_shape"])})
-        self.settings: dict[str, Any] = values["settings"]
-        self.rows: int = values["rows"]
-        self.caveats: tuple[str, ...] = tuple(values["caveats"])
-
-
-def _demo_folder() -> str:
-    from ... import demo
-
-    return str(demo.MODEL)
+    info: ModelInfo
+    settings: dict[str, Any]
+    """That a calibration must share."""
+    rows: int
+    """Of one forward pass."""
+    caveats: tuple[str, ...]

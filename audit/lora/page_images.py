@@ -6,7 +6,6 @@ training image as only copies are, since they show it too.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from ...shared.drawing.chart import Axis, Chart, round_ticks
 from ...shared.drawing.score_charts import LETTERS
 from ...shared.drawing.theme import Theme
 from ...shared.files.images import read_image
-from ..common.pages import data_uri
+from ..common.pages import image_uri
 from .result import EpochPoint, LoraAudit, Rate
 
 if TYPE_CHECKING:
@@ -65,9 +64,7 @@ def _uri(path: Path, side: int, *, blurred: bool) -> str | None:
         image = _blur(image, side)
     else:
         image.thumbnail((side, side), Resampling.LANCZOS)
-    stream = BytesIO()
-    image.save(stream, "webp", quality=85)
-    return data_uri("image/webp", stream.getvalue())
+    return image_uri(image, quality=85)
 
 
 def _blur(image: "Image", side: int) -> "Image":

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from ...demo import MODEL, captions, control_images, data, training_images
 from ...shared.score.calibration import clopper_pearson
 from ..common.similarity import Nearest, Reference, calibrate_ratio
+from .comparison import COPY_RATE
 
 SEEDS = (0, 1, 2, 3)
 STEPS = 30
 COND_SCALE = 7.5
-CONTROL_RATE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Judge:
     def __init__(self):
         self.renderings = data.build_renderings(list(captions()))
         self.reference = Reference(training_images())
-        self.threshold = calibrate_ratio(self.reference, control_images(), CONTROL_RATE)
+        self.threshold = calibrate_ratio(self.reference, control_images(), COPY_RATE)
 
     def check(self, caption: data.Caption, images: Sequence) -> CaptionCheck:
         """Compare the images of one caption with the whole training set.
@@ -55,9 +55,9 @@ class Judge:
         """
         nearest = tuple(self.reference.nearest(images))
         own = [captions()[self.renderings[n.index].caption] == caption for n in nearest]
-        anyone = caption.group == "held_out"
         copies = sum(
-            n.ratio < self.threshold and (anyone or o) for n, o in zip(nearest, own, strict=True)
+            n.ratio < self.threshold and (is_own or caption.group == "held_out")
+            for n, is_own in zip(nearest, own, strict=True)
         )
         return CaptionCheck(caption=caption, images=tuple(images), nearest=nearest, copies=copies)
 
@@ -85,7 +85,7 @@ def check(
 
 
 def contact_sheet(results: Sequence[CaptionCheck], path: Path, columns: int = 4) -> None:
-    """Write captions with their images to one picture, `columns` captions a row."""
+    """Write captions with their images to one image, `columns` captions a row."""
     from PIL import Image, ImageDraw
 
     side, seeds = data.RESOLUTION // 2, len(results[0].images)

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from ... import demo
 from ...shared.files.prompts import Prompt, PromptSet, clean, read_prompts
-from ...shared.score.controls import load_controls
+from ...shared.score.controls import CONTROLS, load_controls
 from .config import AuditConfig
-
-BUNDLED_CONTROLS = ("photographs", "art")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +37,23 @@ def read_inputs(
         PromptError: A file is missing, of another kind, or holds no prompts.
         ValueError: No prompts were named for a model of the user's own.
     """
-    prompts = read_named(config.prompts, texts, demo=config.model == demo.NAME, groups=groups)
-    known = _demo_groups() if config.model == demo.NAME else {}
-    name = config.controls or (demo.NAME if config.model == demo.NAME else BUNDLED_CONTROLS[0])
+    is_demo = config.model == demo.NAME
+    prompts = read_named(config.prompts, texts, is_demo=is_demo, groups=groups)
+    known = {caption.text: caption.group for caption in demo.captions()} if is_demo else {}
+    name, controls = "", ()
+    if config.calibration is None:
+        name, controls = read_controls(config.controls, is_demo=is_demo)
     return Inputs(
-        prompts=prompts,
-        groups=tuple(known.get(text) for text in prompts.prompts),
-        controls_name=name if name in (demo.NAME, *BUNDLED_CONTROLS) else Path(name).name,
-        controls=() if config.calibration else tuple(read_controls(name)),
-    )
+        prompts=prompts, groups=tuple(known.get(text) for text in prompts.prompts),
+        controls_name=name, controls=controls,
+    )  # fmt: skip
 
 
 def read_named(
     files: Sequence[Path],
     texts: Sequence[str],
     *,
-    demo: bool,
+    is_demo: bool,
     groups: Mapping[str, int] | None = None,
 ) -> PromptSet:
     """Return prompts from the command line and from files; none for the demo means its own.
@@ -65,27 +64,18 @@ def read_named(
     """
     prompts = [Prompt(text=text, source="command line") for text in texts]
     prompts += [prompt for path in files for prompt in read_prompts(path)]
-    if not prompts and demo:
-        prompts = demo_prompts(groups)
-    found = clean(prompts)
-    if not found.prompts:
+    if not prompts and is_demo:
+        prompts = _demo_prompts(groups)
+    distinct = clean(prompts)
+    if not distinct.prompts:
         raise ValueError(
             "No prompts were named. Give the captions that the model was trained on: "
             "--prompts FILE (.txt, .csv, .jsonl, .parquet) or --prompts TRAINING_FOLDER."
         )
-    return found
+    return distinct
 
 
-def read_controls(name: str) -> Sequence[str]:
-    """Return control prompts: a bundled list, the demo's own, or those of a file."""
-    if name == demo.NAME:
-        return demo.controls()
-    if name in BUNDLED_CONTROLS:
-        return load_controls(name)
-    return clean(read_prompts(Path(name))).prompts
-
-
-def demo_prompts(groups: Mapping[str, int] | None = None) -> list[Prompt]:
+def _demo_prompts(groups: Mapping[str, int] | None) -> list[Prompt]:
     """Return captions an audit of the demo looks at: all, or the first so many of each group."""
     captions = demo.audited()
     if groups is not None:
@@ -94,6 +84,16 @@ def demo_prompts(groups: Mapping[str, int] | None = None) -> list[Prompt]:
     return [Prompt(text=caption.text, source="demo") for caption in captions]
 
 
-def _demo_groups() -> dict[str, str]:
+def read_controls(name: str, *, is_demo: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the name and the prompts of the controls.
 
-    return {caption.text: caption.group for caption in demo.captions()}
+    Args:
+        name: Of a bundled list, `demo`, or a file; empty for the demo's own or photographs.
+        is_demo: The model is the demo.
+    """
+    name = name or (demo.NAME if is_demo else CONTROLS[0])
+    if name == demo.NAME:
+        return name, tuple(demo.controls())
+    if name in CONTROLS:
+        return name, tuple(load_controls(name))
+    return Path(name).name, clean(read_prompts(Path(name))).prompts

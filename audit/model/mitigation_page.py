@@ -1,25 +1,24 @@
 """The page that shows prompts as they are and mitigated, side by side, and its contact sheets."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...shared.files.storage import replace_atomically
+from ... import demo
+from ...shared.files.images import read_image, save_png
 from ...shared.wording import counted
 from ..common.pages import Embedder, render_page
 from ..common.wording import MISSING, number
-from .trials import UNMITIGATED
-
-if TYPE_CHECKING:
-    from .trials import MitigationEntry, MitigationResult, Trial
+from .mitigation_result import UNMITIGATED, MitigationEntry, MitigationResult, Search, Trial
 
 TILE = 192
-"""Pixels of one picture on a contact sheet."""
+"""Pixels of one image on a contact sheet."""
 LABEL = 24
 """Pixels of the line above each row."""
 
 
-def render_mitigation(result: "MitigationResult", folder: Path) -> str:
-    """Return the page as HTML, the same text for the same result and pictures.
+def render_mitigation(result: MitigationResult, folder: Path) -> str:
+    """Return the page as HTML, the same text for the same result and images.
 
     Raises:
         ImportError: The extra `reports` is not installed.
@@ -29,7 +28,7 @@ def render_mitigation(result: "MitigationResult", folder: Path) -> str:
         "mitigation.html.j2",
         summary=result.summary,
         model=result.summary["model"],
-        demo=result.config.audit.model == "demo",
+        demo=result.config.audit.model == demo.NAME,
         headline=headline(result),
         cards=[_card(entry, result, embed) for entry in result.entries],
         methods=_methods(result),
@@ -37,14 +36,14 @@ def render_mitigation(result: "MitigationResult", folder: Path) -> str:
     )
 
 
-def headline(result: "MitigationResult") -> str:
-    """Return in plain words what became of the prompts; it never calls anything safe."""
+def headline(result: MitigationResult) -> str:
+    """Return the finding in plain words; it never calls anything safe."""
     flagged = result.summary["memorized"]
     prompts = counted(len(result.entries), "prompt", "prompts")
     return f"{flagged or 'None'} of {prompts} scored above the threshold"
 
 
-def _methods(result: "MitigationResult") -> list[dict[str, Any]]:
+def _methods(result: MitigationResult) -> list[dict[str, Any]]:
     """Return one row a method, its time relative to sampling as usual."""
     methods = result.summary["methods"]
     plain = methods[UNMITIGATED]["seconds_per_image"]
@@ -59,7 +58,7 @@ def _methods(result: "MitigationResult") -> list[dict[str, Any]]:
     ]
 
 
-def method_rows(result: "MitigationResult") -> list[list[str]]:
+def method_rows(result: MitigationResult) -> list[list[str]]:
     """Return the rows that the command prints, one a method."""
     prompts, rows = len(result.entries), []
     for row in _methods(result):
@@ -73,7 +72,7 @@ def _title(method: str) -> str:
     return "as it is" if method == UNMITIGATED else method.replace("_", " ")
 
 
-def _card(entry: "MitigationEntry", result: "MitigationResult", embed: Embedder) -> dict[str, Any]:
+def _card(entry: MitigationEntry, result: MitigationResult, embed: Embedder) -> dict[str, Any]:
     return {
         "index": entry.index,
         "prompt": entry.prompt,
@@ -87,16 +86,13 @@ def _card(entry: "MitigationEntry", result: "MitigationResult", embed: Embedder)
     }
 
 
-def _row(trial: "Trial", embed: Embedder) -> dict[str, Any]:
-    copied = [image.nearest.copied for image in trial.images if image.nearest]
-    known = [value for value in copied if value is not None]
+def _row(trial: Trial, embed: Embedder) -> dict[str, Any]:
     return {
         "method": _title(trial.method),
         "acted": trial.acted,
         "plain": trial.method == UNMITIGATED,
         "score_after": trial.score_after,
-        "copies": f"{sum(known)} of {len(known)} copied" if known else "",
-        "hot": any(known),
+        **_copies(image.nearest.copied for image in trial.images if image.nearest),
         "tiles": [
             {"uri": embed(image.path), "alt": f"{trial.method}, seed {image.seed}",
              "copied": bool(image.nearest and image.nearest.copied), "seed": image.seed}
@@ -105,37 +101,39 @@ def _row(trial: "Trial", embed: Embedder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _residual(entry: "MitigationEntry", embed: Embedder) -> list[dict[str, Any]]:
-    """Return what came of optimised embeddings: one row for the training image, one for its mirror.
-
-    Without a mirror image to compare with, the row says so itself.
-    """
+def _residual(entry: MitigationEntry, embed: Embedder) -> list[dict[str, Any]]:
+    """Return the residual probe: one row for the training image, one for its mirror image."""
     if entry.residual is None:
         return []
-    rows = []
-    for what, sought in (
-        ("its training picture", entry.residual.training),
-        ("the mirror image, never trained on", entry.residual.mirror),
-    ):
-        if sought is None:
-            rows.append({"what": f"{what}: the picture is its own, so there is no control",
-                         "copies": "", "hot": False, "tiles": []})  # fmt: skip
-            continue
-        known = [copied for copied in sought.copied if copied is not None]
-        rows.append({
-            "what": what,
-            "copies": f"{sum(known)} of {len(known)} copied" if known else "",
-            "hot": any(known),
-            "tiles": [
-                {"uri": embed(path), "alt": f"towards {what}", "copied": bool(copied)}
-                for path, copied in zip(sought.images, sought.copied, strict=True)
-            ],
-        })  # fmt: skip
-    return rows
+    return [
+        _search("its training image", entry.residual.training, embed),
+        _search("the mirror image, never trained on", entry.residual.mirror, embed),
+    ]
 
 
-def _truth(entry: "MitigationEntry", embed: Embedder) -> dict[str, Any] | None:
-    """Return the training picture that sampling as usual came nearest to, if any is known."""
+def _search(target: str, search: Search | None, embed: Embedder) -> dict[str, Any]:
+    """Return one row; without a mirror image to compare with, it says so itself."""
+    if search is None:
+        return {"what": f"{target}: the image is its own, so there is no control",
+                "copies": "", "hot": False, "tiles": []}  # fmt: skip
+    return {
+        "what": target,
+        **_copies(search.copied),
+        "tiles": [
+            {"uri": embed(path), "alt": f"towards {target}", "copied": bool(copied)}
+            for path, copied in zip(search.images, search.copied, strict=True)
+        ],
+    }
+
+
+def _copies(copied: Iterable[bool | None]) -> dict[str, Any]:
+    """Return how many images are copies, of those of which it is known."""
+    known = [value for value in copied if value is not None]
+    return {"copies": f"{sum(known)} of {len(known)} copied" if known else "", "hot": any(known)}
+
+
+def _truth(entry: MitigationEntry, embed: Embedder) -> dict[str, Any] | None:
+    """Return the training image that sampling as usual came nearest to, if any is known."""
     nearest = [image.nearest for image in entry.trials[0].images if image.nearest]
     if not nearest:
         return None
@@ -143,7 +141,7 @@ def _truth(entry: "MitigationEntry", embed: Embedder) -> dict[str, Any] | None:
     return {"uri": embed(best.path), "caption": best.caption, "own": best.is_own}
 
 
-def write_sheets(result: "MitigationResult", folder: Path) -> None:
+def write_sheets(result: MitigationResult, folder: Path) -> None:
     """Write one contact sheet a prompt: a row a method, a column a seed."""
     from PIL import Image, ImageDraw
 
@@ -157,8 +155,7 @@ def write_sheets(result: "MitigationResult", folder: Path) -> None:
             after = "" if trial.score_after is None else f", score {number(trial.score_after)}"
             draw.text((4, top + 6), trial.method + after, fill="black")
             for column, image in enumerate(trial.images):
-                with Image.open(folder / image.path) as picture:
-                    tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+                tile = read_image(folder / image.path)
+                tile = tile.resize((TILE, TILE), Image.Resampling.LANCZOS)
                 sheet.paste(tile, (column * TILE, top + LABEL))
-        with replace_atomically(folder / "sheets" / f"{entry.index:05d}.png") as part:
-            sheet.save(part, format="PNG")
+        save_png(sheet, folder / "sheets" / f"{entry.index:05d}.png")

@@ -1,23 +1,24 @@
-"""The parts of an audit on their own: scores, explanations, a calibration, the demo's state."""
+"""The parts of an audit on their own: scores, explanations, a calibration."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ... import demo
 from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
-from ...shared.files.storage import Journal, replace_atomically, write_text
+from ...shared.files.images import save_png
+from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
-from ...shared.words.explanation import explain as explain_prompt
+from ...shared.words.explanation import explain
 from ..common.job import content_key
-from ..common.measure import Bars, Measured, measure
+from ..common.measure import Bars, measure
 from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
 from .explain import to_values
-from .inputs import BUNDLED_CONTROLS, read_controls, read_named
+from .inputs import read_controls, read_named
+from .work import verdicts
 
 
 def score_prompts(
@@ -45,7 +46,7 @@ def score_prompts(
         output: JSON lines; work is kept beside it until it is finished.
         bars: Makes the progress bar.
     """
-    prompts = read_named(files, texts, demo=subject.is_demo).prompts
+    prompts = read_named(files, texts, is_demo=subject.is_demo).prompts
     if sequential and calibration is None:
         raise ValueError("Stopping early needs a threshold: give --calibration FILE, made by "
                          "`unmemorize calibrate`, or leave --fast out.")  # fmt: skip
@@ -57,30 +58,10 @@ def score_prompts(
         used = judge if sequential else None
         measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
                            phase="detection", sequentially=used)  # fmt: skip
-        rows = _rows(measured, judge, caveat)
+        rows = [row | {"caveat": caveat} for row in verdicts(measured, judge)]
         if output:
             write_text(output, "".join(dumps(row) + "\n" for row in rows))
     return rows
-
-
-def _rows(measured: Measured, judge: Calibration | None, caveat: str) -> list[dict[str, Any]]:
-    detection = measured.detection
-    scores = detection.scores
-    blank = [None] * len(scores)
-    columns = zip(
-        detection.prompts, measured.cuts, scores.tolist(), detection.scores_per_element.tolist(),
-        detection.traces.tolist(), judge.p_values(scores).tolist() if judge else blank,
-        judge.adjusted(scores).tolist() if judge else blank,
-        judge.flags(scores).tolist() if judge else blank, strict=True,
-    )  # fmt: skip
-    return [
-        {
-            "prompt": prompt, "cut": cut, "score": score, "score_per_element": per_element,
-            "trace": finite(trace), "p_value": p_value, "q_value": q_value, "memorized": memorized,
-            "caveat": caveat,
-        }
-        for prompt, cut, score, per_element, trace, p_value, q_value, memorized in columns
-    ]  # fmt: skip
 
 
 def explain_prompts(
@@ -96,21 +77,18 @@ def explain_prompts(
     """Return which words carry each prompt's score; write coloured prompts into `output`."""
     if not files and not texts:
         raise ValueError("No prompts were named. Give --prompts FILE or --prompt TEXT.")
-    prompts = read_named(files, texts, demo=subject.is_demo).prompts
+    prompts = read_named(files, texts, is_demo=subject.is_demo).prompts
     config = DetectionConfig(seeds=tuple(range(seeds)), steps=steps)
-    rows, bar = [], bars("explanation", len(prompts), 0, "prompt")
-    try:
+    rows = []
+    with closing(bars("explanation", len(prompts), 0, "prompt")) as bar:
         for index, prompt in enumerate(prompts):
-            values = to_values(explain_prompt(subject.denoiser, prompt, config))
+            values = to_values(explain(subject.denoiser, prompt, config))
             rows.append(finite({"prompt": prompt, **values}))
             if output:
                 words, significance = values["words"], values["significance"]
                 write_text(output / f"{index:05d}.html", prompt_heatmap_html(words, significance))
-                with replace_atomically(output / f"{index:05d}.png") as part:
-                    prompt_heatmap_png(words, significance).save(part, format="PNG")
+                save_png(prompt_heatmap_png(words, significance), output / f"{index:05d}.png")
             bar.update(1)
-    finally:
-        bar.close()
     return rows
 
 
@@ -119,15 +97,14 @@ def make_calibration(
     bars: Bars,
 ) -> dict[str, Any]:  # fmt: skip
     """Score controls and write a calibration; return what it says."""
-    name = controls or (demo.NAME if subject.is_demo else BUNDLED_CONTROLS[0])
-    prompts = tuple(read_controls(name))
+    name, prompts = read_controls(controls, is_demo=subject.is_demo)
     with _kept(subject, config, output) as (journal, key):
         facts = subject.facts(journal, config)
         measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
                            phase="detection")  # fmt: skip
         made = Calibration.from_controls(
             measured.detection, model=subject.fingerprint, settings=facts.settings,
-            name=Path(name).name, false_positive_rate=rate,
+            name=name, false_positive_rate=rate,
         )  # fmt: skip
         made.save(output)
     return {
@@ -137,25 +114,6 @@ def make_calibration(
         "false_positive_rate": made.false_positive_rate,
         "interval": list(made.interval),
         "model": made.model,
-    }
-
-
-def check_demo() -> dict[str, Any]:
-    """Return where the demo model is, its size, its caption groups, and whether it is intact."""
-    from ... import demo
-
-    damaged = demo.verify()
-    captions = demo.captions()
-    groups = {name: sum(c.group == name for c in captions) for name in
-              dict.fromkeys(c.group for c in captions)}  # fmt: skip
-    size = sum(path.stat().st_size for path in demo.MODEL.rglob("*") if path.is_file())
-    return {
-        "path": str(demo.MODEL),
-        "megabytes": round(size / 1e6, 1),
-        **groups,
-        "controls": len(demo.controls()),
-        "damaged": damaged,
-        "intact": not damaged,
     }
 
 

@@ -1,78 +1,85 @@
-"""The page an audit ends with: one HTML file that needs nothing else, safe to open and to send."""
+"""The page an audit ends with: one HTML file that needs nothing else, safe to open and to send.
+
+No sentence calls a model or a prompt safe.
+"""
 
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...shared.drawing.heatmap import heatmap_css
-from ...shared.drawing.score_charts import score_distribution
+from ... import demo
+from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
+from ...shared.drawing.score_charts import score_distribution, score_traces
 from ...shared.wording import counted
-from ..common.pages import embedded_chart, render_page
+from ..common.pages import FOLD, Embedder, embedded_chart, render_page, safe
 from ..common.wording import MISSING, number, percent
-from .gallery import gallery
-
-if TYPE_CHECKING:
-    from .result import AuditResult
-
+from .config import AuditConfig
+from .result import AuditEntry, AuditResult, GeneratedImage
 
 CHANCE = 0.05
 """Probability of so many flags without memorization from which on the headline holds back."""
+CARDS = 60
+"""Flagged prompts that are shown in full, highest score first."""
+WORDS = 16
+"""Words whose numbers are listed, strongest first."""
+OPTIONS = (
+    "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
+    "generation_steps", "revision", "resolution", "dtype",
+)  # fmt: skip
+"""Settings that are options of the same name."""
 
 
-def render_report(result: "AuditResult", folder: Path) -> str:
-    """Return the report as HTML, the same text for the same result and pictures.
+def render_report(result: AuditResult, folder: Path) -> str:
+    """Return the report as HTML, the same text for the same result and images.
 
     Args:
-        result: What the audit found.
-        folder: With its pictures.
+        result: Of the audit.
+        folder: With its images.
 
     Raises:
         ImportError: The extra `reports` is not installed.
     """
+    summary, model = result.summary, result.model
+    rate, calibration = summary["flagged_rate"], summary["calibration"]
+    flagged, threshold, embed = result.flagged, result.calibration.threshold, Embedder(folder)
+    others = [entry for entry in result.entries if entry.images and not entry.memorized]
     return render_page(
         "report.html.j2",
         script="report.js",
         style=heatmap_css(),
-        **_verdict(result),
-        **gallery(result, folder),
-        **_figures(result),
+        model=model,
+        demo=result.config.model == demo.NAME,
+        version=summary["unmemorize"],
+        headline=headline(rate, summary["chance_p_value"]),
+        lead=lead(result),
+        caveats=summary["caveats"],
+        warnings=summary["warnings"],
+        flagged_rate=rate,
+        expected=summary["expected_by_chance"],
+        chance=summary["chance_p_value"],
+        calibration=calibration,
+        per_element=calibration["threshold"] / math.sqrt(math.prod(model.latent_shape)),
+        smallest_p=1 / (calibration["n"] + 1),
+        similarity=summary["similarity"],
+        groups=list(summary["groups"].items()),
+        cards=[_card(entry, threshold, embed) for entry in flagged[:CARDS]],
+        cards_left=len(flagged[CARDS:]),
+        samples=[_card(entry, threshold, embed) for entry in others],
+        truth_known=any(image.nearest for entry in flagged for image in entry.images),
+        **_distribution(result),
         rows=sorted(result.entries, key=lambda entry: (-entry.score, entry.index)),
-        facts=facts(result),
+        facts=_facts(result),
         command=reproduce(result),
     )
 
 
-def _verdict(result: "AuditResult") -> dict[str, Any]:
-    """Return what the top of the page says: the finding, its certainty, its caveats."""
-    summary, model = result.summary, result.model
-    rate, calibration = summary["flagged_rate"], summary["calibration"]
-    return {
-        "model": model,
-        "demo": result.config.model == "demo",
-        "version": summary["unmemorize"],
-        "headline": headline(rate, summary["chance_p_value"]),
-        "lead": lead(result),
-        "caveats": summary["caveats"],
-        "warnings": summary["warnings"],
-        "flagged_rate": rate,
-        "expected": summary["expected_by_chance"],
-        "chance": summary["chance_p_value"],
-        "calibration": calibration,
-        "per_element": calibration["threshold"] / math.sqrt(math.prod(model.latent_shape)),
-        "smallest_p": 1 / (calibration["n"] + 1),
-        "similarity": summary["similarity"],
-        "groups": list(summary["groups"].items()),
-    }
-
-
-def _figures(result: "AuditResult") -> dict[str, Any]:
+def _distribution(result: AuditResult) -> dict[str, Any]:
     """Return the distribution of scores as a chart, and in words."""
     calibration, entries = result.calibration, result.entries
     scores = [entry.score for entry in entries]
     flags = [entry.memorized for entry in entries]
     controls = calibration.sorted_scores.tolist()
-
     return {
         "distribution": embedded_chart(
             lambda theme, width: score_distribution(
@@ -90,6 +97,82 @@ def _figures(result: "AuditResult") -> dict[str, Any]:
     }
 
 
+def _trace(entry: AuditEntry, threshold: float) -> dict[str, Any] | None:
+    """Return the score per step as a chart, None when only one step was measured."""
+    if len(entry.trace[0]) < 2:
+        return None
+    rows = [[math.nan if v is None else v for v in seed] for seed in entry.trace]
+    return embedded_chart(
+        lambda theme, width: score_traces(rows, threshold=threshold, theme=theme, width=width),
+        desk=800,
+    )
+
+
+def _card(entry: AuditEntry, threshold: float, embed: Embedder) -> dict[str, Any]:
+    """Return what one card shows; text still unescaped, except the coloured prompt."""
+    known, copied = entry.explanation, [i.nearest.copied for i in entry.images if i.nearest]
+    hits, words = sum(bool(value) for value in copied), []
+    if known:
+        pairs = zip(known.words, known.significance, strict=True)
+        words = sorted(pairs, key=lambda pair: -pair[1])[:WORDS]
+    return {
+        "index": entry.index,
+        "prompt": entry.prompt,
+        "heatmap": known and safe(
+            prompt_heatmap_html(known.words, known.significance, style=False)
+        ),
+        "long": len(entry.prompt) > FOLD,
+        "score": entry.score,
+        "ratio": number(entry.score / threshold, 2) if entry.memorized and threshold > 0 else "",
+        "p_value": entry.p_value,
+        "q_value": entry.q_value,
+        "group": entry.group,
+        "copies": f"{hits} of {len(copied)} {'is a copy' if hits == 1 else 'are copies'}"
+        if hits else "",
+        "suggestions": known.suggestions if known else (),
+        "count": entry.count,
+        "cut": entry.cut,
+        "tiles": _tiles(entry, embed),
+        "words": words,
+        "trace": _trace(entry, threshold) if entry.memorized else None,
+    }  # fmt: skip
+
+
+def _tiles(entry: AuditEntry, embed: Embedder) -> list[dict[str, Any]]:
+    """Return generated images, each group before its nearest training image, and the map."""
+    groups: dict[tuple[str | None, str], list[GeneratedImage]] = {}
+    for image in entry.images:
+        key = (image.nearest.path, image.nearest.caption) if image.nearest else (None, "")
+        groups.setdefault(key, []).append(image)
+    tiles = []
+    for images in groups.values():
+        for image in images:
+            tiles.append(_generated_tile(image, embed))
+        if nearest := images[0].nearest:
+            whose = "its own" if nearest.is_own else "nearest"
+            tiles.append({
+                "uri": embed(nearest.path), "truth": True,
+                "alt": f"Training image: {nearest.caption}",
+                "title": f"{whose} training image",
+                "text": nearest.caption,
+            })  # fmt: skip
+    if entry.map:
+        tiles.append({
+            "uri": embed(entry.map), "truth": False, "title": "where the text pulls",
+            "alt": "Map of the score difference over the first image", "text": "",
+        })  # fmt: skip
+    return tiles
+
+
+def _generated_tile(image: GeneratedImage, embed: Embedder) -> dict[str, Any]:
+    text, nearest = f"seed {image.seed}", image.nearest
+    if nearest:
+        text += f", similarity {number(nearest.similarity, 2)}"
+        text += ": a copy" if nearest.copied else ""
+    return {"uri": embed(image.path), "truth": False, "title": "made by the model", "text": text,
+            "alt": f"Image made by the model from this prompt, seed {image.seed}"}  # fmt: skip
+
+
 def headline(rate: dict[str, Any], chance_p_value: float) -> str:
     """Return the finding in plain words; it never calls anything safe.
 
@@ -105,7 +188,7 @@ def headline(rate: dict[str, Any], chance_p_value: float) -> str:
     return f"{hits} of {prompts} {'looks' if hits == 1 else 'look'} memorized"
 
 
-def lead(result: "AuditResult") -> list[str]:
+def lead(result: AuditResult) -> list[str]:
     """Return the sentences under the headline."""
     summary, rate = result.summary, result.summary["flagged_rate"]
     expected = _about(summary["expected_by_chance"])
@@ -118,7 +201,7 @@ def lead(result: "AuditResult") -> list[str]:
     if summary["chance_p_value"] > CHANCE:
         lines = [
             f"Ordinary prompts do that too: {expected} of {rate['n']} would be flagged if none "
-            "were memorized. The count alone is no sign of memorization; look at the pictures."
+            "were memorized. The count alone is no sign of memorization; look at the images."
         ]
     else:
         ordinary = percent(1 - summary["calibration"]["false_positive_rate"])
@@ -129,8 +212,8 @@ def lead(result: "AuditResult") -> list[str]:
         ]
     if copies := (summary["similarity"] or {}).get("copies"):
         lines.append(
-            f"Of {counted(copies['n'], 'picture', 'pictures')} made from flagged prompts and "
-            "compared with the training pictures, "
+            f"Of {counted(copies['n'], 'image', 'images')} made from flagged prompts and "
+            "compared with the training images, "
             f"{counted(copies['hits'], 'came out as a copy', 'came out as copies')}. "
             "Look at them below."
         )
@@ -141,7 +224,7 @@ def _about(count: float) -> str:
     return "less than one" if count < 0.95 else f"about {count:.0f}"
 
 
-def facts(result: "AuditResult") -> list[tuple[str, str]]:
+def _facts(result: AuditResult) -> list[tuple[str, str]]:
     """Return names and values of the table of settings and versions."""
     model, summary = result.model, result.summary
     rows: list[tuple[str, Any]] = [
@@ -155,48 +238,10 @@ def facts(result: "AuditResult") -> list[tuple[str, str]]:
     ]
     if model.guidance_distilled:
         rows.append(("Guidance", "distilled: scores are on a scale of their own"))
-    rows += [(_title(name), value) for name, value in summary["counts"].items()]
-    rows += [(_title(name), value) for name, value in summary["settings"].items()]
-    rows += [(name, value) for name, value in summary["versions"].items()]
+    for group in ("counts", "settings"):
+        rows += [(n.replace("_", " ").capitalize(), value) for n, value in summary[group].items()]
+    rows += summary["versions"].items()
     return [(name, _plain(value)) for name, value in rows]
-
-
-def reproduce(result: "AuditResult") -> str:
-    """Return the command line of this audit, with file names in place of whole paths.
-
-    Left out are defaults and what changes no result: device, batch size, where and how to write.
-    """
-    config, detection = result.config, result.config.detection
-    words = ["unmemorize", "audit"]
-    if config.model != "demo":
-        words.append(result.model.name)
-    options: list[tuple[str, Any, Any]] = [
-        ("lora", result.model.lora, None),
-        *(("prompts", path.name, None) for path in config.prompts),
-        ("controls", config.controls and Path(config.controls).name, ""),
-        ("calibration", config.calibration and config.calibration.name, None),
-        ("false-positive-rate", config.false_positive_rate, 0.01),
-        ("seeds", len(detection.seeds), 4),
-        ("steps", detection.steps, 1),
-        ("explain", config.explain, None),
-        ("images-per-prompt", config.images_per_prompt, 2),
-        ("flagged-pictured", config.flagged_pictured, 24),
-        ("sample", config.sample, 8),
-        ("generation-steps", config.generation_steps, 30),
-        ("revision", config.revision, None),
-        ("model-config", config.model_config and config.model_config.name, None),
-        ("resolution", config.resolution, None),
-        ("dtype", config.dtype, None),
-    ]
-    for name, value, default in options:
-        if value != default:
-            words += [f"--{name}", str(value)]
-    words += ["--fast"] * config.sequential + ["--force"] * config.force
-    return shlex.join(words)
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
 
 
 def _plain(value: Any) -> str:
@@ -211,3 +256,29 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     return str(value)
+
+
+def reproduce(result: AuditResult) -> str:
+    """Return the command line of this audit, with file names in place of whole paths.
+
+    Left out are defaults and what changes no result: device, batch size, where and how to write.
+    """
+    config, detection, usual = result.config, result.config.detection, AuditConfig()
+    words = ["unmemorize", "audit", *([] if config.model == demo.NAME else [result.model.name])]
+    options = [
+        ("lora", result.model.lora),
+        *(("prompts", path.name) for path in config.prompts),
+        ("controls", Path(config.controls).name if config.controls else None),
+        ("calibration", config.calibration and config.calibration.name),
+        ("model-config", config.model_config and config.model_config.name),
+        ("seeds", len(detection.seeds)
+         if len(detection.seeds) != len(usual.detection.seeds) else None),
+        ("steps", detection.steps if detection.steps != usual.detection.steps else None),
+        *((name.replace("_", "-"), getattr(config, name)) for name in OPTIONS
+          if getattr(config, name) != getattr(usual, name)),
+    ]  # fmt: skip
+    for name, value in options:
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    words += ["--fast"] * config.sequential + ["--force"] * config.force
+    return shlex.join(words)

@@ -1,8 +1,10 @@
-"""Image files as RGB, opened when they are read."""
+"""Image files, read as RGB one at a time and written whole or not at all."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .storage import replace_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +35,14 @@ def read_image(path: Path) -> "Image":
         with Image.open(path) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable image and is left out of the comparison ({error})."
-        ) from error
+        raise ValueError(f"{path} is not a readable image ({error}).") from error
+
+
+def save_png(image: "Image", path: Path) -> None:
+    """Write an image as PNG, whole or not at all.
+
+    Raises:
+        StorageError: Nothing can be written.
+    """
+    with replace_atomically(path) as part:
+        image.save(part, format="PNG")

@@ -16,8 +16,9 @@ from unmemorize.audit.model.result import (
     NearestImage,
     OccludedWord,
     WordSignificance,
+    rate,
+    summarize,
 )
-from unmemorize.audit.model.summary import rate, summarize
 from unmemorize.shared.files.prompts import PromptSet
 from unmemorize.shared.score.calibration import Calibration
 from unmemorize.shared.score.config import DetectionConfig

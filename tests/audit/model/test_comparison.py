@@ -7,8 +7,7 @@ from unmemorize import demo
 from unmemorize.audit.common.measure import silent
 from unmemorize.audit.common.similarity import PIXELS
 from unmemorize.audit.model import comparison
-from unmemorize.audit.model.comparison import Comparer, best_features
-from unmemorize.audit.model.training_images import known_images
+from unmemorize.audit.model.comparison import Comparer, best_features, known_images
 from unmemorize.shared.files.images import ImageFiles
 from unmemorize.shared.files.prompts import PromptSet
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 from tiny_audit import MARKUP, lines
 from unmemorize.audit.common.result import finite
 from unmemorize.audit.model.mitigation import chosen_methods, run_mitigation
-from unmemorize.audit.model.trials import UNMITIGATED, MitigationConfig
+from unmemorize.audit.model.mitigation_result import UNMITIGATED, MitigationConfig
 from unmemorize.shared.mitigation import DEFAULT, METHODS
 
 

@@ -6,17 +6,17 @@ import pytest
 from PIL import Image
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.audit.model.mitigation_page import headline, render_mitigation
-from unmemorize.audit.model.result import GeneratedImage
-from unmemorize.audit.model.trials import (
+from unmemorize.audit.model.mitigation_result import (
     UNMITIGATED,
     MitigationConfig,
     MitigationEntry,
     MitigationResult,
     Probed,
     Rewording,
-    Sought,
+    Search,
     Trial,
 )
+from unmemorize.audit.model.result import GeneratedImage
 from unmemorize.shared.score.calibration import Calibration
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
@@ -31,7 +31,7 @@ def result(tmp_path):
     images = tuple(
         GeneratedImage(path=f"images/{seed}.png", seed=seed, nearest=None) for seed in (0, 1)
     )
-    sought = Sought(
+    sought = Search(
         loss_before=0.5, loss_after=0.1, images=("images/0.png", "images/1.png"),
         copied=(True, False),
     )  # fmt: skip

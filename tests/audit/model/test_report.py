@@ -58,7 +58,7 @@ def test_never_calls_anything_safe(result, tmp_path):
         text = Reader(render_report(some, tmp_path)).text.lower()
         assert not re.search(r"\b(safe|harmless model|no memorization|proves)\b", text)
         assert "planted" not in text
-        assert "can still bring a training picture back" in text
+        assert "can still bring a training image back" in text
 
 
 def test_nothing_found_still_makes_a_page(tmp_path):
@@ -142,7 +142,7 @@ def test_missing_and_damaged_pictures_are_said_so(tmp_path):
     first, second = (tmp_path / e.images[0].path for e in result.entries[:2])
     first.unlink()
     second.write_bytes(b"not a picture")
-    assert Reader(render_report(result, tmp_path)).text.count("picture not found") == 2
+    assert Reader(render_report(result, tmp_path)).text.count("image not found") == 2
 
 
 def test_pictures_outside_the_folder_are_not_embedded(tmp_path):
@@ -152,7 +152,7 @@ def test_pictures_outside_the_folder_are_not_embedded(tmp_path):
         entry = dataclasses.replace(result.entries[0], map=name)
         some = dataclasses.replace(result, entries=(entry, *result.entries[1:]))
         read = Reader(render_report(some, tmp_path / "audit"))
-        assert read.text.count("picture not found") == 1
+        assert read.text.count("image not found") == 1
 
 
 def test_rows_are_sorted_and_can_be_sorted(page, result, read):

@@ -9,7 +9,7 @@ from unmemorize.audit.common import wording
 from unmemorize.audit.model import report
 from unmemorize.audit.model.answers import audit_verdict
 from unmemorize.audit.model.inputs import Inputs
-from unmemorize.audit.model.summary import rate, summarize
+from unmemorize.audit.model.result import rate, summarize
 from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
 
 
@@ -59,7 +59,7 @@ def test_verdicts_agree_with_their_numbers(tmp_path):
     one = told(tmp_path, 40, 1, (1, 1))
     for sentence in (
         "It steers the model",
-        "Of 1 picture made from flagged prompts and compared with the training pictures, 1 came "
+        "Of 1 image made from flagged prompts and compared with the training images, 1 came "
         "out as a copy.",
         "1 of 40 prompts is above the threshold",
         "1 of 1 image generated for it is a copy of a training image.",
@@ -68,7 +68,7 @@ def test_verdicts_agree_with_their_numbers(tmp_path):
     many = told(tmp_path, 40, 2, (0, 3))
     for sentence in (
         "They steer the model",
-        "Of 3 pictures made from flagged prompts and compared with the training pictures, 0 came "
+        "Of 3 images made from flagged prompts and compared with the training images, 0 came "
         "out as copies.",
         "2 of 40 prompts are above the threshold",
         "0 of 3 images generated for them are copies of a training image.",

@@ -1,15 +1,16 @@
-"""What `unmemorize mitigate` was asked and what it found: plain frozen values."""
+"""Settings and results of `unmemorize mitigate`: plain frozen values, and summary.json."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..common.result import dumps
+from ...shared.score.calibration import Calibration
+from ..common.result import dumps, versions
 from .config import AuditConfig
-from .result import GeneratedImage
-
-if TYPE_CHECKING:
-    from ...shared.score.calibration import Calibration
+from .result import GeneratedImage, rate, settings
+from .work import Scored
 
 UNMITIGATED = "none"
 """Stands for sampling as usual, with which every method is compared."""
@@ -28,13 +29,13 @@ class MitigationConfig:
     methods: tuple[str, ...] = ()
     """Names from `METHODS`; none means the default."""
     gate: str = "calibrated"
-    """`calibrated` acts on prompts above the threshold only; `always` and `never` do not ask."""
+    """`calibrated` acts on prompts above the threshold, `always` on all, `never` on none."""
     images: int = 4
     """Of each prompt and method, one a seed."""
     advise: bool = True
     """Also search for the smallest edits that bring the score under the threshold."""
     probe: bool = False
-    """Also seek the training images of prompts above the threshold with optimised embeddings."""
+    """Also run the residual probe on prompts above the threshold whose training image is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +64,26 @@ class Rewording:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sought:
-    """An image that an embedding was optimised towards, and what was sampled with it."""
+class Search:
+    """An embedding that was optimised towards an image, and what was sampled with it."""
 
     loss_before: float
     """Mean squared error of the predicted noise per element, with the empty prompt."""
     loss_after: float
     """The same with the optimised embedding."""
     images: tuple[str, ...]
-    """Pictures sampled with it, one a seed."""
+    """Sampled with it, one a seed."""
     copied: tuple[bool | None, ...]
-    """Per picture, whether it is a copy of the image; None where too few images could tell."""
+    """Per sampled image, whether it copies the image; None where too few images could tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """Whether a training image still comes out without its prompt."""
+    """Result of the residual probe: whether a training image still comes out without its prompt."""
 
-    training: Sought
-    mirror: Sought | None
-    """The mirror image, never trained on; None where it is a training image as well."""
+    training: Search
+    mirror: Search | None
+    """Of the mirror image, never trained on; None where it is a training image as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class MitigationEntry:
     """Sampling as usual first."""
     rewordings: tuple[Rewording, ...]
     residual: Probed | None = None
-    """Of prompts above the threshold whose training image is known, when it was asked for."""
+    """Of prompts above the threshold whose training image is known, with `probe` only."""
 
     def to_json(self) -> str:
         """Return the line of results.jsonl."""
@@ -111,7 +112,44 @@ class MitigationResult:
     """Everything the page shows."""
 
     config: MitigationConfig
-    calibration: "Calibration"
+    calibration: Calibration
     entries: tuple[MitigationEntry, ...]
     summary: dict[str, Any]
     folder: Path
+
+
+def summarize(
+    config: MitigationConfig, scored: Scored, entries: Sequence[MitigationEntry], *,
+    compared: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return summary.json: per method, how many prompts it acted on, its time, and the copies left.
+
+    Args:
+        config: What was sampled.
+        scored: The prompts with their scores.
+        entries: The prompts with what each method made of them.
+        compared: Enough training images are known to say what is a copy.
+    """
+    methods = {}
+    for number, way in enumerate((UNMITIGATED, *config.methods)):
+        trials = [entry.trials[number] for entry in entries]
+        copied = [image.nearest.copied for trial in trials for image in trial.images
+                  if image.nearest]  # fmt: skip
+        methods[way] = {
+            "acted_on": sum(trial.acted for trial in trials),
+            "copies": rate(sum(map(bool, copied)), len(copied)) if compared else None,
+            "seconds_per_image": statistics.median(trial.seconds for trial in trials),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": asdict(scored.facts.info),
+        "prompts": len(entries),
+        "memorized": sum(entry.memorized for entry in entries),
+        "gate": config.gate,
+        "images": config.images,
+        "threshold": scored.calibration.threshold,
+        "methods": methods,
+        "settings": settings(config.audit),
+        "caveats": list(scored.caveats),
+        "versions": versions(),
+    }

@@ -1,4 +1,4 @@
-"""The residual probe brings a memorized picture back, and not its mirror image."""
+"""The residual probe brings a memorized image back, and not its mirror image."""
 
 import dataclasses
 
@@ -6,10 +6,10 @@ import pytest
 from PIL import Image, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.measure import silent
-from unmemorize.audit.model import probing
-from unmemorize.audit.model.comparison import Comparer
+from unmemorize.audit.model import residual_probe
+from unmemorize.audit.model.comparison import Comparer, known_images
 from unmemorize.audit.model.config import AuditConfig
-from unmemorize.audit.model.training_images import known_images
+from unmemorize.audit.model.residual_probe import probe_prompt
 from unmemorize.shared.files.prompts import PromptSet
 
 
@@ -26,10 +26,10 @@ def memorized():
 
 
 @pytest.mark.slow
-def test_a_memorized_picture_comes_back_without_its_prompt(denoiser, known, memorized, tmp_path):
+def test_a_memorized_image_comes_back_without_its_prompt(denoiser, known, memorized, tmp_path):
     comparer = Comparer(known, tmp_path)
     config = AuditConfig(generation_steps=20)
-    probed = probing.probe_prompt(denoiser, comparer, config, memorized, (0, 1, 2), "x")
+    probed = probe_prompt(denoiser, comparer, config, memorized, (0, 1, 2), "x")
     assert sum(probed.training.copied) >= 2
     assert sum(probed.mirror.copied) <= 1
     assert probed.training.loss_after < 0.8 * probed.training.loss_before
@@ -39,11 +39,13 @@ def test_a_memorized_picture_comes_back_without_its_prompt(denoiser, known, memo
 
 
 def quick(monkeypatch):
-    slow = probing.probe
-    monkeypatch.setattr(probing, "probe", lambda *a, **k: slow(*a, **k | {"iterations": 1}))
+    slow = residual_probe.residual_probe
+    monkeypatch.setattr(
+        residual_probe, "residual_probe", lambda *a, **k: slow(*a, **k | {"iterations": 1})
+    )
 
 
-def test_a_symmetric_picture_is_no_control_for_itself(
+def test_a_symmetric_image_is_no_control_for_itself(
     denoiser, known, memorized, tmp_path, monkeypatch
 ):
     quick(monkeypatch)
@@ -57,6 +59,6 @@ def test_a_symmetric_picture_is_no_control_for_itself(
         paths=[*known.paths, tmp_path / "symmetric.png"],
     )  # fmt: skip
     comparer, config = Comparer(symmetric, tmp_path), AuditConfig(generation_steps=1)
-    probed = probing.probe_prompt(denoiser, comparer, config, "symmetric", (0,), "x")
+    probed = probe_prompt(denoiser, comparer, config, "symmetric", (0,), "x")
     assert probed.mirror is None
-    assert probing.probe_prompt(denoiser, comparer, config, "unknown", (0,), "x") is None
+    assert probe_prompt(denoiser, comparer, config, "unknown", (0,), "x") is None

@@ -1,0 +1,175 @@
+"""One job on the prompts of a model: its folder, and the scores that all further work needs."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...shared.score.calibration import (
+    Calibration,
+    NotEnoughControls,
+    controls_needed,
+    prompts_sha256,
+    settings_of,
+)
+from ..common.job import Job, content_key, open_job
+from ..common.measure import Bars, Measured, measure
+from ..common.result import finite, versions
+from ..common.subject import Facts, Subject
+from .config import AuditConfig
+from .inputs import Inputs
+from .result import settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every phase reads, and the journals that keep what it has finished."""
+
+    config: AuditConfig
+    inputs: Inputs
+    subject: Subject
+    calibration: Calibration | None
+    """The given one; without it the controls are scored."""
+    job: Job
+    bars: Bars
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds per phase."""
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Record how long the block takes."""
+        start = time.perf_counter()
+        yield
+        self.timings[phase] = time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The scores of the prompts and the verdicts that follow from them."""
+
+    facts: Facts
+    calibration: Calibration
+    measured: Measured
+    scores: tuple[float, ...]
+    """Per prompt."""
+    flags: tuple[bool, ...]
+    """Per prompt: its score is above the threshold."""
+    caveats: tuple[str, ...]
+
+    @property
+    def flagged(self) -> list[int]:
+        """Return the prompts above the threshold, highest score first."""
+        hits = [index for index, flag in enumerate(self.flags) if flag]
+        return sorted(hits, key=lambda index: (-self.scores[index], index))
+
+
+@contextmanager
+def open_work(
+    config: AuditConfig, inputs: Inputs, bars: Bars, more: Mapping[str, Any] | None = None
+) -> Iterator[Work]:
+    """Claim the output folder for a job on the model that the settings name.
+
+    Args:
+        config: Names model and folder.
+        inputs: Prompts and controls.
+        bars: Makes the progress bars.
+        more: What decides the results besides, as JSON values by readable names.
+
+    Raises:
+        FolderTaken: The output folder holds something else.
+        ModelError: The model or LoRA cannot be used.
+        CalibrationMismatch: The given calibration is for another model or setting.
+        NotEnoughControls: The controls cannot support the false-positive rate.
+        StorageError: Nothing can be written.
+    """
+    subject = Subject(
+        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
+        revision=config.revision, resolution=config.resolution, config=config.model_config,
+    )  # fmt: skip
+    calibration = Calibration.load(config.calibration) if config.calibration else None
+    prompts = inputs.prompts
+    identity = {
+        "model": subject.fingerprint,
+        "device": subject.device,
+        "dtype": subject.dtype,
+        "resolution": subject.resolution,
+        "prompts": prompts_sha256([*prompts.prompts, *map(str, prompts.sources)]),
+        "controls": None if calibration else prompts_sha256(inputs.controls),
+        "calibration": calibration and content_key(asdict(calibration), config.force),
+        **settings(config),
+        **{f"version of {name}": number for name, number in versions().items()},
+        **(more or {}),
+    }
+
+    def check() -> None:
+        """Load the model, and see that the calibration or the controls can carry a verdict."""
+        needed = controls_needed(config.false_positive_rate)
+        if calibration is None and len(inputs.controls) < needed:
+            raise NotEnoughControls(
+                "not enough controls for this claim: a false-positive rate of "
+                f"{config.false_positive_rate} needs at least {needed} different controls, got "
+                f"{len(inputs.controls)}. Add controls, or choose a higher --false-positive-rate."
+            )
+        now = settings_of(subject.denoiser, config.detection)
+        if calibration is not None:
+            calibration.check(subject.fingerprint, now, force=config.force)
+
+    with open_job(config.output, identity, overwrite=config.overwrite, check=check) as job:
+        yield Work(config=config, inputs=inputs, subject=subject, calibration=calibration, job=job,
+                   bars=bars)  # fmt: skip
+
+
+def score(work: Work) -> Scored:
+    """Return the scores of the prompts and a calibration: the given one, or one of the controls."""
+    config, subject = work.config, work.subject
+    with work.timed("load"):
+        facts = subject.facts(work.job.journal("model"), config.detection)
+    with work.timed("controls"):
+        calibration, caveat = work.calibration, ""
+        if calibration is not None:
+            caveat = calibration.check(subject.fingerprint, facts.settings, force=config.force)
+        else:
+            calibration = Calibration.from_controls(
+                _measure(work, "controls", work.inputs.controls, facts).detection,
+                model=subject.fingerprint,
+                settings=facts.settings,
+                name=work.inputs.controls_name,
+                false_positive_rate=config.false_positive_rate,
+            )
+    with work.timed("detection"):
+        sequentially = calibration if config.sequential else None
+        measured = _measure(work, "detection", work.inputs.prompts.prompts, facts, sequentially)
+    scores = measured.detection.scores
+    return Scored(
+        facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
+        flags=tuple(calibration.flags(scores).tolist()),
+        caveats=(*facts.caveats, *([caveat] if caveat else [])),
+    )  # fmt: skip
+
+
+def _measure(
+    work: Work, phase: str, prompts: tuple[str, ...], facts: Facts,
+    sequentially: Calibration | None = None,
+) -> Measured:  # fmt: skip
+    return measure(
+        work.subject, facts, prompts, work.config.detection, work.job.journal(phase),
+        job_key=work.job.key, bars=work.bars, phase=phase, sequentially=sequentially,
+    )  # fmt: skip
+
+
+def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[str, Any]]:
+    """Return one row a prompt as JSON values; without a calibration the verdicts are None."""
+    detection = measured.detection
+    scores, none = detection.scores, [None] * len(detection.prompts)
+    columns = {
+        "prompt": detection.prompts,
+        "cut": measured.cuts,
+        "score": scores.tolist(),
+        "score_per_element": detection.scores_per_element.tolist(),
+        "trace": finite(detection.traces.tolist()),
+        "p_value": calibration.p_values(scores).tolist() if calibration else none,
+        "q_value": calibration.adjusted(scores).tolist() if calibration else none,
+        "memorized": calibration.flags(scores).tolist() if calibration else none,
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
