@@ -159,38 +159,19 @@ def optimizer_hooks(optimizers: Sequence[Optimizer], protection: Protection) -> 
 
 
 @contextmanager
-def accelerate_hooks(owner: Any, protection: Callable[[], Protection | None]) -> Iterator[None]:
-    """Take part in clipping, logging, saving and loading.
-
-    Args:
-        owner: An accelerator, or the class of all.
-        protection: Asked at each call; None while there is nothing to protect.
-    """
-
-    def clip(original: Function) -> Function:
-        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
-            if found := protection():
-                found.before_clip()  # linear, so that gradient scaling does not matter
-            return original(*args, **kwargs)
-
-        return clip_grad_norm_
+def accelerate_hooks(accelerator: Any, protection: Protection) -> Iterator[None]:
+    """Take part in clipping, logging, saving and loading, for as long as the block lasts."""
 
     def log(original: Function) -> Function:
-        # Its decorators hide its signature, and `owner` may be a class: `values` is the first dict.
-        def log(*args: Any, **kwargs: Any) -> Any:
-            extra = found.scalars() if (found := protection()) else {}
-            if "values" in kwargs:
-                return original(*args, **kwargs | {"values": {**kwargs["values"], **extra}})
-            place = next(at for at, each in enumerate(args) if isinstance(each, dict))
-            return original(*args[:place], {**args[place], **extra}, *args[place + 1 :], **kwargs)
+        def log(values: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return original({**values, **protection.scalars()}, *args, **kwargs)
 
         return log
 
     def save(original: Function) -> Function:
         def save_state(*args: Any, **kwargs: Any) -> Any:
             folder = original(*args, **kwargs)
-            if found := protection():
-                save_progress(found, Path(folder))
+            save_progress(protection, Path(folder))
             return folder
 
         return save_state
@@ -199,29 +180,29 @@ def accelerate_hooks(owner: Any, protection: Callable[[], Protection | None]) ->
         def load_state(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs).arguments
-            if found := protection():
-                load_progress(found, Path(call.get("input_dir") or "").expanduser())
+            load_progress(protection, Path(call.get("input_dir") or "").expanduser())
             return result
 
         return load_state
 
+    clip = calling(before=protection.before_clip)  # linear: gradient scaling does not matter
     with ExitStack() as undo:
         for name, wrap in (("clip_grad_norm_", clip), ("log", log),
                            ("save_state", save), ("load_state", load)):  # fmt: skip
-            undo.enter_context(patched(owner, name, wrap))
+            undo.enter_context(patched(accelerator, name, wrap))
         yield
 
 
 @contextmanager
-def progress_hooks(protection: Callable[[], Protection | None]) -> Iterator[None]:
+def progress_hooks(protection: Protection) -> Iterator[None]:
     """Show values in the progress bar of the steps, behind those of the script."""
     from tqdm import tqdm
 
     def postfix(original: Function) -> Function:
         def set_postfix(*args: Any, **kwargs: Any) -> Any:
-            found = protection()
-            if found and "lr" in kwargs:  # bars of downloads and of sampling have no learning rate
-                kwargs |= {name: f"{each:.2g}" for name, each in shown_values(found).items()}
+            if "lr" in kwargs:  # bars of downloads and of sampling have no learning rate
+                shown = shown_values(protection).items()
+                kwargs |= {name: f"{each:.2g}" for name, each in shown}
             return original(*args, **kwargs)
 
         return set_postfix

@@ -1,7 +1,8 @@
 """The options that every trainer gets: on the command line, in TOML, and as `key=value` strings."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -107,6 +108,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         kind = {"action": "store_true"} if option.metavar is None else {"metavar": option.metavar}
         # Strings: the same text means the same on the command line, in TOML and as key=value.
         group.add_argument(f"--{option.name}", help=option.help, **kind)
+
+
+def read_command(
+    arguments: Sequence[str], *, start: str, host: str, scripts: str, known_by: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Return our options of a launcher's command, and the script's own command.
+
+    The folder of the script is importable afterwards, as Python makes it for a script.
+
+    Args:
+        arguments: As typed behind the launcher's module.
+        start: What is typed in front of the script, the module included.
+        host: Name of the trainer, whose folder is the current one.
+        scripts: Which scripts can be run.
+        known_by: A file in the trainer's folder.
+    """
+    parser = argparse.ArgumentParser(
+        prog=start,
+        usage="%(prog)s SCRIPT <the script's arguments> [options]",
+        description=f"Run {scripts} of {host}, as it is, with these options added. To be typed in "
+        f"the folder of {host}. The options may also stand in the configuration file.",
+        epilog="SCRIPT --help shows the script's own arguments.",
+        allow_abbrev=False,
+        add_help=list(arguments[:1]) in ([], ["-h"], ["--help"]),
+    )
+    add_options(parser)
+    options, rest = parser.parse_known_args(arguments)
+    script = Path(rest[0]) if rest else None
+    if script is None or not script.is_file() or not Path(known_by or script).is_file():
+        parser.error(
+            f"{Path.cwd()} is not the folder of {host}, or has no script {script or ''} in it. "
+            f"Type: cd {host}, then the same again with {scripts} behind the module."
+        )
+    sys.path.insert(0, str(script.resolve().parent))
+    return {name: value for name, value in vars(options).items() if value}, rest
 
 
 def refuse_unknown(names: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> None:

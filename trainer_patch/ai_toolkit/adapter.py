@@ -41,16 +41,13 @@ class StepAdapter:
         """By timestep sqrt(abar), for networks that predict velocities of a noise schedule."""
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
-        """Return the prediction on the empty prompt; see `TrainerAdapter`."""
         return call.again(conditional_embeds=self._without_text(len(call.samples)))
 
     def network(self, call: Call) -> nn.Module:
-        """Return the bare network."""
         return self._process.accelerator.unwrap_model(self._sd.unet)
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """Turn the LoRA off for a block."""
         network = self._process.network
         before, network.is_active = network.is_active, False
         try:
@@ -59,11 +56,9 @@ class StepAdapter:
             network.is_active = before
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        """Return the step's prediction once more; see `TrainerAdapter`."""
         return call.again()[rows]
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
-        """Run the network on latents with still noise; see `TrainerAdapter`."""
         sigmas = sigma_of(self._sd.noise_scheduler.alphas_cumprod)
         nearest = nearest_timestep(sigmas, self._protection.base_targets.regions.sigma)
         timesteps = torch.full((len(latents),), nearest, device=latents.device)

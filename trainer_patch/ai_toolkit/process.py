@@ -133,7 +133,7 @@ class ProtectedProcess:
         self._resume()
         hooks = (
             optimizer_hooks([self.optimizer], protection),
-            accelerate_hooks(self.accelerator, lambda: protection),
+            accelerate_hooks(self.accelerator, protection),
             patched(self.network, "save_weights", self._saving),
         )
         for hook in hooks:

@@ -114,24 +114,19 @@ class StepAdapter:
         return self._step.target(target, latents)
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
-        """Return the prediction on the empty prompt; see `TrainerAdapter`."""
         some = call if rows is None else call.only(rows, _rows(call))
         return some.run(**self._empty.in_place_of_prompt(some.given))[0]
 
     def network(self, call: Call) -> nn.Module:
-        """Return the network."""
         return self._network
 
     def without_lora(self) -> AbstractContextManager:
-        """Turn the LoRA off for a block."""
         return self._denoiser.lora_disabled()
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        """Return the step's prediction once more; see `TrainerAdapter`."""
         return call.only(rows, _rows(call)).again()[0]
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
-        """Run the network on latents with still noise; see `TrainerAdapter`."""
         self._look(latents)
 
     def _before(self, network: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -4,6 +4,7 @@ import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.protection import Protection
 from ...shared.training.settings import ProtectionSettings
-from ..hooks import accelerate_hooks, finish, gather_of, progress_hooks, refuse
+from ..hooks import accelerate_hooks, calling, finish, gather_of, progress_hooks, refuse
 from ..options import add_options, settings_from
 from .adapter import MovedPredictions
 from .data import BatchSamples, captions_of, complete, load_text_side
@@ -57,18 +58,13 @@ class Launch:
         """
         from accelerate import Accelerator
         from accelerate.data_loader import DataLoaderShard
-        from diffusers.loaders.lora_base import LoraBaseMixin
         from diffusers.loaders.peft import PeftAdapterMixin
 
         hooks = (
             patched(argparse.ArgumentParser, "parse_args", self._parse_args),
             patched(PeftAdapterMixin, "add_adapter", self._add_adapter),
             patched(Accelerator, "prepare", self._prepare),
-            patched(Accelerator, "end_training", self._end_training),
             patched(DataLoaderShard, "__iter__", self._iterate),
-            patched(LoraBaseMixin, "write_lora_layers", self._write),
-            accelerate_hooks(Accelerator, self._current),
-            progress_hooks(self._current),
         )
         with self._undo:
             for hook in hooks:
@@ -88,9 +84,6 @@ class Launch:
             )
         if self.protection and not self._finished:
             self.protection.finish()
-
-    def _current(self) -> Protection | None:
-        return self.protection
 
     def _parse_args(self, original: Function) -> Function:
         def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +115,8 @@ class Launch:
 
     def _protect(self, accelerator: Any, objects: Sequence[Any]) -> None:
         """Protect the training whose parts a script has just put together."""
+        from diffusers.loaders.lora_base import LoraBaseMixin
+
         given, network = vars(self.arguments), self.network
         refuse([*faults_of(network, self.settings, accelerator), *self._regions_faults()])
         column = given.get("caption_column")
@@ -162,6 +157,13 @@ class Launch:
         for loader in loaders:
             self._samples.sign(loader, column)
         self.protection = protection
+        for hook in (
+            accelerate_hooks(accelerator, protection),
+            progress_hooks(protection),
+            patched(accelerator, "end_training", calling(before=partial(self._end, accelerator))),
+            patched(LoraBaseMixin, "write_lora_layers", self._write),
+        ):
+            self._undo.enter_context(hook)
 
     def _regions_faults(self) -> Iterator[str]:
         """Yield why base targets are requested and cannot be had."""
@@ -179,7 +181,7 @@ class Launch:
         def write_lora_layers(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs).arguments
-            if self.protection and call["safe_serialization"]:
+            if call["safe_serialization"]:
                 path = Path(call["save_directory"]) / (call["weight_name"] or WEIGHTS)
                 stamp(path, self.protection)
             return result
@@ -189,14 +191,10 @@ class Launch:
     def _iterate(self, original: Function) -> Function:
         return lambda loader: self._samples.unsigned(original(loader))
 
-    def _end_training(self, original: Function) -> Function:
-        def end_training(accelerator: Any) -> None:
-            if self.protection and not self._finished:
-                finish(self.protection, accelerator)
-                self._finished = True
-            original(accelerator)
-
-        return end_training
+    def _end(self, accelerator: Any) -> None:
+        if not self._finished:
+            finish(self.protection, accelerator)
+            self._finished = True
 
 
 def _validate_arguments(arguments: argparse.Namespace) -> None:

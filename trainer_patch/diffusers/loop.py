@@ -126,7 +126,7 @@ def protect(
             )
         )
         if accelerator is not None:
-            undo.enter_context(accelerate_hooks(accelerator, lambda: protection))
+            undo.enter_context(accelerate_hooks(accelerator, protection))
         yield loop
         finish(protection, accelerator)
 

@@ -45,14 +45,12 @@ def create_network(
         UnsupportedTraining: The combination is not supported; the message says what to type.
         HookMissing: The version of sd-scripts is not supported.
     """
-    training, base, given = _asked(sys._getframe(1))
-    rest = _without_ours(kwargs)
     sizes = (multiplier, network_dim, network_alpha)
 
-    def make() -> torch.nn.Module | None:
+    def make(base: ModuleType, rest: dict[str, Any]) -> torch.nn.Module | None:
         return base.create_network(*sizes, vae, text_encoder, unet, **rest)
 
-    return _protected(training, base, given, make)
+    return _made(sys._getframe(1), kwargs, make)
 
 
 def create_network_from_weights(
@@ -69,11 +67,9 @@ def create_network_from_weights(
 
     For inference (--base_weights) nothing is trained and nothing is protected.
     """
-    training, base, given = _asked(sys._getframe(1))
-    rest = _without_ours(kwargs)
     loaded = []
 
-    def make() -> torch.nn.Module:
+    def make(base: ModuleType, rest: dict[str, Any]) -> torch.nn.Module:
         network, weights = base.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet,
             weights_sd=weights_sd, for_inference=for_inference, **rest,
@@ -81,36 +77,36 @@ def create_network_from_weights(
         loaded.append(weights)
         return network
 
-    network = make() if for_inference else _protected(training, base, given, make)
-    return network, loaded[0]
+    return _made(sys._getframe(1), kwargs, make, protect=not for_inference), loaded[0]
 
 
-def _asked(frame: FrameType) -> tuple[Training, ModuleType, dict[str, Any]]:
-    """Return the training of a caller, its base module, and the options it was given."""
-    training = Training.of_caller(frame)
-    pairs = dict(pair.split("=", 1) for pair in training.args.network_args or ())
-    refuse_unknown(pairs)
-    base = pairs.get(BASE_MODULE, getattr(training.args, BASE_MODULE, PLAIN))
-    given = {name: getattr(training.args, name, None) for name in NAMES}
-    given |= {name: pairs[name] for name in NAMES if name in pairs}
-    return training, importlib.import_module(base), given
-
-
-def _protected(
-    training: Training,
-    base: ModuleType,
-    given: dict[str, Any],
-    make: Callable[[], torch.nn.Module | None],
+def _made(
+    caller: FrameType,
+    kwargs: dict[str, Any],
+    make: Callable[[ModuleType, dict[str, Any]], torch.nn.Module | None],
+    *,
+    protect: bool = True,
 ) -> torch.nn.Module | None:
-    """Return a network with the hooks in place, or refuse before it is made."""
-    settings = settings_from(given)
-    check_arguments(training.args, settings)
-    check_training(training, settings)
-    network = make()
-    if network is not None:
+    """Return a network with the hooks in place, or refuse before it is made.
+
+    Args:
+        caller: The trainer's `train`.
+        kwargs: Network arguments, ours among them.
+        make: Makes the network from the base module and its own arguments.
+        protect: Put the hooks in place.
+    """
+    training = Training.of_caller(caller)
+    args = training.args
+    pairs = dict(pair.split("=", 1) for pair in args.network_args or ())
+    refuse_unknown(pairs)
+    base = importlib.import_module(pairs.get(BASE_MODULE, getattr(args, BASE_MODULE, PLAIN)))
+    settings = None
+    if protect:
+        given = {name: pairs.get(name, getattr(args, name, None)) for name in NAMES}
+        settings = settings_from(given)
+        check_arguments(args, settings)
+        check_training(training, settings)
+    network = make(base, {k: kwargs[k] for k in kwargs if k not in (*NAMES, BASE_MODULE)})
+    if settings is not None and network is not None:
         install(training, network, settings, base.__name__)
     return network
-
-
-def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in kwargs if key not in (*NAMES, BASE_MODULE)}

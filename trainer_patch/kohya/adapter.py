@@ -111,7 +111,6 @@ class StepAdapter:
         return result, step.weights(seen[0])
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
-        """Return the prediction on the empty prompt; see `TrainerAdapter`."""
         training = self._training
         trained = training.trainer.is_train_text_encoder(training.args)
         empty = self._text.encode([""]) if trained else self._empty
@@ -125,12 +124,10 @@ class StepAdapter:
         return seen[0]
 
     def network(self, call: Call) -> nn.Module:
-        """Return the bare network."""
         return self._training.accelerator.unwrap_model(call.given["unet"])
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """Turn the LoRA down to nothing for a block."""
         before = self._lora.multiplier
         self._lora.set_multiplier(0.0)
         try:
@@ -139,13 +136,11 @@ class StepAdapter:
             self._lora.set_multiplier(before)
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        """Return the step's prediction once more; see `TrainerAdapter`."""
         result = self._repeat(call)
         call.check_timesteps(result[2])
         return result[0][rows]
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
-        """Run the network on latents with still noise; see `TrainerAdapter`."""
         count = len(call.samples)
         batch, text = (
             take_rows(call.given[name], rows, count) for name in ("batch", "text_encoder_conds")

@@ -9,7 +9,6 @@ In OneTrainer's folder, in front of the script that trains or of the one that op
 The options may also be keys of the configuration, or go into `--config-value`.
 """
 
-import argparse
 import importlib.util
 import logging
 import sys
@@ -20,43 +19,26 @@ from types import ModuleType
 from typing import Any
 
 from ...shared.patching import Function, HookMissing, patched
-from ..options import add_options
+from ..options import read_command
 from .checks import option_keys
-from .training import Training
+from .training import attach
 
 MODULE = __spec__.parent
 """What is typed."""
-TRAINER = Path("modules", "trainer", "GenericTrainer.py")
+TRAINER = "modules/trainer/GenericTrainer.py"
 """A file by which OneTrainer's folder is known."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a script of OneTrainer; every training that it starts is protected."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        usage="%(prog)s scripts/train.py <its usual arguments> [options]",
-        description="Run scripts/train.py or scripts/train_ui.py of OneTrainer, as it is, with "
-        "these options added. To be typed in OneTrainer's folder. The options may also be keys of "
-        "the configuration file.",
-        epilog="scripts/train.py --help shows the script's own arguments.",
-        allow_abbrev=False,
-        add_help=arguments[:1] in ([], ["-h"], ["--help"]),
-    )
-    add_options(parser)
-    options, rest = parser.parse_known_args(arguments)
-    script = Path(rest[0]) if rest else None
-    if script is None or not script.is_file() or not TRAINER.is_file():
-        parser.error(
-            f"{Path.cwd()} is not OneTrainer's folder, or there is no script {script or ''} in it. "
-            "Type: cd OneTrainer, then the same again with scripts/train.py or scripts/train_ui.py "
-            "behind the module."
-        )
+    given, sys.argv = read_command(
+        sys.argv[1:] if arguments is None else arguments,
+        start=f"python -m {MODULE}", host="OneTrainer",
+        scripts="scripts/train.py or scripts/train_ui.py", known_by=TRAINER,
+    )  # fmt: skip
     _show_log()
-    sys.argv = rest
-    sys.path.insert(0, str(script.resolve().parent))  # as Python does for a script
-    loaded = _load(script)
-    with attached({name: value for name, value in vars(options).items() if value}):
+    loaded = _load(Path(sys.argv[0]))
+    with attached(given):
         loaded.main()
 
 
@@ -76,7 +58,7 @@ def attached(given: dict[str, Any]) -> Iterator[None]:
     def protected(original: Function) -> Function:
         def create_trainer(*args: Any, **kwargs: Any) -> Any:
             trainer = original(*args, **kwargs)
-            Training(trainer, given).attach()
+            attach(trainer, given)
             return trainer
 
         return create_trainer
@@ -96,7 +78,7 @@ def _load(script: Path) -> ModuleType:
 
 
 def _show_log() -> None:
-    """Let what this package tells be seen once: only OneTrainer's window shows logs of others."""
+    """Show once what this package logs: only OneTrainer's window shows logs of others."""
     log = logging.getLogger(MODULE.partition(".")[0])
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())

@@ -90,11 +90,9 @@ class StepAdapter:
         return output
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
-        """Return the prediction on the empty prompt; see `TrainerAdapter`."""
         return call.again(batch=without_text(call.given["batch"], self._empty))["predicted"]
 
     def network(self, call: Call | None = None) -> nn.Module:
-        """Return the network."""
         model = self._trainer.model
         return model.unet if has_unet(self._trainer.config) else model.transformer
 
@@ -104,13 +102,11 @@ class StepAdapter:
         return getattr(setup, WITHOUT_LORA)(model, self._trainer.config)
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        """Return the step's prediction once more; see `TrainerAdapter`."""
         output = call.again()
         call.check_timesteps(output["timestep"])
         return output["predicted"][rows]
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
-        """Run the network on latents with still noise; see `TrainerAdapter`."""
         count = len(call.given["batch"]["image_path"])
         some = replace(call, given={"batch": without_text(call.given["batch"], self._empty)})
         nearest = self._nearest()

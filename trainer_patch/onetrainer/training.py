@@ -25,51 +25,37 @@ TRAINED_TIMESTEPS = 1000
 """Of the models that are covered; the configuration has its range in shares of them."""
 
 
-class Training:
-    """Takes part in a trainer's `start` and `end`; between them lie the steps.
+def attach(trainer: Any, given: Mapping[str, Any]) -> None:
+    """Take part in a trainer's `start` and `end`; between them lie the steps.
 
     Both are replaced on the trainer itself, which does one training and is then thrown away.
+
+    Args:
+        trainer: Of OneTrainer, that has not started.
+        given: Options by name, before those of its configuration.
     """
+    undo, started, ended = ExitStack(), trainer.start, trainer.end
+    protections: list[Protection] = []
 
-    def __init__(self, trainer: Any, given: Mapping[str, Any]):
-        """Take a trainer that has not started.
+    def start() -> None:
+        config = trainer.config
+        settings = settings_from({name: getattr(config, name) for name in NAMES} | given)
+        if settings:
+            check_configuration(config, settings)
+        started()
+        if settings:
+            with ExitStack() as entered:
+                protections.append(_protect(trainer, settings, entered))
+                undo.push(entered.pop_all())
 
-        Args:
-            trainer: Of OneTrainer.
-            given: Options by name, before those of its configuration.
-        """
-        self._trainer, self._given = trainer, given
-        self._protection: Protection | None = None
-        self._undo = ExitStack()
+    def end() -> None:
+        with undo:
+            ended()
+        # Without a step nothing was saved, so nothing is missing.
+        if protections and trainer.one_step_trained:
+            protections[0].finish()
 
-    def attach(self) -> None:
-        """Put both in place."""
-        self._trainer.start = self._started(self._trainer.start)
-        self._trainer.end = self._ended(self._trainer.end)
-
-    def _started(self, original: Function) -> Function:
-        def start() -> None:
-            config = self._trainer.config
-            settings = settings_from({name: getattr(config, name) for name in NAMES} | self._given)
-            if settings:
-                check_configuration(config, settings)
-            original()
-            if settings:
-                with self._undo as undo:
-                    self._protection = _protect(self._trainer, settings, undo)
-                    self._undo = undo.pop_all()
-
-        return start
-
-    def _ended(self, original: Function) -> Function:
-        def end() -> None:
-            with self._undo:
-                original()
-            # Without a step nothing was saved, so nothing is missing.
-            if self._protection and self._trainer.one_step_trained:
-                self._protection.finish()
-
-        return end
+    trainer.start, trainer.end = start, end
 
 
 def output_of(config: Any) -> Path:
