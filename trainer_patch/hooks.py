@@ -1,4 +1,4 @@
-"""What a protection does inside a trainer's libraries; what several trainers must not be asked."""
+"""What a protection does inside a trainer's libraries; refusals that trainers share."""
 
 import inspect
 import json
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
 """Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
 SHOWN = {"filtered_share": "filtered", "residual": "residual"}
-"""Values in the progress bar, and what they are called there."""
+"""Values in the progress bar, and their names there."""
 STATE = "unmemorize.json"
 """In the folder of a checkpoint: what a resumed training needs."""
 
@@ -47,11 +47,11 @@ def require(owner: Any, name: str, hooks: Mapping[str, Sequence[str]], known: st
     """
     faults = []
     for method, parameters in hooks.items():
-        found = getattr(owner, method, None)
-        have = inspect.signature(found).parameters if found else ()
+        function = getattr(owner, method, None)
+        have = inspect.signature(function).parameters if function else ()
         lacking = [each for each in parameters if each not in have]
-        if found is None or lacking:
-            faults.append(method if found is None else f"{method}({', '.join(lacking)})")
+        if function is None or lacking:
+            faults.append(method if function is None else f"{method}({', '.join(lacking)})")
     if faults:
         raise HookMissing(
             f"{name} has no {', '.join(faults)}: this version is not supported. Known to work: "

@@ -46,15 +46,16 @@ OPTIONS = (
     Option(
         name="project_layers",
         metavar="FILE",
-        help="keep every other layer of the LoRA off what the concept's pictures put into it: the "
+        help="keep every other layer of the LoRA off what the concept's images put into it: the "
         ".safetensors file that `unmemorize concept layers` made from them with the model that is "
         "trained. Alone, or beside --project_concepts, which the layers that read text need.",
     ),
     Option(
         name="project_regions",
-        help="where training pictures whose captions name the concept show it, teach what the "
-        "model does without the LoRA: without this a LoRA can draw the concept unasked. Needs "
-        "--project_layers; up to two more forward passes without gradient for such pictures.",
+        help="where training images show the concept and their captions name it, teach what the "
+        "model does without the LoRA. Else a LoRA can draw the concept although no prompt names "
+        "it. Needs --project_layers; up to two more forward passes without gradient for such "
+        "images.",
     ),
     Option(
         name="project_energy",
@@ -105,9 +106,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to a trainer's parser; `settings_from(vars(args))` reads them."""
     group = parser.add_argument_group("unmemorize")
     for option in OPTIONS:
-        kind = {"action": "store_true"} if option.metavar is None else {"metavar": option.metavar}
+        form = {"action": "store_true"} if option.metavar is None else {"metavar": option.metavar}
         # Strings: the same text means the same on the command line, in TOML and as key=value.
-        group.add_argument(f"--{option.name}", help=option.help, **kind)
+        group.add_argument(f"--{option.name}", help=option.help, **form)
 
 
 def read_command(
@@ -160,7 +161,7 @@ def refuse_unknown(names: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -
 
 
 def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
-    """Return what the options ask for.
+    """Return what the options request.
 
     Args:
         values: By name; other names are ignored. Strings, or what TOML has: numbers and booleans.
@@ -181,8 +182,7 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
             raise OptionError(f"--{idle[0]} does nothing without --{needed}.")
     if _switch(given, "project_regions") and "project_layers" not in given:
         raise OptionError(
-            "--project_regions needs --project_layers: the file tells where pictures show the "
-            "concept."
+            "--project_regions needs --project_layers: the file says where images show the concept."
         )
     try:
         return ProtectionSettings(projection=_projection(given), filter=_filter(given))
@@ -236,9 +236,9 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
     text = given.get("mem_filter", "off")
     if text.lower() in OFF and text != "0":
         return None
-    kind = {"q": "quantile", "x": "ratio"}.get(text[0].lower())
+    unit = {"q": "quantile", "x": "ratio"}.get(text[0].lower())
     try:
-        number = float(text[1:] if kind else text)
+        number = float(text[1:] if unit else text)
     except ValueError as error:
         raise OptionError(f"--mem_filter cannot be {text!r}: see --help.") from error
     action = given.get("mem_filter_action", "drop")
@@ -246,7 +246,7 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
         raise OptionError(f"--mem_filter_action is one of {get_args(Action)}, got {action!r}.")
     report = given.get("mem_filter_report")
     return FilterSettings(
-        **{kind or "limit": number},
+        **{unit or "limit": number},
         action=action,
         recall=_number(given, "mem_filter_recall", int, None),
         report=Path(f"{report.removesuffix('.json')}.json") if report else None,
@@ -254,11 +254,11 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
 
 
 def _number(
-    given: Mapping[str, str], name: str, kind: Callable[[str], Any], default: float | None
+    given: Mapping[str, str], name: str, parse: Callable[[str], Any], default: float | None
 ) -> Any:
     """Return the number of an option."""
     try:
-        return kind(given[name]) if name in given else default
+        return parse(given[name]) if name in given else default
     except ValueError as error:
         raise OptionError(f"--{name} cannot be {given[name]!r}: see --help.") from error
 

@@ -152,7 +152,7 @@ class Step:
         """
         rows, samples, timesteps = self._measured()
         ours = prediction if len(rows) == len(prediction) else prediction[rows]
-        found = self._protection.weigh(
+        weights = self._protection.weigh(
             ours,
             ours[:0].detach() if self._plain is None else self._plain,
             timesteps=timesteps,
@@ -162,10 +162,10 @@ class Step:
             before=self._state if self._trainer.repeats_rows else None,
         )
         if len(rows) == len(prediction):
-            return found
-        weights = found.new_ones(len(prediction))
-        weights[rows] = found
-        return weights
+            return weights
+        whole = weights.new_ones(len(prediction))
+        whole[rows] = weights
+        return whole
 
     def target(self, target: Tensor, latents: Tensor) -> Tensor:
         """Return the step's target, replaced by base predictions where images show the concept.

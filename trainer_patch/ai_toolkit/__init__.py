@@ -4,7 +4,7 @@ ai-toolkit loads what lies in its folder `extensions`. Put a file `extensions/un
 
     from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS
 
-Then change the type of a training in its configuration, and say what is asked for:
+Then change the type of a training in its configuration, and add the options:
 
     process:
       - type: unmemorize   # was sd_trainer, or diffusion_trainer

@@ -36,7 +36,7 @@ TRAINING = {
 REPEATED_TRAINING = {
     "do_cfg": "its prediction is guided already",
     "do_random_cfg": "its prediction is guided already",
-    "single_item_batching": "the batch does not tell which of its images is predicted",
+    "single_item_batching": "the batch does not say which of its images is predicted",
     "short_and_long_captions": "each image stands in the batch twice",
 }
 """The same where a step's prediction is made once more: with the filter, and with regions."""
@@ -59,7 +59,7 @@ NOISE_TRAINING = {
 
 
 def settings_in(section: Any) -> ProtectionSettings:
-    """Return what the section `unmemorize` of a process asks for; nothing where there is none.
+    """Return what the section `unmemorize` of a process requests; nothing where there is none.
 
     Raises:
         OptionError: An option cannot be understood, or there is none of that name.
@@ -105,7 +105,7 @@ def check_model(sd: Any, settings: ProtectionSettings) -> None:
     if settings.filter and sd.x0_pred:
         faults.append("the filter compares noise or velocities, and this model predicts images")
     if settings.filter and sd.encode_control_in_text_embeddings:
-        faults.append("the filter needs an empty prompt, and this model's text holds pictures")
+        faults.append("the filter needs an empty prompt, and this model's text holds images")
     if _with_regions(settings) and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
         faults.append("`project_regions` needs a model that predicts noise: leave it out")
     refuse(faults)
@@ -161,7 +161,7 @@ def _projection_faults(process: Any, *, of_text: bool) -> Iterator[str]:
         )
     if of_text and arch not in TEXT_FED:
         yield (
-            f"`model.arch: {arch}` reads text mixed with the picture or through layers of its own, "
+            f"`model.arch: {arch}` reads text mixed with the image or through layers of its own, "
             "so no subspace of text states can be kept out exactly: leave out `project_concepts`; "
             "`project_layers` and `mem_filter` are supported"
         )

@@ -98,7 +98,7 @@ class ProtectedProcess:
         return super().calculate_loss(**given)
 
     def done_hook(self) -> None:
-        """Check that what was requested has happened, before anyone is told that all is done."""
+        """Check that what was requested has happened, before ai-toolkit says that all is done."""
         self._undo.close()
         with printed():
             self.protection.finish()
@@ -144,8 +144,8 @@ class ProtectedProcess:
 
         def save_weights(file: str, *args: Any, metadata: Any = None, **kwargs: Any) -> None:
             self.protection.before_save()
-            told = dict(metadata or {}) | self.protection.metadata()
-            original(file, *args, metadata=told, **kwargs)
+            metadata = dict(metadata or {}) | self.protection.metadata()
+            original(file, *args, metadata=metadata, **kwargs)
             self.protection.after_save(Path(file))
             state = {"step": self.step_num, "protection": self.protection.state_dict()}
             write_text(self._state_path, json.dumps(state))

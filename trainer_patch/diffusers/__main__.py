@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _help() -> argparse.ArgumentParser:
-    """Return a parser that only tells of the options; each script has its own for the rest."""
+    """Return a parser that only describes our options; each script parses the rest itself."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} SCRIPT.py <its usual arguments> [options]",

@@ -109,7 +109,7 @@ class StepAdapter:
                 "the target; a script's loader must give one caption for each image."
             )
         if self._step is None:
-            raise UnsupportedTraining("Ask for the target after the network's prediction.")
+            raise UnsupportedTraining("Call `loop.target` after the network's prediction.")
         self._step.call = replace(self._step.call, samples=dict(enumerate(samples)))
         return self._step.target(target, latents)
 
@@ -209,7 +209,7 @@ class Noising:
 
 
 class MovedPredictions:
-    """Base targets in a script, which asks nobody for its target: each prediction is moved.
+    """Base targets in a script, which computes its target alone: each prediction is moved.
 
     A loss of prediction - target is the same when the prediction gains what the target should lose,
     however a script weighs samples and timesteps.
@@ -271,7 +271,7 @@ class MovedPredictions:
         if noising is None or not torch.equal(given, noising.noisy.to(given)):
             raise UnsupportedTraining(
                 "The network was given other latents than DDPMScheduler.add_noise made last: "
-                "project_regions cannot tell what this script teaches. Leave it out."
+                "project_regions does not know the target of this script. Leave it out."
             )
         target = noising.target().float()
         others = len(target) - len(target) // self._halves

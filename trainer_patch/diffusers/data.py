@@ -95,20 +95,20 @@ def complete(denoiser: PipelineDenoiser, network: nn.Module) -> None:
 
 
 def text_path(denoiser: PipelineDenoiser) -> TextPath:
-    """Return the way from prompts to what text-fed layers read, SDXL's two encoders told apart."""
+    """Return the text path of a training, with the widths of SDXL's two encoders."""
     return text_path_of(denoiser, encoders_of(denoiser.pipeline))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmptyPrompt:
-    """What a network is told in place of a prompt, and in which units it speaks."""
+    """What a network reads in place of a prompt, and the units of its timesteps and output."""
 
     embeddings: Tensor
     """[1 token width]."""
     pooled: Tensor | None
     """[1 pooled_width], for networks that read one."""
     timestep_unit: float
-    """Training timesteps in one unit of what the network is told."""
+    """Training timesteps in one unit of the network's timestep."""
     signal: Tensor | None
     """[timestep] sqrt(abar), which turns velocities into noise; None where scores need none."""
 
@@ -226,7 +226,7 @@ class BatchSamples:
 def sample_of(dataset: Any, index: int, example: Any, caption_column: str | None) -> Sample:
     """Return who an example of a training script's dataset is.
 
-    The file is the path of its image where the example or the dataset tells it, else its number.
+    The file is the path of its image where the example or the dataset has it, else its number.
     The caption is empty where a script draws one of several at random.
     """
     fields = example if isinstance(example, Mapping) else {}
@@ -248,18 +248,18 @@ def captions_of(dataset: Any, caption_column: str | None) -> list[str]:
     """Return the captions of a training script's dataset, each once; its images are not read."""
     if column := _caption_column(dataset, caption_column):
         rows = dataset.with_format(None)[column]
-        found = [each for row in rows for each in ([row] if isinstance(row, str) else row)]
+        captions = [each for row in rows for each in ([row] if isinstance(row, str) else row)]
     else:
-        found = getattr(dataset, "custom_instance_prompts", None) or [
+        captions = getattr(dataset, "custom_instance_prompts", None) or [
             getattr(dataset, "instance_prompt", "")
         ]
-    return [caption for caption in dict.fromkeys(found) if caption]
+    return [caption for caption in dict.fromkeys(captions) if caption]
 
 
-def _caption_column(dataset: Any, asked: str | None) -> str | None:
+def _caption_column(dataset: Any, wanted: str | None) -> str | None:
     """Return the column of captions as the scripts choose it, None where there are no columns."""
     names = getattr(dataset, "column_names", None) or []  # of the library `datasets`
-    return asked or names[1] if len(names) > 1 else None
+    return wanted or names[1] if len(names) > 1 else None
 
 
 def _path(value: Any) -> str:

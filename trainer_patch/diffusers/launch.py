@@ -1,4 +1,4 @@
-"""A training script's run: learns from the calls it makes what is trained, and protects that."""
+"""A training script's run: its calls show what is trained, and that is protected."""
 
 import argparse
 import inspect
@@ -169,8 +169,8 @@ class Launch:
         """Yield why base targets are requested and cannot be had."""
         from diffusers import UNet2DConditionModel
 
-        asked = self.settings.projection is not None and self.settings.projection.regions
-        if asked and not isinstance(self.network, UNet2DConditionModel):
+        regions = self.settings.projection is not None and self.settings.projection.regions
+        if regions and not isinstance(self.network, UNet2DConditionModel):
             yield (
                 "project_regions is there for U-Nets (SD 1, SD 2, SDXL), not "
                 f"{type(self.network).__name__}: its scripts noise latents in a line of their own. "
@@ -198,7 +198,7 @@ class Launch:
 
 
 def _validate_arguments(arguments: argparse.Namespace) -> None:
-    """Raise UnsupportedTraining, with all reasons, for what a script is told to do."""
+    """Raise UnsupportedTraining, with all reasons, for what a script's arguments request."""
     given = vars(arguments)
     faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
     faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]

@@ -35,7 +35,7 @@ class ProtectedLoop:
         self.protection = protection
         self.samples: Sequence[Sample | str | Path] = ()
         """Those in the next batch, for the report; samples or files. Set it in each step, or
-        captions are told apart by what the text encoder makes of them."""
+        captions are distinguished by what the text encoder makes of them."""
         self._adapter: StepAdapter | None = None
 
     def target(self, target: Tensor, latents: Tensor) -> Tensor:
@@ -135,16 +135,17 @@ def faults_of(
     network: nn.Module, settings: ProtectionSettings, accelerator: Any = None
 ) -> Iterator[str]:
     """Yield why a training cannot be protected, before anything is loaded or changed for it."""
-    asked = settings.projection
+    projection = settings.projection
     if accelerator is not None:
         yield from distribution_faults(accelerator)
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
-        hooked = settings.filter or (asked and asked.regions)
+        hooked = settings.filter or (projection and projection.regions)
         if hooked and compiler != "NO":
             yield f"hooks of the network are not compiled by {compiler}: --dynamo_backend no"
-    if asked:
+    if projection:
         try:
-            projected_factors(network, text=asked.of_text, layers=asked.layer_subspaces())
+            layers = projection.layer_subspaces()
+            projected_factors(network, text=projection.of_text, layers=layers)
         except UnsupportedTraining as error:
             yield str(error).removesuffix(".")
 

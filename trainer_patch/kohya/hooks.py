@@ -62,8 +62,8 @@ def install(
     def saving(save: Function) -> Function:
         def save_weights(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
             protection.before_save()
-            told = _of_base(metadata or {}, base_module, args.network_args or ())
-            save(file, dtype, told if args.no_metadata else told | protection.metadata())
+            own = _of_base(metadata or {}, base_module, args.network_args or ())
+            save(file, dtype, own if args.no_metadata else own | protection.metadata())
             protection.after_save(Path(file))
             if Path(file).stem == output.name:
                 finish()  # what it raises ends the training in error
@@ -147,13 +147,13 @@ def _of_base(
     metadata: Mapping[str, str], base_module: str, network_args: Sequence[str]
 ) -> dict[str, str]:
     """Return the metadata that the base module alone would have led to: the file is its own."""
-    told = dict(metadata) | {"ss_network_module": base_module}
+    own = dict(metadata) | {"ss_network_module": base_module}
     ours = (*NAMES, BASE_MODULE)
-    if "ss_network_args" in told:
+    if "ss_network_args" in own:
         # The trainer adds its dropout to what was given, and writes neither if nothing was.
         if all(pair.split("=")[0] in ours for pair in network_args):
-            del told["ss_network_args"]
+            del own["ss_network_args"]
         else:
-            given = json.loads(told["ss_network_args"])
-            told["ss_network_args"] = json.dumps({k: given[k] for k in given if k not in ours})
-    return told
+            given = json.loads(own["ss_network_args"])
+            own["ss_network_args"] = json.dumps({k: given[k] for k in given if k not in ours})
+    return own

@@ -43,7 +43,7 @@ FLOW_TRAINERS = ("FluxNetworkTrainer", "Sd3NetworkTrainer")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the trainer made before it asked for a network."""
+    """What the trainer made before it made the network."""
 
     trainer: Any
     """`NetworkTrainer` of sd-scripts or a subclass."""
@@ -140,7 +140,7 @@ def _flow_faults(training: Training, settings: ProtectionSettings) -> Iterator[s
         return
     if settings.projection and settings.projection.of_text:
         yield (
-            f"{name} trains a model whose layers read text mixed with the picture, so no subspace "
+            f"{name} trains a model whose layers read text mixed with the image, so no subspace "
             "of text states can be kept out exactly: leave out --project_concepts; "
             "--project_layers and --mem_filter are supported"
         )

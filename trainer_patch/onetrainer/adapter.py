@@ -134,7 +134,7 @@ class StepAdapter:
             some.only(rows, count).again(deterministic=True)  # no caption is dropped
 
     def _nearest(self) -> int:
-        """Return the timestep of the noise at which images are looked at."""
+        """Return the timestep with the noise level of the regions."""
         sigma = self._protection.base_targets.regions.sigma
         if not has_unet(self._trainer.config):
             return round(1000 * sigma) - 1  # the trainer's first has a noise of 1/1000
