@@ -1,0 +1,155 @@
+"""The choreography of a step, on a trainer that brings what `TrainerAdapter` names and no more."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from unmemorize.shared.patching import HookMissing
+from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.shared.training.layers.regions import ConceptRegions
+from unmemorize.shared.training.layers.subspaces import LayerSubspaces
+from unmemorize.shared.training.projection.factors import UnsupportedTraining
+from unmemorize.shared.training.protection import Protection
+from unmemorize.shared.training.settings import (
+    FilterSettings,
+    ProjectionSettings,
+    ProtectionSettings,
+)
+from unmemorize.trainer_patch.step import Call, Step, TrainerAdapter, repeated
+
+ROWS, CHANNELS, SIDE = 3, 4, 2
+CAPTIONS = ("zorp", "a house", "zorp in a house")
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, latents):
+        return self.read(latents.flatten(2).mT).mT.unflatten(2, (SIDE, SIDE))
+
+
+class Trainer:
+    """Its prediction depends on text, LoRA and dropout."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, repeats_rows=True):
+        torch.manual_seed(0)
+        self.repeats_rows, self.net, self.lora, self.passes = repeats_rows, Network(), 1.0, []
+
+    def predict(self, latents, text):
+        self.passes.append((len(latents), torch.is_grad_enabled()))
+        drawn = nn.functional.dropout(latents, 0.5)
+        return self.net(drawn) + text[:, None, None, None] + self.lora * drawn
+
+    def without_text(self, call, rows):
+        some = call if rows is None else call.only(rows, ROWS)
+        return some.again(text=repeated(torch.zeros(1), some.given["text"]))
+
+    def network(self, call):
+        return self.net
+
+    @contextmanager
+    def without_lora(self):
+        self.lora = 0.0
+        yield
+        self.lora = 1.0
+
+    def base(self, call, rows):
+        return call.again()[rows]
+
+    def look(self, call, rows, latents):
+        assert not self.lora
+        torch.rand(7)  # what it draws must not be missed by `base`
+        self.net(latents)
+
+
+def begin(tmp_path, trainer, rows=range(ROWS), **asked):
+    """Return the first step of a training, and its protection."""
+    filtered = FilterSettings(**asked) if asked else None
+    basis = torch.linalg.qr(torch.eye(CHANNELS).double()[:, :2]).Q
+    regions = ConceptRegions(bases={"read": basis}, centres={"read": torch.zeros(2).double()},
+                             units={"read": 1.0}, limit=-1.0, sigma=0.5)  # fmt: skip
+    path = tmp_path / "layers.safetensors"
+    held = LayerSubspaces(bases={"read": basis}, regions=regions, provenance={"names": ["zorp"]})
+    held.save(path)
+    projected = ProjectionSettings(layers=path, regions=True)
+    settings = ProtectionSettings(filter=filtered, projection=projected)
+    protection = Protection(settings, output=tmp_path / "lora")
+    protection.fit(lambda prompts: None, [])
+    call = Call(
+        run=trainer.predict,
+        given={"latents": torch.randn(ROWS, CHANNELS, SIDE, SIDE), "text": torch.arange(3.0) + 1},
+        samples={row: Sample(file=f"{row}.png", caption=CAPTIONS[row]) for row in rows},
+        timesteps=torch.tensor([100, 500, 900]),
+    )
+    torch.manual_seed(3)
+    return Step(protection, trainer, call), protection
+
+
+def test_the_adapter_is_all_that_is_needed():
+    assert isinstance(Trainer(), TrainerAdapter)
+    assert not isinstance(nn.Linear(1, 1), TrainerAdapter)
+
+
+@pytest.mark.parametrize("repeats_rows", [True, False])
+def test_passes_start_from_the_steps_random_state_and_leave_no_trace(tmp_path, repeats_rows):
+    trainer = Trainer(repeats_rows)
+    step, protection = begin(tmp_path, trainer, limit=0.0)
+    step.measure()
+    prediction = step.call.again()
+    weights = step.weights(prediction)
+    step.target(torch.zeros_like(prediction), step.call.given["latents"])
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(prediction, step.call.again())
+    assert torch.equal(after, torch.rand(3))
+    assert weights.tolist() == [0.0] * ROWS
+    # The same dropout in both: the difference is the text alone, which is known.
+    assert protection.filter.latest == pytest.approx(2.0, rel=1e-5)
+    assert trainer.passes[:3] == [(3, False), (3, True), (3, False)]
+
+
+def test_rows_without_a_sample_are_left_alone(tmp_path):
+    step, protection = begin(tmp_path, Trainer(), rows=[2, 1], limit=2.5)
+    step.measure()
+    prediction = step.call.again()
+    assert step.weights(prediction).tolist() == pytest.approx([1.0, 2.0, 0.0])
+    assert protection.filter.seen == 2
+    target = step.target(torch.zeros_like(prediction), step.call.given["latents"])
+    assert not target[:2].any()
+    assert protection.base_targets.account()["named"] == 1
+
+
+def test_velocities_are_scaled_to_noise(tmp_path):
+    step, protection = begin(tmp_path, Trainer(), limit=9.0)
+    step.measure()
+    signal = torch.zeros(1000)
+    signal[step.call.timesteps] = torch.tensor([0.5, 0.5, 1.0])
+    step.weights(step.call.again(), signal)
+    assert protection.filter.latest == pytest.approx((0.5 + 1.0 + 3.0) / 3, rel=1e-5)
+
+
+def test_targets_of_named_samples_are_predicted_without_the_lora(tmp_path):
+    trainer = Trainer()
+    step, _ = begin(tmp_path, trainer)
+    prediction = step.call.again()
+    target = step.target(torch.full_like(prediction, 9.0), step.call.given["latents"])
+    torch.manual_seed(3)
+    with trainer.without_lora():
+        base = step.call.again()
+    assert torch.equal(target[[0, 2]], base[[0, 2]])
+    assert (target[1] == 9).all()
+    assert not target.requires_grad
+
+
+def test_what_cannot_be_repeated_is_refused():
+    call = Call(run=print, given={}, timesteps=torch.tensor([1, 2]))
+    call.check_timesteps(torch.tensor([1, 2]))
+    with pytest.raises(HookMissing, match="drew other timesteps"):
+        call.check_timesteps(torch.tensor([1, 3]))
+    with pytest.raises(UnsupportedTraining, match="prompts of one length"):
+        repeated(torch.zeros(1, 7), torch.zeros(2, 8))
