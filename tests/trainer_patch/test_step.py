@@ -1,6 +1,7 @@
 """The choreography of a step, on a trainer that brings what `TrainerAdapter` names and no more."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ class Trainer:
     def __init__(self, repeats_rows=True):
         torch.manual_seed(0)
         self.repeats_rows, self.net, self.lora, self.passes = repeats_rows, Network(), 1.0, []
+        self.dropout = 0.5
 
     def predict(self, latents, text):
         self.passes.append((len(latents), torch.is_grad_enabled()))
-        drawn = nn.functional.dropout(latents, 0.5)
+        drawn = nn.functional.dropout(latents, self.dropout)
         return self.net(drawn) + text[:, None, None, None] + self.lora * drawn
 
     def without_text(self, call, rows):
@@ -111,6 +113,22 @@ def test_passes_start_from_the_steps_random_state_and_leave_no_trace(tmp_path, r
     # The same dropout in both: the difference is the text alone, which is known.
     assert protection.filter.latest == pytest.approx(2.0, rel=1e-5)
     assert trainer.passes[:3] == [(3, False), (3, True), (3, False)]
+
+
+@pytest.mark.parametrize(("repeats_rows", "dropout", "rows"), [(1, 0, 1), (0, 0, 3), (1, 0.5, 3)])
+def test_single_rows_are_repeated_only_where_they_can_be(tmp_path, repeats_rows, dropout, rows):
+    trainer = Trainer(bool(repeats_rows))
+    trainer.dropout = dropout
+    first, protection = begin(tmp_path, trainer, limit=99.0, recall=9)
+    first.measure()
+    first.weights(first.call.again())
+    new = {**first.call.samples, 1: Sample(file="new.png", caption="another")}
+    second = Step(protection, trainer, replace(first.call, samples=new))
+    trainer.passes.clear()
+    second.measure()
+    assert trainer.passes == [(rows, False)]
+    second.weights(second.call.again())
+    assert protection.filter.measured == 3 + rows
 
 
 def test_rows_without_a_sample_are_left_alone(tmp_path):
