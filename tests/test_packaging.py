@@ -22,6 +22,7 @@ NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache_
 DATA = {
     "audit": ("common/templates", "*/*.schema.json"),
     "demo": ("README.md", "images", "model"),
+    "locales": ("*/*.json",),
     "shared": ("score/controls", "training/concept/templates.txt"),
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
