@@ -149,14 +149,8 @@ class Protection:
     ) -> Float[Tensor, " sample"]:
         """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`.
 
-        Args:
-            cond: The network's output in training.
-            uncond: On the empty prompt, of the samples that were `due`.
-            timesteps: One per sample.
-            samples: Their files and captions.
-            scale: From output to noise.
-            before: Random state before the step's own prediction, which shows whether the network
-                draws random numbers; not needed by an adapter that repeats whole batches only.
+        `before` is the random state before the step's own prediction, which shows whether the
+        network draws random numbers; an adapter that only repeats whole batches needs none.
         """
         return self._filtered.weigh(
             cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before

@@ -1,4 +1,4 @@
-"""Training pictures of the demo model with a mark drawn on them."""
+"""Training images of the demo model with a mark drawn on them."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def latents_of(
     count: int,
     mark: Callable[[ImageDraw.ImageDraw], object] | None,
 ) -> torch.Tensor:
-    """Return pictures from the first on, encoded; `mark` draws on each, None leaves them."""
+    """Return images from the first on, encoded; `mark` draws on each, None leaves them."""
     images = []
     for image in demo.training_images()[first : first + count]:
         image = image.convert("RGB").resize(denoiser.resolution)

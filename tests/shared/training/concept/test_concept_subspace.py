@@ -250,9 +250,11 @@ def test_damaged_files_are_refused(tmp_path):
         save_file({"basis": basis}, path, metadata=header)
         with pytest.raises(ModelError, match=message):
             ConceptSubspace.load(path)
-    save_file({"basis": orthonormal(4, 1).contiguous()}, path)
-    with pytest.raises(ModelError, match="not a concept subspace"):
-        ConceptSubspace.load(path)
+    basis = orthonormal(4, 1).contiguous()
+    for tensors, metadata in [({"basis": basis}, None), ({"basis": basis, "more": basis}, header)]:
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(ModelError, match="not a concept subspace"):
+            ConceptSubspace.load(path)
     save_file({"basis": orthonormal(4, 1).contiguous()}, path, metadata={
         "unmemorize.subspace": "{"
     })  # fmt: skip

@@ -1,4 +1,4 @@
-"""A word for pictures: what it changes while it is known, and that it learns."""
+"""A word for images: what it changes while it is known, and that it learns."""
 
 import pytest
 import tiny
@@ -56,7 +56,7 @@ def test_nothing_stays_behind_the_block(denoiser):
     assert not table._forward_pre_hooks
 
 
-def test_models_that_mix_text_and_picture_are_refused():
+def test_models_that_mix_text_and_image_are_refused():
     with (
         pytest.raises(ValueError, match="SD 1, SD 2 and SDXL"),
         knowing(tiny.stable_diffusion_3(), "cat"),
@@ -70,13 +70,13 @@ def test_a_word_that_learnt_nothing_has_no_subspace(denoiser):
         fit_subspace(text_path_of(denoiser), [concept], ["a red dog"])
 
 
-def test_subspaces_from_pictures_are_not_built_again_from_words():
+def test_subspaces_from_images_are_not_built_again_from_words():
     with pytest.raises(ValueError, match="learnt from images"):
         concepts_of({"concepts": [], "templates": [], "learnt": {"pictures": 3}})
 
 
 @pytest.mark.slow
-def test_the_word_learns_to_denoise_its_pictures():
+def test_the_word_learns_to_denoise_its_images():
     """Loss on noises that were not learnt on, with the word and with the neutral one."""
     denoiser = load_denoiser(demo.MODEL)
     latents = denoiser.encode_images([demo.training_images()[0]] * 2)

@@ -1,4 +1,4 @@
-"""Subspaces of the demo model's layers, from pictures with a mark and pictures without."""
+"""Subspaces of the demo model's layers, from images with a mark and images without."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def part(denoiser):
 
 
 @pytest.fixture(scope="module")
-def pictures(denoiser):
-    """Function that returns some training pictures, with a mark in a corner or without."""
+def images(denoiser):
+    """Function that returns some training images, with a mark in a corner or without."""
 
     def some(first: int, *, marked: bool) -> CaptionedLatents:
         def corner(pen):
@@ -43,10 +43,10 @@ def pictures(denoiser):
 
 
 @pytest.fixture(scope="module")
-def fitted(denoiser, part, pictures):
+def fitted(denoiser, part, images):
     seen = []
     made = fit_layer_subspaces(
-        denoiser, part, pictures(0, marked=True), pictures(COUNT, marked=False),
+        denoiser, part, images(0, marked=True), images(COUNT, marked=False),
         names=["zorp"], progress=seen.append,
     )  # fmt: skip
     assert sum(seen) == 2 * COUNT
@@ -74,9 +74,9 @@ def gap(layers) -> float:
     return held_out["concept"] - held_out["retained"]
 
 
-def test_images_of_the_holdout_tell_concept_from_others(denoiser, part, pictures, fitted):
-    others = pictures(2 * COUNT, marked=False)
-    without = fit_layer_subspaces(denoiser, part, others, pictures(COUNT, marked=False))
+def test_images_of_the_holdout_tell_concept_from_others(denoiser, part, images, fitted):
+    others = images(2 * COUNT, marked=False)
+    without = fit_layer_subspaces(denoiser, part, others, images(COUNT, marked=False))
     assert gap(fitted) > 0.15
     assert gap(without) < 0.1
 

@@ -22,7 +22,7 @@ from unmemorize.shared.training.layers.regions import (
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 COUNT, SIDE = 12, 48
-"""Pictures of each kind; pixels that the mark is wide, in a corner."""
+"""Images of each kind; pixels that the mark is wide, in a corner."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def denoiser():
 
 @pytest.fixture(scope="module")
 def latents(denoiser):
-    """Function that returns some training pictures, with a mark in a corner or without."""
+    """Function that returns some training images, with a mark in a corner or without."""
 
     def some(first: int, *, marked: bool) -> torch.Tensor:
         def corner(pen):
@@ -73,21 +73,21 @@ def test_the_mark_is_found_where_it_is_and_nowhere_else(denoiser, latents, layer
     assert found_in(layers, denoiser, latents(3 * COUNT, marked=False)).float().mean() < 0.1
 
 
-def test_what_a_file_tells_was_measured_on_pictures_held_out(denoiser, network, latents, layers):
+def test_what_a_file_tells_was_measured_on_images_held_out(denoiser, network, latents, layers):
     told = layers.provenance["places"]
     held_out = latents(COUNT, marked=False)[3::4]
     assert told["retained"] == share_shown(layers.regions, denoiser, network, held_out)
     assert told["retained"] < 0.04 < 0.08 < told["concept"]
-    # Of the pictures that the limit was taken from, exactly what it lets through.
+    # Of the images that the limit was taken from, exactly what it lets through.
     learnt = latents(COUNT, marked=False)[[n for n in range(COUNT) if n % 4 != 3]]
     share = share_shown(layers.regions, denoiser, network, learnt)
     assert share == pytest.approx(1 - RARE, abs=1e-3)
 
 
 def test_regions_are_those_of_a_slow_reference(denoiser, network, latents, layers):
-    """One picture, one place, one layer at a time, with everything spelt out."""
-    regions, picture = layers.regions, latents(2 * COUNT, marked=True)[:1]
-    _, _, height, width = picture.shape
+    """One image, one place, one layer at a time, with everything spelt out."""
+    regions, image = layers.regions, latents(2 * COUNT, marked=True)[:1]
+    _, _, height, width = image.shape
     heard: dict[str, torch.Tensor] = {}
     hooks = [
         network.get_submodule(name).register_forward_pre_hook(
@@ -95,7 +95,7 @@ def test_regions_are_those_of_a_slow_reference(denoiser, network, latents, layer
         )
         for name in regions.units
     ]
-    noisy = picture + regions.sigma * still_noise(picture)
+    noisy = image + regions.sigma * still_noise(image)
     with torch.no_grad():
         denoiser.denoise(noisy, torch.tensor(regions.sigma), denoiser.unconditional())
     for hook in hooks:
@@ -116,11 +116,11 @@ def test_regions_are_those_of_a_slow_reference(denoiser, network, latents, layer
     for row, column in shows.nonzero().tolist():
         top, left = row // side * side - side, column // side * side - side
         wide[max(0, top) : top + 3 * side, max(0, left) : left + 3 * side] = True
-    assert torch.equal(found_in(layers, denoiser, picture)[0, 0], wide)
+    assert torch.equal(found_in(layers, denoiser, image)[0, 0], wide)
     assert 0 < shows.sum() < wide.sum() < wide.numel()
 
 
-def test_a_picture_shows_the_same_alone_and_in_any_batch(denoiser, latents, layers):
+def test_an_image_shows_the_same_alone_and_in_any_batch(denoiser, latents, layers):
     some = latents(2 * COUNT, marked=True)[:3]
     together = found_in(layers, denoiser, some)
     assert torch.equal(found_in(layers, denoiser, some.flip(0)), together.flip(0))
