@@ -68,8 +68,10 @@ def draw(plan: Plan, work: Work) -> Drawn:
     planned = batches(plan.shots, config.batch_size)
     work.notify(estimate(planned, work.subject, folder, config))
     draw_all(planned, work.subject, config, folder, work.bars)
-    rises, captions = [], list(dict.fromkeys(shot.prompt for _, s in plan.epochs[:1] for shot in s))
+    # Every epoch has the same captions, and the base model's score of each is measured once.
+    captions = list(dict.fromkeys(shot.prompt for _, s in plan.epochs[:1] for shot in s))
     base = work.scores(captions, work.subject, lora=False) if captions else {}
+    rises = []
     for epoch, shots in plan.epochs:
         saved = replace(config, lora=epoch.path)
         subject = subject_of(saved)

@@ -1,4 +1,4 @@
-"""Judge: what the similarities say of images, epochs, and the whole LoRA."""
+"""Judge: what the similarities say of images, epochs and the whole LoRA, and what caused it."""
 
 from collections.abc import Sequence
 from contextlib import closing
