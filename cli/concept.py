@@ -141,11 +141,11 @@ def show(file: File, as_json: Json = False, debug: Debug = False) -> None:
         from ..shared.training.layers.subspaces import LayerSubspaces, holds_layers
 
         if holds_layers(file):
-            made = LayerSubspaces.load(file)
-            document, lines = answers.layer_document(made), answers.layer_lines(made)
+            layers = LayerSubspaces.load(file)
+            document, lines = answers.layer_document(layers), answers.layer_lines(layers)
         else:
-            made = ConceptSubspace.load(file)
-            document, lines = answers.document(made), answers.lines(made)
+            concept = ConceptSubspace.load(file)
+            document, lines = answers.document(concept), answers.lines(concept)
     if as_json:
         print_json(document)
     else:
@@ -193,13 +193,15 @@ def examine_file(
         from ..shared.training.concept.subspace import ConceptSubspace
         from ..shared.training.examination import examine, shares_read
 
-        if of_layers:
-            subspace, found = LayerSubspaces.load(file), None
+        found = None
+        subspace: LayerSubspaces | ConceptSubspace
+        if not model:  # only subspaces of layers go without one
+            subspace = LayerSubspaces.load(file)
         else:
             text_path = _text_path(_denoiser(model, revision, model_config, device, dtype))
-            subspace = ConceptSubspace.load(file, width=text_path([""]).states.shape[-1])
+            subspace = concept = ConceptSubspace.load(file, width=text_path([""]).states.shape[-1])
             asked = [*(prompt or ()), *_texts(prompts or ())]
-            found = examine(text_path, subspace, _captions(model, captions), asked)
+            found = examine(text_path, concept, _captions(model, captions), asked)
         read = shares_read(lora, subspace) if lora else {}
     if as_json:
         print_json(answers.findings(found, read))

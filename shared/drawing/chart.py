@@ -11,6 +11,7 @@ from .typeset import Anchor, Number, text_width, write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Shape = Literal["disc", "ring", "diamond"]
 Point = tuple[Number, Number]
 """Values on the two axes."""
 FINE = 3
@@ -128,7 +129,7 @@ class Chart:
         role: str,
         *,
         radius: Number = 0.32,
-        shape: Literal["disc", "ring", "diamond"] = "disc",
+        shape: Shape = "disc",
         opacity: Number = 1,
     ) -> None:
         """Draw a mark at every point that is finite."""

@@ -101,9 +101,9 @@ def draw_score_changes(scores: LoraScores, *, theme: Theme = "dark") -> "Image":
     more = len(scores.captions) - len(shown)
     notes = [f"and {counted(more, 'more caption', 'more captions')}"] if more else []
     if scores.controls:
-        change = f"{scores.mean_control_increase:+.3g}"
+        mean = f"{scores.mean_control_increase:+.3g}"
         prompts = counted(len(scores.controls), "ordinary prompt", "ordinary prompts")
-        notes.append(f"{prompts}: {change} in the mean")
+        notes.append(f"{prompts}: {mean} in the mean")
     height = LINE * (len(shown) + len(notes) + 2) + 3 * LETTERS
     image = Image.new("RGB", (WIDTH, height), colors["page"])
     draw = ImageDraw.Draw(image)

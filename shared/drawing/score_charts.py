@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chart import Axis, Chart, round_step, round_ticks
+from .chart import Axis, Chart, Shape, round_step, round_ticks
 from .theme import Theme
 from .typeset import Number
 
@@ -104,7 +104,8 @@ def score_distribution(
         (audited[~hits], audited_heights[~hits], "other"),
         (audited[hits], audited_heights[hits], "flagged"),
     ):
-        shape, size = ("diamond", 1.25 * radius) if role == "flagged" else ("disc", radius)
+        shape: Shape = "diamond" if role == "flagged" else "disc"
+        size = 1.25 * radius if role == "flagged" else radius
         chart.dots(zip(values, heights, strict=True), role, radius=size, shape=shape, opacity=0.85)
     if threshold is not None:
         chart.upright(threshold, f"threshold {threshold:.4g}")
@@ -124,7 +125,7 @@ def _range_axis(low: Number, high: Number, most: int) -> Axis:
 def _stack(parts: Sequence[Number], columns: int) -> np.ndarray:
     """Return heights in 0..0.9: what falls into one column of an axis stands on each other."""
     places = np.nan_to_num(np.multiply(parts, columns), posinf=columns, neginf=0).astype(int)
-    ranks, seen = np.zeros(len(parts)), {}
+    ranks, seen = np.zeros(len(parts)), dict[int, int]()
     # By chance, always the same: in the order of the values each column would lean to the right.
     for index in np.random.default_rng(0).permutation(len(parts)):
         column = places[index]

@@ -48,23 +48,22 @@ def _font_files() -> tuple[str, ...]:
 
 
 @cache
-def _font(file: str, size: int) -> "FreeTypeFont | None":
-    """Return the font, or None when Pillow cannot scale it; "" is Pillow's own."""
+def _font(file: str, size: int) -> "FreeTypeFont":
+    """Return the font; "" is Pillow's own.
+
+    Raises:
+        OSError: Pillow cannot scale it: a bitmap colour font, or a damaged file.
+    """
     from PIL import ImageFont
 
-    try:
-        return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
-    except OSError:  # bitmap colour fonts and damaged files
-        return None
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
 @cache
 def _draws(file: str, char: str) -> bool:
     """Return whether the font has a glyph for `char`: it differs from that of a noncharacter."""
-    font = _font(file, 24)
-    if font is None:
-        return False
     try:
+        font = _font(file, 24)
         glyph, missing = font.getmask(char), font.getmask("\U0010ffff")
     except OSError:
         return False

@@ -49,6 +49,8 @@ class ProjectedTraining:
         if self.subspace is not None:
             logger.info("Concept subspace: %s", _described(self.subspace))
         if settings.regions:
+            assert self.layers is not None  # by the settings
+            assert self.layers.regions is not None
             names = self.layers.provenance.get("names", ())
             self.base_targets = BaseTargets(self.layers.regions, names)
 
@@ -90,11 +92,13 @@ class ProjectedTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, once there is a LoRA."""
+        assert self.projection is not None
         state: dict[str, Any] = {"steps": self.projection.steps}
         return state | ({"regions": self.base_targets.state_dict()} if self.base_targets else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; what is not in it starts anew."""
+        assert self.projection is not None
         self.projection.steps = state.get("steps", self.projection.steps)
         if self.base_targets and "regions" in state:
             self.base_targets.load_state_dict(state["regions"])
@@ -118,6 +122,7 @@ class ProjectedTraining:
 
         For the LoRA's metadata, without the parts that are too long to stand in every file.
         """
+        assert self.projection is not None
         account: dict[str, Any] = {}
         if self.subspace is not None:
             account |= _without(self.subspace.provenance, "templates")

@@ -70,22 +70,22 @@ class Protection:
     @property
     def subspace(self) -> ConceptSubspace | None:
         """Of text states, once it is fitted; None where none is requested."""
-        return self._projected and self._projected.subspace
+        return None if self._projected is None else self._projected.subspace
 
     @property
     def projection(self) -> Projection | None:
         """Of the factors, once the LoRA is there; None where none is requested."""
-        return self._projected and self._projected.projection
+        return None if self._projected is None else self._projected.projection
 
     @property
     def base_targets(self) -> BaseTargets | None:
         """Of the concept's regions, once they are fitted; None where none are requested."""
-        return self._projected and self._projected.base_targets
+        return None if self._projected is None else self._projected.base_targets
 
     @property
     def filter(self) -> MemorizationFilter | None:
         """None where none is requested."""
-        return self._filtered and self._filtered.filter
+        return None if self._filtered is None else self._filtered.filter
 
     def fit(self, text_path: TextPath, captions: Sequence[str]) -> None:
         """Build or load the concepts' subspaces; does nothing when no projection is requested.
@@ -135,6 +135,7 @@ class Protection:
             [sample] of booleans; all are due or none where the network draws random numbers, as
             dropout does, since only the whole batch draws the same twice.
         """
+        assert self._filtered is not None, "no filter was requested"
         return self._filtered.due(samples, timesteps)
 
     def weigh(
@@ -152,6 +153,7 @@ class Protection:
         `before` is the random state before the step's own prediction, which shows whether the
         network draws random numbers; an adapter that only repeats whole batches needs none.
         """
+        assert self._filtered is not None, "no filter was requested"
         return self._filtered.weigh(
             cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before
         )
@@ -163,9 +165,9 @@ class Protection:
 
     def after_step(self) -> None:
         """Project the weights after an optimizer step."""
-        if self.projection:
-            self.projection.after_step()
-            if self.projection.steps % MEASURE_EVERY == 1:
+        if self._projected and (projection := self.projection):
+            projection.after_step()
+            if projection.steps % MEASURE_EVERY == 1:
                 self._projected.measure()
 
     def before_save(self) -> None:
@@ -182,7 +184,7 @@ class Protection:
             ProjectionFailed: One of its factors reaches into the subspace.
             ModelError: It is not a whole safetensors LoRA whose text side can be checked.
         """
-        if self.projection:
+        if self._projected and self.projection:
             self._projected.check_file(path)
 
     def clear_rounding(self, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -194,7 +196,7 @@ class Protection:
         Raises:
             ModelError: It is no LoRA that can be checked.
         """
-        if self.projection:
+        if self._projected and self.projection:
             self._projected.clear_rounding(state, source=source)
 
     def flush(self) -> None:
@@ -214,7 +216,7 @@ class Protection:
     def metadata(self) -> dict[str, str]:
         """Return what goes into the saved LoRA's metadata, JSON by key."""
         accounts = {}
-        if self.projection:
+        if self._projected and self.projection:
             self._projected.measure()
             accounts["projection"] = self._projected.account()
         if self._filtered:
@@ -224,14 +226,14 @@ class Protection:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data that JSON can hold."""
         self.flush()
-        state = self._projected.state_dict() if self.projection else {}
+        state = self._projected.state_dict() if self._projected and self.projection else {}
         if self.filter:
             state["filter"] = self.filter.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; a method that the other run did not use starts anew."""
-        if self.projection:
+        if self._projected and self.projection:
             self._projected.load_state_dict(state)
         if self.filter and "filter" in state:
             self.filter.load_state_dict(state["filter"])
@@ -247,9 +249,12 @@ class Protection:
             StorageError: The report cannot be written.
         """
         faults = []
-        for part in filter(None, (self._projected, self._filtered)):
+        parts: tuple[ProjectedTraining | FilteredTraining | None, ...]
+        parts = self._projected, self._filtered
+        for part in parts:
             try:
-                part.finish()
+                if part is not None:
+                    part.finish()
             except (ProjectionFailed, NoTargetSeen, NoSampleSeen) as error:
                 faults.append(str(error))
         if faults:

@@ -30,7 +30,7 @@ class ProjectionSettings:
     force: bool = False
     """Train although the subspace fails its acceptance test."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.concepts and self.file is not None:
             raise ValueError("Give either `concepts` or `file`, the saved subspace of some.")
         if not self.of_text and self.layers is None:
@@ -83,7 +83,7 @@ class FilterSettings:
     report: Path | None = None
     """Ranked list of samples, JSON; None is next to the LoRA."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = (self.limit != math.inf, self.quantile is not None, self.ratio is not None)
         if sum(given) > 1:
             raise ValueError("Give one of `limit`, `quantile` and `ratio`.")

@@ -44,7 +44,7 @@ class Concept:
     templates: tuple[str, ...] = field(default_factory=load_templates)
     """Sentences with one `{}` as a word of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.names or not all(name.strip() for name in self.names):
             raise ValueError("`names` must hold at least one name, and none that is empty.")
         if not self.neutral.strip():

@@ -33,7 +33,7 @@ class ConceptSubspace:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How it was made and how it did on held-out prompts: plain data, kept with the file."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.basis.ndim != 2 or self.basis.dtype != torch.float64:
             shape, dtype = tuple(self.basis.shape), self.basis.dtype
             raise ValueError(f"`basis` must be [width rank] in float64, got {shape} in {dtype}.")

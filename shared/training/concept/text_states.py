@@ -26,7 +26,7 @@ class TextStates:
     encoders: tuple[int, ...] = ()
     """Widths of the encoders joined along the last axis (SDXL: 768, 1280); empty for one."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prompts, tokens, width = self.states.shape
         if len(self.words) != prompts or any(len(row) != tokens for row in self.words):
             raise ValueError(f"`words` must hold {tokens} entries for each of {prompts} prompts.")
@@ -76,10 +76,9 @@ def read_states(parts: Sequence[Tensor], tokenizer: Any, prompts: Sequence[str])
 def encoders_of(pipeline: Any) -> tuple[int, ...]:
     """Return the widths of the encoders that a diffusers pipeline joins, empty for one encoder."""
     parts = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    widths = tuple(part.config.hidden_size for part in parts if part is not None)
     # SD3 and Flux have several encoders too, but put T5's states elsewhere than beside CLIP's.
-    if not hasattr(pipeline, "unet") or None in parts:
-        return ()
-    return tuple(part.config.hidden_size for part in parts)
+    return widths if hasattr(pipeline, "unet") and len(widths) > 1 else ()
 
 
 def in_batches(text_path: TextPath, prompts: Sequence[str]) -> Iterable[TextStates]:

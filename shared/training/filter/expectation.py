@@ -86,7 +86,7 @@ class Expectation:
     _sorted: list[float] = field(default_factory=list, init=False, repr=False)
     """The captions' standings in rising order, so that their median costs nothing."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bins < 1 or not self.span[0] < self.span[1]:
             raise ValueError(
                 f"`bins` must be at least 1 and `span` rising, got {self.bins} and {self.span}."
@@ -198,7 +198,7 @@ class Recall:
     since: dict[int, int] = field(default_factory=dict, repr=False)
     """By caption and by file, visits since one was measured."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"`every` must be at least 1, got {self.every}.")
         if not self.margin >= 0:

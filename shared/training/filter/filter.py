@@ -151,11 +151,15 @@ class MemorizationFilter:
         """Return the visits with their expected scores, where some visits may be skipped."""
         if self.recall is None:
             return visits
+        assert self.expectation is not None
         return visits._replace(scores=self.expectation.scores(visits))
 
     def _judged(self, visits: Visits) -> Float[Tensor, " sample"]:
         """Return what the threshold is compared with."""
-        return self.expectation.ratios(visits) if self.threshold.relative else visits.scores
+        if not self.threshold.relative:
+            return visits.scores
+        assert self.expectation is not None
+        return self.expectation.ratios(visits)
 
     def _measured(
         self, cond: Tensor, uncond: Tensor, due: Tensor, scale: Tensor | None

@@ -65,7 +65,7 @@ class AbsoluteThreshold(Fixed):
     value: float
     """Text-conditional magnitude, RMS per latent element; infinity lets everything through."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.value >= 0:
             raise ValueError(f"`value` must be at least 0, got {self.value}.")
 
@@ -87,7 +87,7 @@ class RelativeThreshold(Fixed):
     ratio: float
     """Above 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 < self.ratio < math.inf:
             raise ValueError(f"`ratio` must be above 1, got {self.ratio}.")
 
@@ -115,7 +115,7 @@ class RunningQuantile:
     scores: list[list[float]] = field(default_factory=list, repr=False)
     """Per bin, oldest first."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:
             raise ValueError(f"`quantile` must be between 0 and 1, got {self.quantile}.")
         if self.bins < 1 or not self.span[0] < self.span[1]:

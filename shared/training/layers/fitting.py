@@ -46,7 +46,7 @@ class CaptionedLatents:
     captions: tuple[str, ...]
     """As they stand in the training set."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.latents) != len(self.captions):
             raise ValueError(
                 f"There are {len(self.latents)} latents and {len(self.captions)} captions."

@@ -51,7 +51,7 @@ class ConceptRegions:
     sigma: float
     """Noise level at which images are looked at: low, so that the network tells places apart."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.units or not self.bases.keys() == self.centres.keys() == self.units.keys():
             raise ValueError("`bases`, `centres` and `units` must name the same layers.")
 

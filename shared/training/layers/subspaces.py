@@ -50,7 +50,7 @@ class LayerSubspaces:
     """Where images show the concept, measured with the subspaces of some of the layers. None where
     no layer tells places apart, and in files of earlier versions."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, basis in self.bases.items():
             try:
                 ConceptSubspace(basis=basis)

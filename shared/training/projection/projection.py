@@ -213,15 +213,16 @@ def _bases(
     bases = layers.of(factors) if layers is not None else {}
     for name, factor in factors.items():
         width = factor.shape[1]
-        if name not in bases and width not in by_width:
+        if name not in bases:
+            if width not in by_width:
+                raise ValueError(
+                    f"{name} reads states of width {width}; there are subspaces for "
+                    f"{sorted(by_width)}. Were they built with another model?"
+                )
+            bases[name] = by_width[width]
+        if len(bases[name]) != width:
             raise ValueError(
-                f"{name} reads states of width {width}; there are subspaces for "
-                f"{sorted(by_width)}. Were they built with another model?"
-            )
-        basis = bases.setdefault(name, by_width.get(width))
-        if len(basis) != width:
-            raise ValueError(
-                f"{name} reads inputs of width {width}, its subspace is for {len(basis)}."
+                f"{name} reads inputs of width {width}, its subspace is for {len(bases[name])}."
             )
     return bases
 
