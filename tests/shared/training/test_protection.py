@@ -151,6 +151,17 @@ def test_training_stays_off_the_subspace_and_a_plain_one_does_not(tmp_path):
     assert kept.protection.scalars() == {"unmemorize/residual": told["residual"]}
 
 
+def test_factors_trained_in_half_precision_and_widened_are_saved_without_its_rounding(tmp_path):
+    kept = Training(ProtectionSettings(projection=PROJECTION), tmp_path / "kept")
+    kept.network.half()
+    kept.protection.protect(kept.network)
+    kept.protection.start()
+    kept.network.float()
+    assert max(kept.protection.projection.residuals().values()) > 1e-6
+    kept.save(tmp_path / "kept.safetensors")
+    assert max(kept.protection.projection.residuals().values()) < 1e-6
+
+
 @pytest.mark.parametrize("empty", [ProtectionSettings(), filtering(), filtering(limit=1e9)])
 def test_what_changes_nothing_changes_no_bit(tmp_path, empty):
     plain = Training(ProtectionSettings(), tmp_path / "plain").run(STEPS)
