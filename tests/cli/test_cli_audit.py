@@ -18,13 +18,17 @@ from typer.testing import CliRunner
 from unmemorize import cli
 from unmemorize.audit.model import report, run
 from unmemorize.audit.model.config import AuditConfig
-from unmemorize.cli import audit as cli_audit
-from unmemorize.cli import audit_lora as cli_lora
+from unmemorize.cli.audit import OfLora
+from unmemorize.cli.audit import audit as command
 
 PARAMETERS = {
     name: parameter
-    for name, parameter in inspect.signature(cli_audit.audit).parameters.items()
-    if name not in {"images", *cli_lora.OF_LORA}  # they ask for the audit of a LoRA instead
+    for name, parameter in inspect.signature(command).parameters.items()
+    if name
+    not in {
+        "images",
+        *(field.name for field in dataclasses.fields(OfLora)),
+    }  # they ask for the audit of a LoRA instead
 }
 CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "as_json", "debug"}
 """Need not be given again to get the same page."""

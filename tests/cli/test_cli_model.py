@@ -18,8 +18,8 @@ GIVEN = {
 def test_options_of_the_model_reach_the_model(command, monkeypatch):
     made = []
 
-    def keep(self, **options):
-        made.append(options)
+    def keep(self, model, **options):
+        made.append({"model": model, **options})
         raise typer.Exit
 
     monkeypatch.setattr(Subject, "__init__", keep)

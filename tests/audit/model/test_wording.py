@@ -7,9 +7,9 @@ import pytest
 from fake_result import make_result
 from unmemorize.audit.common import wording
 from unmemorize.audit.model import report
-from unmemorize.audit.model.answers import audit_verdict
 from unmemorize.audit.model.inputs import Inputs
 from unmemorize.audit.model.result import rate, summarize
+from unmemorize.cli.audit import audit_verdict
 from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
 
 

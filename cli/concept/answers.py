@@ -5,13 +5,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..shared.training.concept.subspace import ConceptSubspace
-    from ..shared.training.examination import Examination, LayerShare
-    from ..shared.training.layers.subspaces import LayerSubspaces
+    from ...shared.training.concept.subspace import ConceptSubspace
+    from ...shared.training.examination import Examination, LayerShare
+    from ...shared.training.layers.subspaces import LayerSubspaces
 
 
 def document(subspace: "ConceptSubspace") -> dict[str, Any]:
-    """Return everything a subspace says of itself."""
+    """Return a subspace's size and provenance."""
     size = {"schema_version": 1, "width": subspace.width, "rank": subspace.rank}
     return size | dict(subspace.provenance)
 
@@ -35,7 +35,7 @@ def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
     if learnt := made.get("learnt"):
         rows.append((
             "learnt",
-            f"from {learnt['pictures']} pictures in {learnt['steps']} steps: loss from "
+            f"from {learnt['pictures']} images in {learnt['steps']} steps: loss from "
             f"{learnt['loss_before']:.3f} to {learnt['loss_after']:.3f}",
         ))  # fmt: skip
     for key in ("captions", "settings"):
@@ -49,7 +49,7 @@ def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
 
 
 def layer_document(layers: "LayerSubspaces") -> dict[str, Any]:
-    """Return everything subspaces of layers say of themselves."""
+    """Return the sizes and the provenance of subspaces of layers."""
     ranks = {name: basis.shape[1] for name, basis in layers.bases.items()}
     return {"schema_version": 1, "ranks": ranks} | dict(layers.provenance)
 
@@ -66,12 +66,12 @@ def layer_lines(layers: "LayerSubspaces") -> list[tuple[str, str]]:
         rows.append(("named", ", ".join(names)))
     if held_out := made.get("held_out"):
         rows.append((
-            "pictures held out",
+            "images held out",
             f"{held_out['concept']:.1%} of the concept's inside, {held_out['retained']:.1%} of the "
             "others', median over layers",
         ))  # fmt: skip
     if layers.regions is None:
-        rows.append(("places", "none: of an earlier version, or no layer tells places apart"))
+        rows.append(("places", "none: made by an earlier version, or no layer separates places"))
     elif places := made.get("places"):
         rows.append((
             "places held out",
@@ -89,22 +89,22 @@ def _limit(made: Mapping[str, Any], name: str) -> str:
     return f" (at most {limits[name]:.0%})" if name in limits else ""
 
 
-def findings(found: "Examination | None", read: "Mapping[str, LayerShare]") -> dict[str, Any]:
+def findings(examination: "Examination | None", read: "Mapping[str, LayerShare]") -> dict[str, Any]:
     """Return the one JSON document of `test`."""
     from dataclasses import asdict
 
-    told = {} if found is None else {
-        "residuals": dict(found.residuals),
-        "collateral": found.collateral,
-        "within": found.within,
-        "prompts": [asdict(each) | {"within": each.within} for each in found.prompts],
+    measured = {} if examination is None else {
+        "residuals": dict(examination.residuals),
+        "collateral": examination.collateral,
+        "within": examination.within,
+        "prompts": [asdict(each) | {"within": each.within} for each in examination.prompts],
     }  # fmt: skip
-    return {"schema_version": 1} | told | {"lora": {name: asdict(read[name]) for name in read}}
+    return {"schema_version": 1} | measured | {"lora": {name: asdict(read[name]) for name in read}}
 
 
-def tables(found: "Examination | None", read: "Mapping[str, LayerShare]") -> list[tuple]:
+def tables(examination: "Examination | None", read: "Mapping[str, LayerShare]") -> list[tuple]:
     """Return the tables of `test`."""
-    made = [] if found is None else _text_tables(found)
+    made = [] if examination is None else _text_tables(examination)
     if read:
         lines = [
             (name, "no subspace" if layer.share is None else f"{layer.share:.1e}",
@@ -116,17 +116,17 @@ def tables(found: "Examination | None", read: "Mapping[str, LayerShare]") -> lis
     return made
 
 
-def _text_tables(found: "Examination") -> list[tuple]:
-    from ..shared.training.concept.fitting import COLLATERAL, RESIDUAL
+def _text_tables(examination: "Examination") -> list[tuple]:
+    from ...shared.training.concept.fitting import COLLATERAL, RESIDUAL
 
     rows = [(f"{name} outside", f"{share:.1%}", f"{RESIDUAL:.0%}")
-            for name, share in found.residuals.items()]  # fmt: skip
-    rows.append(("other text inside", f"{found.collateral:.1%}", f"{COLLATERAL:.0%}"))
+            for name, share in examination.residuals.items()]  # fmt: skip
+    rows.append(("other text inside", f"{examination.collateral:.1%}", f"{COLLATERAL:.0%}"))
     made = [("Held-out sentences and captions", ["what", "share", "at most"], rows)]
-    if found.prompts:
+    if examination.prompts:
         lines = [
             (each.prompt, f"{each.named} outside" if each.named else "inside", f"{each.share:.1%}")
-            for each in found.prompts
+            for each in examination.prompts
         ]
         made.append(("Prompts", ["prompt", "what", "share"], lines))
     return made

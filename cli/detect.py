@@ -1,0 +1,70 @@
+"""`unmemorize detect`: scores of prompts, and verdicts with a calibration."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .options import (
+    AnswerOptions,
+    CalibrationFile,
+    DetectionOptions,
+    Fast,
+    Force,
+    ModelOptions,
+    Prompts,
+    Texts,
+    takes_options,
+)
+from .terminal import FOUND, LONGEST, NOTHING_FOUND, Table, answering, bar, print_json, print_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions(AnswerOptions, ModelOptions, DetectionOptions):
+    """Of `unmemorize detect`."""
+
+    prompts: Prompts = None
+    prompt: Texts = None
+    calibration: CalibrationFile = None
+    force: Force = False
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also write JSON lines there; then an interrupted run continues."),
+    ] = None
+    fast: Fast = False
+
+
+@takes_options
+def detect(options: DetectOptions) -> None:
+    """Score prompts. A verdict needs --calibration; without one there are only numbers."""
+    with answering(options):
+        from ..audit.model.parts import score_prompts
+
+        rows = score_prompts(
+            options.subject, files=options.prompts or (), texts=options.prompt or (),
+            config=options.detection, calibration=options.calibration, force=options.force,
+            sequential=options.fast, output=options.output, bars=bar,
+        )  # fmt: skip
+    if options.as_json:
+        print_json({"schema_version": 1, "results": rows})
+    else:
+        print_table(*_table(rows))
+    found = any(row["memorized"] for row in rows)
+    raise typer.Exit(FOUND if found else NOTHING_FOUND)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["score", "per element", "p", "memorized", "prompt"]
+    return "Text-conditional magnitude (L2, latent units), highest first", columns, [
+        [f"{r['score']:.4g}", f"{r['score_per_element']:.4g}", _cell(r["p_value"]),
+         _cell(r["memorized"]), r["prompt"][:LONGEST]]
+        for r in sorted(rows, key=lambda r: -r["score"])
+    ]  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:.3g}"
