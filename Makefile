@@ -5,7 +5,7 @@
 #   make test-comfyui            run the nodes' tests on four versions of ComfyUI
 #   make bench NAME=detection    measure the figures of the README (ARGS=...)
 #   make test-transformers4      run the tests of models and scores under transformers 4
-#   make lint                    ruff, check and format
+#   make lint                    ruff, check and format; mypy over shared and cli
 #   make clean                   remove .venv and what builds leave behind
 # PYTHON=python3.12 picks another Python. TORCH is what pip is asked for: a version or a wheel file.
 # PINS holds further requirements, VENV another environment for them, MARK which tests are run.
@@ -23,7 +23,7 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 AUTOTRAIN := build/autotrain
-RUFF := $(shell sed -n 's/^lint = \["\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+LINT := $(shell sed -n 's/^lint = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 .PHONY: help demo test test-all test-transformers4 test-comfyui bench lint clean
 
@@ -65,9 +65,11 @@ endif
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/unmemorize
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(VENV)-newest $(REPORT) $(AUTOTRAIN) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(VENV)-newest $(REPORT) $(AUTOTRAIN) build/lib build/types build/mypy build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -98,5 +100,5 @@ $(VENV)/.comfyui: tests/nodes/requirements-comfyui.txt $(VENV)/.test
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/pyvenv.cfg
-	$(PIP) install "$(RUFF)"
+	$(PIP) install $(LINT)
 	@touch $@
