@@ -147,7 +147,7 @@ def calibrate(similarities: Tensor | Sequence[float], rate: float = 0.01) -> flo
     """Return the similarity that at most a share `rate` of images that are no copies exceed.
 
     The order statistic of rank ceil((n + 1) * (1 - rate)), as in detection: a further image like
-    the controls lies above with probability at most `rate`. Two things are to be kept in mind:
+    the controls lies above with probability at most `rate`. Keep two things in mind:
 
     - Give the quantity that is judged later. An image that is compared with its own training image
       needs controls compared with one image each; one that is compared with a whole training set

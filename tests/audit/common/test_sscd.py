@@ -286,7 +286,7 @@ def test_threshold_is_the_smallest_that_keeps_the_promise(values, rate):
     scores = [value / 20 for value in values]  # ties on purpose
     n, allowed = len(scores), math.floor(round((len(scores) + 1) * rate, 9))
     if allowed < 1:
-        with pytest.raises(NotEnoughControls, match=f"found {n}"):
+        with pytest.raises(NotEnoughControls, match=f"got {n}"):
             calibrate(scores, rate)
         return
     threshold = calibrate(torch.tensor(scores, dtype=torch.float64), rate)
@@ -300,7 +300,7 @@ def test_threshold_is_the_smallest_that_keeps_the_promise(values, rate):
 
 def test_too_few_controls_and_wrong_values_are_refused():
     assert calibrate([0.1 * i for i in range(9)], 0.1) == pytest.approx(0.8)
-    with pytest.raises(NotEnoughControls, match=r"rate of 0\.1 needs at least 9 images.*found 8"):
+    with pytest.raises(NotEnoughControls, match=r"rate of 0\.1 needs at least 9 images.*got 8"):
         calibrate([0.1] * 8, 0.1)
     with pytest.raises(ValueError, match=r"one finite number per control.*1 that are not"):
         calibrate([0.1, math.nan] * 1 + [0.2] * 200)
