@@ -14,7 +14,7 @@ from ..patching import patched
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
-from ..score.noise_levels import input_scale, output_from_x0, x0_from_output
+from ..score.noise_levels import noise_per_velocity, output_from_x0, x0_from_output
 from .follower import argument_of, prediction_of, unfollowed
 from .network_call import NetworkCall, written
 
@@ -153,8 +153,7 @@ class MitigatedRun:
             tensors = (call.latents, cond, uncond)  # cloned: autograd refuses inference tensors
             read, cond, uncond = (self.family.unpack(t).clone() for t in tensors)
             x = read.float() * schedule.latent_scale(sigma)
-            # eps = sqrt(abar) v + sqrt(1 - abar) x: differences of v are larger than those of eps.
-            unit = 1 / input_scale(sigma) if parametrization == "v_prediction" else 1.0
+            unit = noise_per_velocity(sigma) if parametrization == "v_prediction" else 1.0
             step = Step(
                 index=self._index,
                 percent=schedule.percent(timestep),

@@ -24,6 +24,14 @@ def input_scale(sigma: Level) -> Level:
     return (1 + sigma**2) ** 0.5
 
 
+def noise_per_velocity(sigma: float) -> float:
+    """Return 1 / sqrt(1 + sigma^2) = sqrt(abar): how far the noise moves with the velocity.
+
+    At one x, eps = sqrt(abar) v + sqrt(1 - abar) x.
+    """
+    return (1 + sigma**2) ** -0.5
+
+
 def nearest_timestep(sigmas: Tensor, sigma: float) -> int:
     """Return the index of the level, of [timestep] `sigmas`, nearest to `sigma` in the logarithm.
 
