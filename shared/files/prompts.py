@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts of a txt, csv, jsonl or parquet file, or of a training folder.
 
     Raises:
-        PromptError: No such file, an unknown kind, no prompt column, or not a single prompt.
+        PromptError: No such file, an unknown suffix, no prompt column, or not a single prompt.
     """
     path = Path(path)
     if not path.exists():
@@ -195,8 +195,8 @@ def _from_rows(
         names = list(row) if isinstance(row, dict) else []
         column = next((name for name in COLUMNS if name in names), None)
         if column is None:
-            found = ", ".join(map(repr, names)) or type(row).__name__
-            raise PromptError(f"{where} has no column for prompts: found {found}, expected one of "
+            there = ", ".join(map(repr, names)) or type(row).__name__
+            raise PromptError(f"{where} has no column for prompts: found {there}, expected one of "
                               f"{', '.join(COLUMNS[:3])}.")  # fmt: skip
         value = row[column]
         if value is not None and not isinstance(value, str):

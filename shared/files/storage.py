@@ -70,12 +70,12 @@ def make_folder(path: Path) -> None:
     Raises:
         StorageError: It cannot be made or written, for whatever reason.
     """
-    probe = path / f".{os.getpid()}.part"
+    trial = path / f".{os.getpid()}.part"
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            trial.write_bytes(b"")
+            trial.unlink()
     except StorageError:
         raise
     except OSError as error:

@@ -51,10 +51,10 @@ def require_weights(folder: Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in PICKLES)
     if pickles:
         refuse_pickle(folder / pickles[0])
-    found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else "no such folder"
+    names = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else "no such folder"
     raise ModelError(
         f"{folder} has no weights: expected diffusion_pytorch_model.safetensors or "
-        f"model.safetensors, found {found or 'nothing'}."
+        f"model.safetensors, found {names or 'nothing'}."
     )
 
 

@@ -65,7 +65,7 @@ def load_denoiser(
     for name, part in parts.items():
         if part is not None:
             check_finite(part.state_dict(), f"{name} of {path}")
-            part.eval().requires_grad_(False)  # gradients are asked for embeddings, never weights
+            part.eval().requires_grad_(False)  # methods take gradients of embeddings alone
     if lora is not None:
         with quiet():
             load_lora(pipeline, Path(lora))

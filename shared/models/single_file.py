@@ -93,14 +93,16 @@ def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, 
         infer_diffusers_model_type,
     )
 
-    shapes = {key: torch.empty(shape, device="meta") for key, (_, shape) in header.items()}
-    kind = infer_diffusers_model_type(shapes)  # reads names and shapes only
     if config is not None:
         return read_index(Path(config))["_class_name"], Path(config)
-    name = next((cls for start, cls in PIPELINES.items() if kind.startswith(start)), None)
+    shapes = {key: torch.empty(shape, device="meta") for key, (_, shape) in header.items()}
+    architecture = infer_diffusers_model_type(shapes)  # reads names and shapes only
+    name = next((cls for start, cls in PIPELINES.items() if architecture.startswith(start)), None)
     if name is None:
-        raise ModelError(f"{path} is a {kind}; supported are {', '.join(PIPELINES)}.")
-    repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+        raise ModelError(
+            f"{path} is of the architecture {architecture}; supported are {', '.join(PIPELINES)}."
+        )
+    repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[architecture]["pretrained_model_name_or_path"]
     from huggingface_hub import snapshot_download
 
     try:

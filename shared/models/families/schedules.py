@@ -15,7 +15,7 @@ ABAR_FLOOR = 2.0**-24
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Which noise levels a sampling run visits and what the network is told there."""
+    """The noise levels of a sampling run, and the network's timestep at each."""
 
     def sigmas(self, steps: int) -> Tensor:
         """Return [steps + 1] noise levels, noisiest first, float32 on the CPU."""
@@ -38,7 +38,7 @@ class DiscreteSchedule:
 
     Diffusers' DDIM steps to `timestep - train_timesteps // steps`; that is the next timestep for
     "leading" spacing and whenever the division has no remainder. Elsewhere the levels returned
-    here are those the network is told, which is what a score depends on.
+    here belong to the timesteps that the network reads, on which a score depends.
     """
 
     def __init__(self, config: Mapping[str, Any]):

@@ -124,8 +124,8 @@ def _attach(
     for names in alike.values():
         module, options = modules[names[0]], {"target_modules": "|".join(map(re.escape, names))}
         if isinstance(module, Product):  # ranks come with the factors
-            kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
-            config = kinds[module.algorithm](r=1, alpha=1, **options)
+            configs = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
+            config = configs[module.algorithm](r=1, alpha=1, **options)
         elif header:
             config = peft.LoraConfig(**header | options)
         else:
@@ -134,7 +134,7 @@ def _attach(
                 r=module.rank, lora_alpha=alpha, use_dora=module.magnitude is not None, **options
             )
         with warnings.catch_warnings():
-            # Groups and kinds of modules, each on layers of its own.
+            # Each group is on layers of its own.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             peft.inject_adapter_in_model(config, part, _adapter_of(module, adapter))
     for name, module in modules.items():

@@ -54,10 +54,10 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
     """Raise ModelError unless every key belongs to a module that has both factors, A and B."""
-    for mark, kind in NO_LORA.items():
+    for mark, method in NO_LORA.items():
         if keys := [key for key in state if mark in key]:
             raise ModelError(
-                f"{path} is a {kind}, not a LoRA ({counted(len(keys), 'key', 'keys')} such as "
+                f"{path} is a {method}, not a LoRA ({counted(len(keys), 'key', 'keys')} such as "
                 f"{keys[0]}). {MERGE}"
             )
     modules: dict[str, set[str]] = {}
