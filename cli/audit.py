@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..shared.wording import counted, visible
-from .options import (
+from .common.options import (
     AnswerOptions,
     AuditConfig,
     CalibrationFile,
@@ -23,7 +23,7 @@ from .options import (
     settings_in,
     takes_options,
 )
-from .terminal import (
+from .common.terminal import (
     FAILED,
     FOUND,
     NOTHING_FOUND,

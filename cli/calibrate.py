@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import (
+from .common.options import (
     AnswerOptions,
     AuditConfig,
     Controls,
@@ -13,7 +13,7 @@ from .options import (
     Rate,
     takes_options,
 )
-from .terminal import answering, bar, print_json, print_table
+from .common.terminal import answering, bar, print_json, print_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 import typer
 
-from .options import AnswerOptions, takes_options
-from .terminal import FAILED, answering, print_json, print_table
+from .common.options import AnswerOptions, takes_options
+from .common.terminal import FAILED, answering, print_json, print_table
 
 
 @takes_options

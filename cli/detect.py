@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .options import (
+from .common.options import (
     AnswerOptions,
     CalibrationFile,
     DetectionOptions,
@@ -18,7 +18,16 @@ from .options import (
     Texts,
     takes_options,
 )
-from .terminal import FOUND, LONGEST, NOTHING_FOUND, Table, answering, bar, print_json, print_table
+from .common.terminal import (
+    FOUND,
+    LONGEST,
+    NOTHING_FOUND,
+    Table,
+    answering,
+    bar,
+    print_json,
+    print_table,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

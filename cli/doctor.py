@@ -8,8 +8,8 @@ from typing import Any
 import typer
 
 from ..shared.dependencies import EXTRAS, SSCD_PACKAGE, has, install_line, sscd_line
-from .options import AnswerOptions, takes_options
-from .terminal import FAILED, answering, print_json, print_table
+from .common.options import AnswerOptions, takes_options
+from .common.terminal import FAILED, answering, print_json, print_table
 
 DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu"}
 BASE = ("torch", "safetensors", "numpy", "tqdm", "typer")

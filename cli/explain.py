@@ -7,8 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .options import AnswerOptions, ModelOptions, Prompts, Seeds, Steps, Texts, takes_options
-from .terminal import LONGEST, Table, answering, bar, print_json, print_table
+from .common.options import AnswerOptions, ModelOptions, Prompts, Seeds, Steps, Texts, takes_options
+from .common.terminal import LONGEST, Table, answering, bar, print_json, print_table
 
 
 @dataclass(frozen=True, kw_only=True)

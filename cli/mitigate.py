@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import (
+from .common.options import (
     AnswerOptions,
     AuditConfig,
     CalibrationFile,
@@ -21,7 +21,7 @@ from .options import (
     settings_in,
     takes_options,
 )
-from .terminal import FOUND, NOTHING_FOUND, answering, bar, print_json, print_table
+from .common.terminal import FOUND, NOTHING_FOUND, answering, bar, print_json, print_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import AnswerOptions, takes_options
-from .terminal import answering, print_json, print_table
+from .common.options import AnswerOptions, takes_options
+from .common.terminal import answering, print_json, print_table
 
 FITS, DOES_NOT_FIT = 0, 3
 EXIT_CODES = """

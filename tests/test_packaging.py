@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from unmemorize.shared import dependencies
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +27,7 @@ DATA = {
     "locales": ("*/*.json",),
     "shared": ("score/controls", "training/concept/templates.txt"),
 }
+ROOMS = ("audit", "cli", "demo", "nodes", "shared", "trainer_patch")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]
 
@@ -140,12 +143,32 @@ def test_extras_named_in_messages_exist(root, project):
         if folder in ("tests", "build") or folder.startswith("."):  # environments
             continue
         source = path.read_text("utf-8")
-        named |= set(re.findall(r"unmemorize\[([a-z,]+)\]", source))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.keyword) and node.arg == "extra":
                 named |= {node.value.value} if isinstance(node.value, ast.Constant) else set()
     assert named
-    assert {extra for group in named for extra in group.split(",")} <= set(extras)
+    assert named | set(dependencies.EXTRAS) <= set(extras)
+    modules = {m for _, brought in dependencies.EXTRAS.values() for m in brought}
+    assert {dependencies.extra_of(module) for module in modules} == set(dependencies.EXTRAS)
+
+
+@pytest.mark.parametrize("extra", [*dependencies.EXTRAS, "all"])
+def test_what_messages_say_to_type_is_what_pip_takes(extra, root, project):
+    command, *words = shlex.split(dependencies.install_line(extra))
+    assert command == "pip"
+    assert words[-1] == f"{root}[{extra}]"
+    assert extra in project["project"]["optional-dependencies"]
+    run([*PIP, words[0], "--dry-run", *OFFLINE, str(root)])
+
+
+def test_nobody_is_sent_to_a_registry_that_lacks_the_package(root):
+    pages = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "web").rglob("*.md")]
+    sources = (p for p in root.rglob("*.py") if p.relative_to(root).parts[0] in ROOMS)
+    wrong = re.compile(r"pip install [^\n`]*?(?<![\w./\\-])\"?unmemorize\b")
+    assert not [str(p) for p in (*pages, *sources) if wrong.search(p.read_text("utf-8"))]
+    assert wrong.search('pip install "unmemorize[models]"')
+    assert wrong.search("pip install unmemorize")
+    assert not wrong.search('pip install "path/to/unmemorize[models]"')
 
 
 def test_one_ruff_everywhere(root, project):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..options import OutputFile, takes_options
-from ..terminal import answering, bar, print_json, print_table
+from ..common.options import OutputFile, takes_options
+from ..common.terminal import answering, bar, print_json, print_table
 from .answers import document, lines
 from .layers import latents_of
 from .options import Captions, ConceptOptions, Energy, prompts_in, retained_captions, text_path

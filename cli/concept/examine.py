@@ -6,8 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..options import AnswerOptions, Prompts, Texts, takes_options
-from ..terminal import answering, print_json, print_table
+from ..common.options import AnswerOptions, Prompts, Texts, takes_options
+from ..common.terminal import answering, print_json, print_table
 from .answers import document, findings, layer_document, layer_lines, lines, tables
 from .options import Captions, ConceptOptions, File, prompts_in, retained_captions, text_path
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ..options import OutputFile, takes_options
-from ..terminal import answering, bar, print_json, print_table
+from ..common.options import OutputFile, takes_options
+from ..common.terminal import answering, bar, print_json, print_table
 from .answers import layer_document, layer_lines
 from .options import ConceptOptions, Energy
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ... import demo
-from ..options import AnswerOptions, Device, Dtype, Model, ModelConfig, ModelOptions, Revision
+from ..common.options import (
+    AnswerOptions,
+    Device,
+    Dtype,
+    Model,
+    ModelConfig,
+    ModelOptions,
+    Revision,
+)
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser

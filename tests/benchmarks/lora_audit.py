@@ -20,7 +20,7 @@ from unmemorize import demo
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.result import LoraAudit
 from unmemorize.audit.lora.run import run_lora_audit
-from unmemorize.cli.terminal import bar
+from unmemorize.cli.common.terminal import bar
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.load import load_denoiser
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
-from ..audit.model.config import AuditConfig
-from ..shared.score.config import DetectionConfig
+from ...audit.model.config import AuditConfig
+from ...shared.score.config import DetectionConfig
 
 if TYPE_CHECKING:
-    from ..audit.common.subject import Subject
+    from ...audit.common.subject import Subject
 
 SEEDS = len(DetectionConfig.seeds)
 
@@ -103,7 +103,7 @@ class ModelOptions:
     @property
     def subject(self) -> "Subject":
         """The model, not loaded before something is computed with it."""
-        from ..audit.common.subject import Subject
+        from ...audit.common.subject import Subject
 
         return Subject(
             self.model, lora=self.lora, revision=self.revision, config=self.model_config,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from tqdm.auto import tqdm
 
-from ..shared.dependencies import extra_of, install_line
-from ..shared.wording import visible
+from ...shared.dependencies import extra_of, install_line
+from ...shared.wording import visible
 
 if TYPE_CHECKING:
     from .options import AnswerOptions
@@ -22,7 +22,7 @@ SHOWN = 20
 """Rows of a table of results."""
 LONGEST = 300
 """Characters of a prompt."""
-PACKAGE = __name__.removesuffix(".cli.terminal")
+PACKAGE = __name__.removesuffix(".cli.common.terminal")
 Table = tuple[str, list[str], list[list[str]]]
 """Title, columns and rows."""
 

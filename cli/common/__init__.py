@@ -1,0 +1,1 @@
+"""What the commands have in common: their options, and how they answer."""
