@@ -157,6 +157,7 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
         )
         for field in ordered
     ]  # fmt: skip
-    parsed.__signature__ = inspect.Signature(parameters)
+    # Any attribute may be set on a function; `inspect` reads this one.
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {field.name: hints[field.name] for field in ordered}
     return parsed

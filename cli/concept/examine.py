@@ -49,9 +49,12 @@ class TestOptions(ConceptOptions):
 
     file: File
     model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="As for `build`; left out where FILE holds subspaces of layers."),
-    ] = None
+        str,
+        typer.Argument(
+            help="As for `build`; left out where FILE holds subspaces of layers.",
+            show_default=False,
+        ),
+    ] = ""
     prompts: Prompts = None
     prompt: Texts = None
     captions: Captions = None
@@ -84,14 +87,16 @@ def test(options: TestOptions) -> None:
         from ...shared.training.concept.subspace import ConceptSubspace
         from ...shared.training.examination import examine, shares_read
 
+        examination = None
+        subspace: LayerSubspaces | ConceptSubspace
         if of_layers:
-            subspace, examination = LayerSubspaces.load(options.file), None
+            subspace = LayerSubspaces.load(options.file)
         else:
             path = text_path(options.denoiser)
-            subspace = ConceptSubspace.load(options.file, width=path([""]).states.shape[-1])
+            concept = ConceptSubspace.load(options.file, width=path([""]).states.shape[-1])
             prompts = [*(options.prompt or ()), *prompts_in(options.prompts or ())]
             retained = retained_captions(options.model, options.captions)
-            examination = examine(path, subspace, retained, prompts)
+            subspace, examination = concept, examine(path, concept, retained, prompts)
         read = shares_read(options.lora, subspace) if options.lora else {}
     if options.as_json:
         print_json(findings(examination, read))
