@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 		$(BIN)/python -m webbrowser "file://$(CURDIR)/$(REPORT)/report.html" || true; fi
 
 test: $(VENV)/.test $(AUTOTRAIN)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) -m "$(MARK)" $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "$(MARK)" $(ARGS)
 
 test-all:
 	$(MAKE) test MARK= ARGS="$(ARGS)"
@@ -52,7 +52,7 @@ test-transformers4:
 # In an environment of its own: ComfyUI brings many packages. Skips are shown with their reasons.
 test-comfyui:
 	$(MAKE) $(VENV)-comfyui/.comfyui VENV=$(VENV)-comfyui
-	$(MAKE) test VENV=$(VENV)-comfyui MARK=comfy ARGS="--dist loadfile -rs tests/nodes $(ARGS)"
+	$(MAKE) test VENV=$(VENV)-comfyui MARK=comfy ARGS="-rs tests/nodes $(ARGS)"
 
 ifeq ($(NAME) $(filter %-comfyui,$(VENV)),comfyui )
 bench:

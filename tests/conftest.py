@@ -48,10 +48,12 @@ def package_env(tmp_path_factory) -> dict[str, str]:
 def run_python(package_env):
     """Function that runs `python *arguments` on the checkout and returns the finished process."""
 
-    def run(*arguments: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: str, check: bool = True, env: dict[str, str] | None = None, **kwargs
+    ) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [sys.executable, *arguments],
-            env=package_env,
+            env=package_env | (env or {}),
             capture_output=True,
             text=True,
             encoding="utf-8",

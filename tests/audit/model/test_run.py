@@ -22,9 +22,9 @@ def test_the_folder_holds_what_the_result_says(result, config):
     summary = json.loads((config.output / "summary.json").read_text("utf-8"))
     assert summary == json.loads(json.dumps(result.summary))
     counts = summary["counts"]
-    assert counts["prompts"] == len(entries) == 11
+    assert counts["prompts"] == len(entries) == 8
     assert (counts["prompts_read"], counts["empty_dropped"], counts["duplicates_merged"]) == (
-        13,
+        10,
         1,
         1,
     )
@@ -48,7 +48,7 @@ def test_verdicts_follow_from_the_calibration(result):
 
 
 def test_merged_prompts_keep_their_sources(result):
-    assert result.entries[0].sources == ("prompts.txt:1", "prompts.txt:6")
+    assert result.entries[0].sources == ("prompts.txt:1", "prompts.txt:4")
     assert result.entries[0].count == 2
     assert result.entries[1].count == 1
 

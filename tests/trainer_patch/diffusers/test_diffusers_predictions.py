@@ -77,7 +77,7 @@ def test_only_pictures_that_name_the_concept_are_touched(train, asked):
 
 def test_together_with_everything_else(train, asked):
     output = train(
-        *STEPS, *asked(1.7), "--mem_filter", "q0.9", "--mixed_precision", "bf16",
+        *asked(1.7), "--max_train_steps", "3", "--mem_filter", "q0.9", "--mixed_precision", "bf16",
         "--gradient_checkpointing", "--gradient_accumulation_steps", "2",
         "--dataloader_num_workers", "1", "--validate",
     )  # fmt: skip
