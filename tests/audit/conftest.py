@@ -38,7 +38,7 @@ def config(files, tmp_path_factory) -> AuditConfig:
         controls=str(files / "controls.txt"),
         output=tmp_path_factory.mktemp("audit") / "out",
         detection=DetectionConfig(seeds=(0, 1)),
-        false_positive_rate=0.25,
+        false_positive_rate=0.08,
         flagged_pictured=2,
         sample=1,
         generation_steps=2,

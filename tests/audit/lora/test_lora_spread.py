@@ -36,7 +36,6 @@ class Counting(SilentBar):
         Counting.total += n
 
 
-@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(config, planned, package_env, monkeypatch, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     draw_all(planned, subject_of(config), config, one, silent)
