@@ -1,15 +1,16 @@
 """A small audit of a real LoRA: what it writes, and that a stopped one continues."""
 
-import dataclasses
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
-from small_audit import HELD_OUT, example_lora, write_drawings, write_others
+from small_audit import (
+    HELD_OUT,
+    example_lora,
+    stopped_and_continued,
+    write_drawings,
+    write_others,
+)
 from typer.testing import CliRunner
 from unmemorize.audit.common import subject
-from unmemorize.audit.common.measure import SilentBar
 from unmemorize.audit.lora import compare
 from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.feature_cache import PLACE
@@ -17,8 +18,6 @@ from unmemorize.audit.lora.result import PositiveControl, Rate
 from unmemorize.audit.lora.run import run_lora_audit
 from unmemorize.cli import app
 from unmemorize.shared.score.config import DetectionConfig
-
-WRITTEN = ("report.html", "audit.json", "model_card.md", "badge.svg", "similarity.npz")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,40 +58,8 @@ def test_the_matrix_is_what_the_generations_say(audit):
         assert twins[generation.prompt, generation.seed].asked == generation.asked
 
 
-class Stopped(SilentBar):
-    """A bar at which the user presses Ctrl-C."""
-
-    def __init__(self, left: list[int]):
-        self.left = left
-
-    def update(self, n: int) -> None:
-        self.left[0] -= 1
-        if self.left[0] < 0:
-            raise KeyboardInterrupt
-
-
 def test_stopped_in_the_middle_it_ends_with_the_same_bytes(audit, config, tmp_path):
-    """Start from a job without its last images, scores and files, and stop once more on the way."""
-    output = tmp_path / "out"
-    shutil.copytree(config.output, output)
-    images = sorted(output.glob("images/*.png"))
-    for path in images[len(images) - 9 :]:
-        path.unlink()
-    for name in (*WRITTEN, "journal/words.jsonl"):
-        (output / name).unlink()
-    scores = output / "journal" / "scores.jsonl"
-    scores.write_bytes(scores.read_bytes()[:-40])
-    again, left = dataclasses.replace(config, output=output), [6]
-    with pytest.raises(KeyboardInterrupt):
-        run_lora_audit(again, lambda *_: Stopped(left))
-    assert not (output / "report.html").exists()
-    run_lora_audit(again)
-    assert differing(config.output, output) == []
-
-
-def differing(first: Path, second: Path) -> list[str]:
-    names = [*WRITTEN, *(path.relative_to(first).as_posix() for path in first.rglob("*.png"))]
-    return [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()]
+    assert stopped_and_continued(config, tmp_path / "out") == []
 
 
 def test_a_finished_job_is_not_computed_again(audit, config, monkeypatch):

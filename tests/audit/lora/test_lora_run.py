@@ -3,7 +3,13 @@
 import json
 
 import pytest
-from small_audit import HELD_OUT, example_lora, write_drawings, write_others
+from small_audit import (
+    HELD_OUT,
+    example_lora,
+    stopped_and_continued,
+    write_drawings,
+    write_others,
+)
 from typer.testing import CliRunner
 from unmemorize.audit.lora import run
 from unmemorize.audit.lora.config import LoraAuditConfig
@@ -73,6 +79,12 @@ def test_the_published_epoch_is_outside(audit):
     assert not audit.epochs[0].inside
     assert audit.best_epoch is None
     assert audit.epochs[0].score > 0
+
+
+def test_stopped_in_the_middle_it_ends_with_the_same_bytes(audit, config, tmp_path):
+    """With words that were explained, too: a quicker audit finds none to explain."""
+    assert audit.words
+    assert stopped_and_continued(config, tmp_path / "out") == []
 
 
 def test_the_command_answers_with_exit_code_and_json(audit, config, monkeypatch):

@@ -324,7 +324,7 @@ def test_training_leftovers_in_a_single_file_are_no_fault(checkpoint, saved):
 
 def test_missing_packages_say_what_to_type(monkeypatch):
     assert require("json", purpose="Reading", extra="models") is json
-    says = r'Flying needs the package `no_wings`.*"unmemorize\[air\]"'
+    says = r'Flying needs the package `no_wings`.* pip install "[^"]+\[air\]"'
     with pytest.raises(ImportError, match=says):
         require("no_wings.feather", purpose="Flying", extra="air")
     assert has("json")

@@ -251,7 +251,8 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ModelError, match=message):
             ConceptSubspace.load(path)
     basis = orthonormal(4, 1).contiguous()
-    for tensors, metadata in [({"basis": basis}, None), ({"basis": basis, "more": basis}, header)]:
+    two = {"basis": basis, "more": basis.clone()}
+    for tensors, metadata in [({"basis": basis}, None), (two, header)]:
         save_file(tensors, path, metadata=metadata)
         with pytest.raises(ModelError, match="not a concept subspace"):
             ConceptSubspace.load(path)
