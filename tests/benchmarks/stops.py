@@ -4,10 +4,11 @@
     make bench NAME=stops ARGS="--only lora --root ../another-checkout --list"
 
 A stop: another function in another file is entered for the first time. The program runs, and every
-call between files of the product is noted, so nothing depends on somebody's reading. Dunder methods
-and properties count as well, functions inside functions and lambdas belong to the function around
-them. The way to a guarded sampler needs a real ComfyUI: `make bench NAME=stops` runs it where
-`make test-comfyui` has made its environment.
+call between files of the product is noted, so nothing depends on somebody's reading. Properties
+count as well, what `len(x)` or `x[i]` enter does not; functions inside functions and lambdas belong
+to the function around them. What models and files call in turn is not followed: a reader takes
+"load the model" and "write the file" at their word. The way to a guarded sampler needs a real
+ComfyUI: it is walked where `make test-comfyui` has made its environment.
 """
 
 import argparse
@@ -18,21 +19,30 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 WAYS = {
-    "score": "a prompt to its score (`unmemorize detect`, until the score of its first noise)",
+    "score": "a prompt to its score (`detect`, with a model that is loaded)",
     "guard": "a MODEL to a guarded sampler (the node Memorization Guard, until it returns)",
     "weight": "a batch to the weight of its loss (`protect`, one step of a loop)",
     "lora": "a LoRA file to its verdict (`unmemorize audit --lora --images`, until the headline)",
     "audit": "`unmemorize audit` of a model, until the network is asked once",
 }
-ENDS = {"score": "text_noise_norm", "lora": "summarize", "audit": "PipelineDenoiser.denoise"}
+TAKEN_AT_THEIR_WORD = (
+    "shared/models", "shared/files", "shared/wording", "demo/",
+    # Where the first version kept the same.
+    "shared/autoencoder", "shared/diffusers_adapter", "shared/families", "shared/flow_families",
+    "shared/lora", "shared/lycoris", "shared/predictions", "shared/prompts", "shared/quiet",
+    "shared/schedules", "shared/single_file", "shared/storage", "shared/tokens", "shared/weights",
+)  # fmt: skip
+"""Files whose own calls are not followed."""
+ENTERED = ("__init__", "__call__", "__enter__")
+"""Of the methods that Python calls, those that a reader has to enter."""
+ENDS = {"lora": "summarize", "audit": "PipelineDenoiser.denoise"}
 """The function at whose first call a way has arrived; the others end when their call returns."""
 
 
@@ -69,14 +79,17 @@ class Way:
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> None:
         file = self._file(frame.f_code) if event == "call" else None
-        if file is None or frame.f_code.co_name.startswith("<"):
+        name = frame.f_code.co_name
+        if file is None or name.startswith("<") or (name.startswith("__") and name not in ENTERED):
             return
         caller = frame.f_back
         while caller is not None and self._file(caller.f_code) is None:
             caller = caller.f_back
         name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # 3.10 has none
         stop = (file, name.partition(".<locals>")[0])
-        if caller is not None and self._file(caller.f_code) != file and stop not in self.stops:
+        calling = self._file(caller.f_code) if caller is not None else None
+        followed = calling not in (None, file) and not calling.startswith(TAKEN_AT_THEIR_WORD)
+        if followed and stop not in self.stops:
             self.stops.append(stop)
         if name == self.end:
             raise Arrived
@@ -102,7 +115,16 @@ def command(root: Path, way: str, *arguments: str) -> Way:
 
 def walk_score(root: Path, folder: Path) -> Way:
     """Score one prompt."""
-    return command(root, "score", "detect", "demo", "--prompt", "a cat", "--seeds", "1")
+    load(root)
+    from unmemorize import demo
+
+    new = (root / "shared" / "score").is_dir()
+    load_denoiser = find("shared.models.load" if new else "shared.models").load_denoiser
+    detect = find("shared.score.detection" if new else "shared.detection").detect
+    model = load_denoiser(demo.MODEL)
+    with Way(root) as walked:
+        detect(model, ["a cat"])
+    return walked
 
 
 def walk_audit(root: Path, folder: Path) -> Way:
@@ -132,7 +154,9 @@ def walk_weight(root: Path, folder: Path) -> Way:
     from peft import LoraConfig
     from unmemorize import demo
 
-    protect = find_protect(root)
+    new = (root / "shared" / "score").is_dir()
+    loop_module = "trainer_patch.diffusers.loop" if new else "trainer_patch.diffusers_loop"
+    protect = find(loop_module).protect
     pipeline = StableDiffusionPipeline.from_pretrained(demo.MODEL)
     scheduler, unet = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.unet
     unet.requires_grad_(False)
@@ -156,13 +180,9 @@ def walk_weight(root: Path, folder: Path) -> Way:
     return walked
 
 
-def find_protect(root: Path) -> Callable:
-    """Return `protect`, which earlier versions kept in a module."""
-    import unmemorize
-
-    if hasattr(unmemorize, "protect"):
-        return unmemorize.protect
-    return importlib.import_module("unmemorize.trainer_patch.diffusers_loop").protect
+def find(module: str) -> ModuleType:
+    """Return a module of the checkout."""
+    return importlib.import_module(f"unmemorize.{module}")
 
 
 def walk_guard(root: Path, folder: Path) -> Way:
