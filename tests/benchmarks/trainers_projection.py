@@ -203,8 +203,26 @@ class Trial:
         return found | {"by_attack": self.attacked()} | losses
 
     def presence(self, end: str) -> float:
-        texts = [text + end for text in self.rest.captions]
-        return self.eye.presence(self.denoiser.generate(texts, [0] * len(texts), 20, 5.0))
+        return self.eye.presence(self.asked(end))
+
+    def asked(self, end: str, captions: slice = slice(None)) -> list[Image.Image]:
+        """Return the images of captions that were never trained on, asked in one way."""
+        texts = [text + end for text in self.rest.captions[captions]]
+        return self.denoiser.generate(texts, [0] * len(texts), 20, 5.0)
+
+    def sheet(self, arms: Sequence[Arm], steps: int, columns: int = 8) -> Image.Image:
+        """Return images of the first captions, asked by the concept's name: a row an arm."""
+        rows = []
+        for arm in arms:
+            self.train(arm, 0, steps)
+            rows.append(self.asked(WAYS["by_name"], slice(columns)))
+        side, gap = rows[0][0].width, 8
+        size = (columns * (side + gap) - gap, len(rows) * (side + gap) - gap)
+        sheet = Image.new("RGB", size, "white")
+        for row, images in enumerate(rows):
+            for column, image in enumerate(images):
+                sheet.paste(image, (column * (side + gap), row * (side + gap)))
+        return sheet
 
     def attacked(self) -> float:
         """Return the presence by a word that is learnt from marked pictures never trained on."""
@@ -241,6 +259,9 @@ def measure_projection(
                 journal.put(key, trial.judge())
             values = journal.get(key)
             bench |= {f"trainers.projection.{key}.{name}": v for name, v in values.items()}
+    if {"none", "regions"} <= set(arms):
+        shown = [arm for arm in ARMS if arm.name in ("none", "regions")]
+        trial.sheet(shown, steps).save(work / f"projection-{steps}.png")
     columns = (*WAYS, "by_attack", "rest", "content")
     print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in columns)
           + f"{'fall':>8}{'change':>8}   by name, 95 %")  # fmt: skip
