@@ -11,8 +11,6 @@ from unmemorize import cli, demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def unmemorize(tmp_path, monkeypatch):
@@ -55,13 +53,13 @@ def test_layers_are_built_from_pictures_told_apart_by_caption(unmemorize):
     _, shown = unmemorize("show", built["output"])
     assert shown == {key: built[key] for key in built if key != "output"}
     table = CliRunner().invoke(cli.app, ["concept", "show", built["output"]]).stdout
-    assert "pictures held out" in table
+    assert "images held out" in table
     assert made.regions is not None
     assert 0 <= built["places"]["retained"] <= built["places"]["concept"] <= 1
     assert "places held out" in table
     replace(made, regions=None).save(Path("earlier.safetensors"))
     earlier = CliRunner().invoke(cli.app, ["concept", "show", "earlier.safetensors"]).stdout
-    assert "of an earlier version" in " ".join(earlier.split())
+    assert "by an earlier version" in " ".join(earlier.split())
 
 
 def test_a_concept_is_built_from_pictures_alone(unmemorize):
@@ -86,4 +84,4 @@ def test_a_concept_is_built_from_pictures_alone(unmemorize):
     Path("empty").mkdir()
     code, refused = unmemorize("build", "demo", "--images", "empty", *common)
     assert code == 1
-    assert "holds no pictures" in refused["error"]["message"]
+    assert "holds no images" in refused["error"]["message"]

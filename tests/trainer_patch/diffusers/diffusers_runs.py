@@ -4,7 +4,8 @@ import json
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +34,16 @@ def make_images(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def anew() -> Iterator[None]:
+    """Let a training run as the first in its process, with whatever it warns of."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripts and their libraries may warn as they like
+        yield
+
+
 def run(
     output: Path,
     arguments: Sequence[str],
@@ -43,13 +54,10 @@ def run(
 ) -> Path:
     """Run a script on a model, as the launcher does or as Python does; return `output`."""
     given = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(output)]
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
     before = sys.argv, list(sys.path)
     sys.argv = ["launcher", str(script), *given, *arguments]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scripts and their libraries may warn as they like
+        with anew():
             if protected:
                 main()
             else:

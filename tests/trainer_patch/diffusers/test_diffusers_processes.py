@@ -2,16 +2,14 @@
 
 import json
 import statistics
-from pathlib import Path
 
+import diffusers_parallel
 import pytest
 import torch
 from demo_subspaces import WIDTH, make_regions, make_subspace
-from diffusers_runs import header_of, records_of, residual, weights_of
+from diffusers_runs import anew, header_of, records_of, residual, weights_of
 from unmemorize import demo
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-
-SCRIPT = Path(__file__).with_name("diffusers_parallel.py")
 
 
 def decisions(output, processes):
@@ -22,18 +20,24 @@ def decisions(output, processes):
 
 @pytest.fixture
 def train(tmp_path, run_python):
-    """Function that trains in one process or several and returns the output folder."""
+    """Function that trains in this process or in two others and returns the output folder."""
 
     def trained(name, processes, *options):
-        launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2") if processes > 1 else ()
-        run_python(*launch, str(SCRIPT), str(demo.MODEL), str(tmp_path / name), *options)
+        arguments = (str(demo.MODEL), str(tmp_path / name), *options)
+        if processes == 1:
+            with anew():
+                diffusers_parallel.main(*arguments)
+        else:
+            launch = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
+            run_python(*launch, diffusers_parallel.__file__, *arguments)
         return tmp_path / name
 
     return trained
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("mem_filter_recall=3",)])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("mem_filter_recall=3",), marks=pytest.mark.slow)]
+)
 def test_two_processes_are_one(tmp_path, train, more):
     subspace = make_subspace(tmp_path, WIDTH)
     projected = f"project_concepts={subspace}"
