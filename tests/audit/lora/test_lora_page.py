@@ -43,7 +43,7 @@ def test_says_what_was_found_in_order(page, audit):
         "An image that did not come back was not shown to be absent",
         "First: duplicates in the training folder",
         "Side by side",
-        "Every training image, every way of asking",
+        "Every training image, every kind of prompt",
         "Held out: not trained on",
         "Which epoch to publish",
         "Guidance from the base model to the LoRA",
