@@ -22,7 +22,7 @@ from .result import LoraAudit
 from .tell import tell
 from .work import Notify, Work
 
-NEEDS = {"reports": ("jinja2", "PIL", "scipy"), "models": ("peft", "accelerate"),
+NEEDS = {"reports": ("jinja2", "networkx", "PIL", "scipy"), "models": ("peft", "accelerate"),
          "sscd": ("faiss",)}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Random words or numbers in the prompt: the baseline that other methods must beat.
+"""Random words in the prompt: the baseline that other methods must beat.
 
 Somepalli et al., NeurIPS 2023, arXiv:2305.20086.
 """
@@ -15,10 +15,6 @@ import torch
 from ..score.controls import CONTROLS, load_controls
 from .method import Method, Mitigation, Start
 
-KINDS = ("words", "numbers")
-LARGEST = 100_000
-"""Numbers are below it, as in the authors' code."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RandomInsertion(Method):
@@ -32,14 +28,10 @@ class RandomInsertion(Method):
 
     count: int = 4
     """Insertions, at least 0 (authors' code: rand_aug_repeats, 4); 0 changes nothing."""
-    kind: str = "words"
-    """"words" (paper: random token, RT) or "numbers" below 100,000 (paper: random number, RNA)."""
 
     def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"`count` must be at least 0, got {self.count}.")
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}.")
 
     def start(self, start: Start) -> Mitigation:
         """Return the conditioning of the changed prompts.
@@ -72,9 +64,8 @@ class RandomInsertion(Method):
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         words = prompt.split(" ") if prompt else []
         for _ in range(self.count):
-            word = _draw(generator, LARGEST if self.kind == "numbers" else len(vocabulary()))
-            text = str(word) if self.kind == "numbers" else vocabulary()[word]
-            words.insert(_draw(generator, len(words) + 1), text)
+            word = vocabulary()[_draw(generator, len(vocabulary()))]
+            words.insert(_draw(generator, len(words) + 1), word)
         return " ".join(words)
 
 

@@ -75,6 +75,20 @@ def fitted(network: nn.Module) -> tuple[dict[str, nn.Parameter], LayerSubspaces]
     return factors_without_text(network), learnt
 
 
+def test_the_retained_mean_is_retained_where_nothing_else_varies_along_it():
+    always, mark, varies = 0, 1, 2
+    concept, retained = Sketch(4), Sketch(4)
+    noise = seeded(64, seed=0).double()
+    retained.add(torch.stack([torch.ones(64), torch.zeros(64), noise, torch.zeros(64)], 1))
+    rows = torch.zeros(64, 4, dtype=torch.float64)
+    rows[:, always], rows[:, mark] = 3, 1  # three times what all have, and its own
+    concept.add(rows)
+    basis = subspaces_from_sketches({"layer": concept}, {"layer": retained}).bases["layer"]
+    assert basis.square().sum(1)[mark] > 0.9
+    assert basis.square().sum(1)[always] < 0.1
+    assert basis.square().sum(1)[varies] < 0.05
+
+
 def test_the_concepts_direction_is_found_and_what_is_wanted_is_left():
     _, layers = fitted(lora_network())
     basis = next(basis for name, basis in layers.bases.items() if "to_q" in name)
