@@ -3,7 +3,7 @@
 #   make test                    run the tests                     (ARGS="-k borders -x")
 #   make test-all                run the slow ones too
 #   make test-comfyui            run the nodes' tests on four versions of ComfyUI
-#   make bench NAME=detection    measure the figures of the README (ARGS=...)
+#   make bench NAME=detection    measure the figures of docs/ (ARGS=...)
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format; mypy over shared and cli
 #   make clean                   remove .venv and what builds leave behind

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 NAME = "unmemorize"
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "models": ("running diffusers models", ("diffusers", "transformers", "accelerate", "peft")),
-    "reports": ("reports and statistics", ("jinja2", "PIL", "scipy")),
+    "reports": ("reports and statistics", ("jinja2", "networkx", "PIL", "scipy")),
     "parquet": ("reading prompts from parquet", ("pyarrow",)),
     "sscd": ("copy detection by SSCD", ("onnxruntime", "faiss")),
 }
@@ -54,6 +55,13 @@ def require(module: str, *, purpose: str, extra: str) -> ModuleType:
         ) from error
 
 
+def check_installed(modules: Iterable[str], *, purpose: str, extra: str) -> None:
+    """Raise as `require` does for the first module that is missing; those there stay unimported."""
+    for module in modules:
+        if not has(module):
+            require(module, purpose=purpose, extra=extra)
+
+
 def extra_of(module: str) -> str:
     """Return the extra that brings a module; "all" where none does."""
     return next((extra for extra, (_, modules) in EXTRAS.items() if module in modules), "all")
@@ -74,6 +82,9 @@ def sscd_line() -> str:
 
 def _clone() -> Path | None:
     """Return the folder of the clone that runs or was installed, None where that is not known."""
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file():
         return root
@@ -81,6 +92,6 @@ def _clone() -> Path | None:
         noted = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:
         return None
-    address = json.loads(noted)["url"] if noted else ""
-    folder = Path(address.removeprefix("file://"))
-    return folder if address.startswith("file://") and folder.is_dir() else None
+    address = urlsplit(json.loads(noted)["url"] if noted else "")
+    folder = Path(url2pathname(address.path))  # an address has %20 for a space
+    return folder if address.scheme == "file" and folder.is_dir() else None

@@ -1,6 +1,7 @@
 """Wheel, editable install and plain clone carry the same package, in a folder of any name."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -10,8 +11,10 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from unmemorize.cli.doctor import DISTRIBUTIONS
 from unmemorize.shared import dependencies
 
 if sys.version_info >= (3, 11):
@@ -150,6 +153,21 @@ def test_extras_named_in_messages_exist(root, project):
     assert named | set(dependencies.EXTRAS) <= set(extras)
     modules = {m for _, brought in dependencies.EXTRAS.values() for m in brought}
     assert {dependencies.extra_of(module) for module in modules} == set(dependencies.EXTRAS)
+    for extra, (_, brought) in dependencies.EXTRAS.items():
+        packages = {re.split(r"[^\w-]", line)[0] for line in extras[extra]}
+        names = {DISTRIBUTIONS.get(module, module) for module in brought}
+        assert names == packages - {dependencies.SSCD_PACKAGE}, extra
+
+
+def test_the_clone_is_found_by_what_pip_noted(tmp_path, monkeypatch):
+    clone = tmp_path / "my clone"
+    clone.mkdir()
+    noted = SimpleNamespace(read_text=lambda _: json.dumps({"url": clone.as_uri()}))
+    monkeypatch.setattr(dependencies, "__file__", str(tmp_path / "lib/unmemorize/shared/d.py"))
+    monkeypatch.setattr(dependencies, "distribution", lambda _: noted)
+    assert dependencies.install_line("all") == f'pip install "{clone}[all]"'
+    clone.rmdir()
+    assert dependencies.install_line("all") == 'pip install "path/to/unmemorize[all]"'
 
 
 @pytest.mark.parametrize("extra", [*dependencies.EXTRAS, "all"])

@@ -10,7 +10,7 @@ stopped and continued ends with the same bytes as one that was not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...shared.dependencies import has, require
+from ...shared.dependencies import check_installed
 from ...shared.files.storage import write_text
 from ..common.measure import Bars, silent
 from ..common.result import dumps
@@ -39,9 +39,8 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
         CalibrationMismatch: The given calibration is for another model or setting.
         NotEnoughControls: The controls cannot support the false-positive rate.
     """
-    for module in ("jinja2", "PIL", "scipy"):  # before hours of work, not after
-        if not has(module):
-            require(module, purpose="An audit", extra="reports")
+    # Before hours of work, not after.
+    check_installed(("jinja2", "PIL", "scipy"), purpose="An audit", extra="reports")
     inputs = read_inputs(config)
     with open_work(config, inputs, bars) as work:
         with work.timed("total"):

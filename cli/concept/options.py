@@ -20,10 +20,9 @@ from ..common.options import (
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
-    from ...shared.training.concept.text_states import TextPath
 
 File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build` or `layers`.")]
-Energy = Annotated[float, typer.Option(help="Share of the concept at which to stop.")]
+Energy = Annotated[float, typer.Option(help="Share of the concept that its subspace is to cover.")]
 Captions = Annotated[
     Optional[list[Path]],  # noqa: UP045
     typer.Option(
@@ -51,13 +50,6 @@ class ConceptOptions(AnswerOptions):
             model=self.model, revision=self.revision, model_config=self.model_config,
             device=self.device, dtype=self.dtype,
         ).subject.denoiser  # fmt: skip
-
-
-def text_path(denoiser: "PipelineDenoiser") -> "TextPath":
-    """Return how a model reads prompts."""
-    from ...shared.training.concept.text_states import encoders_of, text_path_of
-
-    return text_path_of(denoiser, encoders_of(denoiser.pipeline))
 
 
 def prompts_in(files: Sequence[Path]) -> list[str]:

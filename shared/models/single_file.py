@@ -110,8 +110,8 @@ def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, 
     except Exception as error:  # OSError and ValueError of several releases
         raise ModelError(
             f"{path} holds weights only; its configuration and tokenizers come from a diffusers "
-            f"folder such as {repository}, which is not on this machine. Give one with --config "
-            f'FOLDER, or type: hf download {repository} --include "*.json" "*.txt"'
+            f"folder such as {repository}, which is not on this machine. Give one with "
+            f'--model-config FOLDER, or type: hf download {repository} --include "*.json" "*.txt"'
         ) from error
 
 

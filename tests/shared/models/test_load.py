@@ -282,7 +282,7 @@ def test_a_single_file_is_the_same_model(checkpoint, saved):
 
 
 def test_a_single_file_without_configuration_says_what_to_type(checkpoint, monkeypatch):
-    with pytest.raises(ModelError, match=r"--config FOLDER, or type: hf download"):
+    with pytest.raises(ModelError, match=r"--model-config FOLDER, or type: hf download"):
         load_denoiser(checkpoint, device="cpu")
 
 
