@@ -46,7 +46,6 @@ Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above
 130 interrupted. Above the threshold does not mean certain: about
 rate x prompts are expected there by chance, and the summary says how many.
 """
-VERDICTS = ("verbatim", "template", "near", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +66,9 @@ class OfPrompts:
         ),
     ] = AuditConfig.explain
     flagged_pictured: Annotated[
-        int, typer.Option(min=0, help="Flagged prompts with images, highest score first.")
+        int, typer.Option(min=0, help="Flagged prompts that get images, highest score first.")
     ] = AuditConfig.flagged_pictured
-    sample: Annotated[int, typer.Option(min=0, help="Other prompts with one image each.")] = (
+    sample: Annotated[int, typer.Option(min=0, help="Other prompts that get one image each.")] = (
         AuditConfig.sample
     )
     fast: Fast = AuditConfig.sequential
@@ -95,11 +94,16 @@ class OfLora:
     ] = None
     epochs: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Saved epochs, files or a folder; repeatable: which one to publish?"),
+        typer.Option(
+            help="Files or folder of saved epochs, of which one is to be published; repeatable."
+        ),
     ] = None
-    attack: Annotated[bool, typer.Option(help="Also try to extract images from base to LoRA.")] = (
-        True
-    )
+    attack: Annotated[
+        bool,
+        typer.Option(
+            help="Also try to extract training images by guidance from base model to LoRA."
+        ),
+    ] = True
     include_images: Annotated[
         bool, typer.Option("--include-images", help="Show training images in the page unblurred.")
     ] = False
@@ -259,13 +263,12 @@ def audit_verdict(result: "AuditResult") -> str:
 
 def _training_images(audit: "LoraAudit") -> Table:
     """Return the training images, those that come back first."""
-    ranked = sorted(audit.verdicts, key=lambda v: (VERDICTS.index(v.verdict), -v.similarity))
     rows = [
         [audit.training.images[v.image].name, v.verdict, f"{v.similarity:.2f}", f"{v.control:.2f}",
          str(v.attracted), audit.training.images[v.image].caption[:60]]
-        for v in ranked[:SHOWN]
+        for v in audit.ranked[:SHOWN]
     ]  # fmt: skip
-    title = "Training images, nearest first" + _left(ranked)
+    title = "Training images, nearest first" + _left(audit.verdicts)
     return title, ["image", "verdict", "similarity", "LoRA off", "nearest of", "caption"], rows
 
 

@@ -14,10 +14,11 @@ from ...shared.wording import counted
 IDENTITY = "job.json"
 LOCK = ".lock"
 WRITTEN = (
-    "report.html", "results.jsonl", "summary.json", "calibration.json", "audit.json",
-    "model_card.md", "badge.svg", "similarity.npz", "images", "journal",
+    "report.html", "mitigation.html", "results.jsonl", "summary.json", "calibration.json",
+    "audit.json", "model_card.md", "badge.svg", "similarity.npz", "images", "sheets", "journal",
 )  # fmt: skip
-"""Everything an audit writes; the journal goes last, so that a killed removal can be repeated."""
+"""All that an audit or a mitigation writes; the journal goes last, so that a killed removal can be
+repeated."""
 
 
 class FolderTaken(ValueError):
@@ -43,15 +44,6 @@ class Job:
 def content_key(*parts: Any) -> str:
     """Return the sha256 of values as JSON: equal content, equal key."""
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's content."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

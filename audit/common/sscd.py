@@ -5,10 +5,8 @@ opinion. On photographs the literature calls .5 a copy and .7 a verbatim one; on
 images pass .5, so there is no fixed threshold here: see `calibrate`.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +16,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.dependencies import SSCD_PACKAGE, has, require, sscd_line
-from ...shared.score.calibration import NotEnoughControls, controls_needed
+from ...shared.score.calibration import NotEnoughControls, controls_needed, upper_bound
 from ...shared.score.detection import Progress
 from ...shared.wording import counted
 
@@ -146,8 +144,8 @@ def similarity(a: Float[Tensor, " a 512"], b: Float[Tensor, " b 512"]) -> Float[
 def calibrate(similarities: Tensor | Sequence[float], rate: float = 0.01) -> float:
     """Return the similarity that at most a share `rate` of images that are no copies exceed.
 
-    The order statistic of rank ceil((n + 1) * (1 - rate)), as in detection: a further image like
-    the controls lies above with probability at most `rate`. Keep two things in mind:
+    As in detection, a further image like the controls lies above with probability at most `rate`.
+    Keep two things in mind:
 
     - Give the quantity that is judged later. An image that is compared with its own training image
       needs controls compared with one image each; one that is compared with a whole training set
@@ -177,8 +175,7 @@ def calibrate(similarities: Tensor | Sequence[float], rate: float = 0.01) -> flo
             f"not enough controls for this claim: a rate of {rate} needs at least {needed} images "
             f"that are no copies, got {n}. Add controls, or choose a higher rate."
         )
-    rank = math.ceil((n + 1) * (1 - Fraction(repr(float(rate)))))  # .01 as written
-    return scores.sort().values[rank - 1].item()
+    return upper_bound(scores, rate)
 
 
 def _installed(variant: Variant) -> Path:

@@ -47,6 +47,15 @@ class Subject:
             "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
         )
 
+    @classmethod
+    def of(cls, settings: Any) -> "Subject":
+        """Return the model that the settings of an audit or the options of a command name."""
+        return cls(
+            settings.model, lora=settings.lora, device=settings.device, dtype=settings.dtype,
+            revision=settings.revision, resolution=settings.resolution,
+            config=settings.model_config,
+        )  # fmt: skip
+
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over the weights, LoRA included."""

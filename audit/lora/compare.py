@@ -163,8 +163,6 @@ def positive_control(work: Work) -> PositiveControl:
 
 
 def _find_planted(subject: Subject, work: Work) -> PositiveControl:
-    from ... import demo
-
     denoiser, embed = subject.denoiser, work.encoder.embed
     planted, others = ([c.text for c in demo.captions() if c.group == group]
                        for group in ("verbatim", "held_out"))  # fmt: skip

@@ -88,14 +88,6 @@ class LoraAuditConfig:
             raise ValueError("Give `held_out` or `reserve`, not both.")
 
 
-def subject_of(config: LoraAuditConfig) -> Subject:
-    """Return the base model under the LoRA, not loaded before it has to compute."""
-    return Subject(
-        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
-        revision=config.revision, resolution=config.resolution, config=config.model_config,
-    )  # fmt: skip
-
-
 def identity_of(
     config: LoraAuditConfig,
     training: TrainingSet,

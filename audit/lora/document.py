@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.prompts import CAPTION_SUFFIXES, METADATA
-from ..common.job import file_sha256
+from ...shared.files.weights import file_sha256
 from ..common.result import finite, versions
 from .result import LoraAudit, TrainingImage, TrainingSet
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from ...shared.dependencies import require
-from ...shared.files.images import ImageFiles
-from ...shared.files.storage import replace_atomically, write_text
+from ...shared.files.images import ImageFiles, save_png
+from ...shared.files.storage import write_text
 from ...shared.wording import counted
 from ..common.measure import Bar, Bars
 from ..common.subject import Subject
 from .ask import Plan, Question, Shot
 from .attack import as_images, sample_attack
-from .config import LoraAuditConfig, subject_of
+from .config import LoraAuditConfig
 from .result import PromptScore, TrainingSet
 from .work import Work
 
@@ -74,7 +74,7 @@ def draw(plan: Plan, work: Work) -> Drawn:
     rises = []
     for epoch, shots in plan.epochs:
         saved = replace(config, lora=epoch.path)
-        subject = subject_of(saved)
+        subject = Subject.of(saved)
         draw_all(batches(shots, config.batch_size), subject, saved, folder, work.bars)
         with_lora = work.scores(captions, subject, lora=True)
         rises.append(sum(with_lora[c] - base[c] for c in captions) / len(captions))
@@ -104,8 +104,7 @@ def draw_round_trips(training: TrainingSet, work: Work) -> tuple[Path, ...]:
             places, denoiser = left[start : start + AT_ONCE], work.subject.denoiser
             latents = denoiser.encode_images(list(ImageFiles([paths[n] for n in places])))
             for place, image in zip(places, as_images(denoiser.decode(latents)), strict=True):
-                with replace_atomically(trips[place]) as part:
-                    image.save(part, format="PNG")
+                save_png(image, trips[place])
             bar.update(len(places))
     return trips
 
@@ -182,8 +181,7 @@ def draw_batch(batch: Batch, subject: Subject, config: LoraAuditConfig, folder: 
                 prompts, seeds, steps=config.generation_steps, cond_scale=config.cond_scale
             )
     for shot, image in zip(batch, images, strict=True):
-        with replace_atomically(folder / shot.path) as part:
-            image.save(part, format="PNG")
+        save_png(image, folder / shot.path)
 
 
 def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path, bar: Bar) -> None:
@@ -258,7 +256,7 @@ def work_off(request: Path) -> None:
     config = LoraAuditConfig(lora=Path(values["lora"]), images=folder,
                              **settings | {"device": str(state.device)})  # fmt: skip
     planned = [tuple(Shot(**shot) for shot in batch) for batch in values["batches"]]
-    subject = subject_of(config)
+    subject = Subject.of(config)
     with state.split_between_processes(planned) as share:
         for batch in share:
             draw_batch(batch, subject, config, folder)

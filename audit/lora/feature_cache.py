@@ -12,8 +12,8 @@ import torch
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
 from ...shared.files.storage import replace_atomically
+from ...shared.files.weights import file_sha256
 from ...shared.score.detection import Progress
-from ..common.job import file_sha256
 from ..common.sscd import BATCH, DIMENSIONS, Sscd
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,6 @@ from .result import MATRIX, Asked, Generation, ImageVerdict, LoraAudit
 
 ROWS, HELD_OUT_ROWS = 40, 10
 """At most so many images are shown, those that come nearest first."""
-GRAVITY = ("verbatim", "template", "near", "none")
-"""Verdicts, gravest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def load_matrix(audit: LoraAudit) -> np.ndarray:
 def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
     """Return the similarities [generation image] as a table."""
     columns = _columns(audit)
-    rank = sorted(audit.verdicts, key=lambda v: (gravity(v), -v.similarity, v.image))[:ROWS]
+    rank = audit.ranked[:ROWS]
     apart = [n for n, image in enumerate(audit.training.images) if image.held_out]
     apart.sort(key=lambda n: (-matrix[:, n].max(initial=0), n))
     bests = {
@@ -129,11 +127,6 @@ def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
         columns=columns, ground=ground, rows=tuple(row(v.image, v) for v in rank),
         held_out=tuple(row(image, None) for image in apart[:HELD_OUT_ROWS]),
     )  # fmt: skip
-
-
-def gravity(verdict: ImageVerdict) -> int:
-    """Return the place of a verdict among all, 0 for the gravest."""
-    return GRAVITY.index(verdict.verdict)
 
 
 def twins_of(audit: LoraAudit) -> dict[int, int]:

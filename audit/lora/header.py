@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.weights import read_header as read_shapes
+from ...shared.files.weights import read_metadata
 from ...shared.wording import visible
 
 LONGEST = 200
@@ -80,11 +81,8 @@ def read_header(path: Path) -> Header:
     Raises:
         ModelError: It is missing, a pickle, cut off, or not safetensors.
     """
-    from safetensors import safe_open
-
     shapes = {key: shape for key, (_, shape) in read_shapes(path).items()}
-    with safe_open(path, "pt") as file:
-        return replace(parse_metadata(file.metadata() or {}), shapes=shapes)
+    return replace(parse_metadata(read_metadata(path)), shapes=shapes)
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> Header:

@@ -100,7 +100,7 @@ def explain_captions(verdicts: Sequence[ImageVerdict], training: TrainingSet, wo
     """Return which words bring verbatim images back; each caption is journalled."""
     back = sorted((v for v in verdicts if v.verdict == "verbatim"), key=lambda v: -v.similarity)
     captions = list(dict.fromkeys(training.images[v.image].caption for v in back))
-    keys = {caption: content_key(work.key, caption) for caption in captions if caption}
+    keys = {caption: content_key(work.job.key, caption) for caption in captions if caption}
     keys = dict(list(keys.items())[:EXPLAINED])
     journal = work.job.journal("words")
     config = replace(work.config.detection, batch_size=work.facts.rows)

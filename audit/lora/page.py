@@ -6,7 +6,7 @@ from typing import Any
 from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ..common.pages import TEMPLATES, embedded_chart, render_page, safe
 from ..common.result import versions
-from .grid import gravity, load_matrix, make_grid, twins_of
+from .grid import load_matrix, make_grid, twins_of
 from .page_images import LARGE, Thumbnails, epoch_chart
 from .result import ImageVerdict, LoraAudit
 
@@ -75,7 +75,7 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
 
 def _cards(audit: LoraAudit, thumbnails: Thumbnails) -> dict[str, Any]:
     """Return flagged images, gravest first, and a few others for comparison."""
-    rank = sorted(audit.verdicts, key=lambda v: (gravity(v), -v.similarity, v.image))
+    rank = audit.ranked
     flagged = [verdict for verdict in rank if verdict.verdict != "none"]
     others = rank[len(flagged) :][:SAMPLES]
     twins = twins_of(audit)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...shared.files.weights import ModelError, sha256_of
+from ...shared.files.weights import ModelError, file_sha256, sha256_of
 from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted, visible
-from ..common.job import file_sha256
 from .config import LoraAuditConfig
 from .header import LONGEST, Header, read_header
 from .remarks import compare_header

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...shared.files.weights import ModelError, read_header
+from ...shared.files.weights import ModelError, file_sha256, read_header
 from ...shared.wording import counted, name_some, visible
-from ..common.job import file_sha256
 from .header import Header
 from .result import TrainingSet
 

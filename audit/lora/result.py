@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ...shared.score.calibration import clopper_pearson
 
 MATRIX = "similarity.npz"
 """The file with `matrix`: cosines [generation image]."""
 Verdict = Literal["verbatim", "template", "near", "none"]
-"""A training image comes back; only its layout; closer than controls are; nothing of the kind."""
+"""A training image comes back; only its layout; closer than controls are; nothing of the kind: the
+gravest first."""
 Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
 """Which prompt a generation was made from."""
 
@@ -288,3 +289,9 @@ class LoraAudit:
     """Name and value of all that decides the result: seeds, steps, versions, features."""
     folder: Path = Path()
     """Output folder; holds the generated images and `similarity.npz`."""
+
+    @property
+    def ranked(self) -> list[ImageVerdict]:
+        """Return the verdicts, the gravest first, and of equal ones the most similar."""
+        gravity = get_args(Verdict).index
+        return sorted(self.verdicts, key=lambda v: (gravity(v.verdict), -v.similarity, v.image))

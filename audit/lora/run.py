@@ -7,13 +7,14 @@ files that are whole or absent. Everything else follows from these, so that an a
 stopped and continued ends with the same bytes as one that was not.
 """
 
-from ...shared.dependencies import has, require
+from ...shared.dependencies import check_installed
 from ..common.job import open_job
 from ..common.measure import Bars, silent
 from ..common.sscd import Sscd
+from ..common.subject import Subject
 from .ask import ask
 from .compare import compare
-from .config import LoraAuditConfig, identity_of, subject_of
+from .config import LoraAuditConfig, identity_of
 from .draw import draw
 from .feature_cache import FeatureCache
 from .judge import judge
@@ -46,10 +47,8 @@ def run_lora_audit(
         DrawingError: One of several processes has failed; what was finished is kept.
     """
     for extra, modules in NEEDS.items():  # before hours of work, not after
-        for module in modules:
-            if not has(module):
-                require(module, purpose="An audit of a LoRA", extra=extra)
-    encoder, subject = Sscd(), subject_of(config)
+        check_installed(modules, purpose="An audit of a LoRA", extra=extra)
+    encoder, subject = Sscd(), Subject.of(config)
     features = FeatureCache(encoder)
     material = read(config, subject.location)
     epochs = [epoch.sha256 for epoch in material.epochs]
@@ -58,7 +57,7 @@ def run_lora_audit(
         config.output, identity, overwrite=config.overwrite, check=lambda: subject.denoiser
     ) as job:
         work = Work(
-            config=config, subject=subject, job=job, key=job.key, encoder=encoder,
+            config=config, subject=subject, job=job, encoder=encoder,
             facts=subject.facts(job.journal("model"), config.detection), features=features,
             drawn=FeatureCache(encoder, job.folder / "journal" / "features"),
             bars=bars, notify=notify,

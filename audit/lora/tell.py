@@ -8,8 +8,8 @@ from typing import Any
 from ...shared.dependencies import require
 from ...shared.drawing.theme import THEMES
 from ...shared.files.storage import write_text
+from ...shared.files.weights import file_sha256
 from ...shared.wording import counted
-from ..common.job import file_sha256
 from ..common.result import dumps, versions
 from ..common.wording import between, chance, percent, shown
 from .document import DIGEST, DOCUMENT, digest_of, to_document

@@ -1,6 +1,5 @@
 """The images a LoRA was trained on, read from the folder that the trainer read."""
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Literal
 
 from ...shared.files.images import read_image
 from ...shared.files.prompts import IMAGE_SUFFIXES, METADATA, PromptError, caption_of, read_table
+from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some
 from .header import Header
 from .result import TrainingImage, TrainingSet
@@ -219,8 +219,7 @@ def _open_all(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage]
         except ValueError:
             broken.append(name)
             continue
-        sha256 = hashlib.sha256(one.path.read_bytes()).hexdigest()
-        images.append(TrainingImage(name=name, sha256=sha256, caption=one.caption,
+        images.append(TrainingImage(name=name, sha256=file_sha256(one.path), caption=one.caption,
                                     repeats=one.repeats, size=size))  # fmt: skip
     faults = {
         ("file is left out, since it is not a whole image",

@@ -5,14 +5,14 @@ folders. What fitting parts prove, and what they do not, stands in `document`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ...shared.files.prompts import IMAGE_SUFFIXES
+from ...shared.files.prompts import image_files
+from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some
-from ..common.job import file_sha256
 from ..common.subject import Subject
 from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of
 
@@ -177,7 +177,9 @@ def _folder(what: str, folder: Path, expected: Mapping[str, str]) -> Check:
     if not folder.is_dir():
         raise ReportError(f"There is no folder {folder}.")
     absent, changed = _compare(folder, expected)
-    others = [name for name in _images_in(folder) if name not in expected]
+    images = (path for path in image_files(folder) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in images)
+    others = [name for name in names if name not in expected]
     renamed = _renamed(folder, {name: expected[name] for name in absent}, others)
     missing = [name for name in absent if name not in renamed]
     faults = [
@@ -226,9 +228,3 @@ def _renamed(folder: Path, absent: Mapping[str, str], others: list[str]) -> dict
     for name in others:
         there.setdefault(file_sha256(folder / name), []).append(name)
     return {old: there[sha256].pop() for old, sha256 in absent.items() if there.get(sha256)}
-
-
-def _images_in(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            yield path.relative_to(folder).as_posix()

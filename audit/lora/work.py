@@ -26,8 +26,6 @@ class Work:
     """The base model under the LoRA."""
     facts: Facts
     job: Job
-    key: str
-    """Stands for model and settings in the journals."""
     encoder: Sscd
     features: FeatureCache
     """Of the user's images."""
@@ -45,7 +43,7 @@ class Work:
 
     def scores(self, prompts: Sequence[str], subject: Subject, *, lora: bool) -> dict[str, float]:
         """Return the mean |D| of each prompt with the subject's LoRA, or of the base model."""
-        key = content_key(self.key, subject.fingerprint if lora else None)
+        key = content_key(self.job.key, subject.fingerprint if lora else None)
         journal = self.job.journal("scores")
         known = sum(content_key(key, prompt) in journal for prompt in prompts)
         off = not lora and known < len(prompts)  # a finished job never loads the model

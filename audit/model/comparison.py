@@ -158,14 +158,14 @@ class Comparer:
         }
 
 
-def leave_one_out(reference: Reference, quantile: float = COPY_RATE) -> float | None:
-    """Return the ratio below which only a share `quantile` of the training images fall.
+def leave_one_out(reference: Reference) -> float | None:
+    """Return the ratio below which only a share `COPY_RATE` of the training images fall.
 
     Each is compared with all others; exact duplicates count once, or a repeated image would hide
-    every copy. None when there are too few to speak about `quantile`.
+    every copy. None when there are too few to speak about that share.
     """
     rows = torch.unique(reference.rows, dim=0)
-    rank = int(quantile * (len(rows) + 1))
+    rank = int(COPY_RATE * (len(rows) + 1))
     if rank < 1:
         return None
     count = min(NEIGHBOURS + 1, len(rows))

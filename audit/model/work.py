@@ -83,10 +83,7 @@ def open_work(
         NotEnoughControls: The controls cannot support the false-positive rate.
         StorageError: Nothing can be written.
     """
-    subject = Subject(
-        config.model, lora=config.lora, device=config.device, dtype=config.dtype,
-        revision=config.revision, resolution=config.resolution, config=config.model_config,
-    )  # fmt: skip
+    subject = Subject.of(config)
     calibration = Calibration.load(config.calibration) if config.calibration else None
     prompts = inputs.prompts
     identity = {

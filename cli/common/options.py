@@ -105,10 +105,7 @@ class ModelOptions:
         """The model, not loaded before something is computed with it."""
         from ...audit.common.subject import Subject
 
-        return Subject(
-            self.model, lora=self.lora, revision=self.revision, config=self.model_config,
-            resolution=self.resolution, device=self.device, dtype=self.dtype,
-        )  # fmt: skip
+        return Subject.of(self)
 
 
 @dataclass(frozen=True, kw_only=True)

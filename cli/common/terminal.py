@@ -44,7 +44,7 @@ class _ShownOnce(logging.Handler):
 
 def one_paragraph(text: str) -> str:
     """Return `text` on one line, with characters that do not print as signs."""
-    return visible(" ".join(text.split("\n")))
+    return visible(text.replace("\n", " "))
 
 
 def bar(description: str, total: int, initial: int, unit: str) -> Any:

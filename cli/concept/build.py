@@ -1,7 +1,7 @@
 """`unmemorize concept build`: a concept's subspace, from its names or images."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -12,7 +12,7 @@ from ..common.options import OutputFile, takes_options
 from ..common.terminal import answering, bar, print_json, print_table
 from .answers import document, lines
 from .layers import latents_of
-from .options import Captions, ConceptOptions, Energy, prompts_in, retained_captions, text_path
+from .options import Captions, ConceptOptions, Energy, prompts_in, retained_captions
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
@@ -24,7 +24,7 @@ class BuildOptions(ConceptOptions):
     """Of `unmemorize concept build`."""
 
     neutral: Annotated[
-        str, typer.Option(help="Word for any such thing, as `a character`; close is better.")
+        str, typer.Option(help="Word for any such thing, as `a character`; the closer the better.")
     ]
     name: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -76,6 +76,7 @@ def build(options: BuildOptions) -> None:
         from ...shared.training.concept.fitting import fit_subspace
         from ...shared.training.concept.learnt_word import WORD
         from ...shared.training.concept.subspace import ConceptSubspace
+        from ...shared.training.concept.text_states import pipeline_text_path
         from ...shared.training.examination import concepts_of
 
         templates = prompts_in([options.templates]) if options.templates else load_templates()
@@ -93,7 +94,7 @@ def build(options: BuildOptions) -> None:
         denoiser = options.denoiser
         with _learnt_word(denoiser, options, concept) as provenance:
             subspace = fit_subspace(
-                text_path(denoiser), [concept, *joined], retained,
+                pipeline_text_path(denoiser), [concept, *joined], retained,
                 energy=options.energy, cap=options.cap, force=options.force,
             )  # fmt: skip
         subspace = replace(subspace, provenance={**subspace.provenance, **provenance})
@@ -116,22 +117,17 @@ def _learnt_word(
     if options.images is None:
         yield {}
         return
-    from ...shared.files.prompts import IMAGE_SUFFIXES
+    from ...shared.files.prompts import image_files
     from ...shared.training.concept.learnt_word import knowing, learn
 
-    paths = sorted(
-        path for path in options.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    paths = image_files(options.images)
     if not paths:
         raise ValueError(f"{options.images} holds no images.")
     latents, steps = latents_of(denoiser, paths), options.learn_steps
     with knowing(denoiser.pipeline, concept.neutral) as vectors:
-        progress = bar("word", steps, 0, "step")
-        try:
+        with closing(bar("word", steps, 0, "step")) as progress:
             before, after = learn(
                 denoiser, vectors, latents, concept.templates, steps=steps, progress=progress.update
             )
-        finally:
-            progress.close()
         yield {"learnt": {"pictures": len(paths), "steps": steps,
                           "loss_before": before, "loss_after": after}}  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 from ..common.options import AnswerOptions, Prompts, Texts, takes_options
 from ..common.terminal import answering, print_json, print_table
 from .answers import document, findings, layer_document, layer_lines, lines, tables
-from .options import Captions, ConceptOptions, File, prompts_in, retained_captions, text_path
+from .options import Captions, ConceptOptions, File, prompts_in, retained_captions
 
 OUTSIDE = 3
 EXIT_CODES = """
@@ -85,6 +85,7 @@ def test(options: TestOptions) -> None:
         raise typer.BadParameter(f"{options.file} is measured in the text of a model: name MODEL.")
     with answering(options):
         from ...shared.training.concept.subspace import ConceptSubspace
+        from ...shared.training.concept.text_states import pipeline_text_path
         from ...shared.training.examination import examine, shares_read
 
         examination = None
@@ -92,7 +93,7 @@ def test(options: TestOptions) -> None:
         if of_layers:
             subspace = LayerSubspaces.load(options.file)
         else:
-            path = text_path(options.denoiser)
+            path = pipeline_text_path(options.denoiser)
             concept = ConceptSubspace.load(options.file, width=path([""]).states.shape[-1])
             prompts = [*(options.prompt or ()), *prompts_in(options.prompts or ())]
             retained = retained_captions(options.model, options.captions)

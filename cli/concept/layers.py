@@ -1,6 +1,7 @@
 """`unmemorize concept layers`: subspaces of the layers that read no text, from images."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -63,8 +64,7 @@ def layers(options: LayersOptions) -> None:
             side += [(caption, path) for path in paths]
         denoiser = options.denoiser
         total = sum(map(len, sides))
-        progress = bar("images", total, 0, "image")
-        try:
+        with closing(bar("images", total, 0, "image")) as progress:
             made = fit_layer_subspaces(
                 denoiser, denoiser.family.network,
                 *(CaptionedLatents(latents=latents_of(denoiser, [path for _, path in side]),
@@ -73,8 +73,6 @@ def layers(options: LayersOptions) -> None:
                 names=options.name, energy=options.energy, cap=options.cap or CAP,
                 progress=progress.update,
             )  # fmt: skip
-        finally:
-            progress.close()
         made.save(options.output)
     if options.as_json:
         print_json(layer_document(made) | {"output": str(options.output)})

@@ -183,9 +183,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         raise PromptError(f"{path} is not a readable parquet file: {error}.") from error
 
 
-def _from_rows(
-    path: Path, rows: Iterable[Any], line: Callable[[int], int], folder: Path | None = None
-) -> Iterator[Prompt]:
+def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> Iterator[Prompt]:
     """Yield prompts from mappings or plain strings."""
     for index, row in enumerate(rows):
         where = f"{path.name}:{line(index)}"
@@ -225,13 +223,18 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
                                          f":{prompt.source.rpartition(':')[2]}")  # fmt: skip
     if tables:
         return
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = image_files(folder)
     if not images:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
     for image in images:
         caption = caption_of(image)
         yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return what is named as an image file below a folder, in order; nothing is opened."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_table(path: Path) -> Iterator[Prompt]:

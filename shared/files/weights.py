@@ -97,9 +97,14 @@ def sha256_of(files: Iterable[Path], root: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(files):
         name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-        part = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                part.update(chunk)
-        total.update(f"{name}\0{part.hexdigest()}\n".encode())
+        total.update(f"{name}\0{file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            total.update(chunk)
     return total.hexdigest()

@@ -3,11 +3,11 @@
   const look = document.getElementById("look");
   const [title, tiles] = [look.querySelector("h3"), look.querySelector(".tiles")];
 
-  const figure = (picture, ...caption) => {
+  const figure = (image, ...caption) => {
     const made = document.createElement("figure");
     const text = document.createElement("figcaption");
     text.append(...caption);
-    made.append(...[picture].filter(Boolean), text);
+    made.append(...[image].filter(Boolean), text);
     return made;
   };
   const copy = (element) => element?.cloneNode(true);

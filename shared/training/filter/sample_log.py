@@ -1,6 +1,5 @@
 """The filter's decisions on each sample: recorded, ranked, and reported at the end."""
 
-import hashlib
 import json
 import math
 import statistics
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.storage import Journal, write_text
+from ...files.weights import file_sha256
 
 FLUSH = 50
 """Calls after which records are written: a sync to disk at each would cost more than a step."""
@@ -193,7 +193,7 @@ def _lines(ranked: Sequence[RankedSample], account: Mapping[str, Any]) -> Iterab
 def _content(file: str) -> str:
     """Return the sha256 of a file, or its name where it cannot be read."""
     path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+    return file_sha256(path) if path.is_file() else file
 
 
 def _standings(records: Sequence[Record]) -> Iterable[tuple[Record, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...arrays import Tensor
-from ...files.weights import ModelError, read_header
+from ...files.weights import ModelError, read_header, read_metadata
 from ...wording import counted, name_some
 from ..concept.subspace import ConceptSubspace, load_tensors, parse_provenance, save_tensors
 from .names import cores
@@ -31,11 +31,8 @@ def holds_layers(path: Path) -> bool:
     Raises:
         ModelError: The file is missing, or not a whole safetensors file.
     """
-    from safetensors import safe_open
-
     read_header(path)
-    with safe_open(path, "pt") as file:
-        return HEADER in (file.metadata() or {})
+    return HEADER in read_metadata(path)
 
 
 @dataclass(frozen=True, kw_only=True)

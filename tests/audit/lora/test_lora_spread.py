@@ -6,9 +6,10 @@ import sys
 import pytest
 from small_audit import example_lora
 from unmemorize.audit.common.measure import SilentBar, silent
+from unmemorize.audit.common.subject import Subject
 from unmemorize.audit.lora import draw
 from unmemorize.audit.lora.ask import Shot
-from unmemorize.audit.lora.config import LoraAuditConfig, subject_of
+from unmemorize.audit.lora.config import LoraAuditConfig
 from unmemorize.audit.lora.draw import DrawingError, batches, draw_all, unfinished
 
 
@@ -38,11 +39,11 @@ class Counting(SilentBar):
 
 def test_two_processes_draw_what_one_draws(config, planned, package_env, monkeypatch, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    draw_all(planned, subject_of(config), config, one, silent)
+    draw_all(planned, Subject.of(config), config, one, silent)
     for name, value in {**package_env, "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     both = dataclasses.replace(config, processes=2)
-    draw_all(planned, subject_of(both), both, two, lambda *_: Counting())
+    draw_all(planned, Subject.of(both), both, two, lambda *_: Counting())
     paths = [shot.path for batch in planned for shot in batch]
     assert len(paths) == len(set(paths)) == Counting.total == 9
     assert len({(one / path).read_bytes() for path in paths}) == 9
@@ -66,4 +67,4 @@ def test_a_process_that_fails_is_told_with_what_it_said(config, planned, monkeyp
     monkeypatch.setattr(draw, "_command", lambda *_: [sys.executable, "-c", said])
     both = dataclasses.replace(config, processes=2)
     with pytest.raises(DrawingError, match=r"9 images are missing: no space for the model\n.*kept"):
-        draw_all(planned, subject_of(both), both, tmp_path, silent)
+        draw_all(planned, Subject.of(both), both, tmp_path, silent)
