@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..shared.files.storage import write_text
 from ..shared.patching import Function, HookMissing, patched
-from ..shared.training.filter.filter import Gather, alone
+from ..shared.training.filter.filter import alone
 from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.protection import PREFIX, Protection
 
@@ -106,15 +106,14 @@ def load_progress(protection: Protection, folder: Path) -> None:
         protection.start()
 
 
-def gather_of(accelerator: Any) -> Gather:
-    """Return accelerate's gathering of all processes' rows, for the filter."""
-    if accelerator.num_processes == 1:
-        return alone
+def processes_of(accelerator: Any) -> dict[str, Any]:
+    """Return number, count and gathering of accelerate's processes, as `Protection` takes them."""
 
     def gather(values: Tensor) -> Tensor:
         return accelerator.gather(values.to(accelerator.device)).cpu()
 
-    return gather
+    number, count = accelerator.process_index, accelerator.num_processes
+    return {"process": number, "processes": count, "gather": alone if count == 1 else gather}
 
 
 def finish(protection: Protection, accelerator: Any = None) -> None:

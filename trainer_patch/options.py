@@ -46,9 +46,10 @@ OPTIONS = (
     Option(
         name="project_layers",
         metavar="FILE",
-        help="keep every other layer of the LoRA off what the concept's images put into it: the "
-        ".safetensors file that `unmemorize concept layers` made from them with the model that is "
-        "trained. Alone, or beside --project_concepts, which the layers that read text need.",
+        help="keep the LoRA's layers that read no text off the concept, each by a subspace of its "
+        "own input: the .safetensors file that `unmemorize concept layers` measured on images with "
+        "the model that is trained. Alone, or beside --project_concepts, which the layers that "
+        "read text need.",
     ),
     Option(
         name="project_regions",
@@ -226,7 +227,7 @@ def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
         file=Path(text) if saved else None,
         layers=Path(layers) if layers is not None else None,
         regions=_switch(given, "project_regions"),
-        energy=_number(given, "project_energy", float, 0.95),
+        energy=_number(given, "project_energy", float, ProjectionSettings.energy),
         cap=_number(given, "project_cap", int, None),
         force=_switch(given, "project_force"),
     )
@@ -241,7 +242,7 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
         number = float(text[1:] if unit else text)
     except ValueError as error:
         raise OptionError(f"--mem_filter cannot be {text!r}: see --help.") from error
-    action = given.get("mem_filter_action", "drop")
+    action = given.get("mem_filter_action", FilterSettings.action)
     if action not in get_args(Action):
         raise OptionError(f"--mem_filter_action is one of {get_args(Action)}, got {action!r}.")
     report = given.get("mem_filter_report")

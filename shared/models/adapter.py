@@ -17,7 +17,7 @@ from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
-from .lora.files import COMPONENTS
+from .lora.files import CARRIERS
 from .quiet import quiet
 from .tokens import Reading, read, split_words
 
@@ -86,7 +86,7 @@ class PipelineDenoiser:
         if self._weights is not None:
             return self._weights()
         total = hashlib.sha256()
-        for name in COMPONENTS:
+        for name in CARRIERS:
             if (part := getattr(self.pipeline, name, None)) is not None:
                 for key, tensor in sorted(part.state_dict().items()):
                     total.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

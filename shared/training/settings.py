@@ -119,6 +119,11 @@ class ProtectionSettings:
     filter: FilterSettings | None = None
     """None looks at no sample and costs nothing."""
 
+    @property
+    def regions(self) -> bool:
+        """Whether images are looked at for the concept's regions."""
+        return self.projection is not None and self.projection.regions
+
     def __bool__(self) -> bool:
         """Return whether either is requested."""
         return self.projection is not None or self.filter is not None

@@ -86,9 +86,9 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
         UnsupportedTraining: With what to change.
     """
     faults = list(_faults(process))
-    if settings.filter or _with_regions(settings):
+    if settings.filter or settings.regions:
         faults += _repeating_faults(process)
-    if _with_regions(settings):
+    if settings.regions:
         faults += _regions_faults(process)
     if settings.projection:
         faults += _projection_faults(process, of_text=settings.projection.of_text)
@@ -106,7 +106,7 @@ def check_model(sd: Any, settings: ProtectionSettings) -> None:
         faults.append("the filter compares noise or velocities, and this model predicts images")
     if settings.filter and sd.encode_control_in_text_embeddings:
         faults.append("the filter needs an empty prompt, and this model's text holds images")
-    if _with_regions(settings) and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
+    if settings.regions and (sd.is_flow_matching or sd.prediction_type != "epsilon"):
         faults.append("`project_regions` needs a model that predicts noise: leave it out")
     refuse(faults)
 
@@ -146,10 +146,6 @@ def _regions_faults(process: Any) -> Iterator[str]:
                 f"`train.{name}: {value}`: `project_regions` changes the noise that is the target, "
                 f"and needs a loss against that alone (`{name}: {allowed[0]}`)"
             )
-
-
-def _with_regions(settings: ProtectionSettings) -> bool:
-    return settings.projection is not None and settings.projection.regions
 
 
 def _projection_faults(process: Any, *, of_text: bool) -> Iterator[str]:

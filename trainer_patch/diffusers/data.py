@@ -17,15 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...shared.models.adapter import PipelineDenoiser
 from ...shared.models.families import family_of
-from ...shared.models.folder import dtype_argument
+from ...shared.models.folder import UNUSED, dtype_argument
 from ...shared.models.quiet import quiet
-from ...shared.training.concept.text_states import TextPath, encoders_of, text_path_of
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining
 from ..step import repeated
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a pipeline that read no text, not to be loaded."""
 TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
 """Arguments of a network's forward that carry text; SDXL has the pooled one in `ADDED`."""
 ADDED, ADDED_TEXT = "added_cond_kwargs", "text_embeds"
@@ -92,11 +89,6 @@ def complete(denoiser: PipelineDenoiser, network: nn.Module) -> None:
     for name in ("text_encoder", "text_encoder_2"):
         if hasattr(pipeline, name):
             setattr(pipeline, name, None)  # gigabytes that no step needs
-
-
-def text_path(denoiser: PipelineDenoiser) -> TextPath:
-    """Return the text path of a training, with the widths of SDXL's two encoders."""
-    return text_path_of(denoiser, encoders_of(denoiser.pipeline))
 
 
 @dataclass(frozen=True, kw_only=True)

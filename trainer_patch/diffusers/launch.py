@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.protection import Protection
 from ...shared.training.settings import ProtectionSettings
-from ..hooks import accelerate_hooks, calling, finish, gather_of, progress_hooks, refuse
+from ..hooks import accelerate_hooks, calling, finish, processes_of, progress_hooks, refuse
 from ..options import add_options, settings_from
 from .adapter import MovedPredictions
 from .data import BatchSamples, captions_of, complete, load_text_side
@@ -122,11 +122,7 @@ class Launch:
         column = given.get("caption_column")
         loaders = [each for each in objects if isinstance(each, DataLoader)]
         protection = Protection(
-            self.settings,
-            output=Path(given["output_dir"]) / WEIGHTS,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            gather=gather_of(accelerator),
+            self.settings, output=Path(given["output_dir"]) / WEIGHTS, **processes_of(accelerator)
         )
         text_side = load_text_side(
             given["pretrained_model_name_or_path"],
@@ -169,8 +165,7 @@ class Launch:
         """Yield why base targets are requested and cannot be had."""
         from diffusers import UNet2DConditionModel
 
-        regions = self.settings.projection is not None and self.settings.projection.regions
-        if regions and not isinstance(self.network, UNet2DConditionModel):
+        if self.settings.regions and not isinstance(self.network, UNet2DConditionModel):
             yield (
                 "project_regions is there for U-Nets (SD 1, SD 2, SDXL), not "
                 f"{type(self.network).__name__}: its scripts noise latents in a line of their own. "

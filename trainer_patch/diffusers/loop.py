@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ...shared.files.storage import replace_atomically
 from ...shared.models.adapter import PipelineDenoiser
+from ...shared.training.concept.text_states import pipeline_text_path
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining, projected_factors
 from ...shared.training.protection import Protection
@@ -19,13 +20,13 @@ from ..hooks import (
     accelerate_hooks,
     distribution_faults,
     finish,
-    gather_of,
     optimizer_hooks,
+    processes_of,
     refuse,
 )
 from ..options import refuse_unknown, settings_from
 from .adapter import Samples, StepAdapter
-from .data import EmptyPrompt, text_path
+from .data import EmptyPrompt
 
 
 class ProtectedLoop:
@@ -111,11 +112,7 @@ def protect(
     denoiser = PipelineDenoiser(pipeline)
     network = denoiser.family.network
     refuse(faults_of(network, settings, accelerator))
-    several = {} if accelerator is None else {
-        "process": accelerator.process_index,
-        "processes": accelerator.num_processes,
-        "gather": gather_of(accelerator),
-    }  # fmt: skip
+    several = {} if accelerator is None else processes_of(accelerator)
     protection = Protection(settings, output=Path(output), **several)
     loop = ProtectedLoop(protection)
     optimizers = [getattr(optimizer, "optimizer", optimizer)]
@@ -139,8 +136,7 @@ def faults_of(
     if accelerator is not None:
         yield from distribution_faults(accelerator)
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
-        hooked = settings.filter or (projection and projection.regions)
-        if hooked and compiler != "NO":
+        if (settings.filter or settings.regions) and compiler != "NO":
             yield f"hooks of the network are not compiled by {compiler}: --dynamo_backend no"
     if projection:
         try:
@@ -180,7 +176,7 @@ def protected(
     """
     with ExitStack() as undo:
         with aside(RandomState.now(network.device)):
-            protection.fit(text_path(denoiser), captions)
+            protection.fit(pipeline_text_path(denoiser), captions)
             adapter = StepAdapter(
                 network, protection, EmptyPrompt.of(denoiser, prediction_type), samples,
                 denoiser=denoiser, prior_preservation=prior_preservation,

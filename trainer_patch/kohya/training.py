@@ -118,12 +118,11 @@ def check_training(training: Training, settings: ProtectionSettings) -> None:
         HookMissing: The version of sd-scripts is not supported.
     """
     faults = [] if training.has_unet else list(_flow_faults(training, settings))
-    regions = settings.projection is not None and settings.projection.regions
-    if regions and not hasattr(training.base, STEP):
+    if settings.regions and not hasattr(training.base, STEP):
         faults.append("project_regions needs sd-scripts from v0.10 on")
     refuse(faults)
     hooks = dict(TRAINER_HOOKS) if settings else {}
-    if regions:
+    if settings.regions:
         hooks[STEP] = STEP_PARAMETERS
     if settings.filter:
         hooks.setdefault(training.predicts, ("batch",))

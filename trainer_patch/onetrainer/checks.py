@@ -84,13 +84,12 @@ def check_configuration(config: Any, settings: ProtectionSettings) -> None:
     faults = list(_faults(config))
     if settings.projection:
         faults += _projection_faults(config, of_text=settings.projection.of_text)
-        regions = settings.projection.regions and not has_unet(config)
-        if regions and config.transformer.offloading_enabled():
-            faults.append(
-                "project_regions predicts once more before the gradients are computed, which was "
-                "not tried with layers that are offloaded: set transformer.offload_fraction to 0 "
-                "and transformer.activation_offloading to false"
-            )
+    if settings.regions and not has_unet(config) and config.transformer.offloading_enabled():
+        faults.append(
+            "project_regions predicts once more before the gradients are computed, which was not "
+            "tried with layers that are offloaded: set transformer.offload_fraction to 0 and "
+            "transformer.activation_offloading to false"
+        )
     refuse(faults)
 
 

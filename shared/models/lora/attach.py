@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...dependencies import require
 from ...files.weights import ModelError
 from ...wording import counted, name_some
-from .files import COMPONENTS, LoraFile, Pair, read_lora
+from .files import CARRIERS, LoraFile, Pair, read_lora
 from .lycoris import Product
 
 ADAPTER = "unmemorize"
@@ -54,7 +54,7 @@ def _targets(pipeline: Any, file: LoraFile, path: Path) -> dict[str, dict[str, P
     """
     targets: dict[str, dict[str, Pair | Product]] = {}
     absent, wrong = [], []
-    for component in COMPONENTS:
+    for component in CARRIERS:
         part = getattr(pipeline, component, None)
         named = part.named_modules() if isinstance(part, nn.Module) else ()
         layers = {name.removeprefix("text_model."): (name, layer) for name, layer in named}
@@ -187,7 +187,7 @@ def _layers(pipeline: Any) -> list[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # diffusers cannot have loaded a LoRA without it
         return []
-    components = (getattr(pipeline, name, None) for name in COMPONENTS)
+    components = (getattr(pipeline, name, None) for name in CARRIERS)
     return [
         module
         for component in components

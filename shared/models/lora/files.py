@@ -14,7 +14,7 @@ from ..families import family_of
 from .dialects import FACTORS, MERGE, check_pairs, convert, from_peft, split_key
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that can carry a LoRA."""
 UNET_LAYERS = {"to_out": "to_out.0"}
 TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -147,7 +147,7 @@ def _factors(state: Mapping[str, Tensor], path: Path) -> dict[Place, dict[str, T
     stray = []
     for key, value in state.items():
         _, tensor = split_key(key) or ("", "")
-        if tensor in ("A", "B") and _place(key)[0] in COMPONENTS:
+        if tensor in ("A", "B") and _place(key)[0] in CARRIERS:
             factors.setdefault(_place(key), {})[tensor] = value
         else:
             stray.append(key)

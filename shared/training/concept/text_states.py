@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ from ...arrays import Float, Tensor
 from ...models.tokens import read
 from ...score.denoiser import Denoiser
 from .concept import PromptPair
+
+if TYPE_CHECKING:
+    from ...models.adapter import PipelineDenoiser
 
 BATCH = 32
 """Prompts encoded at once."""
@@ -54,6 +57,11 @@ def text_path_of(denoiser: Denoiser, encoders: tuple[int, ...] = ()) -> TextPath
         return TextStates(states=cond.embeddings.detach(), words=words, encoders=encoders)
 
     return encode
+
+
+def pipeline_text_path(denoiser: "PipelineDenoiser") -> TextPath:
+    """Return the text path of a diffusers pipeline, with the widths of SDXL's two encoders."""
+    return text_path_of(denoiser, encoders_of(denoiser.pipeline))
 
 
 def read_states(parts: Sequence[Tensor], tokenizer: Any, prompts: Sequence[str]) -> TextStates:

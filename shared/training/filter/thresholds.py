@@ -23,10 +23,7 @@ class Threshold(Protocol):
         """Return the threshold of each sample, infinity where there is none, [sample]."""
 
     def tail(self, timesteps: Tensor) -> Tensor:
-        """Return the score above which a score moves the threshold once it is learned, [sample].
-
-        Infinity where no score moves it.
-        """
+        """Return from which score on a new one moves the threshold, [sample]; infinity for none."""
 
     def learn(self, timesteps: Tensor, scores: Tensor) -> None:
         """Learn the scores of a step, those of all processes, in any order."""
@@ -38,8 +35,15 @@ class Threshold(Protocol):
         """Continue from `state_dict`."""
 
 
+@dataclass(frozen=True)
 class Fixed:
-    """A threshold that no score moves."""
+    """One number for all timesteps, which no score moves."""
+
+    value: float
+
+    def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+        """Return the number for every sample."""
+        return torch.full_like(timesteps, self.value)
 
     def tail(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
         """Return infinity."""
@@ -58,25 +62,21 @@ class Fixed:
 
 @dataclass(frozen=True)
 class AbsoluteThreshold(Fixed):
-    """One number for all timesteps. Wen et al. took 2 (L2 norm) for full fine-tuning of SD 1.4."""
+    """Text-conditional magnitude, RMS per latent element; infinity lets everything through.
+
+    Wen et al. took 2 (L2 norm) for full fine-tuning of SD 1.4.
+    """
 
     relative: ClassVar[bool] = False
-
-    value: float
-    """Text-conditional magnitude, RMS per latent element; infinity lets everything through."""
 
     def __post_init__(self) -> None:
         if not self.value >= 0:
             raise ValueError(f"`value` must be at least 0, got {self.value}.")
 
-    def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return the number for every sample."""
-        return torch.full_like(timesteps, self.value)
-
 
 @dataclass(frozen=True)
 class RelativeThreshold(Fixed):
-    """A multiple of the median caption's score at like timesteps.
+    """A multiple, above 1, of the median caption's score at like timesteps.
 
     It is compared with the latest visits of a caption together, so the noise of a single visit
     decides nothing, and it holds for every model, resolution and state of a training.
@@ -84,16 +84,9 @@ class RelativeThreshold(Fixed):
 
     relative: ClassVar[bool] = True
 
-    ratio: float
-    """Above 1."""
-
     def __post_init__(self) -> None:
-        if not 1 < self.ratio < math.inf:
-            raise ValueError(f"`ratio` must be above 1, got {self.ratio}.")
-
-    def at(self, timesteps: Float[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-        """Return the ratio for every sample."""
-        return torch.full_like(timesteps, self.ratio)
+        if not 1 < self.value < math.inf:
+            raise ValueError(f"`ratio` must be above 1, got {self.value}.")
 
 
 @dataclass

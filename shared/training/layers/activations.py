@@ -8,6 +8,7 @@ from torch import nn
 
 from ...arrays import Float, Tensor
 from ...score.denoiser import Denoiser
+from ...score.noise_levels import noised
 
 ROWS = 128
 """Places of a batch that a layer's sketch takes in from each pass, drawn anew for each layer."""
@@ -126,6 +127,5 @@ def run_noisy(
     half = torch.randn(-(-len(latents) // 2), *latents.shape[1:], generator=generator)
     noise = torch.cat([half, half])[: len(latents)].to(latents)
     for sigma in sigmas:
-        level = sigma.to(latents)
-        kept = 1 - level if denoiser.parametrization == "flow" else 1.0
-        denoiser.denoise(kept * latents + level * noise, sigma, cond)
+        noisy = noised(denoiser.parametrization, latents, noise, sigma.to(latents))
+        denoiser.denoise(noisy, sigma, cond)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...arrays import Float, Tensor
 from ...score.denoiser import Denoiser
+from ...score.noise_levels import noised
 from ...wording import counted
 from .activations import reading
 from .names import cores
@@ -164,10 +165,9 @@ def looking(denoiser: Denoiser, sigma: float) -> Look:
     """
     # Not `unconditional`, which is zeros for SDXL: trainers encode the empty prompt.
     empty = denoiser.encode([""])
-    kept = 1 - sigma if denoiser.parametrization == "flow" else 1.0
 
     def look(latents: Tensor) -> None:
-        noisy = kept * latents + sigma * still_noise(latents)
+        noisy = noised(denoiser.parametrization, latents, still_noise(latents), sigma)
         # In a training, text encoders may stand elsewhere and be of another precision.
         moved = {
             name: part.to(latents.device, denoiser.dtype)
