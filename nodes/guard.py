@@ -1,6 +1,6 @@
 """Node: mitigation while any sampler samples, only where a prompt is memorized."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from .inputs import (
     target_of,
 )
 
-Float = partial(io.Float.Input, optional=True)
+Number = partial(io.Float.Input, optional=True)
 
 
 class MemorizationGuard(io.ComfyNode):
@@ -69,7 +69,7 @@ def method_inputs() -> list:
     ComfyUI before 0.16 has no such combo: all parameters are shown then, under the names that API
     prompts use in either case.
     """
-    inputs = {name: _inputs(name) for name in MAKERS}
+    inputs = {name: parameters() for name, (_, parameters) in METHODS.items()}
     if hasattr(io, "DynamicCombo"):
         options = [io.DynamicCombo.Option(name, own) for name, own in inputs.items()]
         return [io.DynamicCombo.Input("method", options=options)]
@@ -89,10 +89,10 @@ def chosen_method(method: str | Mapping[str, Any], others: Mapping[str, Any]) ->
     if isinstance(method, str):
         flat = {name.removeprefix("method."): value for name, value in others.items()}
         method = flat | {"method": method}
-    name = method["method"]
-    own = {parameter.id: method.get(parameter.id) for parameter in _inputs(name)}
+    make, parameters = METHODS[method["method"]]
+    own = {parameter.id: method.get(parameter.id) for parameter in parameters()}
     # A parameter that an API prompt leaves out is absent or None, by version.
-    return MAKERS[name](**{key: value for key, value in own.items() if value is not None})
+    return make(**{key: value for key, value in own.items() if value is not None})
 
 
 def _opposite(opposite_scale: float = -2.0, opposite_until: float = 0.35) -> Method:
@@ -116,78 +116,83 @@ def _initial_noise(
     return InitialNoise(iterations=iterations, learning_rate=learning_rate, **target)
 
 
-MAKERS = {
-    "delayed guidance": partial(DelayedGuidance, mode="dynamic"),
-    "static delay": partial(DelayedGuidance, mode="static"),
-    "opposite guidance": _opposite,
-    "attention": ComfyAttractionRepulsion,
-    "initial noise": _initial_noise,
-}
-"""By the name in the combo: what makes the method from the parameters below."""
+def _delay_inputs() -> list:
+    return [
+        Number(
+            "start_percent", default=0.5, min=0.0, max=1.0, step=0.01,
+            tooltip="Share of the noise schedule after which the prompt comes in, 0 to 1; with "
+            "delayed guidance at the latest. The paper takes 0.5.",
+        ),
+        Number(
+            "scale_before", default=0.0, min=-20.0, max=20.0, step=0.1,
+            tooltip="cfg until then, -20 to 20: 0 leaves the prompt out, 1 follows it without "
+            "guidance.",
+        ),
+    ]  # fmt: skip
 
 
-def _inputs(name: str) -> list:
-    """Return the parameters of a method; their ids are those of its maker."""
-    if name in ("delayed guidance", "static delay"):
-        return [
-            Float(
-                "start_percent", default=0.5, min=0.0, max=1.0, step=0.01,
-                tooltip="Share of the noise schedule after which the prompt comes in, 0 to 1; with "
-                "delayed guidance at the latest. The paper takes 0.5.",
-            ),
-            Float(
-                "scale_before", default=0.0, min=-20.0, max=20.0, step=0.1,
-                tooltip="cfg until then, -20 to 20: 0 leaves the prompt out, 1 follows it without "
-                "guidance.",
-            ),
-        ]  # fmt: skip
-    if name == "opposite guidance":
-        return [
-            Float(
-                "opposite_scale", default=-2.0, min=-20.0, max=0.0, step=0.1,
-                tooltip="cfg until opposite_until, -20 to 0; the authors take -2.",
-            ),
-            Float(
-                "opposite_until", default=0.35, min=0.0, max=1.0, step=0.01,
-                tooltip="Share of the noise schedule, 0 to 1, after which the sampler's own cfg "
-                "comes in; the authors take 0.35.",
-            ),
-        ]  # fmt: skip
-    if name == "attention":
-        return [
-            Float(
-                "alpha", default=0.3, min=0.0, max=1.0, step=0.01,
-                tooltip="Factor on the logits of tokens that spike, 0 to 1; 1 damps nothing. The "
-                "authors take 0.3.",
-            ),
-            Float(
-                "tau", default=0.1, min=-10.0, max=10.0, step=0.01,
-                tooltip="A token spikes this many standard deviations above the mean over tokens, "
-                "-10 to 10; the authors take 0.1.",
-            ),
-            Float(
-                "repulsion", default=2.0, min=0.0, max=20.0, step=0.1,
-                tooltip="How far away from the undamped prediction, 0 to 20 as cfg counts; the "
-                "authors take 2.",
-            ),
-            io.Boolean.Input(
-                "fade", default=True, optional=True,
-                tooltip="Let the repulsion fall to 0 over the noise schedule, as the authors do.",
-            ),
-            io.Combo.Input(
-                "blocks", options=["early", "all"], default="early", optional=True,
-                tooltip="Damp in the down and middle blocks of the U-Net, or in all of them.",
-            ),
-        ]  # fmt: skip
+def _opposite_inputs() -> list:
+    return [
+        Number(
+            "opposite_scale", default=-2.0, min=-20.0, max=0.0, step=0.1,
+            tooltip="cfg until opposite_until, -20 to 0; the authors take -2.",
+        ),
+        Number(
+            "opposite_until", default=0.35, min=0.0, max=1.0, step=0.01,
+            tooltip="Share of the noise schedule, 0 to 1, after which the sampler's own cfg "
+            "comes in; the authors take 0.35.",
+        ),
+    ]  # fmt: skip
+
+
+def _attention_inputs() -> list:
+    return [
+        Number(
+            "alpha", default=0.3, min=0.0, max=1.0, step=0.01,
+            tooltip="Factor on the logits of tokens that spike, 0 to 1; 1 damps nothing. The "
+            "authors take 0.3.",
+        ),
+        Number(
+            "tau", default=0.1, min=-10.0, max=10.0, step=0.01,
+            tooltip="A token spikes this many standard deviations above the mean over tokens, "
+            "-10 to 10; the authors take 0.1.",
+        ),
+        Number(
+            "repulsion", default=2.0, min=0.0, max=20.0, step=0.1,
+            tooltip="How far away from the undamped prediction, 0 to 20 as cfg counts; the "
+            "authors take 2.",
+        ),
+        io.Boolean.Input(
+            "fade", default=True, optional=True,
+            tooltip="Let the repulsion fall to 0 over the noise schedule, as the authors do.",
+        ),
+        io.Combo.Input(
+            "blocks", options=["early", "all"], default="early", optional=True,
+            tooltip="Damp in the down and middle blocks of the U-Net, or in all of them.",
+        ),
+    ]  # fmt: skip
+
+
+def _noise_inputs() -> list:
     return [
         io.Int.Input(
             "iterations", default=50, min=0, max=1000, optional=True,
             tooltip="Steps at most, 0 to 1000. Each costs two passes there and back per image.",
         ),
-        Float(
+        Number(
             "learning_rate", default=0.01, min=0.0001, max=1.0, step=0.001, round=0.0001,
             tooltip="Size of a step of AdamW in units of the noise's standard deviation, 0.0001 to "
             "1; the authors take 0.01.",
         ),
         *target_inputs(optional=True),
     ]  # fmt: skip
+
+
+METHODS: dict[str, tuple[Callable[..., Method], Callable[[], list]]] = {
+    "delayed guidance": (partial(DelayedGuidance, mode="dynamic"), _delay_inputs),
+    "static delay": (partial(DelayedGuidance, mode="static"), _delay_inputs),
+    "opposite guidance": (_opposite, _opposite_inputs),
+    "attention": (ComfyAttractionRepulsion, _attention_inputs),
+    "initial noise": (_initial_noise, _noise_inputs),
+}
+"""By the name in the combo: what makes the method, and the parameters that this takes, by id."""

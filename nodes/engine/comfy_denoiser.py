@@ -13,7 +13,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.score.denoiser import Conditioning, Parametrization, Token
-from ...shared.score.noise_levels import input_scale, nearest_timestep
+from ...shared.score.noise_levels import nearest_timestep, noise_scale
 from .differentiable import differentiable, normal, writes_in_place
 
 OnPrediction = Callable[[Tensor, Tensor], None]
@@ -127,7 +127,7 @@ class ModelDenoiser:
 
     def noise_scale(self, sigma: Tensor) -> float:
         """Return the standard deviation of pure noise where sampling starts at `sigma`."""
-        return 1.0 if self.parametrization == "flow" else input_scale(float(sigma))
+        return noise_scale(self.parametrization, float(sigma))
 
     def denoise(
         self, x: Float[Tensor, " row *latent"], sigma: Tensor, cond: Conditioning

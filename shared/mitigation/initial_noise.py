@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..score.denoiser import Conditioning, Denoiser
 from ..score.metrics import text_noise, text_noise_norm
-from ..score.noise_levels import input_scale
+from ..score.noise_levels import noise_scale
 from ..score.trajectory import not_finite
 from .method import Method, Mitigation, Start, Step
 from .optimisation import (
@@ -168,9 +168,7 @@ class _TextNoise:
 
 def _unit(start: Start) -> float:
     """Return the scale of x at which the initial noise has unit variance."""
-    if start.denoiser.parametrization == "flow":
-        return 1.0
-    return input_scale(float(start.sigma))
+    return noise_scale(start.denoiser.parametrization, float(start.sigma))
 
 
 def _norm(x: Tensor) -> Tensor:

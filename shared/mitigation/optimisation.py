@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import ROWS_OF_A_GRADIENT, automatic_rows, loss_scale, not_finite
+from ..score.trajectory import gradient_rows, loss_scale, not_finite
 from ..wording import counted
 from .method import Mitigation, Start
 
@@ -156,7 +156,7 @@ def descend(
 
 def batches(denoiser: Denoiser, rows: int, batch_size: int | None) -> Iterator[slice]:
     """Yield slices of so many rows as one pass with its gradient should have."""
-    size = batch_size or max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
+    size = batch_size or gradient_rows(denoiser)
     for first in range(0, rows, size):
         yield slice(first, first + size)
 

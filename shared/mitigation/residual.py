@@ -17,7 +17,8 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..score.denoiser import Conditioning, Denoiser
-from ..score.trajectory import ROWS_OF_A_GRADIENT, automatic_rows, not_finite
+from ..score.noise_levels import noised
+from ..score.trajectory import gradient_rows, not_finite
 
 CHECKS = 16
 """Noise levels, spread over the schedule, at which the loss is measured before and after."""
@@ -75,7 +76,7 @@ def residual_probe(
         PredictionError: A prediction or gradient is NaN or infinite.
     """
     _check(denoiser, target, start, iterations, lr, draws, batch_size)
-    rows = batch_size or max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
+    rows = batch_size or gradient_rows(denoiser)
     task = _Task(denoiser, target, start, generator, draws, schedule_steps, rows)
     last = len(task.sigmas) - 1
     levels = sorted({round(last * i / max(1, CHECKS - 1)) for i in range(CHECKS)})
@@ -150,10 +151,10 @@ class _Task:
 
     def _errors(self, sigma: Tensor, noise: Tensor, embeddings: Tensor) -> Iterator[Tensor]:
         """Yield the squared error, summed over elements, of some rows at a time."""
-        clean = 1 - sigma if self.denoiser.parametrization == "flow" else 1.0
         for part in noise.split(self.rows):
             cond = self.conditioning(embeddings)[[0] * len(part)]
-            x0 = self.denoiser.denoise(clean * self.target + sigma * part, sigma, cond)
+            x = noised(self.denoiser.parametrization, self.target, part, sigma)
+            x0 = self.denoiser.denoise(x, sigma, cond)
             # (x0_pred - x0) / sigma is the error of the noise, or of the velocity: `Denoiser`.
             yield ((x0.to(self.target.dtype) - self.target) / sigma).square().sum()
 

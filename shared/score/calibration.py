@@ -37,13 +37,13 @@ class NotEnoughControls(ValueError):
     """Too few controls for the requested false-positive rate."""
 
 
-def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the exact interval of a rate of which `hits` of `n` were seen, both in 0..1."""
+def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a rate of which `hits` of `n` were seen, both in 0..1."""
     from scipy.stats import binomtest
 
     if not 0 <= hits <= n or n < 1:
         raise ValueError(f"`hits` must be between 0 and `n`, `n` at least 1; got {hits} of {n}.")
-    interval = binomtest(hits, n).proportion_ci(confidence, method="exact")
+    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="exact")
     return float(interval.low), float(interval.high)
 
 
@@ -284,12 +284,20 @@ def _exact(rate: float) -> Fraction:
 
 
 def _threshold(scores: Float[Tensor, " control"], false_positive_rate: float) -> float:
-    rate, n = _exact(false_positive_rate), len(scores)
+    n = len(scores)
     if n < controls_needed(false_positive_rate):
         raise NotEnoughControls(
             f"not enough controls for this claim: a false-positive rate of {false_positive_rate} "
             f"needs at least {controls_needed(false_positive_rate)} controls, found {n}. "
             "Add controls, or allow a higher rate with --false-positive-rate."
         )
-    rank = math.ceil((n + 1) * (1 - rate))
+    return upper_bound(scores, false_positive_rate)
+
+
+def upper_bound(scores: Float[Tensor, " control"], rate: float) -> float:
+    """Return the score that a further control exceeds with probability at most `rate`.
+
+    The order statistic of rank ceil((n + 1) * (1 - rate)); needs `controls_needed` scores.
+    """
+    rank = math.ceil((len(scores) + 1) * (1 - _exact(rate)))
     return scores.sort().values[rank - 1].item()

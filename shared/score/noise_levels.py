@@ -24,6 +24,17 @@ def input_scale(sigma: Level) -> Level:
     return (1 + sigma**2) ** 0.5
 
 
+def noise_scale(parametrization: Parametrization, sigma: float) -> float:
+    """Return the standard deviation of x where sampling begins with pure noise at `sigma`."""
+    return 1.0 if parametrization == "flow" else input_scale(sigma)
+
+
+def noised(parametrization: Parametrization, x0: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+    """Return x at `sigma`: clean latents plus noise, or their mixture for flows."""
+    kept = 1 - sigma if parametrization == "flow" else 1.0
+    return kept * x0 + sigma * noise
+
+
 def noise_per_velocity(sigma: float) -> float:
     """Return 1 / sqrt(1 + sigma^2) = sqrt(abar): how far the noise moves with the velocity.
 

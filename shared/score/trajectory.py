@@ -60,6 +60,11 @@ def automatic_rows(denoiser: Denoiser) -> int:
     return max(1, min(32, 8192 // math.prod(denoiser.latent_shape[1:])))
 
 
+def gradient_rows(denoiser: Denoiser) -> int:
+    """Return how many rows one forward pass with its gradient should have."""
+    return max(1, automatic_rows(denoiser) // ROWS_OF_A_GRADIENT)
+
+
 def loss_scale(denoiser: Denoiser) -> float:
     """Return what to multiply a loss with, and to divide its gradient by.
 
