@@ -16,8 +16,8 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.dependencies import SSCD_PACKAGE, has, require, sscd_line
-from ...shared.score.calibration import NotEnoughControls, controls_needed, upper_bound
 from ...shared.score.detection import Progress
+from ...shared.score.rates import NotEnoughControls, controls_needed, upper_bound
 from ...shared.wording import counted
 
 if TYPE_CHECKING:

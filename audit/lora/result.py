@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ...shared.score.calibration import clopper_pearson
+from ...shared.score.rates import clopper_pearson
 
 MATRIX = "similarity.npz"
 """The file with `matrix`: cosines [generation image]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.score.calibration import NotEnoughControls, controls_needed
+from ...shared.score.rates import NotEnoughControls, controls_needed
 from ...shared.wording import counted
 from ..common.sscd import calibrate
 from ..common.wording import between, percent

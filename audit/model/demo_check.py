@@ -13,7 +13,7 @@ import typer
 from tqdm.auto import tqdm
 
 from ...demo import MODEL, captions, control_images, data, training_images
-from ...shared.score.calibration import clopper_pearson
+from ...shared.score.rates import clopper_pearson
 from ..common.similarity import Nearest, Reference, calibrate_ratio
 from .comparison import COPY_RATE
 

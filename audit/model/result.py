@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...shared.score.calibration import CONFIDENCE, Calibration, clopper_pearson
+from ...shared.score.calibration import Calibration
+from ...shared.score.rates import CONFIDENCE, clopper_pearson
 from ...shared.wording import counted
 from ..common.result import ModelInfo, dumps, versions
 from .config import AuditConfig

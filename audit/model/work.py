@@ -6,13 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...shared.score.calibration import (
-    Calibration,
-    NotEnoughControls,
-    controls_needed,
-    prompts_sha256,
-    settings_of,
-)
+from ...shared.score.calibration import Calibration, prompts_sha256, settings_of
+from ...shared.score.rates import NotEnoughControls, controls_needed
 from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, Measured, measure
 from ..common.result import finite, versions

@@ -10,8 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...shared.files.storage import Journal
-from ...shared.score.calibration import Calibration, CalibrationError, controls_needed
+from ...shared.score.calibration import Calibration, CalibrationError
 from ...shared.score.config import DetectionConfig
+from ...shared.score.rates import controls_needed
 from .comfy_denoiser import Prompt, noise_levels
 from .measuring import encoded, scores
 from .model_identity import digest, weights_sha256

@@ -40,19 +40,21 @@ class Gate:
                 "calibrate` and give it as `calibration`, or set the gate to 'always'."
             )
         if self.calibration is not None:
-            self.calibration.threshold_for(self.seeds)
+            self.calibration.judge.threshold_for(self.seeds)
 
     @property
     def threshold(self) -> float | None:
         """Return what the scores of prompts are compared with (L2 norm, latent units)."""
-        return None if self.calibration is None else self.calibration.threshold_for(self.seeds)
+        if self.calibration is None:
+            return None
+        return self.calibration.judge.threshold_for(self.seeds)
 
     @property
     def config(self) -> DetectionConfig:
         """Return what the calibration measured; without one, what detection does by default."""
         if self.calibration is None:
             return DetectionConfig()
-        settings = self.calibration.settings
+        settings = self.calibration.judge.settings
         config = DetectionConfig(
             seeds=tuple(settings["seeds"]),
             steps=settings["steps"],
@@ -74,8 +76,9 @@ class Gate:
         """
         if self.calibration is None:
             return ""
-        model = self.calibration.model if model is None else model
-        return self.calibration.check(model, settings_of(denoiser, self.config), force=force)
+        judge = self.calibration.judge
+        now = settings_of(denoiser, self.config, judge.basis)
+        return judge.check(judge.model if model is None else model, now, force=force)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +145,7 @@ class AppliedGate:
         )
 
     def scores(self, cond: Conditioning, prompts: Sequence[str] = ()) -> tuple[float, ...] | None:
-        """Return the score of each row (mean |D| over seeds and steps); None if not calibrated."""
+        """Return the score of each row, as the calibration scores; None if not calibrated."""
         if self.gate.calibration is None:
             return None
         keys = [_content(cond, row) for row in range(len(cond))]
@@ -152,7 +155,8 @@ class AppliedGate:
             if self._trajectory is None:
                 config = self.gate.config
                 config = replace(config, seeds=config.seeds[:seeds])
-                self._trajectory = Trajectory(self.denoiser, config)
+                basis = self.gate.calibration.judge.basis
+                self._trajectory = Trajectory(self.denoiser, config, basis)
             texts = prompts or ["given as embeddings"] * len(cond)
             every = [row for row in rows for _ in range(seeds)]
             traces = self._trajectory.traces(texts, cond, every, [*range(seeds)] * len(rows))

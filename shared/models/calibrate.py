@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from ..score.calibration import Calibration, settings_of
 from ..score.config import DetectionConfig
 from ..score.controls import load_controls
-from ..score.detection import Progress, detect
+from ..score.control_basis import TOLD_STEP
+from ..score.detection import Progress, control_differences, detect
 from .adapter import PipelineDenoiser
 
 
@@ -17,7 +18,10 @@ def calibrate(
     false_positive_rate: float = 0.01,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Score control prompts on a model, and return the threshold that they support.
+    """Score control prompts on a model, and return the thresholds that they support.
+
+    They are scored twice: by the magnitude of the first step, which an observer reads in passing,
+    and by the residual outside of what they all add, by which prompts are judged.
 
     It holds for this model, with the LoRA that it carries, and for prompts of the same kind as the
     controls, which the model must not have memorized.
@@ -39,10 +43,12 @@ def calibrate(
     prompts, name = controls, "given prompts"
     if isinstance(controls, str):
         prompts, name = load_controls(controls), controls
-    return Calibration.from_controls(
+    magnitudes = Calibration.from_controls(
         detect(model, prompts, config, progress=progress),
         model=model.fingerprint,
         settings=settings_of(model, config),
         name=name,
         false_positive_rate=false_positive_rate,
     )
+    differences = control_differences(model, prompts, config, TOLD_STEP)
+    return magnitudes.with_residual(model, config, differences, TOLD_STEP)

@@ -8,8 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ import torch
 from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
 from .config import DetectionConfig
+from .control_basis import ControlBasis, cross_fitted, directions_for
 from .denoiser import Denoiser
 from .detection import Detection
+from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 1
-CONFIDENCE = 0.95
+SCHEMA_VERSION = 2
+AGAIN = "Make a new one with `unmemorize calibrate`."
 
 
 class CalibrationError(ValueError):
@@ -33,24 +34,20 @@ class CalibrationMismatch(ValueError):
     """A calibration made on another model or with other settings."""
 
 
-class NotEnoughControls(ValueError):
-    """Too few controls for the requested false-positive rate."""
+def settings_of(
+    denoiser: Denoiser, config: DetectionConfig, basis: ControlBasis | None = None
+) -> dict:
+    """Return everything besides the weights that moves a score, as plain JSON values.
 
-
-def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
-    """Return the exact 95 % interval of a rate of which `hits` of `n` were seen, both in 0..1."""
-    from scipy.stats import binomtest
-
-    if not 0 <= hits <= n or n < 1:
-        raise ValueError(f"`hits` must be between 0 and `n`, `n` at least 1; got {hits} of {n}.")
-    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="exact")
-    return float(interval.low), float(interval.high)
-
-
-def settings_of(denoiser: Denoiser, config: DetectionConfig) -> dict:
-    """Return everything besides the weights that moves a score, as plain JSON values."""
-    levels = denoiser.sigmas(config.schedule_steps)[: config.steps].tolist()
-    return {
+    Args:
+        denoiser: The network.
+        config: What is measured.
+        basis: Where residuals outside of it are measured; its step is the one that counts.
+    """
+    first = 0 if basis is None else basis.step
+    levels = denoiser.sigmas(config.schedule_steps)[first : first + config.steps].tolist()
+    residual = {} if basis is None else {"score": "residual", "step": basis.step}
+    return residual | {
         "parametrization": denoiser.parametrization,
         "latent_shape": list(denoiser.latent_shape),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
@@ -62,11 +59,6 @@ def settings_of(denoiser: Denoiser, config: DetectionConfig) -> dict:
         # The first step is measured before guidance acts.
         "cond_scale": config.cond_scale if config.steps > 1 else None,
     }
-
-
-def controls_needed(false_positive_rate: float) -> int:
-    """Return the smallest number of controls that can support a rate: n + 1 >= 1 / rate."""
-    return math.ceil(1 / _exact(false_positive_rate)) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +81,10 @@ class Calibration:
     """Scores above it are flagged."""
     interval: tuple[float, float]
     """Clopper-Pearson, 95 %, of the realised false-positive rate."""
+    residual: "Calibration | None" = None
+    """Of the residual score, from the same controls; prompts are judged by it where it is there."""
+    basis: ControlBasis | None = field(default=None, compare=False)
+    """What the scores are residuals outside of; None for scores that are magnitudes."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -121,18 +117,42 @@ class Calibration:
         seed_scores = detection.traces.mean(2)
         if not seed_scores.isfinite().all():
             raise ValueError("Controls need a score for every seed; got NaN. Use `detect`.")
-        threshold = _threshold(seed_scores.nanmean(1), false_positive_rate)
-        n, hits = len(seed_scores), int((seed_scores.nanmean(1) > threshold).sum())
         return cls(
             model=model,
             settings=settings,
             controls=name,
             controls_sha256=prompts_sha256(detection.prompts),
-            control_scores=tuple(map(tuple, seed_scores.tolist())),
             false_positive_rate=false_positive_rate,
-            threshold=threshold,
-            interval=clopper_pearson(hits, n),
+            **_supported(seed_scores, false_positive_rate),
         )
+
+    def with_residual(
+        self, denoiser: Denoiser, config: DetectionConfig, differences: Tensor, step: int
+    ) -> "Calibration":
+        """Return this calibration with one of the residual score beside it.
+
+        Args:
+            denoiser: The network.
+            config: As of this calibration.
+            differences: [seed control element], D of the same controls, as
+                `control_differences` returns it.
+            step: Where it was measured.
+        """
+        count = directions_for(differences.shape[1])
+        basis = ControlBasis.fit(differences, count, step)
+        config = replace(config, steps=1)
+        residual = replace(
+            self,
+            settings=settings_of(denoiser, config, basis),
+            basis=basis,
+            **_supported(cross_fitted(differences, count), self.false_positive_rate),
+        )
+        return replace(self, residual=residual)
+
+    @property
+    def judge(self) -> "Calibration":
+        """Return what prompts are judged by: the residual score's calibration if there is one."""
+        return self.residual or self
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -163,7 +183,7 @@ class Calibration:
                 f"`seeds` must be between 1 and {scores.shape[1]}, the seeds of this calibration, "
                 f"got {seeds}. Calibrate with more seeds to score with more."
             )
-        return _threshold(scores[:, :seeds].mean(1), self.false_positive_rate)
+        return threshold_of(scores[:, :seeds].mean(1), self.false_positive_rate)
 
     def at_size(self, latent_shape: tuple[int, ...]) -> "Calibration":
         """Return the calibration of latents of another size, whose scores per element are equal."""
@@ -234,70 +254,99 @@ class Calibration:
             "settings with `unmemorize calibrate`, or use it all the same with --force."
         )
 
+    def to_values(self) -> dict[str, Any]:
+        """Return the calibration as JSON values; of a basis its step and the sha256 of its file."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.residual is not None:
+            values["residual"] = self.residual.to_values()
+        if self.basis is not None:
+            sha256 = hashlib.sha256(self.basis.to_bytes()).hexdigest()
+            values["basis"] = {"step": self.basis.step, "sha256": sha256}
+        return values
+
     def save(self, path: Path) -> None:
-        """Write JSON; floats come back bit for bit."""
+        """Write JSON, and the basis beside it if there is one; floats come back bit for bit."""
+        if (basis := self.judge.basis) is not None:
+            with replace_atomically(basis_path(path)) as part:
+                part.write_bytes(basis.to_bytes())
         with replace_atomically(Path(path)) as part:
-            part.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", "utf-8")
+            part.write_text(json.dumps(self.to_values(), indent=1, allow_nan=False) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         """Read what `save` wrote.
 
         Raises:
-            CalibrationError: Not such a file, of another version, or its threshold does not follow
-                from its controls.
+            CalibrationError: Not such a file, of another version, its threshold does not follow
+                from its controls, or the basis beside it is missing or another one.
         """
-        again = "Make a new one with `unmemorize calibrate`."
         try:
             values = json.loads(Path(path).read_text("utf-8"))
         except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-            raise CalibrationError(f"{path} is not a calibration: {error}. {again}") from error
-        names = {field.name for field in fields(cls)}
+            raise CalibrationError(f"{path} is not a calibration: {error}. {AGAIN}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION:
+        if version == 1:  # before there were residuals
+            values |= {"residual": None, "basis": None, "schema_version": SCHEMA_VERSION}
+        elif version != SCHEMA_VERSION:
             raise CalibrationError(
-                f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {again}"
+                f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
             )
+        return cls._from_values(values, Path(path))
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any], path: Path) -> "Calibration":
+        names = {field.name for field in fields(cls)}
         if wrong := sorted(names ^ values.keys()):
-            raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {again}")
-        values["control_scores"] = tuple(map(tuple, values["control_scores"]))
+            raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {AGAIN}")
+        values = {**values, "control_scores": tuple(map(tuple, values["control_scores"]))}
         values["interval"] = tuple(values["interval"])
+        if values["residual"] is not None:
+            values["residual"] = cls._from_values(values["residual"], path)
+        if (known := values["basis"]) is not None:
+            values["basis"] = _read_basis(basis_path(path), known)
         calibration = cls(**values)
-        expected = _threshold(calibration.seed_scores.nanmean(1), calibration.false_positive_rate)
+        scores = calibration.seed_scores.nanmean(1)
+        expected = threshold_of(scores, calibration.false_positive_rate)
         if not math.isclose(calibration.threshold, expected, rel_tol=1e-9):
             raise CalibrationError(
                 f"{path} has threshold {calibration.threshold}, but its controls give {expected}. "
-                f"Was it edited? {again}"
+                f"Was it edited? {AGAIN}"
             )
         return calibration
+
+
+def _read_basis(path: Path, known: dict[str, Any]) -> ControlBasis:
+    if not path.is_file():
+        raise CalibrationError(
+            f"The basis of the residual score is missing: expected {path.name} beside the "
+            f"calibration, where `unmemorize calibrate` wrote it. Put it there. {AGAIN}"
+        )
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != known["sha256"]:
+        raise CalibrationError(
+            f"{path} is not the basis that the calibration was made with. {AGAIN}"
+        )
+    return ControlBasis.from_bytes(data, known["step"])
+
+
+def _supported(
+    seed_scores: Float[Tensor, " control seed"], false_positive_rate: float
+) -> dict[str, Any]:
+    """Return the fields of a calibration that follow from its controls' scores."""
+    means = seed_scores.mean(1)
+    threshold = threshold_of(means, false_positive_rate)
+    return {
+        "control_scores": tuple(map(tuple, seed_scores.tolist())),
+        "threshold": threshold,
+        "interval": clopper_pearson(int((means > threshold).sum()), len(means)),
+    }
+
+
+def basis_path(path: Path) -> Path:
+    """Return where the basis of a calibration file lies: beside it, as safetensors."""
+    return Path(path).with_suffix(".safetensors")
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
     """Return the sha256 of the prompts as a JSON list, in order."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-
-
-def _exact(rate: float) -> Fraction:
-    if not 0 < rate < 1:
-        raise ValueError(f"`false_positive_rate` must lie between 0 and 1, got {rate}.")
-    return Fraction(repr(float(rate)))  # .01 as written: 100 * .01 must be 1
-
-
-def _threshold(scores: Float[Tensor, " control"], false_positive_rate: float) -> float:
-    n = len(scores)
-    if n < controls_needed(false_positive_rate):
-        raise NotEnoughControls(
-            f"not enough controls for this claim: a false-positive rate of {false_positive_rate} "
-            f"needs at least {controls_needed(false_positive_rate)} controls, found {n}. "
-            "Add controls, or allow a higher rate with --false-positive-rate."
-        )
-    return upper_bound(scores, false_positive_rate)
-
-
-def upper_bound(scores: Float[Tensor, " control"], rate: float) -> float:
-    """Return the score that a further control exceeds with probability at most `rate`.
-
-    The order statistic of rank ceil((n + 1) * (1 - rate)); needs `controls_needed` scores.
-    """
-    rank = math.ceil((len(scores) + 1) * (1 - _exact(rate)))
-    return scores.sort().values[rank - 1].item()

@@ -12,6 +12,7 @@ import torch
 
 from ..arrays import Float, Tensor
 from .config import DetectionConfig
+from .control_basis import ControlBasis
 from .denoiser import Denoiser
 from .metrics import per_element
 from .trajectory import PredictionError, Trajectory, encode
@@ -75,6 +76,7 @@ def detect(
     prompts: Sequence[str],
     config: DetectionConfig | None = None,
     *,
+    basis: ControlBasis | None = None,
     known: Mapping[int, Tensor] | None = None,
     on_result: OnResult | None = None,
     progress: Progress | None = None,
@@ -88,6 +90,7 @@ def detect(
         denoiser: The network.
         prompts: Any strings; kept in order, duplicates included.
         config: What to measure.
+        basis: Of the controls, at the config's seeds: the scores are residuals outside of it.
         known: Traces [seed step] by index, of an interrupted run. Batches are cut as if nothing was
             known, so that the rest comes out bit for bit as in a run that was not interrupted.
         on_result: Called once per prompt that was not known, with its index and trace [seed step].
@@ -97,7 +100,7 @@ def detect(
         PredictionError: A prediction is NaN or infinite; names the prompt.
     """
     config, known = config or DetectionConfig(), known or {}
-    trajectory, seeds = Trajectory(denoiser, config), len(config.seeds)
+    trajectory, seeds = Trajectory(denoiser, config, basis), len(config.seeds)
     at_once = max(1, trajectory.rows // seeds)
     chunk = at_once * math.ceil(ENCODED_AT_ONCE / at_once)
     traces = torch.full((len(prompts), seeds, config.steps), torch.nan, dtype=torch.float64)
@@ -119,6 +122,52 @@ def detect(
         latent_elements=math.prod(denoiser.latent_shape),
         config=config,
     )
+
+
+def control_differences(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    config: DetectionConfig,
+    step: int,
+    *,
+    known: Mapping[int, Tensor] | None = None,
+    on_result: OnResult | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, " seed prompt element"]:
+    """Return D of prompts at one told level, float32 on the CPU: what a `ControlBasis` is made of.
+
+    Args:
+        denoiser: The network.
+        prompts: The controls.
+        config: Gives the seeds.
+        step: Of the schedule; the network is told its level and reads pure noise.
+        known: D [seed element] by index, of an interrupted run.
+        on_result: Called once per prompt that was not known, with its index and D [seed element].
+        progress: Called with the number of prompts finished since the last call.
+
+    Raises:
+        PredictionError: A prediction is NaN or infinite; names the prompt.
+    """
+    trajectory, known = Trajectory(denoiser, config, step=step), known or {}
+    seeds, elements = len(config.seeds), math.prod(denoiser.latent_shape)
+    result = torch.empty(seeds, len(prompts), elements)
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        texts = prompts[start : start + ENCODED_AT_ONCE]
+        indices = range(start, start + len(texts))
+        if not all(index in known for index in indices):
+            prompt_of_row = [i for i in range(len(texts)) for _ in range(seeds)]
+            rows = trajectory.differences(
+                texts, encode(denoiser, texts), prompt_of_row, [*range(seeds)] * len(texts)
+            )
+            result[:, start : start + len(texts)] = rows.view(len(texts), seeds, -1).swapaxes(0, 1)
+        for index in indices:
+            if index in known:
+                result[:, index] = known[index]
+            elif on_result is not None:
+                on_result(index, result[:, index].clone())
+        if progress is not None:
+            progress(len(texts))
+    return result
 
 
 def emit(

@@ -116,7 +116,8 @@ def detect_sequentially(
             f"calibrate again with seeds {list(config.seeds)}."
         )
     rule = SettlingRule.from_controls(controls, calibration.threshold, error)
-    trajectory, known, levels = Trajectory(denoiser, config), known or {}, controls.mean(0)
+    trajectory = Trajectory(denoiser, config, calibration.basis)
+    known, levels = known or {}, controls.mean(0)
     chunk = max(64, min(256, 4 * trajectory.rows))
     shape = (len(prompts), len(config.seeds), config.steps)
     traces = torch.full(shape, torch.nan, dtype=torch.float64)

@@ -8,8 +8,9 @@ import torch
 
 from ..arrays import Float, Tensor
 from .config import DetectionConfig
+from .control_basis import ControlBasis
 from .denoiser import Conditioning, Denoiser
-from .metrics import text_noise_norm
+from .metrics import text_noise, text_noise_norm
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +81,30 @@ class Trajectory:
     """
 
     @torch.inference_mode()
-    def __init__(self, denoiser: Denoiser, config: DetectionConfig):
+    def __init__(
+        self, denoiser: Denoiser, config: DetectionConfig, basis: ControlBasis | None = None,
+        *, step: int = 0,
+    ):  # fmt: skip
+        """Prepare what all prompts share.
+
+        Args:
+            denoiser: The network.
+            config: Seeds and steps.
+            basis: Of the same seeds; scores are residuals outside of it then, of its own step.
+            step: Where the trajectory begins, at pure noise; which level the network is told.
+        """
+        if basis is not None and (config.steps > 1 or len(config.seeds) > len(basis.mean)):
+            raise ValueError(
+                f"A basis of {len(basis.mean)} seeds scores one step at these seeds, got "
+                f"{config.steps} steps and {len(config.seeds)} seeds."
+            )
         self.denoiser, self.config = denoiser, config
+        self.basis = None if basis is None else basis.to(denoiser.device)
+        step = step if basis is None else basis.step
         self.rows = config.batch_size or automatic_rows(denoiser)
         # A network that guides itself samples along its own prediction.
         self.cond_scale = 1.0 if denoiser.guidance_distilled else config.cond_scale
-        self.sigmas = denoiser.sigmas(config.schedule_steps)
+        self.sigmas = denoiser.sigmas(config.schedule_steps)[step:]
         self.noise = denoiser.initial_noise(config.seeds, self.sigmas[0])
         self.empty = denoiser.unconditional()
         self.x0_uncond = self._in_batches(len(self.noise), self._unconditional)
@@ -96,7 +115,7 @@ class Trajectory:
     def traces(
         self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int], seeds: Sequence[int]
     ) -> Float[Tensor, " row step"]:
-        """Return |D| per step, float64 on the CPU.
+        """Return |D| per step, or its residual outside the basis, float64 on the CPU.
 
         Args:
             texts: Prompts.
@@ -107,8 +126,21 @@ class Trajectory:
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
+        return self._rows(texts, cond, prompts, seeds, self._traces)
+
+    @torch.inference_mode()
+    def differences(
+        self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int], seeds: Sequence[int]
+    ) -> Float[Tensor, " row element"]:
+        """Return D of the first step, float32 on the CPU; arguments and errors as of `traces`."""
+        return self._rows(texts, cond, prompts, seeds, self._differences)
+
+    def _rows(
+        self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int],
+        seeds: Sequence[int], measure: Callable[[Conditioning, list[int]], Tensor],
+    ) -> Tensor:  # fmt: skip
         rows = self._in_batches(
-            len(prompts), lambda batch: self._traces(cond[prompts[batch]], list(seeds[batch]))
+            len(prompts), lambda batch: measure(cond[prompts[batch]], list(seeds[batch]))
         )
         if not (finite := rows.isfinite().all(1)).all():
             text = texts[prompts[int((~finite).nonzero()[0])]]
@@ -143,11 +175,18 @@ class Trajectory:
             if step > 0:
                 x0_uncond = self.denoiser.denoise(x, sigma, self.empty[[0] * len(x)])
             x0_cond = self.denoiser.denoise(x, sigma, cond)
-            norms.append(text_noise_norm(x0_cond, x0_uncond) / sigma)
+            if self.basis is None:
+                norms.append(text_noise_norm(x0_cond, x0_uncond) / sigma)
+            else:
+                norms.append(self.basis.residual(text_noise(x0_uncond, x0_cond, sigma), seeds))
             if step + 1 < self.config.steps:
                 sigma_next = self.sigmas[step + 1]
                 x = guided_step(x, x0_uncond, x0_cond, sigma, sigma_next, self.cond_scale)
         return torch.stack(norms, 1).to("cpu", torch.float64)
+
+    def _differences(self, cond: Conditioning, seeds: list[int]) -> Tensor:
+        x0_cond = self.denoiser.denoise(self.noise[seeds], self.sigmas[0], cond)
+        return text_noise(self.x0_uncond[seeds], x0_cond, self.sigmas[0]).flatten(1).float().cpu()
 
 
 @torch.inference_mode()

@@ -36,9 +36,10 @@ from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
 from unmemorize.shared.mitigation.method import Start
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 from unmemorize.shared.sampling.guard import guard
-from unmemorize.shared.score.calibration import Calibration, clopper_pearson, settings_of
+from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
+from unmemorize.shared.score.rates import clopper_pearson
 
 
 def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:

@@ -23,7 +23,7 @@ from demo_lora import (
 from tqdm.auto import tqdm
 from unmemorize.audit.common.sscd import Sscd, similarity
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.training.filter.expectation import Recall
 from unmemorize.shared.training.filter.filter import MemorizationFilter
 from unmemorize.shared.training.filter.sample_log import (

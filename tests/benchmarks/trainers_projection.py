@@ -28,7 +28,7 @@ from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.training.concept import learnt_word
 from unmemorize.shared.training.concept.concept import Concept
 from unmemorize.shared.training.concept.fitting import fit_subspace

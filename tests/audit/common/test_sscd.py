@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from unmemorize.audit.common import sscd
 from unmemorize.audit.common.sscd import Sscd, calibrate, has_sscd, pixels, similarity
 from unmemorize.cli.doctor import examine
-from unmemorize.shared.score.calibration import NotEnoughControls
+from unmemorize.shared.score.rates import NotEnoughControls
 
 PICTURES = 12
 

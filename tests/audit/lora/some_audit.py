@@ -30,7 +30,7 @@ from unmemorize.audit.lora.result import (
     TrainingSet,
 )
 from unmemorize.demo.data import RESOLUTION, cut_sheet
-from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.score.rates import clopper_pearson
 
 HOSTILE = (
     "</style></script><img src=x onerror=alert(1)>\"'`{{7*7}}<script>alert(2)</script>"

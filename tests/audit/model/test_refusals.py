@@ -10,8 +10,8 @@ from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.files.prompts import PromptError
 from unmemorize.shared.files.storage import StorageError
 from unmemorize.shared.files.weights import ModelError
-from unmemorize.shared.score.calibration import NotEnoughControls
 from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.rates import NotEnoughControls
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import pytest
 import tiny
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.calibrate import calibrate
-from unmemorize.shared.score.calibration import Calibration, NotEnoughControls, settings_of
+from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.controls import load_controls
 from unmemorize.shared.score.detection import detect
+from unmemorize.shared.score.rates import NotEnoughControls
 
 CONFIG = DetectionConfig(seeds=(3,))
 PROMPTS = [f"a {color} {thing}" for color in ("red", "green", "old") for thing in ("cat", "dog")]

@@ -13,13 +13,11 @@ from unmemorize.shared.score.calibration import (
     Calibration,
     CalibrationError,
     CalibrationMismatch,
-    NotEnoughControls,
-    clopper_pearson,
-    controls_needed,
     settings_of,
 )
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import Detection
+from unmemorize.shared.score.rates import NotEnoughControls, clopper_pearson, controls_needed
 
 SETTINGS = {"dtype": "float32", "seeds": [0, 1], "steps": 1}
 
@@ -180,7 +178,7 @@ def test_saved_and_loaded_is_equal_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda v: v | {"schema_version": 2}, "schema_version 2, expected 1"),
+        (lambda v: v | {"schema_version": 3}, "schema_version 3, expected 2"),
         (lambda v: v | {"threshold": v["threshold"] / 2}, "Was it edited"),
         (lambda v: v | {"extra": 1}, r"\['extra'\]"),
         (lambda v: {k: x for k, x in v.items() if k != "model"}, r"\['model'\]"),

@@ -1,0 +1,177 @@
+"""The residual outside the controls: its geometry, its cross-fit, and where it is measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy import ToyDenoiser, prompts
+from unmemorize.shared.score.calibration import (
+    Calibration,
+    CalibrationError,
+    basis_path,
+    settings_of,
+)
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.control_basis import ControlBasis, cross_fitted, directions_for
+from unmemorize.shared.score.detection import control_differences, detect
+
+CONFIG = DetectionConfig(seeds=(0, 1), schedule_steps=6)
+STEP = 2
+
+
+def rows(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_residual_is_what_lies_outside_the_leading_singular_vectors():
+    differences = rows(0, 2, 30, 50) * torch.linspace(3, 0.1, 50)
+    basis = ControlBasis.fit(differences, 4, STEP)
+    wanted = rows(1, 5, 50)
+    for seed in range(2):
+        controls = differences[seed].double().numpy()
+        mean = controls.mean(0)
+        vectors = np.linalg.svd(controls - mean)[2][:4]
+        rest = wanted.double().numpy() - mean
+        rest = rest - rest @ vectors.T @ vectors
+        got = basis.residual(wanted, [seed] * 5)
+        np.testing.assert_allclose(got.numpy(), np.linalg.norm(rest, axis=1), rtol=1e-5)
+
+
+def test_what_controls_can_add_counts_for_nothing_and_all_else_counts_in_full():
+    directions = torch.linalg.qr(rows(0, 40, 4)).Q.T
+    differences = (rows(1, 60, 3) @ directions[:3])[None]
+    basis = ControlBasis.fit(differences, 3, STEP)
+    inside = rows(2, 1, 3) @ directions[:3] * 100
+    assert basis.residual(inside, [0]).item() < 1e-3
+    outside = inside + 7 * directions[3]
+    assert basis.residual(outside, [0]).item() == pytest.approx(7, rel=1e-3)
+
+
+def test_more_directions_than_controls_differ_in_take_nothing_away():
+    differences = torch.zeros(1, 10, 20)
+    differences[0, :, 0] = torch.arange(10.0)
+    basis = ControlBasis.fit(differences, 5, STEP)
+    assert basis.directions.isfinite().all()
+    assert basis.directions[0, 1:].abs().max() < 1e-5
+
+
+def test_a_control_is_scored_by_the_others():
+    """A lone direction is no control's excuse for itself, and the slow way gives the same."""
+    differences = rows(0, 1, 40, 60)
+    differences[0, 7, 3] += 50
+    scores = cross_fitted(differences, 3)
+    own = ControlBasis.fit(differences, 3, STEP).residual(differences[0], [0] * 40)
+    assert scores[7, 0] > 45 > 20 > own[7]
+    others = [i for i in range(40) if i % 10 != 7]
+    slow = ControlBasis.fit(differences[:, others], 3, STEP).residual(differences[0, 7:8], [0])
+    torch.testing.assert_close(scores[7].float(), slow)
+
+
+@pytest.mark.parametrize("controls", [100, 400])
+def test_calibrated_false_positives_stay_at_their_rate(controls):
+    """Prompts like the controls: many words in few directions, and noise of their own."""
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randn(20, 200, generator=generator) * 3
+
+    def draw(count: int) -> torch.Tensor:
+        mixing = torch.randn(count, 20, generator=generator)
+        return mixing @ words + torch.randn(count, 200, generator=generator)
+
+    rates, naive = [], []
+    for _ in range(10):
+        fitted, fresh = draw(controls)[None], draw(1000)
+        count = directions_for(controls)
+        basis = ControlBasis.fit(fitted, count, STEP)
+        scores = basis.residual(fresh, [0] * len(fresh)).double()
+        threshold = cross_fitted(fitted, count)[:, 0].quantile(0.95)
+        rates.append((scores > threshold).double().mean().item())
+        own = basis.residual(fitted[0], [0] * controls).double().quantile(0.95)
+        naive.append((scores > own).double().mean().item())
+    assert np.mean(rates) < 0.06
+    assert np.mean(naive) > np.mean(rates)  # what a basis of the controls' own would do
+
+
+def test_scores_are_those_of_a_slow_reference_at_a_told_level():
+    toy, texts, controls = ToyDenoiser(torch.float64), prompts(6), prompts(20)[6:]
+    differences = control_differences(toy, controls, CONFIG, STEP)
+    basis = ControlBasis.fit(differences, 3, STEP)
+    scores = detect(toy, texts, CONFIG, basis=basis).traces[..., 0]
+    sigma = toy.sigmas(6)[STEP]
+    for i, text in enumerate(texts):
+        for k, seed in enumerate(CONFIG.seeds):
+            x = toy.initial_noise([seed], sigma)  # pure noise at a level where it never occurs
+            with torch.no_grad():
+                cond, empty = (toy.denoise(x, sigma, toy.encode([t])) for t in (text, ""))
+            slow = basis.residual((empty - cond) / sigma, [k])
+            torch.testing.assert_close(scores[i, k], slow[0].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_and_interruptions_do_not_change_the_differences():
+    toy, controls = ToyDenoiser(), prompts(40)
+    whole = control_differences(toy, controls, CONFIG, STEP)
+    seen = {}
+    control_differences(toy, controls, CONFIG, STEP, on_result=seen.__setitem__)
+    known = {i: seen[i] for i in range(0, 40, 3)}
+    again = control_differences(toy, controls, CONFIG, STEP, known=known)
+    assert torch.equal(again, whole)
+    assert whole.shape[:2] == (2, 40)
+
+
+def calibrated(toy: ToyDenoiser) -> Calibration:
+    controls = prompts(120)
+    differences = control_differences(toy, controls, CONFIG, STEP)
+    made = Calibration.from_controls(
+        detect(toy, controls, CONFIG), model="abc", settings=settings_of(toy, CONFIG), name="test"
+    )
+    return made.with_residual(toy, CONFIG, differences, STEP)
+
+
+def test_a_calibration_keeps_its_basis_in_a_file_beside_it(tmp_path):
+    toy = ToyDenoiser()
+    made = calibrated(toy)
+    made.save(tmp_path / "c.json")
+    loaded = Calibration.load(tmp_path / "c.json")
+    assert loaded == made
+    assert loaded.judge is loaded.residual
+    assert loaded.judge.settings["score"] == "residual"
+    assert torch.equal(loaded.judge.basis.directions, made.judge.basis.directions)
+    assert loaded.judge.check("abc", settings_of(toy, CONFIG, loaded.judge.basis)) == ""
+    assert loaded.check("abc", settings_of(toy, CONFIG)) == ""
+    with pytest.raises(ValueError, match="score"):
+        loaded.judge.check("abc", settings_of(toy, CONFIG))
+
+
+def test_a_basis_of_another_calibration_is_refused(tmp_path):
+    made = calibrated(ToyDenoiser())
+    made.save(tmp_path / "c.json")
+    beside = basis_path(tmp_path / "c.json")
+    kept = beside.read_bytes()
+    beside.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(CalibrationError, match="not the basis"):
+        Calibration.load(tmp_path / "c.json")
+    beside.unlink()
+    with pytest.raises(CalibrationError, match="missing"):
+        Calibration.load(tmp_path / "c.json")
+
+
+def test_files_from_before_there_were_residuals_are_read(tmp_path):
+    toy = ToyDenoiser()
+    made = Calibration.from_controls(
+        detect(toy, prompts(120), CONFIG), model="abc", settings=settings_of(toy, CONFIG), name="t"
+    )
+    made.save(path := tmp_path / "c.json")
+    values = json.loads(path.read_text("utf-8"))
+    del values["residual"], values["basis"]
+    path.write_text(json.dumps(values | {"schema_version": 1}), "utf-8")
+    loaded = Calibration.load(path)
+    assert loaded == made
+    assert loaded.judge is loaded
+
+
+def test_steps_and_seeds_that_a_basis_does_not_have_are_refused():
+    toy = ToyDenoiser()
+    basis = ControlBasis.fit(control_differences(toy, prompts(20), CONFIG, STEP), 2, STEP)
+    for config in (DetectionConfig(seeds=(0, 1, 2)), DetectionConfig(seeds=(0,), steps=2)):
+        with pytest.raises(ValueError, match="A basis of 2 seeds"):
+            detect(toy, ["a"], config, basis=basis)
