@@ -20,6 +20,7 @@ from .common.options import (
     OutputFolder,
     Prompts,
     Rate,
+    Score,
     settings_in,
     takes_options,
 )
@@ -57,6 +58,7 @@ class OfPrompts:
     calibration: CalibrationFile = None
     force: Force = AuditConfig.force
     false_positive_rate: Rate = AuditConfig.false_positive_rate
+    score: Score = AuditConfig.score
     explain: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(

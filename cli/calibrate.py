@@ -11,6 +11,7 @@ from .common.options import (
     ModelOptions,
     OutputFile,
     Rate,
+    Score,
     takes_options,
 )
 from .common.terminal import answering, bar, print_json, print_table
@@ -23,6 +24,7 @@ class CalibrateOptions(AnswerOptions, ModelOptions, DetectionOptions):
     controls: Controls = AuditConfig.controls
     output: OutputFile = Path("calibration.json")
     false_positive_rate: Rate = AuditConfig.false_positive_rate
+    score: Score = AuditConfig.score
 
 
 @takes_options
@@ -33,7 +35,7 @@ def calibrate(options: CalibrateOptions) -> None:
 
         made = make_calibration(
             options.subject, controls=options.controls, rate=options.false_positive_rate,
-            output=options.output, config=options.detection, bars=bar,
+            score=options.score, output=options.output, config=options.detection, bars=bar,
         )  # fmt: skip
     if options.as_json:
         print_json(made | {"output": str(options.output)})

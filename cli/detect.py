@@ -29,6 +29,11 @@ from .common.terminal import (
     print_table,
 )
 
+NO_VERDICTS = (
+    "No verdicts: a threshold comes from ordinary prompts on this very model. Make one with "
+    "`unmemorize calibrate MODEL`, then add --calibration calibration.json."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectOptions(AnswerOptions, ModelOptions, DetectionOptions):
@@ -60,14 +65,19 @@ def detect(options: DetectOptions) -> None:
         print_json({"schema_version": 1, "results": rows})
     else:
         print_table(*_table(rows))
+        if options.calibration is None:
+            typer.echo(NO_VERDICTS, err=True)
     found = any(row["memorized"] for row in rows)
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["score", "per element", "p", "memorized", "prompt"]
-    return "Text-conditional magnitude (L2, latent units), highest first", columns, [
-        [f"{r['score']:.4g}", f"{r['score_per_element']:.4g}", _cell(r["p_value"]),
+    columns = ["score", "magnitude", "p", "memorized", "prompt"]
+    measure = (
+        "Residual outside of the controls" if rows[0]["measure"] == "residual" else "Magnitude"
+    )
+    return f"{measure} (L2, latent units), highest first", columns, [
+        [f"{r['score']:.4g}", f"{r['magnitude']:.4g}", _cell(r["p_value"]),
          _cell(r["memorized"]), r["prompt"][:LONGEST]]
         for r in sorted(rows, key=lambda r: -r["score"])
     ]  # fmt: skip

@@ -41,7 +41,7 @@ def used(root):
 
 def test_the_readme_scores_prompts_and_gives_verdicts(used):
     assert used["detection"].scores[0] > 1.5 * used["detection"].scores[1]
-    assert used["calibration"].flags(used["detection"].scores).tolist() == [True, False]
+    assert used["judge"].flags(used["detection"].scores).tolist() == [True, False]
 
 
 def test_the_readme_guards_a_pipeline(used):

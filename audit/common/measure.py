@@ -5,16 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
-from ...shared.files.storage import Journal
+from ...shared.arrays import Float, Tensor
+from ...shared.files.storage import Journal, replace_atomically
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
+from ...shared.score.control_basis import ControlBasis
 from ...shared.score.denoiser import Conditioning, Denoiser
-from ...shared.score.detection import Detection, detect
+from ...shared.score.detection import Detection, control_differences, detect
 from ...shared.score.sequential import detect_sequentially
 from .job import content_key
 from .result import finite
@@ -93,6 +96,8 @@ class Measured:
     detection: Detection
     cuts: tuple[str, ...]
     """Per prompt, the end that was cut off, or nothing."""
+    magnitudes: tuple[float, ...] = ()
+    """Per prompt, |D| of the first step at the first seed (Wen et al.), beside residual scores."""
 
 
 def measure(
@@ -105,6 +110,7 @@ def measure(
     job_key: str,
     bars: Bars,
     phase: str,
+    basis: ControlBasis | None = None,
     sequentially: Calibration | None = None,
 ) -> Measured:
     """Score prompts; each batch is stored as soon as it is finished.
@@ -118,6 +124,7 @@ def measure(
         job_key: Stands for model and settings in the keys.
         bars: Makes the progress bar, which counts prompts.
         phase: Label of the bar.
+        basis: Scores are residuals outside of it.
         sequentially: Draw only the seeds that a verdict by this calibration needs.
     """
     keys = [content_key(job_key, prompt) for prompt in prompts]
@@ -138,7 +145,7 @@ def measure(
                 cut = watched.cuts.get(prompts[index], "")
                 pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
 
-            score = detect
+            score = partial(detect, basis=basis)
             if sequentially is not None:
                 score = partial(detect_sequentially, calibration=sequentially)
             score(watched, prompts, config, known=known, on_result=on_result, progress=store)
@@ -153,6 +160,79 @@ def measure(
         ),
         cuts=tuple(journal.get(key)["cut"] for key in keys),
     )
+
+
+def measure_judged(
+    subject: Subject,
+    facts: Facts,
+    prompts: Sequence[str],
+    config: DetectionConfig,
+    journal: Journal,
+    *,
+    judge: Calibration | None,
+    sequential: bool,
+    job_key: str,
+    bars: Bars,
+) -> Measured:
+    """Score prompts as a calibration scored its controls; arguments as of `measure`.
+
+    Args:
+        subject: The model.
+        facts: Of the same job.
+        prompts: Distinct.
+        config: What to measure.
+        journal: Of this phase.
+        judge: What the scores will be compared with; None measures magnitudes.
+        sequential: Draw only the seeds that a verdict needs; needs a calibration.
+        job_key: Stands for model and settings in the keys.
+        bars: Makes the progress bars.
+    """
+    basis = judge.basis if judge else None
+    measured = measure(
+        subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="detection",
+        basis=basis, sequentially=judge if sequential else None,
+    )  # fmt: skip
+    if basis is None:
+        return measured
+    first = measure(
+        subject, facts, prompts, replace(config, seeds=config.seeds[:1]), journal,
+        job_key=content_key(job_key, "magnitude"), bars=bars, phase="magnitude",
+    )  # fmt: skip
+    return replace(measured, magnitudes=tuple(first.detection.scores.tolist()))
+
+
+def measure_controls(
+    subject: Subject,
+    facts: Facts,
+    prompts: Sequence[str],
+    config: DetectionConfig,
+    folder: Path,
+    *,
+    bars: Bars,
+) -> Float[Tensor, " seed prompt element"]:
+    """Return what control prompts add at the told level; each is stored as soon as it is finished.
+
+    Args:
+        subject: The model.
+        facts: Of the same job.
+        prompts: The controls.
+        config: Gives the seeds.
+        folder: Of this job alone; holds a file per control until the caller removes it.
+        bars: Makes the progress bar, which counts controls.
+    """
+    config = replace(config, batch_size=facts.rows)
+    paths = {index: folder / f"{index:06d}.safetensors" for index in range(len(prompts))}
+    known = {i: load_file(path)["difference"] for i, path in paths.items() if path.is_file()}
+
+    def store(index: int, difference: Tensor) -> None:
+        with replace_atomically(paths[index]) as part:
+            save_file({"difference": difference}, part)
+        bar.update(1)
+
+    with closing(bars("controls, residual", len(prompts), len(known), "prompt")) as bar:
+        return control_differences(
+            subject.denoiser, prompts, config, facts.residual["told"], known=known, on_result=store
+        )
 
 
 def _trace(value: dict[str, Any]) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from ... import demo
 from ...shared.files.storage import Journal
 from ...shared.models.load import load_denoiser, model_fingerprint
-from ...shared.score.calibration import settings_of
+from ...shared.score.calibration import Calibration, settings_of
 from ...shared.score.config import DetectionConfig
+from ...shared.score.control_basis import told_step
 from ...shared.score.trajectory import automatic_rows
 from .result import ModelInfo
 
@@ -86,6 +87,7 @@ class Subject:
             journal.put("model", {
                 "info": asdict(info),
                 "settings": settings_of(denoiser, config),
+                "residual": settings_of(denoiser, config, told_step(config.schedule_steps)),
                 # Another batch size moves the last digits: a continued job keeps the first one's.
                 "rows": config.batch_size or automatic_rows(denoiser),
                 "caveats": list(denoiser.caveats),
@@ -103,6 +105,12 @@ class Facts:
     info: ModelInfo
     settings: dict[str, Any]
     """That a calibration must share."""
+    residual: dict[str, Any]
+    """That a calibration of the residual score must share."""
     rows: int
     """Of one forward pass."""
     caveats: tuple[str, ...]
+
+    def of(self, calibration: Calibration) -> dict[str, Any]:
+        """Return the settings that this calibration must share."""
+        return self.settings if calibration.basis is None else self.residual

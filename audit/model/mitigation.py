@@ -175,9 +175,10 @@ def _reword(work: Work, scored: Scored) -> dict[int, tuple[Rewording, ...]]:
     prompts = work.inputs.prompts.prompts
 
     def reword(index: int) -> list[dict[str, Any]]:
+        judge = scored.calibration.judge
         advice = advise(
-            work.subject.denoiser, prompts[index], scored.calibration.threshold,
-            work.config.detection,
+            work.subject.denoiser, prompts[index], judge.threshold, work.config.detection,
+            basis=judge.basis,
         )  # fmt: skip
         best = sorted(advice.candidates, key=lambda e: not e.under_threshold)[:SHOWN_EDITS]
         return [

@@ -78,7 +78,7 @@ def _card(entry: MitigationEntry, result: MitigationResult, embed: Embedder) -> 
         "prompt": entry.prompt,
         "score": entry.score,
         "memorized": entry.memorized,
-        "ratio": number(entry.score / result.calibration.threshold, 2),
+        "ratio": number(entry.score / result.calibration.judge.threshold, 2),
         "rewordings": entry.rewordings,
         "truth": _truth(entry, embed),
         "rows": [_row(trial, embed) for trial in entry.trials],

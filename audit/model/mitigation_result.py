@@ -147,7 +147,7 @@ def summarize(
         "memorized": sum(entry.memorized for entry in entries),
         "gate": config.gate,
         "images": config.images,
-        "threshold": scored.calibration.threshold,
+        "threshold": scored.calibration.judge.threshold,
         "methods": methods,
         "settings": settings(config.audit),
         "caveats": list(scored.caveats),

@@ -1,5 +1,6 @@
 """The parts of an audit on their own: scores, explanations, a calibration."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -12,10 +13,12 @@ from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
 from ...shared.words.explanation import explain
+from ..common.controls import calibrate_controls
 from ..common.job import content_key
-from ..common.measure import Bars, measure
+from ..common.measure import Bars, measure_judged
 from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
+from .config import check_score
 from .explain import to_values
 from .inputs import read_controls, read_named
 from .work import verdicts
@@ -50,15 +53,17 @@ def score_prompts(
     if sequential and calibration is None:
         raise ValueError("Stopping early needs a threshold: give --calibration FILE, made by "
                          "`unmemorize calibrate`, or leave --fast out.")  # fmt: skip
-    judge = Calibration.load(calibration) if calibration else None
-    stopping = judge.control_scores if judge and sequential else None
-    with _kept(subject, config, output, stopping) as (journal, key):
+    judge = Calibration.load(calibration).judge if calibration else None
+    by = (judge.to_values(), sequential) if judge else None
+    with _kept(subject, config, output, by) as (journal, key):
         facts = subject.facts(journal, config)
-        caveat = judge.check(subject.fingerprint, facts.settings, force=force) if judge else ""
-        used = judge if sequential else None
-        measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
-                           phase="detection", sequentially=used)  # fmt: skip
-        rows = [row | {"caveat": caveat} for row in verdicts(measured, judge)]
+        caveat = judge.check(subject.fingerprint, facts.of(judge), force=force) if judge else ""
+        measured = measure_judged(
+            subject, facts, prompts, config, journal, judge=judge, sequential=sequential,
+            job_key=key, bars=bars,
+        )  # fmt: skip
+        name = "residual" if judge and judge.basis else "magnitude"
+        rows = [row | {"measure": name, "caveat": caveat} for row in verdicts(measured, judge)]
         if output:
             write_text(output, "".join(dumps(row) + "\n" for row in rows))
     return rows
@@ -93,21 +98,24 @@ def explain_prompts(
 
 
 def make_calibration(
-    subject: Subject, *, controls: str, config: DetectionConfig, rate: float, output: Path,
-    bars: Bars,
+    subject: Subject, *, controls: str, config: DetectionConfig, rate: float, score: str,
+    output: Path, bars: Bars,
 ) -> dict[str, Any]:  # fmt: skip
     """Score controls and write a calibration; return what it says."""
+    check_score(score, config)
     name, prompts = read_controls(controls, is_demo=subject.is_demo)
-    with _kept(subject, config, output) as (journal, key):
+    with _kept(subject, config, output, (prompts, rate)) as (journal, key):
         facts = subject.facts(journal, config)
-        measured = measure(subject, facts, prompts, config, journal, job_key=key, bars=bars,
-                           phase="detection")  # fmt: skip
-        made = Calibration.from_controls(
-            measured.detection, model=subject.fingerprint, settings=facts.settings,
-            name=name, false_positive_rate=rate,
+        folder = journal.path.with_suffix(".controls")
+        made = calibrate_controls(
+            subject, facts, prompts, config, journal, name=name, rate=rate, score=score,
+            job_key=key, folder=folder, bars=bars,
         )  # fmt: skip
         made.save(output)
+        shutil.rmtree(folder, ignore_errors=True)
+    made = made.judge
     return {
+        "score": made.settings.get("score", "magnitude"),
         "controls": made.controls,
         "n": len(made.control_scores),
         "threshold": made.threshold,
@@ -119,12 +127,12 @@ def make_calibration(
 
 @contextmanager
 def _kept(
-    subject: Subject, config: DetectionConfig, output: Path | None, stopping: Any = None
+    subject: Subject, config: DetectionConfig, output: Path | None, more: Any = None
 ) -> Iterator[tuple[Journal, str]]:
     """Yield a journal beside `output` and the key of this work; it goes when the work is done."""
     key = content_key(
         subject.fingerprint, subject.device, subject.dtype, list(config.seeds), config.steps,
-        config.schedule_steps, config.cond_scale, subject.resolution, versions(), stopping,
+        config.schedule_steps, config.cond_scale, subject.resolution, versions(), more,
     )  # fmt: skip
     if output is None:
         with tempfile.TemporaryDirectory(prefix="unmemorize-") as folder:

@@ -42,7 +42,7 @@ def render_report(result: AuditResult, folder: Path) -> str:
     """
     summary, model = result.summary, result.model
     rate, calibration = summary["flagged_rate"], summary["calibration"]
-    flagged, threshold, embed = result.flagged, result.calibration.threshold, Embedder(folder)
+    flagged, threshold, embed = result.flagged, result.calibration.judge.threshold, Embedder(folder)
     others = [entry for entry in result.entries if entry.images and not entry.memorized]
     return render_page(
         "report.html.j2",
@@ -76,7 +76,7 @@ def render_report(result: AuditResult, folder: Path) -> str:
 
 def _distribution(result: AuditResult) -> dict[str, Any]:
     """Return the distribution of scores as a chart, and in words."""
-    calibration, entries = result.calibration, result.entries
+    calibration, entries = result.calibration.judge, result.entries
     scores = [entry.score for entry in entries]
     flags = [entry.memorized for entry in entries]
     controls = calibration.sorted_scores.tolist()

@@ -12,7 +12,7 @@ from ..common.result import ModelInfo, dumps, versions
 from .config import AuditConfig
 from .inputs import Inputs
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of summary.json and of the lines of results.jsonl; raised when a field changes its meaning."""
 
 
@@ -84,11 +84,15 @@ class AuditEntry:
     group: str | None
     """Known truth, only for the demo model: verbatim, template, learnt, held_out."""
     score: float
-    """Mean L2 norm of the text-conditional noise, latent units."""
+    """Mean over the seeds of the residual outside of what control prompts add, or of |D|, as
+    `calibration.score` in summary.json says; L2 norm, latent units."""
     score_per_element: float
     """`score` over the square root of the number of latent elements."""
     trace: tuple[tuple[float | None, ...], ...]
     """[seed step] L2 norms; None where the sequential mode did not draw."""
+    magnitude: float
+    """|D|, L2 norm of all that the text adds at the first step (Wen et al.); of the first seed
+    beside a residual score, which leaves out what control prompts add as well."""
     p_value: float
     """Share of controls that score at least as high (with the usual + 1)."""
     q_value: float
@@ -174,6 +178,7 @@ def summarize(
         "groups": _groups(entries),
         "calibration": {
             "name": calibration.controls,
+            "score": calibration.settings.get("score", "magnitude"),
             "n": len(calibration.control_scores),
             "threshold": calibration.threshold,
             "false_positive_rate": chance,
@@ -200,6 +205,7 @@ def settings(config: AuditConfig) -> dict[str, Any]:
         "schedule_steps": detection.schedule_steps,
         "cond_scale": detection.cond_scale,
         "sequential": config.sequential,
+        "score": config.score,
         "false_positive_rate": config.false_positive_rate,
         "explain": config.explain,
         "flagged_pictured": config.flagged_pictured,

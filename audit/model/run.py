@@ -58,7 +58,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
             config=config, model=scored.facts.info, calibration=scored.calibration,
             entries=entries, folder=work.job.folder,
             summary=summarize(
-                config, inputs, scored.facts.info, scored.calibration, entries,
+                config, inputs, scored.facts.info, scored.calibration.judge, entries,
                 caveats=(*scored.caveats, *comparison.caveats), similarity=comparison.summary,
                 timings=work.timings,
             ),
@@ -82,7 +82,7 @@ def _entries(
         )
         for sampled in plan
     }
-    rows = verdicts(scored.measured, scored.calibration)
+    rows = verdicts(scored.measured, scored.calibration.judge)
     columns = zip(rows, inputs.prompts.sources, inputs.groups, strict=True)
     return tuple(
         AuditEntry(

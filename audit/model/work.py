@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...shared.score.calibration import Calibration, prompts_sha256, settings_of
 from ...shared.score.rates import NotEnoughControls, controls_needed
+from ..common.controls import calibrate_controls
 from ..common.job import Job, content_key, open_job
-from ..common.measure import Bars, Measured, measure
+from ..common.measure import Bars, Measured, measure_judged
 from ..common.result import finite, versions
 from ..common.subject import Facts, Subject
 from .config import AuditConfig
@@ -88,7 +89,7 @@ def open_work(
         "resolution": subject.resolution,
         "prompts": prompts_sha256([*prompts.prompts, *map(str, prompts.sources)]),
         "controls": None if calibration else prompts_sha256(inputs.controls),
-        "calibration": calibration and content_key(asdict(calibration), config.force),
+        "calibration": calibration and content_key(calibration.to_values(), config.force),
         **settings(config),
         **{f"version of {name}": number for name, number in versions().items()},
         **(more or {}),
@@ -103,9 +104,11 @@ def open_work(
                 f"{config.false_positive_rate} needs at least {needed} different controls, got "
                 f"{len(inputs.controls)}. Add controls, or choose a higher --false-positive-rate."
             )
-        now = settings_of(subject.denoiser, config.detection)
+        denoiser = subject.denoiser
         if calibration is not None:
-            calibration.check(subject.fingerprint, now, force=config.force)
+            judge = calibration.judge
+            now = settings_of(denoiser, config.detection, judge.settings.get("told"))
+            judge.check(subject.fingerprint, now, force=config.force)
 
     with open_job(config.output, identity, overwrite=config.overwrite, check=check) as job:
         yield Work(config=config, inputs=inputs, subject=subject, calibration=calibration, job=job,
@@ -120,33 +123,27 @@ def score(work: Work) -> Scored:
     with work.timed("controls"):
         calibration, caveat = work.calibration, ""
         if calibration is not None:
-            caveat = calibration.check(subject.fingerprint, facts.settings, force=config.force)
+            judge = calibration.judge
+            caveat = judge.check(subject.fingerprint, facts.of(judge), force=config.force)
         else:
-            calibration = Calibration.from_controls(
-                _measure(work, "controls", work.inputs.controls, facts).detection,
-                model=subject.fingerprint,
-                settings=facts.settings,
-                name=work.inputs.controls_name,
-                false_positive_rate=config.false_positive_rate,
-            )
+            calibration = calibrate_controls(
+                subject, facts, work.inputs.controls, config.detection,
+                work.job.journal("controls"), name=work.inputs.controls_name,
+                rate=config.false_positive_rate, score=config.score, job_key=work.job.key,
+                folder=work.job.folder / "journal" / "controls", bars=work.bars,
+            )  # fmt: skip
     with work.timed("detection"):
-        sequentially = calibration if config.sequential else None
-        measured = _measure(work, "detection", work.inputs.prompts.prompts, facts, sequentially)
+        judge = calibration.judge
+        measured = measure_judged(
+            subject, facts, work.inputs.prompts.prompts, config.detection,
+            work.job.journal("detection"), judge=judge, sequential=config.sequential,
+            job_key=work.job.key, bars=work.bars,
+        )  # fmt: skip
     scores = measured.detection.scores
     return Scored(
         facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
-        flags=tuple(calibration.flags(scores).tolist()),
+        flags=tuple(judge.flags(scores).tolist()),
         caveats=(*facts.caveats, *([caveat] if caveat else [])),
-    )  # fmt: skip
-
-
-def _measure(
-    work: Work, phase: str, prompts: tuple[str, ...], facts: Facts,
-    sequentially: Calibration | None = None,
-) -> Measured:  # fmt: skip
-    return measure(
-        work.subject, facts, prompts, work.config.detection, work.job.journal(phase),
-        job_key=work.job.key, bars=work.bars, phase=phase, sequentially=sequentially,
     )  # fmt: skip
 
 
@@ -160,6 +157,7 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
         "score": scores.tolist(),
         "score_per_element": detection.scores_per_element.tolist(),
         "trace": finite(detection.traces.tolist()),
+        "magnitude": measured.magnitudes or scores.tolist(),
         "p_value": calibration.p_values(scores).tolist() if calibration else none,
         "q_value": calibration.adjusted(scores).tolist() if calibration else none,
         "memorized": calibration.flags(scores).tolist() if calibration else none,

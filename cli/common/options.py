@@ -46,11 +46,19 @@ Force = Annotated[
     bool, typer.Option(help="Use a calibration of another model or setting; the result says so.")
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Starting noises, 0 to N - 1.")]
-Steps = Annotated[int, typer.Option(min=1, max=50, help="First denoising steps, of 50.")]
+Steps = Annotated[
+    int,
+    typer.Option(min=1, max=50, help="First denoising steps, of 50; residuals have one."),
+]
 Rate = Annotated[
     float,
     typer.Option(min=1e-6, max=0.5, help="Share of ordinary prompts allowed above the threshold."),
 ]
+Score = Annotated[
+    str,
+    typer.Option(help="What prompts are judged by: residual, the part of what a prompt adds that "
+                      "lies outside of what controls add; magnitude, all of it (Wen et al.)."),
+]  # fmt: skip
 Fast = Annotated[
     bool,
     typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled."),

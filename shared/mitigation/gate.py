@@ -77,7 +77,7 @@ class Gate:
         if self.calibration is None:
             return ""
         judge = self.calibration.judge
-        now = settings_of(denoiser, self.config, judge.basis)
+        now = settings_of(denoiser, self.config, judge.settings.get("told"))
         return judge.check(judge.model if model is None else model, now, force=force)
 
 

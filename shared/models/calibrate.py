@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from ..score.calibration import Calibration, settings_of
 from ..score.config import DetectionConfig
+from ..score.control_basis import told_step
 from ..score.controls import load_controls
-from ..score.control_basis import TOLD_STEP
 from ..score.detection import Progress, control_differences, detect
 from .adapter import PipelineDenoiser
 
@@ -21,7 +21,8 @@ def calibrate(
     """Score control prompts on a model, and return the thresholds that they support.
 
     They are scored twice: by the magnitude of the first step, which an observer reads in passing,
-    and by the residual outside of what they all add, by which prompts are judged.
+    and by the residual outside of what they all add, by which prompts are judged. With `steps`
+    above 1 there is the magnitude alone.
 
     It holds for this model, with the LoRA that it carries, and for prompts of the same kind as the
     controls, which the model must not have memorized.
@@ -50,5 +51,8 @@ def calibrate(
         name=name,
         false_positive_rate=false_positive_rate,
     )
-    differences = control_differences(model, prompts, config, TOLD_STEP)
-    return magnitudes.with_residual(model, config, differences, TOLD_STEP)
+    if config.steps > 1:
+        return magnitudes
+    told = told_step(config.schedule_steps)
+    differences = control_differences(model, prompts, config, told)
+    return magnitudes.with_residual(differences, settings_of(model, config, told))

@@ -34,19 +34,17 @@ class CalibrationMismatch(ValueError):
     """A calibration made on another model or with other settings."""
 
 
-def settings_of(
-    denoiser: Denoiser, config: DetectionConfig, basis: ControlBasis | None = None
-) -> dict:
+def settings_of(denoiser: Denoiser, config: DetectionConfig, told: int | None = None) -> dict:
     """Return everything besides the weights that moves a score, as plain JSON values.
 
     Args:
         denoiser: The network.
         config: What is measured.
-        basis: Where residuals outside of it are measured; its step is the one that counts.
+        told: Of a residual score, the step of the schedule that the network is told.
     """
-    first = 0 if basis is None else basis.step
+    first = told or 0
     levels = denoiser.sigmas(config.schedule_steps)[first : first + config.steps].tolist()
-    residual = {} if basis is None else {"score": "residual", "step": basis.step}
+    residual = {} if told is None else {"score": "residual", "told": told}
     return residual | {
         "parametrization": denoiser.parametrization,
         "latent_shape": list(denoiser.latent_shape),
@@ -127,24 +125,19 @@ class Calibration:
         )
 
     def with_residual(
-        self, denoiser: Denoiser, config: DetectionConfig, differences: Tensor, step: int
+        self, differences: Float[Tensor, " seed control element"], settings: dict
     ) -> "Calibration":
         """Return this calibration with one of the residual score beside it.
 
         Args:
-            denoiser: The network.
-            config: As of this calibration.
-            differences: [seed control element], D of the same controls, as
-                `control_differences` returns it.
-            step: Where it was measured.
+            differences: D of the same controls, as `control_differences` returns it.
+            settings: From `settings_of`, with the step that the network was told.
         """
         count = directions_for(differences.shape[1])
-        basis = ControlBasis.fit(differences, count, step)
-        config = replace(config, steps=1)
         residual = replace(
             self,
-            settings=settings_of(denoiser, config, basis),
-            basis=basis,
+            settings=settings,
+            basis=ControlBasis.fit(differences, count, settings["told"]),
             **_supported(cross_fitted(differences, count), self.false_positive_rate),
         )
         return replace(self, residual=residual)

@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 
 from ..arrays import Float, Tensor
 
-TOLD_STEP = 14
-"""Of 50: the network reads pure noise and is told some 700 of 1000 training timesteps, where it is
-nearer to a decision about the image than at the first step."""
+TOLD = 0.28
+"""Share of the schedule that is behind where the network is told to be, while it reads pure noise:
+timestep 701 of 1000, nearer to a decision about the image than the first."""
 FOLDS = 10
 """Parts of the controls; each part is scored by the directions of the others."""
 CONTROLS_A_DIRECTION = 12
@@ -26,6 +26,11 @@ MOST_DIRECTIONS = 32
 def directions_for(controls: int) -> int:
     """Return how many directions so many controls carry."""
     return max(1, min(MOST_DIRECTIONS, controls // CONTROLS_A_DIRECTION))
+
+
+def told_step(schedule_steps: int) -> int:
+    """Return the step of a schedule whose level the network is told."""
+    return round(TOLD * schedule_steps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

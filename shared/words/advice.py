@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..score.config import DetectionConfig
+from ..score.control_basis import ControlBasis
 from ..score.denoiser import Denoiser
 from ..score.detection import Progress, detect
 from .edits import Edit, Kind, Plan, apply, core, move_parts
@@ -90,6 +91,7 @@ def advise(
     threshold: float,
     config: DetectionConfig | None = None,
     *,
+    basis: ControlBasis | None = None,
     explanation: Explanation | None = None,
     replacements: Mapping[str, Sequence[str]] | None = None,
     budget: int = 48,
@@ -109,6 +111,7 @@ def advise(
         prompt: Any string.
         threshold: Of the calibration for this model and config; scores above it are flagged.
         config: Seeds and steps, as in the calibration.
+        basis: Of the calibration's controls where it judges by residuals.
         explanation: Of this prompt, when it is there already; made where needed otherwise.
         replacements: Stand-ins by word, in any case, without punctuation, e.g. {"Mona": ["a"]};
             words not in it are not replaced. None offers `NEUTRAL` for every word.
@@ -127,13 +130,14 @@ def advise(
         raise ValueError(
             f"The explanation is of {explanation.prompt[:200]!r}, expected one of {prompt[:200]!r}."
         )
-    score = detect(denoiser, [prompt], config, progress=progress).scores.item()
+    score = detect(denoiser, [prompt], config, basis=basis, progress=progress).scores.item()
     candidates: list[Candidate] = []
     if score > threshold:
         explanation = explanation or explain(denoiser, prompt, config, occlude=0)
 
         def score_all(texts: list[str]) -> list[float]:
-            return detect(denoiser, texts, config, progress=progress).scores.tolist()
+            measured = detect(denoiser, texts, config, basis=basis, progress=progress)
+            return measured.scores.tolist()
 
         search = _Search(prompt, explanation.words, score, threshold, budget, score_all)
         search.run(_word_edits(explanation, top, replacements), largest)

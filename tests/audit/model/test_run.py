@@ -18,7 +18,7 @@ def test_the_folder_holds_what_the_result_says(result, config):
     entries = lines(config.output)
     assert [e["prompt"] for e in entries] == [e.prompt for e in result.entries]
     assert [e["score"] for e in entries] == [e.score for e in result.entries]
-    assert all(e["schema_version"] == 1 for e in entries)
+    assert all(e["schema_version"] == 2 for e in entries)
     summary = json.loads((config.output / "summary.json").read_text("utf-8"))
     assert summary == json.loads(json.dumps(result.summary))
     counts = summary["counts"]

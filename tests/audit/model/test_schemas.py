@@ -70,7 +70,7 @@ def test_lines_with_neighbours_and_hostile_words_fit_too(fake, tmp_path):
 @pytest.mark.parametrize(
     ("path", "wrong"),
     [
-        (["schema_version"], 2), (["index"], "0"), (["prompt"], None), (["sources"], []),
+        (["schema_version"], 1), (["index"], "0"), (["prompt"], None), (["sources"], []),
         (["count"], 0), (["cut"], None), (["group"], "unheard of"), (["score"], "5.1"),
         (["score"], None), (["score_per_element"], -1.0), (["trace", 0, 0], "5.1"),
         (["trace", 0, 0], -1.0), (["p_value"], 0), (["q_value"], 1.5), (["memorized"], 1),

@@ -124,7 +124,7 @@ def calibrated(toy: ToyDenoiser) -> Calibration:
     made = Calibration.from_controls(
         detect(toy, controls, CONFIG), model="abc", settings=settings_of(toy, CONFIG), name="test"
     )
-    return made.with_residual(toy, CONFIG, differences, STEP)
+    return made.with_residual(differences, settings_of(toy, CONFIG, STEP))
 
 
 def test_a_calibration_keeps_its_basis_in_a_file_beside_it(tmp_path):
@@ -136,7 +136,7 @@ def test_a_calibration_keeps_its_basis_in_a_file_beside_it(tmp_path):
     assert loaded.judge is loaded.residual
     assert loaded.judge.settings["score"] == "residual"
     assert torch.equal(loaded.judge.basis.directions, made.judge.basis.directions)
-    assert loaded.judge.check("abc", settings_of(toy, CONFIG, loaded.judge.basis)) == ""
+    assert loaded.judge.check("abc", settings_of(toy, CONFIG, STEP)) == ""
     assert loaded.check("abc", settings_of(toy, CONFIG)) == ""
     with pytest.raises(ValueError, match="score"):
         loaded.judge.check("abc", settings_of(toy, CONFIG))

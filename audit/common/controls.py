@@ -1,0 +1,61 @@
+"""A calibration from control prompts, kept as it grows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...shared.files.storage import Journal
+from ...shared.score.calibration import Calibration
+from ...shared.score.config import DetectionConfig
+from .measure import Bars, measure, measure_controls
+from .subject import Facts, Subject
+
+
+def calibrate_controls(
+    subject: Subject,
+    facts: Facts,
+    prompts: Sequence[str],
+    config: DetectionConfig,
+    journal: Journal,
+    *,
+    name: str,
+    rate: float,
+    score: str,
+    job_key: str,
+    folder: Path,
+    bars: Bars,
+) -> Calibration:
+    """Score controls and return the calibration that they support.
+
+    Args:
+        subject: The model; not loaded when all is known.
+        facts: Of the same job.
+        prompts: The controls, distinct.
+        config: What to measure.
+        journal: Of the magnitudes.
+        name: Of the list of controls.
+        rate: Of false positives, above 0 and below 1.
+        score: "residual", or "magnitude" to measure nothing else.
+        job_key: Stands for model and settings in the keys.
+        folder: Of this job alone, for what is finished.
+        bars: Makes the progress bars.
+
+    Raises:
+        NotEnoughControls: They cannot support the rate.
+    """
+    measured = measure(
+        subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="controls"
+    )
+    magnitudes = Calibration.from_controls(
+        measured.detection, model=subject.fingerprint, settings=facts.settings, name=name,
+        false_positive_rate=rate,
+    )  # fmt: skip
+    if score == "magnitude":
+        return magnitudes
+    if (kept := folder / "calibration.json").is_file():
+        return Calibration.load(kept)
+    differences = measure_controls(subject, facts, prompts, config, folder, bars=bars)
+    calibration = magnitudes.with_residual(differences, facts.residual)
+    calibration.save(kept)
+    for number in range(len(prompts)):
+        (folder / f"{number:06d}.safetensors").unlink(missing_ok=True)
+    return calibration
