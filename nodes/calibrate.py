@@ -62,6 +62,8 @@ class Calibrate(io.ComfyNode):
             f"Threshold {calibration.threshold:.4g} (L2), from {len(texts)} controls; at most "
             f"{false_positive_rate:.3g} of ordinary prompts lie above. Saved as {path.name}."
         )
+        if calibration.residual:
+            report += f" Prompts are judged by their residual, threshold {calibration.judge.threshold:.4g}."
         return io.NodeOutput(calibration, report, ui={"text": [report]})
 
 

@@ -1,6 +1,7 @@
 """Node: the score of prompts before anything is sampled."""
 
 import math
+from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -55,24 +56,32 @@ class DetectMemorization(io.ComfyNode):
         force: list | None = None,
     ) -> io.NodeOutput:
         config = config_of(seeds[0], steps[0])
-        rows, settings = scores_in_order(model[0], positive, negative[0], latent[0], config)
+        judge = calibration[0].judge if calibration else None
+        basis = judge.basis if judge else None
+        rows, settings = scores_in_order(model[0], positive, negative[0], latent[0], config, basis)
         l2, per_element = map(list, zip(*rows, strict=True))
         lines = [
             f"prompt {number}: score {norm:.4g} (L2), {rms:.4g} per element"
             for number, (norm, rms) in enumerate(rows, 1)
         ]
+        if basis:  # the paper's score beside the residual
+            first = replace(config, seeds=config.seeds[:1])
+            paper, _ = scores_in_order(model[0], positive, negative[0], latent[0], first)
+            lines = [
+                f"{line}, magnitude {norm:.4g}"
+                for line, (norm, _) in zip(lines, paper, strict=True)
+            ]
         p_values, flags, notes = [math.nan] * len(l2), [False] * len(l2), [NO_VERDICT]
-        if calibration:
-            control, sha256 = calibration[0], weights_sha256(model[0])
-            caveat = caveat_of(control, sha256, settings, bool(force and force[0]))
-            p_values, flags = control.p_values(l2).tolist(), control.flags(l2).tolist()
+        if judge:
+            caveat = caveat_of(judge, weights_sha256(model[0]), settings, bool(force and force[0]))
+            p_values, flags = judge.p_values(l2).tolist(), judge.flags(l2).tolist()
             lines = [
                 f"{line}, p = {p:.3g}: {'memorized' if flag else 'not flagged'}"
                 for line, p, flag in zip(lines, p_values, flags, strict=True)
             ]
             about = (
-                f"Flagged above {control.threshold:.4g}, at most {control.false_positive_rate:.3g} "
-                f"of ordinary prompts ({len(control.control_scores)} controls, {control.controls})."
+                f"Flagged above {judge.threshold:.4g}, at most {judge.false_positive_rate:.3g} "
+                f"of ordinary prompts ({len(judge.control_scores)} controls, {judge.controls})."
             )
             notes = [about, *filter(None, [caveat])]
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...shared.files.storage import Journal
+from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
 from .measure import Bars, measure, measure_controls
@@ -53,9 +54,9 @@ def calibrate_controls(
         return magnitudes
     if (kept := folder / "calibration.json").is_file():
         return Calibration.load(kept)
-    differences = measure_controls(subject, facts, prompts, config, folder, bars=bars)
+    finished = TensorFolder(folder / "differences")
+    differences = measure_controls(subject, facts, prompts, config, finished, bars=bars)
     calibration = magnitudes.with_residual(differences, facts.residual)
     calibration.save(kept)
-    for number in range(len(prompts)):
-        (folder / f"{number:06d}.safetensors").unlink(missing_ok=True)
+    finished.remove()
     return calibration

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from ...shared.arrays import Float, Tensor
-from ...shared.files.storage import Journal, replace_atomically
+from ...shared.files.storage import Journal
+from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import ControlBasis
@@ -206,7 +205,7 @@ def measure_controls(
     facts: Facts,
     prompts: Sequence[str],
     config: DetectionConfig,
-    folder: Path,
+    finished: TensorFolder,
     *,
     bars: Bars,
 ) -> Float[Tensor, " seed prompt element"]:
@@ -217,16 +216,14 @@ def measure_controls(
         facts: Of the same job.
         prompts: The controls.
         config: Gives the seeds.
-        folder: Of this job alone; holds a file per control until the caller removes it.
+        finished: Of this job alone; the caller removes it when all is done.
         bars: Makes the progress bar, which counts controls.
     """
     config = replace(config, batch_size=facts.rows)
-    paths = {index: folder / f"{index:06d}.safetensors" for index in range(len(prompts))}
-    known = {i: load_file(path)["difference"] for i, path in paths.items() if path.is_file()}
+    known = finished.known()
 
     def store(index: int, difference: Tensor) -> None:
-        with replace_atomically(paths[index]) as part:
-            save_file({"difference": difference}, part)
+        finished.put(index, difference)
         bar.update(1)
 
     with closing(bars("controls, residual", len(prompts), len(known), "prompt")) as bar:

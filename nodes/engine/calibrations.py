@@ -10,11 +10,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...shared.files.storage import Journal
+from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration, CalibrationError
 from ...shared.score.config import DetectionConfig
 from ...shared.score.rates import controls_needed
 from .comfy_denoiser import Prompt, noise_levels
-from .measuring import encoded, scores
+from .measuring import control_differences_of, encoded, scores
 from .model_identity import digest, weights_sha256
 
 FOLDER = "unmemorize"
@@ -114,8 +115,15 @@ def calibrate(
         detection, model=sha256, settings=settings, name=controls,
         false_positive_rate=false_positive_rate,
     )  # fmt: skip
+    finished = TensorFolder(journal.path.with_suffix(".controls"))
+    if config.steps == 1:
+        differences, settings = control_differences_of(
+            model, named, negative, latent, config, known=finished.known(), on_result=finished.put
+        )
+        calibration = calibration.with_residual(differences, settings)
     calibration.save(path)
     journal.path.unlink(missing_ok=True)
+    finished.remove()
     return calibration, path
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
-from ...shared.score.detection import Detection, OnResult, detect
+from ...shared.score.control_basis import ControlBasis, told_step
+from ...shared.score.detection import Detection, OnResult, control_differences, detect
 from .comfy_denoiser import (
     NEGATIVE,
     ModelDenoiser,
@@ -130,6 +131,7 @@ def scores(
     latent: Mapping[str, Any],
     config: DetectionConfig,
     *,
+    basis: ControlBasis | None = None,
     known: Mapping[int, torch.Tensor] | None = None,
     on_result: OnResult | None = None,
 ) -> tuple[Detection, dict]:
@@ -141,15 +143,51 @@ def scores(
         negative: CONDITIONING.
         latent: LATENT of the size to measure at.
         config: What to measure.
+        basis: As for `detect`.
         known: As for `detect`.
         on_result: As for `detect`.
     """
 
     def work(denoiser: ModelDenoiser) -> tuple[Detection, dict]:
-        detection = detect(denoiser, [*prompts], config, known=known, on_result=on_result)
-        return detection, settings(denoiser, config)
+        detection = detect(
+            denoiser, [*prompts], config, basis=basis, known=known, on_result=on_result
+        )
+        return detection, settings(denoiser, config, basis.step if basis else None)
 
     rows = forward_rows(len(prompts) - len(known or {}), config)
+    return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
+
+
+def control_differences_of(
+    model: ModelPatcher,
+    prompts: Mapping[str, Prompt],
+    negative: list,
+    latent: Mapping[str, Any],
+    config: DetectionConfig,
+    *,
+    known: Mapping[int, torch.Tensor],
+    on_result: OnResult,
+) -> tuple[torch.Tensor, dict]:
+    """Return D of control prompts at the told level, and the settings that it is bound to.
+
+    Args:
+        model: MODEL.
+        prompts: By name.
+        negative: CONDITIONING.
+        latent: LATENT of the size to measure at.
+        config: Gives the seeds.
+        known: As for `control_differences`.
+        on_result: As for `control_differences`.
+    """
+
+    def work(denoiser: ModelDenoiser) -> tuple[torch.Tensor, dict]:
+        told = told_step(config.schedule_steps)
+        differences = control_differences(
+            denoiser, [*prompts], config, told, known=known, on_result=on_result
+        )
+        return differences, settings(denoiser, config, told)
+
+    rows = forward_rows(len(prompts) - len(known), config)
     return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
 
 
@@ -159,12 +197,16 @@ def scores_in_order(
     negative: list,
     latent: Mapping[str, Any],
     config: DetectionConfig,
+    basis: ControlBasis | None = None,
 ) -> tuple[list[tuple[float, float]], dict]:
-    """Return the score of each CONDITIONING as L2 norm and per element, and the settings."""
+    """Return the score of each CONDITIONING as L2 norm and per element, and the settings.
+
+    With a basis the scores are residuals outside of it.
+    """
     prompts = {str(i): Prompt(entries=entries) for i, entries in enumerate(conditionings, 1)}
     measured, settings = {}, {}
     for group in share_negative(prompts):
-        detection, made = scores(model, group, negative, latent, config)
+        detection, made = scores(model, group, negative, latent, config, basis=basis)
         settings = settings or made  # of the first group
         pairs = zip(detection.scores.tolist(), detection.scores_per_element.tolist(), strict=True)
         measured |= zip(group, pairs, strict=True)

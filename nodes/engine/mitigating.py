@@ -126,7 +126,9 @@ def applied_gate(
     """
     caveat = ""
     if gate.calibration is not None:
-        caveat = caveat_of(gate.calibration, model, settings(denoiser, gate.config), force)
+        judge = gate.calibration.judge
+        now = settings(denoiser, gate.config, judge.settings.get("told"))
+        caveat = caveat_of(judge, model, now, force)
     return AppliedGate(gate, denoiser), caveat
 
 

@@ -98,6 +98,12 @@ class Trajectory:
                 f"A basis of {len(basis.mean)} seeds scores one step at these seeds, got "
                 f"{config.steps} steps and {len(config.seeds)} seeds."
             )
+        elements = math.prod(denoiser.latent_shape)
+        if basis is not None and basis.mean.shape[1] != elements:
+            raise ValueError(
+                f"The controls were measured on latents of {basis.mean.shape[1]} elements, these "
+                f"have {elements}: a residual needs the same size. Calibrate at this one."
+            )
         self.denoiser, self.config = denoiser, config
         self.basis = None if basis is None else basis.to(denoiser.device)
         step = step if basis is None else basis.step

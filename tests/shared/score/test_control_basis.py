@@ -169,6 +169,12 @@ def test_files_from_before_there_were_residuals_are_read(tmp_path):
     assert loaded.judge is loaded
 
 
+def test_latents_of_another_size_are_refused():
+    basis = ControlBasis.fit(rows(0, 2, 20, 12), 2, STEP)
+    with pytest.raises(ValueError, match="12 elements, these have 256"):
+        detect(ToyDenoiser(), ["a"], CONFIG, basis=basis)
+
+
 def test_steps_and_seeds_that_a_basis_does_not_have_are_refused():
     toy = ToyDenoiser()
     basis = ControlBasis.fit(control_differences(toy, prompts(20), CONFIG, STEP), 2, STEP)

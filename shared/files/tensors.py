@@ -1,0 +1,35 @@
+"""Tensors by number, a file each: what a long measurement has finished, until it is whole."""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .storage import replace_atomically
+
+
+class TensorFolder:
+    """A folder of one job alone, with a safetensors file per finished tensor."""
+
+    def __init__(self, folder: Path):
+        """Look into `folder`, which need not be there yet."""
+        self.folder = folder
+
+    def known(self) -> dict[int, Tensor]:
+        """Return every finished tensor by its number."""
+        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
+        return {int(path.stem): load_file(path)["tensor"] for path in paths}
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        """Keep a tensor; killed while writing, the others stay.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        with replace_atomically(self.folder / f"{number:06d}.safetensors") as part:
+            save_file({"tensor": tensor.contiguous()}, part)
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
