@@ -63,7 +63,8 @@ class Calibrate(io.ComfyNode):
             f"{false_positive_rate:.3g} of ordinary prompts lie above. Saved as {path.name}."
         )
         if calibration.residual:
-            report += f" Prompts are judged by their residual, threshold {calibration.judge.threshold:.4g}."
+            threshold = calibration.judge.threshold
+            report += f" Prompts are judged by their residual, threshold {threshold:.4g}."
         return io.NodeOutput(calibration, report, ui={"text": [report]})
 
 
