@@ -34,9 +34,10 @@ class AuditConfig:
     overwrite: bool = False
     """Replace the files of another audit in `output`."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
-    score: str = "residual"
+    score: str | None = None
     """What prompts are judged by: `residual`, what lies outside of what the controls add, or
-    `magnitude`, all that a prompt adds (Wen et al.). Only magnitudes have several steps."""
+    `magnitude`, all that a prompt adds (Wen et al.). None: residual, but magnitude of several
+    steps, which a residual does not have."""
     sequential: bool = False
     """Stop drawing seeds for a prompt once its verdict is settled."""
     false_positive_rate: float = 0.01
@@ -61,7 +62,7 @@ class AuditConfig:
                 "`false_positive_rate` must lie between 0 and 1, "
                 f"got {self.false_positive_rate}. 0.01 flags one ordinary prompt in a hundred."
             )
-        check_score(self.score, self.detection)
+        measured_score(self.score, self.detection)
         for name in ("flagged_pictured", "images_per_prompt", "sample", "explain"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
@@ -69,12 +70,17 @@ class AuditConfig:
             raise ValueError(f"`generation_steps` must be at least 1, got {self.generation_steps}.")
 
 
-def check_score(score: str, detection: DetectionConfig) -> None:
-    """Refuse a score that there is not, and one that the settings do not allow."""
-    if score not in SCORES:
+def measured_score(score: str | None, detection: DetectionConfig) -> str:
+    """Return what prompts are judged by, "residual" or "magnitude".
+
+    Raises:
+        ValueError: There is no such score, or a residual was asked for of several steps.
+    """
+    if score not in (None, *SCORES):
         raise ValueError(f"`score` must be one of {', '.join(SCORES)}, got {score!r}.")
     if score == "residual" and detection.steps > 1:
         raise ValueError(
             f"A residual is measured at one step, got {detection.steps}. Leave --steps out, or "
             "choose --score magnitude."
         )
+    return score or ("magnitude" if detection.steps > 1 else "residual")

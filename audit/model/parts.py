@@ -18,7 +18,7 @@ from ..common.job import content_key
 from ..common.measure import Bars, measure_judged
 from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
-from .config import check_score
+from .config import measured_score
 from .explain import to_values
 from .inputs import read_controls, read_named
 from .work import verdicts
@@ -98,11 +98,11 @@ def explain_prompts(
 
 
 def make_calibration(
-    subject: Subject, *, controls: str, config: DetectionConfig, rate: float, score: str,
+    subject: Subject, *, controls: str, config: DetectionConfig, rate: float, score: str | None,
     output: Path, bars: Bars,
 ) -> dict[str, Any]:  # fmt: skip
     """Score controls and write a calibration; return what it says."""
-    check_score(score, config)
+    score = measured_score(score, config)
     name, prompts = read_controls(controls, is_demo=subject.is_demo)
     with _kept(subject, config, output, (prompts, rate)) as (journal, key):
         facts = subject.facts(journal, config)

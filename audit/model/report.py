@@ -24,7 +24,7 @@ CARDS = 60
 WORDS = 16
 """Words whose numbers are listed, strongest first."""
 OPTIONS = (
-    "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
+    "score", "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
     "generation_steps", "revision", "resolution", "dtype",
 )  # fmt: skip
 """Settings that are options of the same name."""

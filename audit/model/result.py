@@ -9,7 +9,7 @@ from ...shared.score.calibration import Calibration
 from ...shared.score.rates import CONFIDENCE, clopper_pearson
 from ...shared.wording import counted
 from ..common.result import ModelInfo, dumps, versions
-from .config import AuditConfig
+from .config import AuditConfig, measured_score
 from .inputs import Inputs
 
 SCHEMA_VERSION = 2
@@ -205,7 +205,7 @@ def settings(config: AuditConfig) -> dict[str, Any]:
         "schedule_steps": detection.schedule_steps,
         "cond_scale": detection.cond_scale,
         "sequential": config.sequential,
-        "score": config.score,
+        "score": measured_score(config.score, config.detection),
         "false_positive_rate": config.false_positive_rate,
         "explain": config.explain,
         "flagged_pictured": config.flagged_pictured,

@@ -13,7 +13,7 @@ from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, Measured, measure_judged
 from ..common.result import finite, versions
 from ..common.subject import Facts, Subject
-from .config import AuditConfig
+from .config import AuditConfig, measured_score
 from .inputs import Inputs
 from .result import settings
 
@@ -129,7 +129,8 @@ def score(work: Work) -> Scored:
             calibration = calibrate_controls(
                 subject, facts, work.inputs.controls, config.detection,
                 work.job.journal("controls"), name=work.inputs.controls_name,
-                rate=config.false_positive_rate, score=config.score, job_key=work.job.key,
+                rate=config.false_positive_rate, job_key=work.job.key,
+                score=measured_score(config.score, config.detection),
                 folder=work.job.folder / "journal" / "controls", bars=work.bars,
             )  # fmt: skip
     with work.timed("detection"):

@@ -48,16 +48,17 @@ Force = Annotated[
 Seeds = Annotated[int, typer.Option(min=1, help="Starting noises, 0 to N - 1.")]
 Steps = Annotated[
     int,
-    typer.Option(min=1, max=50, help="First denoising steps, of 50; residuals have one."),
+    typer.Option(min=1, max=50, help="First denoising steps, of 50."),
 ]
 Rate = Annotated[
     float,
     typer.Option(min=1e-6, max=0.5, help="Share of ordinary prompts allowed above the threshold."),
 ]
 Score = Annotated[
-    str,
+    Optional[str],  # noqa: UP045
     typer.Option(help="What prompts are judged by: residual, the part of what a prompt adds that "
-                      "lies outside of what controls add; magnitude, all of it (Wen et al.)."),
+                      "lies outside of what controls add (the default); magnitude, all of it "
+                      "(Wen et al.; the default with --steps above 1)."),
 ]  # fmt: skip
 Fast = Annotated[
     bool,

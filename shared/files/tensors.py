@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .storage import replace_atomically
@@ -28,7 +28,7 @@ class TensorFolder:
             StorageError: It cannot be written.
         """
         with replace_atomically(self.folder / f"{number:06d}.safetensors") as part:
-            save_file({"tensor": tensor.contiguous()}, part)
+            part.write_bytes(save({"tensor": tensor.contiguous()}))
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""

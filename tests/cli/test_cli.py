@@ -91,7 +91,7 @@ def test_json_is_one_document_and_the_exit_code_says_found(finished):
     assert code == 3, err
     assert document["verdict"] == "found"
     assert document["counts"]["flagged"] == len(document["flagged"]) > 0
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     for path in document["files"].values():
         assert Path(path).is_file()
     assert json.loads((output / "summary.json").read_text("utf-8")).items() <= document.items()
@@ -261,7 +261,8 @@ def test_parts_on_their_own(finished, files, tmp_path):
     audited = [json.loads(x) for x in (finished[0] / "results.jsonl").read_bytes().splitlines()]
     assert [r["memorized"] for r in rows] == [e["memorized"] for e in audited]
     for row, plain, entry in zip(rows, scores, audited, strict=True):
-        assert row["score"] == pytest.approx(plain["score"], rel=1e-4)
+        assert (plain["measure"], row["measure"]) == ("magnitude", "residual")
+        assert row["magnitude"] == pytest.approx(plain["trace"][0][0], rel=1e-4)
         assert row["score"] == pytest.approx(entry["score"], rel=1e-4)  # another batch size
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
@@ -270,7 +271,9 @@ def test_parts_on_their_own(finished, files, tmp_path):
     assert done.exit_code == 0, done.stderr
     made = json.loads((tmp_path / "c.json").read_text())
     given = json.loads(Path(calibration).read_text())
-    assert made["threshold"] == pytest.approx(given["threshold"], rel=1e-4)
+    for one, other in ((made, given), (made["residual"], given["residual"])):
+        assert one["threshold"] == pytest.approx(other["threshold"], rel=1e-4)
+    assert (tmp_path / "c.safetensors").is_file()
     assert made["controls_sha256"] == given["controls_sha256"]
 
     done = run("explain", model, "--prompt", "[red]postage[/red] stamp", "--output",

@@ -48,7 +48,7 @@ def changed(name: str) -> list[str]:
         int: lambda: max(default or 0, info.min or 0) + 1,
         float: lambda: default * 2,
         Path: lambda: "my file.txt",
-        str: lambda: "word",
+        str: lambda: "magnitude" if name == "score" else "word",
         bool: lambda: None,
     }[kind]()  # fmt: skip
     words = [] if value is None else [str(value)]

@@ -32,7 +32,8 @@ def scored() -> Scored:
         false_positive_rate=0.5, threshold=2.0, interval=(0.1, 0.9),
     )  # fmt: skip
     return Scored(
-        facts=Facts(info=info, settings={}, rows=1, caveats=()), calibration=calibration,
+        facts=Facts(info=info, settings={}, residual={}, rows=1, caveats=()),
+        calibration=calibration,
         measured=Measured(detection=detection, cuts=("",) * 4), scores=SCORES, flags=FLAGS,
         caveats=(),
     )  # fmt: skip

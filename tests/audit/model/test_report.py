@@ -34,7 +34,7 @@ def test_says_what_was_found_in_order(read, result):
         "duplicates were planted",
         "How certain is this?",
         "150 ordinary prompts",
-        f"{result.calibration.threshold:.5g}",
+        f"{result.calibration.judge.threshold:.5g}",
         "Clopper-Pearson",
         "What this means, and what it does not",
         "evidence, not proof",

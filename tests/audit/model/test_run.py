@@ -37,7 +37,7 @@ def test_the_folder_holds_what_the_result_says(result, config):
 
 
 def test_verdicts_follow_from_the_calibration(result):
-    threshold = result.calibration.threshold
+    threshold = result.calibration.judge.threshold
     for entry in result.entries:
         assert entry.memorized == (entry.score > threshold)
         trace = torch.tensor(entry.trace, dtype=torch.float64)
@@ -80,8 +80,9 @@ def test_a_calibration_can_be_given_and_must_fit(result, config, work, tmp_path)
     assert [e.score for e in again.entries] == [e.score for e in result.entries]
     assert again.calibration == result.calibration
     assert again.summary["calibration"]["reused"]
-    # Prompts and seeds once, no controls.
-    assert work["rows"] == len(again.entries) * 2 + 2
+    # Prompts and seeds once, and the magnitude at one seed beside; no controls.
+    magnitudes = len(again.entries) + 1
+    assert work["rows"] == len(again.entries) * 2 + 2 + magnitudes
 
     other = dataclasses.replace(
         given, detection=DetectionConfig(seeds=(0, 3)), output=tmp_path / "b"
@@ -100,9 +101,10 @@ def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, 
         )
     )  # fmt: skip
     assert [e.memorized for e in fast.entries] == [e.memorized for e in result.entries]
-    assert work["rows"] <= len(fast.entries) * 2 + 2
+    magnitudes = len(fast.entries) + 1
     undrawn = [e for e in fast.entries if e.trace[-1][0] is None]
-    assert work["rows"] == len(fast.entries) * 2 + 2 - len(undrawn)
+    assert undrawn
+    assert work["rows"] == len(fast.entries) * 2 + 2 + magnitudes - len(undrawn)
 
 
 def test_training_images_beside_captions_are_compared(config, captions, work, tmp_path):

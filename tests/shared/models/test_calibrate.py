@@ -7,7 +7,7 @@ from unmemorize.shared.models.calibrate import calibrate
 from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.controls import load_controls
-from unmemorize.shared.score.detection import detect
+from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.rates import NotEnoughControls
 
 CONFIG = DetectionConfig(seeds=(3,))
@@ -21,14 +21,24 @@ def model():
 
 def test_own_controls_are_scored_with_the_config(model):
     found = calibrate(model, PROMPTS, CONFIG, false_positive_rate=0.2)
-    assert found == Calibration.from_controls(
+    made = Calibration.from_controls(
         detect(model, PROMPTS, CONFIG),
         model=PipelineDenoiser(model.pipeline).fingerprint,
         settings=settings_of(model, CONFIG),
         name="given prompts",
         false_positive_rate=0.2,
     )
+    told = 14  # of 50
+    differences = control_differences(model, PROMPTS, CONFIG, told)
+    assert found == made.with_residual(differences, settings_of(model, CONFIG, told))
     assert not found.differences(model.fingerprint, settings_of(model, CONFIG))
+
+
+def test_several_steps_have_a_magnitude_alone(model):
+    several = DetectionConfig(seeds=(3,), steps=2)
+    found = calibrate(model, PROMPTS, several, false_positive_rate=0.2)
+    assert found.residual is None
+    assert found.settings["steps"] == 2
 
 
 def test_a_bundled_list_is_the_default_and_supports_one_percent(model):
