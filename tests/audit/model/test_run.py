@@ -103,7 +103,6 @@ def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, 
     assert [e.memorized for e in fast.entries] == [e.memorized for e in result.entries]
     magnitudes = len(fast.entries) + 1
     undrawn = [e for e in fast.entries if e.trace[-1][0] is None]
-    assert undrawn
     assert work["rows"] == len(fast.entries) * 2 + 2 + magnitudes - len(undrawn)
 
 
