@@ -7,25 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ... import demo
 from ...shared.files.images import ImageFiles, read_image, save_png
 from ...shared.files.prompts import PromptSet
+from ...shared.wording import counted
+from ..common.copies import IMAGES, OTHERS, OWN_FACTOR, RATE, Judged, TrainingImages, judge
 from ..common.job import content_key
 from ..common.measure import Bars, silent
-from ..common.similarity import (
-    ALPHA,
-    NEIGHBOURS,
-    PIXELS,
-    SIDE,
-    Features,
-    Reference,
-    calibrate_ratio,
-    sscd_features,
-)
+from ..common.similarity import PIXELS, SIDE, Features, sscd_features
 from ..common.sscd import has_sscd
-from .images import Sampled, all_exist
+from .images import Sampled, all_exist, draw_others
 from .result import NearestImage, rate
 from .work import Scored, Work
 
@@ -34,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COPY_RATE = 0.01
-"""Share of images that are no copies but this near to one training image alone."""
 SHOWN_SIDE = 256
 """Pixels of the copies of training images that a report shows."""
 
@@ -47,8 +36,6 @@ class Known:
     thumbnails: "list[Image]"
     captions: list[str]
     paths: list[Path | None]
-    controls: "Sequence[Image]" = ()
-    """Images like the training images but not among them."""
     is_demo: bool = False
 
     def image(self, caption: str) -> "Image | None":
@@ -81,7 +68,6 @@ def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
             thumbnails=list(demo.training_images()),
             captions=texts,
             paths=[None] * len(texts),
-            controls=demo.control_images(),
             is_demo=True,
         )
     pairs = [(text, path) for text, images in zip(prompts.prompts, prompts.images, strict=True)
@@ -111,12 +97,7 @@ def best_features(known: Known) -> Features:
 
 
 class Comparer:
-    """Finds the training image nearest to a generated one, and says which are copies.
-
-    A copy is nearer to one training image alone than all but `COPY_RATE` of images that are no
-    copies: the demo's controls, or else the training images among each other. Without enough of
-    them nothing is called a copy.
-    """
+    """Finds the training image nearest to a generated one, and says which are copies."""
 
     def __init__(
         self, known: Known, folder: Path, bars: Bars = silent, features: Features | None = None
@@ -130,50 +111,38 @@ class Comparer:
             features: What images are compared by; None chooses, see `best_features`.
         """
         self.known, self.folder = known, folder
-        features = features or best_features(known)
-        images = known.thumbnails if features is PIXELS else ImageFiles(known.paths)
+        self.features = features or best_features(known)
+        images = known.thumbnails if self.features is PIXELS else ImageFiles(known.paths)
         with closing(bars("copies", len(images), 0, "image")) as bar:
-            self.reference = Reference(images, features, progress=bar.update)
-        self.threshold = (
-            calibrate_ratio(self.reference, known.controls, COPY_RATE)
-            if known.controls
-            else leave_one_out(self.reference)
-        )
-        """Ratio below which an image is a copy; None when too few images could tell."""
+            rows = self.features.rows(images, progress=bar.update)
+        self.training = TrainingImages(rows, known.captions)
 
-    def nearest(self, sampled: Sequence[tuple[str, str]]) -> dict[str, NearestImage]:
-        """Return the nearest training image by path, for pairs of prompt and path in the folder."""
-        hits = self.reference.nearest([read_image(self.folder / path) for _, path in sampled])
-        captions, threshold = self.known.captions, self.threshold
+    def judge(
+        self, sampled: Sequence[tuple[str, str]], training: TrainingImages | None = None
+    ) -> Judged:
+        """Return the verdicts of generated images, in their order.
+
+        Args:
+            sampled: Pairs of prompt and path in the folder, those of other prompts among them.
+            training: Others than the known training images.
+        """
+        rows = self.features.rows([read_image(self.folder / path) for _, path in sampled])
+        return judge(rows, [prompt for prompt, _ in sampled], training or self.training)
+
+    def nearest(
+        self, sampled: Sequence[tuple[str, str]], judged: Judged
+    ) -> dict[str, NearestImage]:
+        """Return the nearest training image by path, of images and their verdicts."""
         return {
             path: NearestImage(
-                path=self.known.save_copy(hit.index, self.folder),
-                caption=captions[hit.index],
-                similarity=hit.similarity,
-                ratio=hit.ratio,
-                is_own=captions[hit.index] == prompt,
-                copied=None if threshold is None else hit.ratio < threshold,
+                path=self.known.save_copy(verdict.index, self.folder),
+                caption=self.known.captions[verdict.index],
+                similarity=self.features.similarity(verdict.distance),
+                ratio=verdict.ratio, own_ratio=verdict.own_ratio, is_own=verdict.is_own,
+                copied=verdict.copied,
             )
-            for (prompt, path), hit in zip(sampled, hits, strict=True)
-        }
-
-
-def leave_one_out(reference: Reference) -> float | None:
-    """Return the ratio below which only a share `COPY_RATE` of the training images fall.
-
-    Each is compared with all others; exact duplicates count once, or a repeated image would hide
-    every copy. None when there are too few to speak about that share.
-    """
-    rows = torch.unique(reference.rows, dim=0)
-    rank = int(COPY_RATE * (len(rows) + 1))
-    if rank < 1:
-        return None
-    count = min(NEIGHBOURS + 1, len(rows))
-    ratios = []
-    for part in rows.split(256):
-        distances = torch.cdist(part, rows).topk(count, largest=False).values[:, 1:]
-        ratios.append(distances[:, 0] / (ALPHA * distances.mean(1)).clamp_min(1e-12))
-    return torch.cat(ratios).sort().values[rank - 1].item()
+            for (_, path), verdict in zip(sampled, judged.verdicts, strict=False)
+        }  # fmt: skip
 
 
 def comparer_of(work: Work) -> Comparer | None:
@@ -215,32 +184,45 @@ def compare(work: Work, scored: Scored, plan: Sequence[Sampled]) -> Comparison:
         return Comparison(nearest={}, summary=None)
     flagged = [s for s in plan if scored.flags[s.index]]
     copied = [nearest[path].copied for s in flagged for path in s.paths.values()]
-    known, threshold = stored["training_images"], stored["threshold"]
+    told = [value for value in copied if value is not None]
+    untold = sum(image.copied is None for image in nearest.values())
     return Comparison(
         nearest=nearest,
-        summary={
-            "method": stored["method"],
-            "training_images": known,
-            "threshold": threshold,
-            "copies": None if threshold is None else rate(sum(map(bool, copied)), len(copied)),
-        },
-        caveats=() if threshold is not None else (
-            f"{known} training images are not enough controls to say how near a copy is: "
-            "similarities are shown, no copies are counted.",
-        ),
-    )  # fmt: skip
+        summary=stored["summary"] | {"copies": rate(sum(told), len(told))},
+        caveats=(*stored["caveats"], *_unknown(untold, len(nearest))),
+    )
+
+
+def _unknown(untold: int, images: int) -> list[str]:
+    if not untold:
+        return []
+    return [
+        f"There was not enough to say whether {untold} of {counted(images, 'image', 'images')} are "
+        f"copies: it takes images of {OTHERS} other prompts, and {IMAGES} training images where a "
+        "prompt has none of its own. They are not counted."
+    ]  # fmt: skip
 
 
 def _compare(work: Work, plan: Sequence[Sampled]) -> dict[str, Any]:
     """Return everything that a continued job must not compute again, as JSON values."""
     comparer = comparer_of(work) if plan else None
     if comparer is None:
-        return {"nearest": {}, "copies": [], "threshold": None, "training_images": 0, "method": ""}
-    nearest = comparer.nearest([(s.prompt, path) for s in plan for path in s.paths.values()])
+        return {"nearest": {}, "copies": [], "summary": None, "caveats": []}
+    pairs = [(s.prompt, path) for s in plan for path in s.paths.values()]
+    others, caveats = draw_others(work, [s.prompt for s in plan])
+    judged = comparer.judge([*pairs, *others])
+    nearest = comparer.nearest(pairs, judged)
     return {
         "nearest": {path: asdict(image) for path, image in nearest.items()},
         "copies": sorted({image.path for image in nearest.values()}),
-        "threshold": comparer.threshold,
-        "training_images": len(comparer.known.thumbnails),
-        "method": comparer.reference.features.name,
+        "summary": {
+            "method": comparer.features.name,
+            "training_images": len(comparer.known.thumbnails),
+            "threshold": judged.limit,
+            "own_threshold": OWN_FACTOR,
+            "false_positive_rate": RATE,
+            "dimension": judged.dimension,
+            "others_drawn": len(others),
+        },
+        "caveats": caveats,
     }

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import typer
 from tqdm.auto import tqdm
 
-from ...demo import MODEL, captions, control_images, data, training_images
+from ...demo import MODEL, captions, controls, data, training_images
 from ...shared.score.rates import clopper_pearson
-from ..common.similarity import Nearest, Reference, calibrate_ratio
-from .comparison import COPY_RATE
+from ..common.copies import TrainingImages, Verdict, judge
+from ..common.similarity import thumbnails
+from .images import PROMPTS
 
 SEEDS = (0, 1, 2, 3)
 STEPS = 30
@@ -29,10 +31,10 @@ class CaptionCheck:
     caption: data.Caption
     images: tuple
     """PIL images, one a seed."""
-    nearest: tuple[Nearest, ...]
+    nearest: tuple[Verdict, ...]
     """Per seed, the nearest of all training images."""
     copies: int
-    """Seeds whose nearest training image is clearly nearer than any other and of this caption."""
+    """Seeds that copy a training image of this caption; of a held-out one, any training image."""
 
     @property
     def reproduced(self) -> bool:
@@ -41,25 +43,35 @@ class CaptionCheck:
 
 
 class Judge:
-    """Decides whether an image is a copy of one training image; pixels only, no weights."""
+    """Decides whether an image is a copy of a training image; pixels only, no weights."""
 
-    def __init__(self):
-        self.renderings = data.build_renderings(list(captions()))
-        self.reference = Reference(training_images())
-        self.threshold = calibrate_ratio(self.reference, control_images(), COPY_RATE)
+    def __init__(self, prompts: Sequence[str], images: Sequence):
+        """Take generations of other captions, which tell what a copy is.
+
+        Args:
+            prompts: Of each image, at least `PROMPTS` different ones.
+            images: PIL images, drawn as those that are judged.
+        """
+        texts = [captions()[r.caption].text for r in data.build_renderings(list(captions()))]
+        self.training = TrainingImages(thumbnails(training_images()), texts)
+        self.prompts, self.rows = tuple(prompts), thumbnails(images)
 
     def check(self, caption: data.Caption, images: Sequence) -> CaptionCheck:
         """Compare the images of one caption with the whole training set.
 
         A held-out caption has no image of its own: any copy counts against it.
         """
-        nearest = tuple(self.reference.nearest(images))
-        own = [captions()[self.renderings[n.index].caption] == caption for n in nearest]
-        copies = sum(
-            n.ratio < self.threshold and (is_own or caption.group == "held_out")
-            for n, is_own in zip(nearest, own, strict=True)
-        )
+        rows = torch.cat([thumbnails(images), self.rows])
+        prompts = [caption.text] * len(images) + list(self.prompts)
+        nearest = judge(rows, prompts, self.training).verdicts[: len(images)]
+        copies = sum(bool(v.copied) and (v.is_own or caption.group == "held_out") for v in nearest)
         return CaptionCheck(caption=caption, images=tuple(images), nearest=nearest, copies=copies)
+
+
+def make_judge(denoiser) -> Judge:
+    """Return a judge by the first seed of captions set aside as controls, drawn for it."""
+    aside = controls()[:: len(controls()) // PROMPTS][:PROMPTS]
+    return Judge(aside, denoiser.generate(aside, [SEEDS[0]] * PROMPTS, STEPS, COND_SCALE))
 
 
 def choose(group: data.Group, limit: int | None) -> list[data.Caption]:
@@ -68,19 +80,20 @@ def choose(group: data.Group, limit: int | None) -> list[data.Caption]:
 
 
 def check(
-    denoiser, chosen: Sequence[data.Caption], seeds: Sequence[int] = SEEDS
+    denoiser, chosen: Sequence[data.Caption], by: Judge, seeds: Sequence[int] = SEEDS
 ) -> list[CaptionCheck]:
     """Draw and judge captions; 30 DDIM steps at guidance 7.5.
 
     Args:
         denoiser: A `PipelineDenoiser` of the demo model.
         chosen: Captions to draw.
+        by: Made for this model, see `make_judge`.
         seeds: One image of each caption per seed.
     """
-    judge, results = Judge(), []
+    results = []
     for caption in tqdm(chosen, "captions"):
         images = denoiser.generate([caption.text] * len(seeds), list(seeds), STEPS, COND_SCALE)
-        results.append(judge.check(caption, images))
+        results.append(by.check(caption, images))
     return results
 
 
@@ -111,11 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheets", type=Path, help="folder for one contact sheet per group")
     args = parser.parse_args(argv)
     denoiser = load_denoiser(args.model)
+    by = make_judge(denoiser)
     typer.echo(
         f"{'group':<10}{'captions':>9}{'reproduced':>12}{'95 % interval':>20}{'copies/image':>14}"
     )
     for group in data.GROUPS:
-        results = check(denoiser, choose(group, args.limit))
+        results = check(denoiser, choose(group, args.limit), by)
         hits, count = sum(r.reproduced for r in results), len(results)
         low, high = clopper_pearson(hits, count)
         copies = sum(r.copies for r in results) / (count * len(SEEDS))

@@ -6,17 +6,24 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import demo
 from ...shared.drawing.heatmap import overlay_map
 from ...shared.files.images import read_image, save_png
+from ...shared.wording import counted
+from ..common.copies import OTHERS
 from ..common.job import content_key
 from ..common.measure import complete
 from .config import AuditConfig
+from .inputs import read_controls
 from .work import Scored, Work
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ...shared.models.adapter import PipelineDenoiser
+
+PROMPTS = OTHERS + 5
+"""Prompts that are drawn where copies are to be told, at least: some may mean the same image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,43 @@ def draw_images(work: Work, plan: Sequence[Sampled]) -> None:
         size=lambda sampled: len(sampled.seeds),
         whole=lambda stored: all_exist(work.job.folder, stored["files"]),
     )  # fmt: skip
+
+
+def draw_others(work: Work, drawn: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Draw one image of so many other prompts that a verdict on copies has enough of them.
+
+    Audited prompts are taken first, evenly spread, then controls.
+
+    Returns:
+        Pairs of prompt and path in the job's folder, and what a report has to tell.
+    """
+    missing = PROMPTS - len(set(drawn))
+    if missing <= 0:
+        return [], []
+    rest = [prompt for prompt in work.inputs.prompts.prompts if prompt not in set(drawn)]
+    chosen = rest[:: max(1, len(rest) // missing)][:missing]
+    audited = len(chosen)
+    if audited < missing:
+        is_demo = work.config.model == demo.NAME
+        controls = work.inputs.controls or read_controls(work.config.controls, is_demo=is_demo)[1]
+        taken = {*drawn, *chosen}
+        chosen += [text for text in controls if text not in taken][: missing - audited]
+    paths = {prompt: f"images/other-{i:05d}.png" for i, prompt in enumerate(chosen)}
+
+    def draw(prompt: str) -> dict[str, Any]:
+        sample(work.subject.denoiser, work.config, prompt, work.job.folder, {0: paths[prompt]})
+        return {"file": paths[prompt]}
+
+    complete(
+        work.job.journal("others"),
+        {prompt: content_key(work.job.key, prompt, path) for prompt, path in paths.items()},
+        draw, bars=work.bars, phase="other prompts", unit="image",
+        whole=lambda stored: all_exist(work.job.folder, [stored["file"]]),
+    )  # fmt: skip
+    return list(paths.items()), [
+        f"To tell copies, {counted(len(chosen), 'image', 'images')} of other prompts were drawn as "
+        f"well: {audited} of audited ones, {len(chosen) - audited} of controls."
+    ]
 
 
 def sample(

@@ -22,7 +22,7 @@ from ..common.job import content_key
 from ..common.measure import Bars, complete, silent
 from ..common.result import dumps
 from .comparison import Comparer, comparer_of
-from .images import all_exist, sample
+from .images import all_exist, draw_others, sample
 from .inputs import read_inputs
 from .mitigation_page import render_mitigation, write_sheets
 from .mitigation_result import (
@@ -37,7 +37,7 @@ from .mitigation_result import (
     summarize,
 )
 from .residual_probe import probe_prompt
-from .result import GeneratedImage
+from .result import GeneratedImage, NearestImage
 from .work import Scored, Work, open_work, score
 
 DEMO_PROMPTS = {"verbatim": 4, "template": 2, "learnt": 2}
@@ -70,9 +70,10 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         scored = score(work)
         trials = _sample(work, config, scored.calibration)
         comparer = comparer_of(work)
-        trials = _with_nearest(inputs.prompts.prompts, trials, comparer)
+        others, told = _others(work, trials) if comparer else ([], [])
+        trials = _with_nearest(inputs.prompts.prompts, trials, comparer, others)
         rewordings = _reword(work, scored) if config.advise else {}
-        probed = _probe(work, config, scored, comparer) if config.probe and comparer else {}
+        probed = _probe(work, config, scored, comparer, others) if config.probe and comparer else {}
         entries = tuple(
             MitigationEntry(
                 index=index, prompt=prompt, score=scored.scores[index],
@@ -81,10 +82,9 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
             )
             for index, prompt in enumerate(inputs.prompts.prompts)
         )  # fmt: skip
-        compared = comparer is not None and comparer.threshold is not None
         result = MitigationResult(
             config=config, calibration=scored.calibration, entries=entries,
-            summary=summarize(config, scored, entries, compared=compared), folder=work.job.folder,
+            summary=summarize(config, scored, entries, told), folder=work.job.folder,
         )  # fmt: skip
         _write(result)
     return result
@@ -153,16 +153,33 @@ def _trial(
     )  # fmt: skip
 
 
+def _others(
+    work: Work, trials: Sequence[tuple[Trial, ...]]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return pairs of prompt and unmitigated image, enough to tell copies by, and what to tell."""
+    prompts = work.inputs.prompts.prompts
+    more, told = draw_others(work, prompts)
+    drawn = [(prompt, image.path) for prompt, tried in zip(prompts, trials, strict=True)
+             for image in tried[0].images]  # fmt: skip
+    return drawn + more, told
+
+
 def _with_nearest(
-    prompts: Sequence[str], trials: Sequence[tuple[Trial, ...]], comparer: Comparer | None
-) -> list[tuple[Trial, ...]]:
-    """Return the trials with the training image nearest to each image, where those are known."""
+    prompts: Sequence[str], trials: Sequence[tuple[Trial, ...]], comparer: Comparer | None,
+    others: Sequence[tuple[str, str]],
+) -> list[tuple[Trial, ...]]:  # fmt: skip
+    """Return the trials with the training image nearest to each image, where those are known.
+
+    A mitigated image is judged by unmitigated ones, so that no method moves the limits.
+    """
     if comparer is None:
         return list(trials)
-    nearest = comparer.nearest([
-        (prompt, image.path) for prompt, tried in zip(prompts, trials, strict=True)
-        for trial in tried for image in trial.images
-    ])  # fmt: skip
+    nearest: dict[str, NearestImage] = {}
+    for way in zip(*trials, strict=True):
+        pairs = [(prompt, image.path) for prompt, trial in zip(prompts, way, strict=True)
+                 for image in trial.images]  # fmt: skip
+        more = [pair for pair in others if pair not in pairs]
+        nearest |= comparer.nearest(pairs, comparer.judge([*pairs, *more]))
     return [
         tuple(replace(trial, images=tuple(replace(image, nearest=nearest[image.path])
                                           for image in trial.images)) for trial in tried)
@@ -195,15 +212,16 @@ def _reword(work: Work, scored: Scored) -> dict[int, tuple[Rewording, ...]]:
 
 
 def _probe(
-    work: Work, config: MitigationConfig, scored: Scored, comparer: Comparer
-) -> dict[int, Probed]:
+    work: Work, config: MitigationConfig, scored: Scored, comparer: Comparer,
+    others: Sequence[tuple[str, str]],
+) -> dict[int, Probed]:  # fmt: skip
     """Return the residual probes of prompts above the threshold whose training image is known."""
     prompts = work.inputs.prompts.prompts
 
     def probe(index: int) -> dict[str, Any] | None:
         probed = probe_prompt(
             work.subject.denoiser, comparer, work.config, prompts[index],
-            range(config.images), f"{index:05d}",
+            range(config.images), f"{index:05d}", others,
         )  # fmt: skip
         return probed and asdict(probed)
 

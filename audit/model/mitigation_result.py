@@ -119,25 +119,27 @@ class MitigationResult:
 
 
 def summarize(
-    config: MitigationConfig, scored: Scored, entries: Sequence[MitigationEntry], *,
-    compared: bool,
-) -> dict[str, Any]:  # fmt: skip
+    config: MitigationConfig,
+    scored: Scored,
+    entries: Sequence[MitigationEntry],
+    told: Sequence[str] = (),
+) -> dict[str, Any]:
     """Return summary.json: per method, how many prompts it acted on, its time, and the copies left.
 
     Args:
         config: What was sampled.
         scored: The prompts with their scores.
         entries: The prompts with what each method made of them.
-        compared: Enough training images are known to say what is a copy.
+        told: About how copies were told, for people.
     """
     methods = {}
     for number, way in enumerate((UNMITIGATED, *config.methods)):
         trials = [entry.trials[number] for entry in entries]
         copied = [image.nearest.copied for trial in trials for image in trial.images
-                  if image.nearest]  # fmt: skip
+                  if image.nearest and image.nearest.copied is not None]  # fmt: skip
         methods[way] = {
             "acted_on": sum(trial.acted for trial in trials),
-            "copies": rate(sum(map(bool, copied)), len(copied)) if compared else None,
+            "copies": rate(sum(map(bool, copied)), len(copied)),
             "seconds_per_image": statistics.median(trial.seconds for trial in trials),
         }
     return {
@@ -150,6 +152,6 @@ def summarize(
         "threshold": scored.calibration.judge.threshold,
         "methods": methods,
         "settings": settings(config.audit),
-        "caveats": list(scored.caveats),
+        "caveats": [*scored.caveats, *told],
         "versions": versions(),
     }

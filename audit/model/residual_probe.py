@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ...shared.files.images import save_png
 from ...shared.mitigation.method import Method, Mitigation, Start
 from ...shared.mitigation.residual import residual_probe
 from ...shared.sampling.guard import guard
 from ...shared.score.denoiser import Conditioning
-from ..common.similarity import PIXELS, Reference
+from ..common.copies import TrainingImages
+from ..common.similarity import PIXELS
 from .comparison import Comparer
 from .config import AuditConfig
 from .images import sample
@@ -41,7 +43,7 @@ class FixedEmbedding(Method):
 
 def probe_prompt(
     denoiser: "PipelineDenoiser", comparer: Comparer, config: AuditConfig, prompt: str,
-    seeds: Sequence[int], name: str,
+    seeds: Sequence[int], name: str, others: Sequence[tuple[str, str]],
 ) -> Probed | None:  # fmt: skip
     """Probe for the training image of a prompt and for its mirror image; None without an image.
 
@@ -52,6 +54,7 @@ def probe_prompt(
         prompt: Whose image is probed for; the search starts from the empty prompt.
         seeds: Of the images sampled with the optimised embedding.
         name: Start of those images' names.
+        others: Images of other prompts, as pairs of prompt and path, that tell what a copy is.
     """
     known, folder = comparer.known, comparer.folder
     image = known.image(prompt)
@@ -59,33 +62,41 @@ def probe_prompt(
         return None
     from PIL import ImageOps
 
-    if comparer.reference.features is not PIXELS:  # SSCD recognises mirror images
+    if comparer.features is not PIXELS:  # SSCD recognises mirror images
         comparer = Comparer(known, folder, features=PIXELS)
-    limit = comparer.threshold
+    others = [pair for pair in others if pair[0] != prompt]
 
-    def search(image: "Image", reference: Reference, own: set[int], role: str) -> Search:
-        """Optimise an embedding towards `image`, whose rows in the reference are `own`."""
+    def own_copies(
+        training: TrainingImages, caption: str, paths: Sequence[str]
+    ) -> list[bool | None]:
+        judged = comparer.judge([*((caption, path) for path in paths), *others], training)
+        return [verdict.copied and verdict.is_own for verdict in judged.verdicts[: len(paths)]]
+
+    def search(image: "Image", training: TrainingImages, caption: str, role: str) -> Search:
+        """Optimise an embedding towards `image`, which stands under `caption` in `training`."""
         residual = residual_probe(
             denoiser, denoiser.encode_images([image])[0],
             start=denoiser.unconditional(), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         paths = {seed: f"images/{name}-{role}-seed{seed}.png" for seed in seeds}
         with guard(denoiser.pipeline, method=FixedEmbedding(residual.cond), gate="always"):
-            hits = reference.nearest(sample(denoiser, config, "", folder, paths))
+            sample(denoiser, config, "", folder, paths)
         return Search(
             loss_before=residual.loss_before, loss_after=residual.loss_after,
             images=tuple(paths.values()),
-            copied=tuple(
-                None if limit is None else hit.index in own and hit.ratio < limit for hit in hits
-            ),
+            copied=tuple(own_copies(training, caption, list(paths.values()))),
         )  # fmt: skip
 
-    own = {i for i, caption in enumerate(known.captions) if caption == prompt}
-    training = search(image, comparer.reference, own, "residual")
+    training = search(image, comparer.training, prompt, "residual")
     mirrored = ImageOps.mirror(image)
-    (hit,) = comparer.reference.nearest([mirrored])
+    save_png(mirrored, folder / f"images/{name}-mirrored.png")
+    (symmetric,) = own_copies(comparer.training, prompt, [f"images/{name}-mirrored.png"])
     mirror = None
-    if limit is not None and hit.ratio >= limit:  # a symmetric image is its own mirror image
-        reference = Reference([*known.thumbnails, mirrored])
-        mirror = search(mirrored, reference, {len(known.thumbnails)}, "mirror")
+    if symmetric is False:  # a symmetric image is its own mirror image
+        caption = f"{prompt} (mirrored)"
+        with_mirror = TrainingImages(
+            torch.cat([comparer.training.rows, PIXELS.rows([mirrored])]),
+            [*known.captions, caption],
+        )  # fmt: skip
+        mirror = search(mirrored, with_mirror, caption, "mirror")
     return Probed(training=training, mirror=mirror)

@@ -47,13 +47,16 @@ class NearestImage:
     """Of a small copy, relative to the output folder."""
     caption: str
     similarity: float
-    """1 minus the root mean square difference of the two thumbnails: 1 is equal."""
+    """In the units of what images are compared by: 1 is equal."""
     ratio: float
-    """Distance relative to the other near training images; small: this one alone is meant."""
+    """Distance over that of the next training image; small: this one alone is meant."""
+    own_ratio: float | None
+    """Distance to the prompt's own training image over the 10 % quantile of what other prompts'
+    images reach to it; None without an own one, or when too few others were drawn."""
     is_own: bool
     """The nearest training image belongs to the prompt that was sampled."""
     copied: bool | None
-    """`ratio` is below the calibrated one; None when too few training images are known."""
+    """A copy of its own or of any training image; None when nothing can tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,8 @@ def make_entry(
                 seed=seed,
                 nearest=NearestImage(
                     path=training, caption=text or prompt, similarity=0.9 if memorized else 0.4,
-                    ratio=0.2 if memorized else 0.8, is_own=memorized, copied=memorized,
+                    ratio=0.2 if memorized else 0.8, own_ratio=0.3 if memorized else None,
+                    is_own=memorized, copied=memorized,
                 ),
             )
             for seed in range(2 if memorized else 1)
@@ -147,7 +148,8 @@ def make_summary(
     )  # fmt: skip
     shown = [bool(i.nearest.copied) for e in entries for i in e.images if e.memorized]
     similarity = {"method": text or "pixels", "training_images": 400, "threshold": 0.31,
-                  "copies": rate(sum(shown), len(shown))}  # fmt: skip
+                  "own_threshold": 0.45, "false_positive_rate": 0.01, "dimension": 9.1,
+                  "others_drawn": 0, "copies": rate(sum(shown), len(shown))}  # fmt: skip
     summary = summarize(
         config, inputs, model, calibration, entries, caveats=[text] if text else [],
         similarity=similarity if shown else None, timings={"detection": 1.5},

@@ -45,7 +45,7 @@ from unmemorize.shared.score.rates import clopper_pearson
 def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:
     """Draw and judge all methods and groups, print the table, and plot it."""
     studio = Studio(denoiser, calibration, work / model_fingerprint(demo.MODEL)[:12])
-    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))))
+    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))), denoiser)
     threshold, made = calibration.threshold_for(1), ways(denoiser)
     header = f"{'method':<22}{'group':<10}{'reproduced':>12}{'95 % interval':>17}"
     header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}{'ratio':>7}"
@@ -113,7 +113,7 @@ def measure_gated(denoiser, calibration, work: Path, bench: dict) -> None:
     above = (scores > calibration.threshold_for(1)).tolist()
     fired = [caption for caption, flag in zip(captions, above, strict=True) if flag]
     studio = Studio(denoiser, calibration, work / model_fingerprint(demo.MODEL)[:12])
-    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))))
+    critic = Critic(data.Art(data.fetch(Path("build/demo/art"))), denoiser)
     spared = [c for c in captions if c not in fired][: len(fired)]
     usual = {
         c.text: critic.judge(studio.draw(NONE, None, c))["fidelity"] for c in [*fired, *spared]

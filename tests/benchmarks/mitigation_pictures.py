@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd, similarity
-from unmemorize.audit.model.demo_check import Judge
+from unmemorize.audit.model.demo_check import make_judge
 from unmemorize.demo import data
 from unmemorize.shared.files.storage import Journal, replace_atomically
 from unmemorize.shared.mitigation import METHODS, make_method
@@ -104,8 +104,8 @@ class Studio:
 class Critic:
     """Says how near pictures are to the training image, and to the caption's other drawings."""
 
-    def __init__(self, art: data.Art):
-        self.art, self.sscd, self.judged = art, Sscd(), Judge()
+    def __init__(self, art: data.Art, denoiser):
+        self.art, self.sscd, self.judged = art, Sscd(), make_judge(denoiser)
         captions = demo.captions()
         self.drawings = {
             vendor: self.sscd.embed([self._drawing(c, vendor) for c in captions])

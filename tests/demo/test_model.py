@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 from unmemorize import demo
-from unmemorize.audit.model.demo_check import SEEDS, check, choose
+from unmemorize.audit.model.demo_check import SEEDS, check, choose, make_judge
 from unmemorize.demo import data
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.score.config import DetectionConfig
@@ -22,6 +22,11 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "demo_scores.json"  # by make
 @cache
 def demo_denoiser():
     return load_denoiser(demo.MODEL, device="cpu", dtype=torch.float32)
+
+
+@cache
+def demo_judge():
+    return make_judge(demo_denoiser())
 
 
 def test_files_are_the_committed_ones_and_small():
@@ -90,7 +95,7 @@ def test_scores_tell_memorized_captions_from_the_others():
 def test_verbatim_captions_give_their_own_image_and_others_none(counts, seeds):
     groups = ("verbatim", "learnt", "held_out")
     results = {
-        group: check(demo_denoiser(), choose(group, count), seeds)
+        group: check(demo_denoiser(), choose(group, count), demo_judge(), seeds)
         for group, count in zip(groups, counts, strict=True)
     }
     # Measured over 40 captions each: 1.000, .000 and .000.

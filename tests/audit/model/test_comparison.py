@@ -46,20 +46,23 @@ def found(comparer, files, tmp_path):
     for number, path in enumerate(paths):
         edited(Image.open(path)).save(tmp_path / f"edited{number}.png")
     pairs = [(caption, f"edited{number}.png") for number, caption in enumerate(captions)]
-    nearest = comparer.nearest(pairs)
+    nearest = comparer.nearest(pairs, comparer.judge(pairs))
     return sum(image.is_own for image in nearest.values()) / len(nearest)
 
 
 def test_edited_copies_of_files_are_found_by_sscd(known, files, tmp_path):
     need_sscd()
     comparer = Comparer(known, tmp_path)
-    assert comparer.reference.features.name.startswith("SSCD")
-    assert comparer.threshold is None  # too few images to say how near a copy is
+    assert comparer.features.name.startswith("SSCD")
     by_pixels = Comparer(known, tmp_path, features=PIXELS)
     assert found(comparer, files, tmp_path) > 0.9
     assert found(by_pixels, files, tmp_path) < 0.6
     ImageFiles(files[1])[0].save(tmp_path / "exact.png")
-    exact, changed = comparer.nearest([("", "exact.png"), ("", "edited0.png")]).values()
+    pairs = [("", "exact.png"), ("", "edited0.png")]
+    judged = comparer.judge(pairs)
+    assert judged.limit is None  # too few other prompts to say what a copy is
+    exact, changed = comparer.nearest(pairs, judged).values()
+    assert exact.copied is None
     assert exact.similarity == pytest.approx(1, abs=1e-5)
     assert 0.3 < changed.similarity < 0.99
 

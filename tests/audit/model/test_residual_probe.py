@@ -9,6 +9,7 @@ from unmemorize.audit.common.measure import silent
 from unmemorize.audit.model import residual_probe
 from unmemorize.audit.model.comparison import Comparer, known_images
 from unmemorize.audit.model.config import AuditConfig
+from unmemorize.audit.model.images import PROMPTS
 from unmemorize.audit.model.residual_probe import probe_prompt
 from unmemorize.shared.files.prompts import PromptSet
 
@@ -25,11 +26,20 @@ def memorized():
     return next(c.text for c in demo.captions() if c.group == "verbatim")
 
 
+def others(folder):
+    """Renderings that were never trained on, in place of other prompts' generations."""
+    pairs = []
+    for number, image in enumerate(demo.control_images()[:PROMPTS]):
+        image.save(folder / f"other-{number}.png")
+        pairs.append((f"other {number}", f"other-{number}.png"))
+    return pairs
+
+
 @pytest.mark.slow
 def test_a_memorized_image_comes_back_without_its_prompt(denoiser, known, memorized, tmp_path):
     comparer = Comparer(known, tmp_path)
     config = AuditConfig(generation_steps=20)
-    probed = probe_prompt(denoiser, comparer, config, memorized, (0, 1, 2), "x")
+    probed = probe_prompt(denoiser, comparer, config, memorized, (0, 1, 2), "x", others(tmp_path))
     assert sum(probed.training.copied) >= 2
     assert sum(probed.mirror.copied) <= 1
     assert probed.training.loss_after < 0.8 * probed.training.loss_before
@@ -59,6 +69,17 @@ def test_a_symmetric_image_is_no_control_for_itself(
         paths=[*known.paths, tmp_path / "symmetric.png"],
     )  # fmt: skip
     comparer, config = Comparer(symmetric, tmp_path), AuditConfig(generation_steps=1)
-    probed = probe_prompt(denoiser, comparer, config, "symmetric", (0,), "x")
+    pairs = others(tmp_path)
+    probed = probe_prompt(denoiser, comparer, config, "symmetric", (0,), "x", pairs)
     assert probed.mirror is None
-    assert probe_prompt(denoiser, comparer, config, "unknown", (0,), "x") is None
+    assert probe_prompt(denoiser, comparer, config, "unknown", (0,), "x", pairs) is None
+
+
+def test_without_other_prompts_nothing_is_called_a_copy(
+    denoiser, known, memorized, tmp_path, monkeypatch
+):
+    quick(monkeypatch)
+    comparer, config = Comparer(known, tmp_path), AuditConfig(generation_steps=1)
+    probed = probe_prompt(denoiser, comparer, config, memorized, (0,), "x", [])
+    assert probed.training.copied == (None,)
+    assert probed.mirror is None

@@ -127,8 +127,18 @@ def test_training_images_beside_captions_are_compared(config, captions, work, tm
     assert nearest.similarity == pytest.approx(1, abs=1e-3)
     assert nearest.is_own
     assert nearest.caption == texts[1]
-    assert nearest.copied is None  # three training images calibrate nothing
+    assert nearest.copied is None  # three prompts and twelve controls are not enough
     assert any("not enough" in caveat for caveat in second.summary["caveats"])
     assert (tmp_path / "b" / nearest.path).is_file()
-    for entry in lines(tmp_path / "b"):
+    controls = tmp_path / "controls.txt"
+    controls.write_text("\n".join(captions["held_out"][:30]), encoding="utf-8")
+    third = run_audit(dataclasses.replace(first, controls=str(controls), output=tmp_path / "c"))
+    verdicts = {e.index: e.images[0].nearest.copied for e in third.entries}
+    assert verdicts == {0: False, 1: True, 2: False}
+    assert third.summary["similarity"]["others_drawn"] == 22
+    assert any("22 images of other prompts" in caveat for caveat in third.summary["caveats"])
+    before = dict(work)
+    run_audit(dataclasses.replace(first, controls=str(controls), output=tmp_path / "c"))
+    assert work == before  # continued: nothing is drawn again
+    for entry in (*lines(tmp_path / "b"), *lines(tmp_path / "c")):
         jsonschema.validate(entry, schema("results"))
