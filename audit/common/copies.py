@@ -1,7 +1,7 @@
 """Which generated images are copies of training images: two questions, two rules.
 
 *Is it a copy of its caption's own image?* When that image is the nearest one and lies nearer than
-`OWN_FACTOR` times the `OWN_QUANTILE` quantile of what *other* prompts' generations reach to that
+a fixed part of the `OWN_QUANTILE` quantile of what *other* prompts' generations reach to that
 very image. The quantile is the image's own yardstick: everything is near to a pale image.
 
 *Is it a copy of any training image?* The more images are compared, the nearer the nearest lies by
@@ -24,14 +24,11 @@ from torch import Tensor
 
 from ...shared.arrays import Float
 
-OWN_FACTOR = 0.45
 OWN_QUANTILE = 0.1
 OTHERS = 20
 """Other prompts whose generations a verdict needs, at least."""
 RATE = 0.01
 """Share of the generations that copy nothing but are called copies of *any* image, at most."""
-LIMIT = 0.5
-"""The second nearest image is at least twice as far from any copy, however many dimensions."""
 IMAGES = 8
 """Training images that the rule of any image needs, at least."""
 NEIGHBOURS, FEWEST = 12, 4
@@ -43,6 +40,16 @@ mean square difference of about 4 % of the range."""
 SAMPLE = 500
 """Training images that a median distance is taken over, at most."""
 TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How near a copy is, in one kind of features; fixed on models with known truth."""
+
+    own_factor: float
+    """Of the own image's quantile."""
+    ratio: float
+    """Of the nearest to the second nearest image, at most, however many dimensions there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +78,8 @@ class Judged:
 
     verdicts: tuple[Verdict, ...]
     limit: float | None
-    """`ratio` below which a generation is a copy of any image, at most `LIMIT`; None when too few
-    prompts or images could tell."""
+    """`ratio` below which a generation is a copy of any image, at most that of the bounds;
+    None when too few prompts or images could tell."""
     dimension: float | None
     """k: the number of dimensions in which training images lie around generations."""
 
@@ -138,8 +145,8 @@ class TrainingImages:
 def dimension_around(
     distances: Float[Tensor, " generation image"], ordered: Tensor,
     training: TrainingImages,
-) -> tuple[float, int] | None:  # fmt: skip
-    """Return k, and from how many spacings; None when there are too few distinct images.
+) -> tuple[float | None, int]:  # fmt: skip
+    """Return k, None when there are too few distinct images, and from how many spacings.
 
     Of few images only the nearest quarter is used: farther out the density falls, and k with it.
     """
@@ -148,7 +155,7 @@ def dimension_around(
     for row, order in zip(distances, ordered, strict=True):
         near = row[training.distinct(order, count)].double().clamp_min(TINY)
         if len(near) < FEWEST:
-            return None
+            return None, 0
         spacings.append(torch.arange(2, len(near)) * (near[2:] / near[1:-1]).log())
     every = torch.cat(spacings)
     return 1 / every.mean().clamp_min(TINY).item(), len(every)
@@ -196,7 +203,7 @@ class _Yardstick:
 
 def judge(
     generated: Float[Tensor, " generation number"], prompts: Sequence[str],
-    training: TrainingImages, *, rate: float = RATE,
+    training: TrainingImages, bounds: Bounds, *, rate: float = RATE,
 ) -> Judged:  # fmt: skip
     """Say which generations are copies; they are each other's yardstick, so give all at once.
 
@@ -204,15 +211,16 @@ def judge(
         generated: Features as those of the training images.
         prompts: Of each generation; its own images have the same text as caption.
         training: The images to compare with.
+        bounds: Of these features.
         rate: Of generations that copy nothing but are called copies of any image, in (0, 1).
     """
     distances = torch.cdist(generated, training.rows)
     ordered = distances.argsort(dim=1, stable=True)
     ratios = [training.standing_out(*pair) for pair in zip(ordered, distances, strict=True)]
-    around = None
+    dimension = limit = None
     if len(set(prompts)) > OTHERS and len(training.rows) >= IMAGES:
-        around = dimension_around(distances, ordered, training)
-    limit = around and min(LIMIT, ratio_limit(*around, rate))
+        dimension, spacings = dimension_around(distances, ordered, training)
+        limit = dimension and min(bounds.ratio, ratio_limit(dimension, spacings, rate))
     copies = [limit is not None and ratio < limit for ratio in ratios]
     nearest = ordered[:, 0].tolist()
     taken = [index if copy else None for index, copy in zip(nearest, copies, strict=True)]
@@ -226,10 +234,10 @@ def judge(
             if quantile := yardstick.quantile(best):
                 own_ratio = float(distances[number, best]) / quantile
         if is_own and own_ratio is not None:
-            copied = copied or own_ratio < OWN_FACTOR
+            copied = copied or own_ratio < bounds.own_factor
         unknown = own_ratio is None if own else limit is None
         verdicts.append(Verdict(
             index=index, distance=float(distances[number, index]), ratio=ratios[number],
             is_own=is_own, own_ratio=own_ratio, copied=None if unknown and not copied else copied,
         ))  # fmt: skip
-    return Judged(verdicts=tuple(verdicts), limit=limit, dimension=around and around[0])
+    return Judged(verdicts=tuple(verdicts), limit=limit, dimension=dimension)

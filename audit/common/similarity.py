@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...shared.arrays import Float
 from ...shared.score.detection import Progress
+from .copies import Bounds
 
 SIDE = 32
 
@@ -22,6 +23,8 @@ class Features:
     """From PIL images, and `progress=` as in detection, to [image number]."""
     similarity: Callable[[float], float]
     """From the Euclidean distance of two rows; 1 for equal images."""
+    bounds: Bounds
+    """How near is a copy."""
 
 
 def thumbnails(
@@ -43,6 +46,7 @@ PIXELS = Features(
     name=f"pixels: 1 minus the root mean square difference of {SIDE} x {SIDE} thumbnails",
     rows=thumbnails,
     similarity=lambda distance: 1 - distance / (3 * SIDE**2) ** 0.5,
+    bounds=Bounds(own_factor=0.45, ratio=0.5),
 )
 
 
@@ -58,4 +62,5 @@ def sscd_features() -> Features:
         name="SSCD (distilled): cosine of the embeddings",
         rows=Sscd().embed,
         similarity=lambda distance: 1 - distance**2 / 2,  # of unit vectors
+        bounds=Bounds(own_factor=0.75, ratio=0.9),  # distances differ little in many dimensions
     )

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from ... import demo
 from ...shared.files.images import ImageFiles, read_image, save_png
 from ...shared.files.prompts import PromptSet
 from ...shared.wording import counted
-from ..common.copies import IMAGES, OTHERS, OWN_FACTOR, RATE, Judged, TrainingImages, judge
+from ..common.copies import IMAGES, OTHERS, RATE, Judged, TrainingImages, judge
 from ..common.job import content_key
 from ..common.measure import Bars, silent
 from ..common.similarity import PIXELS, SIDE, Features, sscd_features
@@ -116,6 +116,10 @@ class Comparer:
         with closing(bars("copies", len(images), 0, "image")) as bar:
             rows = self.features.rows(images, progress=bar.update)
         self.training = TrainingImages(rows, known.captions)
+        self.pixels: TrainingImages | None = None
+        """Blurred copies, which SSCD takes for others, are seen in pixels as well."""
+        if features is None and self.features is not PIXELS:
+            self.pixels = TrainingImages(PIXELS.rows(known.thumbnails), known.captions)
 
     def judge(
         self, sampled: Sequence[tuple[str, str]], training: TrainingImages | None = None
@@ -126,8 +130,19 @@ class Comparer:
             sampled: Pairs of prompt and path in the folder, those of other prompts among them.
             training: Others than the known training images.
         """
-        rows = self.features.rows([read_image(self.folder / path) for _, path in sampled])
-        return judge(rows, [prompt for prompt, _ in sampled], training or self.training)
+        images = [read_image(self.folder / path) for _, path in sampled]
+        rows = self.features.rows(images)
+        prompts = [prompt for prompt, _ in sampled]
+        judged = judge(rows, prompts, training or self.training, self.features.bounds)
+        if self.pixels is None:
+            return judged
+        seen = judge(PIXELS.rows(images), prompts, self.pixels, PIXELS.bounds)
+        return replace(judged, verdicts=tuple(
+            replace(one, copied=True, is_own=other.is_own, index=other.index,
+                    distance=float((row - self.training.rows[other.index]).norm()))
+            if other.copied and not one.copied else one
+            for one, other, row in zip(judged.verdicts, seen.verdicts, rows, strict=True)
+        ))  # fmt: skip
 
     def nearest(
         self, sampled: Sequence[tuple[str, str]], judged: Judged
@@ -216,10 +231,10 @@ def _compare(work: Work, plan: Sequence[Sampled]) -> dict[str, Any]:
         "nearest": {path: asdict(image) for path, image in nearest.items()},
         "copies": sorted({image.path for image in nearest.values()}),
         "summary": {
-            "method": comparer.features.name,
+            "method": comparer.features.name + ("; or in pixels" if comparer.pixels else ""),
             "training_images": len(comparer.known.thumbnails),
             "threshold": judged.limit,
-            "own_threshold": OWN_FACTOR,
+            "own_threshold": comparer.features.bounds.own_factor,
             "false_positive_rate": RATE,
             "dimension": judged.dimension,
             "others_drawn": len(others),

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...demo import MODEL, captions, controls, data, training_images
 from ...shared.score.rates import clopper_pearson
 from ..common.copies import TrainingImages, Verdict, judge
-from ..common.similarity import thumbnails
+from ..common.similarity import PIXELS, thumbnails
 from .images import PROMPTS
 
 SEEDS = (0, 1, 2, 3)
@@ -63,7 +63,7 @@ class Judge:
         """
         rows = torch.cat([thumbnails(images), self.rows])
         prompts = [caption.text] * len(images) + list(self.prompts)
-        nearest = judge(rows, prompts, self.training).verdicts[: len(images)]
+        nearest = judge(rows, prompts, self.training, PIXELS.bounds).verdicts[: len(images)]
         copies = sum(bool(v.copied) and (v.is_own or caption.group == "held_out") for v in nearest)
         return CaptionCheck(caption=caption, images=tuple(images), nearest=nearest, copies=copies)
 

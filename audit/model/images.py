@@ -112,7 +112,8 @@ def draw_others(work: Work, drawn: Sequence[str]) -> tuple[list[tuple[str, str]]
     )  # fmt: skip
     return list(paths.items()), [
         f"To tell copies, {counted(len(chosen), 'image', 'images')} of other prompts were drawn as "
-        f"well: {audited} of audited ones, {len(chosen) - audited} of controls."
+        f"well: {audited} of audited ones, {len(chosen) - audited} of controls. Where controls "
+        "show other things than the audited prompts, too much counts as a copy."
     ]
 
 

@@ -7,6 +7,7 @@ with --sheet ten pairs of each verdict. Other models: --models, see `copies_case
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from copies_cases import Case, Drawn, demo_case, draw, read_cases
 from PIL import Image, ImageDraw
 from unmemorize import demo
-from unmemorize.audit.common.copies import OWN_FACTOR, Judged, TrainingImages, judge
+from unmemorize.audit.common.copies import OTHERS, Bounds, Judged, TrainingImages, judge
 from unmemorize.audit.common.similarity import PIXELS, Features, sscd_features
 from unmemorize.audit.common.sscd import has_sscd
 from unmemorize.shared.score.calibration import clopper_pearson
@@ -27,26 +28,30 @@ COMMAND = "make bench NAME=copies"
 TILE, PAIRS, GAP = 96, 10, 6
 
 
-def figure(hits: float, n: int) -> dict[str, object] | None:
-    """Return a share with its Clopper-Pearson interval."""
+def figure(hits: int, n: int, draws: int) -> dict[str, object] | None:
+    """Return a share with its Clopper-Pearson interval: the same image in ten sets is one image."""
     if n == 0:
         return None
-    low, high = clopper_pearson(round(hits), n)
-    return {"value": hits / n, "low": low, "high": high, "n": n, "command": COMMAND}
+    distinct = n // draws
+    low, high = clopper_pearson(min(distinct, math.ceil(hits / draws)), distinct)
+    return {"value": hits / n, "low": low, "high": high, "n": distinct, "command": COMMAND}
 
 
-def shares(calls: Sequence[bool], truth: Sequence[bool]) -> dict[str, dict[str, object] | None]:
+def shares(
+    calls: Sequence[bool], truth: Sequence[bool], draws: int = 1
+) -> dict[str, dict[str, object] | None]:
     """Return recall and false-positive rate of calls."""
     pairs = list(zip(calls, truth, strict=True))
+    wrong, right = (sum(c for c, t in pairs if t is side) for side in (False, True))
     return {
-        "recall": figure(sum(c for c, t in pairs if t), sum(truth)),
-        "false_positive_rate": figure(sum(c for c, t in pairs if not t), len(truth) - sum(truth)),
+        "recall": figure(right, sum(truth), draws),
+        "false_positive_rate": figure(wrong, len(truth) - sum(truth), draws),
     }
 
 
-def by_own(judged: Judged) -> list[bool]:
+def by_own(judged: Judged, bounds: Bounds) -> list[bool]:
     """Return which generations copy their caption's own image."""
-    return [v.is_own and v.own_ratio is not None and v.own_ratio < OWN_FACTOR
+    return [v.is_own and v.own_ratio is not None and v.own_ratio < bounds.own_factor
             for v in judged.verdicts]  # fmt: skip
 
 
@@ -59,8 +64,13 @@ class Rows:
     """Features of a case's generations and training images."""
 
     def __init__(self, case: Case, drawn: Drawn, features: Features):
-        self.case, self.drawn = case, drawn
-        self.generated, self.training = features.rows(drawn.images), features.rows(case.images)
+        self.case, self.drawn, self.features = case, drawn, features
+        self.training = features.rows(case.images)
+        # SSCD takes a thumbnail and the same image in full size for two.
+        size = case.images[0].size
+        self.generated = features.rows(
+            [i.resize(size, Image.Resampling.BOX) if i.width > size[0] else i for i in drawn.images]
+        )
 
     def judge(self, kept: Sequence[int], extra: torch.Tensor | None = None) -> Judged:
         """Judge all generations against some of the training images, and others that none means."""
@@ -69,7 +79,9 @@ class Rows:
         if extra is not None:
             rows = torch.cat([rows, extra])
             captions += [f"extra {i}" for i in range(len(extra))]
-        return judge(self.generated, self.drawn.prompts, TrainingImages(rows, captions))
+        return judge(
+            self.generated, self.drawn.prompts, TrainingImages(rows, captions), self.features.bounds
+        )
 
 
 def measure_own(rows: Rows, key: str, bench: dict) -> None:
@@ -77,7 +89,7 @@ def measure_own(rows: Rows, key: str, bench: dict) -> None:
     has_own = set(rows.case.captions)
     judged = rows.judge(range(len(rows.training)))
     told = [i for i, prompt in enumerate(rows.drawn.prompts) if prompt in has_own]
-    calls, truth = by_own(judged), rows.drawn.copied
+    calls, truth = by_own(judged, rows.features.bounds), rows.drawn.copied
     line = shares([calls[i] for i in told], [truth[i] for i in told])
     record(bench, key, line)
 
@@ -98,7 +110,8 @@ def measure_any(rows: Rows, size: int, key: str, bench: dict) -> None:
         return [of[i] for i in torch.randperm(len(of), generator=generator)[:count].tolist()]
 
     calls, truth = [], []
-    for _ in range(DRAWS if size < len(first) else 1):
+    draws = DRAWS if size < len(first) else 1
+    for _ in range(draws):
         kept = some(first, size)
         kept += some(rest, size - len(kept))
         extra = None
@@ -107,7 +120,27 @@ def measure_any(rows: Rows, size: int, key: str, bench: dict) -> None:
         inside = {case.captions[i] for i in kept}
         calls += by_any(rows.judge(kept, extra))
         truth += [c and p in inside for c, p in zip(drawn.copied, drawn.prompts, strict=True)]
-    record(bench, f"{key}.{size}", shares(calls, truth))
+    record(bench, f"{key}.{size}", shares(calls, truth, draws))
+
+
+def measure_few(rows: Rows, key: str, bench: dict) -> None:
+    """Print the rule of the own image with as few other prompts as it accepts."""
+    generator = torch.Generator().manual_seed(0)
+    training, drawn = TrainingImages(rows.training, rows.case.captions), rows.drawn
+    names = sorted({p for p in drawn.prompts if p in training.own})
+    calls, truth = [], []
+    for name in names:
+        others = sorted({p for p in drawn.prompts if p != name})
+        chosen = {others[i] for i in torch.randperm(len(others), generator=generator)[:OTHERS]}
+        kept = [i for i, p in enumerate(drawn.prompts) if p == name or p in chosen]
+        judged = judge(
+            rows.generated[kept], [drawn.prompts[i] for i in kept], training, PIXELS.bounds
+        )
+        for place, call in zip(kept, by_own(judged, PIXELS.bounds), strict=True):
+            if drawn.prompts[place] == name:
+                calls.append(call)
+                truth.append(drawn.copied[place])
+    record(bench, key, shares(calls, truth))
 
 
 def measure_renderings(rows: Rows, bench: dict) -> None:
@@ -120,7 +153,9 @@ def measure_renderings(rows: Rows, bench: dict) -> None:
         pool = torch.cat([rows.training, more])
         pool = pool[torch.randperm(len(pool), generator=generator)[:size]]
         training = TrainingImages(pool, [f"image {i}" for i in range(size)])
-        judged = judge(generated, [f"rendering {i}" for i in range(len(images))], training)
+        judged = judge(
+            generated, [f"rendering {i}" for i in range(len(images))], training, PIXELS.bounds
+        )
         line = shares(by_any(judged), [False] * len(images))
         record(bench, f"grid.copies_any.{demo.NAME}.renderings.{size}", line)
 
@@ -219,6 +254,7 @@ def measure(case: Case, drawn: Drawn, bench: dict) -> None:
         measure_rivals(rows, case.name, name, bench)
         if case.name == demo.NAME and name == "pixels":
             measure_renderings(rows, bench)
+            measure_few(rows, f"grid.copies.{case.name}.others_{OTHERS}", bench)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,15 +11,19 @@ from unmemorize.audit.common.copies import (
     FEWEST,
     NEIGHBOURS,
     OTHERS,
-    OWN_FACTOR,
     OWN_QUANTILE,
+    Bounds,
     TrainingImages,
-    judge,
     ratio_limit,
 )
 from unmemorize.shared.score.calibration import clopper_pearson
 
 DIMENSIONS = 8
+BOUNDS = Bounds(own_factor=0.45, ratio=0.5)
+
+
+def judge(generated, asked, training, bounds=BOUNDS):
+    return copies.judge(generated, asked, training, bounds)
 
 
 def points(count, seed=0, dimensions=DIMENSIONS):
@@ -128,7 +132,7 @@ def test_prompts_that_ask_for_the_same_image_do_not_hide_it(scene):
         training = TrainingImages(torch.cat([images, more]), [*captions, *texts])
         judged = judge(torch.cat([generated, back]), [*asked, *names], training)
         assert judged.verdicts[0].copied
-        assert judged.verdicts[0].own_ratio < OWN_FACTOR
+        assert judged.verdicts[0].own_ratio < BOUNDS.own_factor
         assert called(judged)[-20:] == [True] * 20
 
 
@@ -168,7 +172,7 @@ def test_captions_mixed_up_at_random_own_nothing():
     images, generated = points(100), points(200, seed=1)
     captions = prompts(100, "caption")
     judged = judge(generated, captions * 2, TrainingImages(images, captions))
-    own = [v for v in judged.verdicts if v.is_own and v.own_ratio < OWN_FACTOR]
+    own = [v for v in judged.verdicts if v.is_own and v.own_ratio < BOUNDS.own_factor]
     assert len(own) == 0
     low, _ = clopper_pearson(sum(called(judged)), 200)
     assert low < 0.01
@@ -178,9 +182,11 @@ def test_captions_mixed_up_at_random_own_nothing():
 @pytest.mark.parametrize("dimensions", [3, 8, 20])
 @pytest.mark.parametrize("images", [10, 100, 1000, pytest.param(10000, marks=pytest.mark.slow)])
 def test_one_in_a_hundred_is_called_a_copy_of_any_whatever_their_number(
-    images, dimensions, spread, monkeypatch
+    images,
+    dimensions,
+    spread,
 ):
-    monkeypatch.setattr(copies, "LIMIT", 1.0)  # the theory alone
+    theory_alone = Bounds(own_factor=0.45, ratio=1.0)
     generator = torch.Generator().manual_seed(dimensions)
     make = torch.rand if spread == "cube" else torch.randn
     wrong = count = 0
@@ -188,7 +194,9 @@ def test_one_in_a_hundred_is_called_a_copy_of_any_whatever_their_number(
         training = TrainingImages(
             make(images, dimensions, generator=generator), prompts(images, "caption")
         )
-        verdicts = called(judge(make(150, dimensions, generator=generator), prompts(150), training))
+        verdicts = called(
+            judge(make(150, dimensions, generator=generator), prompts(150), training, theory_alone)
+        )
         wrong, count = wrong + sum(verdicts), count + len(verdicts)
     low, _ = clopper_pearson(wrong, count)
     assert low <= 0.01
