@@ -230,7 +230,7 @@ def draw_sheet(case: Case, drawn: Drawn, judged: Judged, path: Path) -> None:
                 corner = GAP + column * (TILE + GAP), top + 18 + row * TILE
                 sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), corner)
         top += 2 * TILE + 18 + 2 * GAP
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def spread(places: list[int], judged: Judged) -> list[int]:
