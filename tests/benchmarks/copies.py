@@ -18,7 +18,7 @@ from unmemorize import demo
 from unmemorize.audit.common.copies import OTHERS, Bounds, Judged, TrainingImages, judge
 from unmemorize.audit.common.similarity import PIXELS, Features, sscd_features
 from unmemorize.audit.common.sscd import has_sscd
-from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.score.rates import clopper_pearson
 
 SIZES = (10, 100, 280, 1000, 10000)
 """Numbers of training images that a generation is compared with."""

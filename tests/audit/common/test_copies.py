@@ -16,7 +16,7 @@ from unmemorize.audit.common.copies import (
     TrainingImages,
     ratio_limit,
 )
-from unmemorize.shared.score.calibration import clopper_pearson
+from unmemorize.shared.score.rates import clopper_pearson
 
 DIMENSIONS = 8
 BOUNDS = Bounds(own_factor=0.45, ratio=0.5)
