@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..arrays import Float
-from ..score.denoiser import Conditioning, Token
+from ..score.denoiser import Conditioning, TextInputs, Token
 from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.files import CARRIERS
 from .quiet import quiet
+from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
 
 if TYPE_CHECKING:
@@ -136,11 +137,34 @@ class PipelineDenoiser:
             if tokenizer is None:  # an encoder that was left out: zeros stand there
                 tokens += (Token(text="", word=None),) * (positions - len(tokens))
                 continue
-            convert = getattr(self.pipeline, "maybe_convert_prompt", _as_typed)
-            reading = read(tokenizer, prompt, length, partial(convert, tokenizer=tokenizer))
+            reading = self._read_by(tokenizer, prompt, length)
             tokens += reading.tokens
             first_cut = max(first_cut, reading.first_cut)  # what no encoder reads is cut
         return Reading(tokens=tokens, first_cut=first_cut)
+
+    def _read_by(self, tokenizer: Any, prompt: str, length: int) -> Reading:
+        """Return what one tokenizer puts at each of `length` positions."""
+        convert = getattr(self.pipeline, "maybe_convert_prompt", _as_typed)
+        return read(tokenizer, prompt, length, partial(convert, tokenizer=tokenizer))
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def encode_inputs(self, prompt: str) -> TextInputs:
+        """Return a prompt with the graph from the text encoders' input embeddings."""
+        encoders = encoders_of(self.pipeline)
+        with quiet(), ExitStack() as hooks:
+            seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
+            embeddings, pooled = self.family.encode([prompt])
+            tokenizers = [tokenizer for _, tokenizer in encoders]
+            found = [(leaf, tokenizer) for leaves, tokenizer in zip(seen, tokenizers, strict=True)
+                     for leaf in leaves]  # fmt: skip
+            readings = [self._read_by(tokenizer, prompt, leaf.shape[1])
+                        for leaf, tokenizer in found]  # fmt: skip
+        return TextInputs(
+            cond=Conditioning(embeddings=embeddings, pooled=pooled),
+            leaves=tuple(leaf for leaf, _ in found),
+            tokens=tuple(reading.tokens for reading in readings),
+        )
 
     @torch.no_grad()
     def unconditional(self) -> Conditioning:

@@ -125,3 +125,23 @@ class Denoiser(Protocol):
             sigma: Scalar noise level, an element of `sigmas`.
             cond: One row per row of `x`.
         """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextInputs:
+    """One prompt, and the graph to what the network reads from what its text encoders read."""
+
+    cond: Conditioning
+    """The prompt as a single row, differentiable in `leaves`."""
+    leaves: tuple[Tensor, ...]
+    """Per text encoder, its input token embeddings [1 token width], at least float32."""
+    tokens: tuple[tuple[Token, ...], ...]
+    """Per text encoder, what stands at each position of its input."""
+
+
+@runtime_checkable
+class InputsEncoder(Denoiser, Protocol):
+    """A denoiser whose host can differentiate through its text encoders; not every host can."""
+
+    def encode_inputs(self, prompt: str) -> TextInputs:
+        """Return a prompt with the graph from the text encoders' input embeddings."""

@@ -7,7 +7,7 @@ seeds have others: a score under the threshold is not a proof that nothing comes
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..score.config import DetectionConfig
 from ..score.control_basis import ControlBasis
@@ -112,7 +112,8 @@ def advise(
         threshold: Of the calibration for this model and config; scores above it are flagged.
         config: Seeds and steps, as in the calibration.
         basis: Of the calibration's controls where it judges by residuals.
-        explanation: Of this prompt, when it is there already; made where needed otherwise.
+        explanation: Of this prompt, when it is there already; otherwise its words are left out in
+            turn, with the config's first seed.
         replacements: Stand-ins by word, in any case, without punctuation, e.g. {"Mona": ["a"]};
             words not in it are not replaced. None offers `NEUTRAL` for every word.
         budget: Edited prompts that are scored, at most.
@@ -133,7 +134,8 @@ def advise(
     score = detect(denoiser, [prompt], config, basis=basis, progress=progress).scores.item()
     candidates: list[Candidate] = []
     if score > threshold:
-        explanation = explanation or explain(denoiser, prompt, config, occlude=0)
+        one_seed = replace(config, seeds=config.seeds[:1])  # enough to rank words by
+        explanation = explanation or explain(denoiser, prompt, one_seed)
 
         def score_all(texts: list[str]) -> list[float]:
             measured = detect(denoiser, texts, config, basis=basis, progress=progress)
@@ -208,12 +210,10 @@ def _word_edits(
     explanation: Explanation, top: int, replacements: Mapping[str, Sequence[str]] | None
 ) -> list[Edit]:
     """Return all edits of one of the `top` words, those of the most significant word first."""
-    words, significance = explanation.words, explanation.significance
-    order = sorted(range(len(words)), key=lambda index: -significance[index])
     by_word = {word.casefold(): texts for word, texts in (replacements or {}).items()}
     edits = []
-    for index in [index for index in order if significance[index] > 0][:top]:
-        word = words[index]
+    for index in explanation.ranked[:top]:
+        word = explanation.words[index]
         first, last = core(word)
         texts = NEUTRAL if replacements is None else by_word.get(word[first:last].casefold(), ())
         changes: list[tuple[Kind, str]] = [("drop", ""), *(("replace", text) for text in texts)]

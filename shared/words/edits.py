@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .explanation import without_word
+from .leaving_out import without_word
 
 Kind = Literal["drop", "replace", "reorder", "mixed"]
 
@@ -54,6 +54,34 @@ def apply(prompt: str, words: Sequence[str], edits: Sequence[Edit]) -> str:
         if edit.kind == "reorder":
             text += f"{'' if not text or text[-1].isspace() else ' '}{edit.words[0]}"
     return text
+
+
+def parse_edits(text: str, words: Sequence[str]) -> tuple[Edit, ...]:
+    """Read edits as a person types them, one a line: ``word -> other words``, or ``word``.
+
+    A word alone, or with nothing after its arrow, is dropped. It stands for all its occurrences, in
+    any case and without the punctuation around it.
+
+    Args:
+        text: What was typed; empty lines count for nothing.
+        words: Of the prompt.
+
+    Raises:
+        ValueError: The prompt has no such word, or two lines change the same one.
+    """
+    known = [{word.casefold(), word[slice(*core(word))].casefold()} for word in words]
+    edits: dict[int, Edit] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        typed, _, to = (part.strip() for part in line.partition("->"))
+        indices = [i for i, forms in enumerate(known) if typed.casefold() in forms]
+        if not indices:
+            raise ValueError(f"No word of the prompt is {typed!r}. Its words: {' '.join(words)}")
+        for index in indices:
+            if index in edits:
+                raise ValueError(f"Two edits change the word {words[index]!r}.")
+            kind: Kind = "replace" if to else "drop"
+            edits[index] = Edit(kind=kind, indices=(index,), words=(words[index],), to=to)
+    return tuple(edits[index] for index in sorted(edits))
 
 
 def move_parts(prompt: str, words: Sequence[str]) -> list[Plan]:

@@ -1,46 +1,27 @@
-"""Explanation: which words of a prompt make its score high, and what their removal would do."""
+"""Explanation: which words of a prompt make its score high, and what their removal does."""
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 
 from ..arrays import Float, Tensor
 from ..score.config import DetectionConfig
-from ..score.denoiser import Conditioning, Denoiser, Token
-from ..score.detection import Detection, detect
-from ..score.metrics import difference_map, text_noise, text_noise_norm
-from ..score.trajectory import (
-    ROWS_OF_A_GRADIENT,
-    automatic_rows,
-    guided_step,
-    loss_scale,
-    not_finite,
-)
+from ..score.denoiser import Conditioning, Denoiser, InputsEncoder, Token
+from .gradients import TokenGradients, encoder_gradient, input_gradient, map_of
+from .leaving_out import Occlusion, leave_out, shortened
 
-log = logging.getLogger(__name__)
+Method = Literal["leave_out", "input_gradient", "encoder_gradient"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Occlusion:
-    """What the score becomes when one word is left out."""
-
-    word: str
-    index: int
-    """Which word of the prompt, from 0."""
-    prompt: str
-    """The prompt without it, the rest as typed."""
-    score_before: float
-    """L2 norm, latent units, mean over seeds and steps."""
-    score_after: float
-
-    def __str__(self) -> str:
-        return (
-            f"without “{self.word}” the score falls from {self.score_before:.3g} "
-            f"to {self.score_after:.3g}"
-        )
+LEFT_OUT = 24
+"""Words of one prompt that `leave_out` leaves out, where a gradient can choose among more."""
+CONFIRMED = 3
+"""Words that are left out after a gradient ranked them: it is local, and may be wrong."""
+SUGGESTED = 3
+"""Sentences about words whose removal lowers the score."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,23 +29,34 @@ class Explanation:
     """Where in the prompt, and where in the latent, the text-conditional prediction comes from."""
 
     prompt: str
+    method: Method = "leave_out"
     words: tuple[str, ...]
     """As typed."""
     significance: tuple[float, ...]
-    """Per word, gradient of |D|, L2 over its tokens (>= 0); 0 for words that were cut off."""
-    tokens: tuple[Token, ...]
-    """Per position of the embeddings."""
-    token_significance: tuple[float, ...]
-    """Per position, start, end and padding included."""
+    """Per word. `leave_out`: how far the score falls without it (L2 norm, latent units; below 0
+    where it rises; NaN for words that were not tried). Gradients: their L2 norm over the word's
+    tokens (>= 0). 0 for words that the text encoder did not read."""
+    tokens: tuple[Token, ...] = ()
+    """What `token_significance` belongs to; start, end and padding included."""
+    token_significance: tuple[float, ...] = ()
+    """Per token, of the gradient methods."""
     occlusions: tuple[Occlusion, ...]
-    """Of the most significant words, greatest fall of the score first."""
+    """Of the words that were left out, greatest fall of the score first."""
     difference_map: Float[Tensor, " *place"]
     """log(1 + D squared summed over channels) at the first seed and step, on the CPU."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was not measured."""
 
     @property
     def suggestions(self) -> tuple[str, ...]:
-        """Return what leaving words out would do, for words whose removal lowers the score."""
-        return tuple(str(o) for o in self.occlusions if o.score_after < o.score_before)
+        """Return what leaving the strongest words out does, where that lowers the score."""
+        return tuple(str(o) for o in self.occlusions if o.fall > 0)[:SUGGESTED]
+
+    @property
+    def ranked(self) -> tuple[int, ...]:
+        """Return the words that carry some of the score, the strongest first, as indices."""
+        carrying = [i for i, value in enumerate(self.significance) if value > 0]  # NaN is not
+        return tuple(sorted(carrying, key=lambda i: -self.significance[i]))
 
 
 def explain(
@@ -72,149 +64,132 @@ def explain(
     prompt: str,
     config: DetectionConfig | None = None,
     *,
-    occlude: int = 3,
+    method: Method = "leave_out",
+    occlude: int | None = None,
 ) -> Explanation:
-    """Explain the score of a prompt by gradients, and confirm it by leaving words out.
+    """Explain the score of a prompt by its words.
 
-    Significance of a token: L2 norm of d|D| / d embedding, mean over seeds and steps, each at its
-    point of the true trajectory (uncond + cond_scale * (cond - uncond)), which is held fixed; after
-    Wen et al., ICLR 2024, arXiv:2407.21720, section 5. A gradient is local: a word of great
-    significance need not lower the score when it goes. Therefore the occlusions.
+    ``leave_out`` scores the prompt without each of its words: a forward row a word and seed, and
+    two more a seed. What it says of a word was measured, and it ranks words as their removal
+    changes the image; one seed is enough. Of a prompt with more than `occlude` words, those are
+    left out that ``input_gradient`` ranks first, where the host can differentiate through its text
+    encoder; else all.
+
+    ``input_gradient`` and ``encoder_gradient`` (the published one) cost a few forward rows, however
+    long the prompt: see `gradients`. A gradient is local: a word of great significance need not
+    lower the score when it goes. Therefore its first words are left out as well.
 
     Args:
         denoiser: The network.
         prompt: Any string; one without words has an empty explanation.
-        config: Seeds and steps, as in detection.
-        occlude: How many of the most significant words are left out, one at a time.
+        config: Seeds and steps; None for the first step of seed 0.
+        method: What ranks the words.
+        occlude: How many words are left out, one at a time; None for `LEFT_OUT` or, with a
+            gradient, the `CONFIRMED` most significant.
 
     Raises:
+        ValueError: The method is not known, or the host cannot do it.
         PredictionError: A prediction or gradient is NaN or infinite.
     """
-    config = config or DetectionConfig()
+    config = config or DetectionConfig(seeds=(0,))
+    _check(denoiser, method, occlude)
     cond = denoiser.encode([prompt]).detached()
-    tokens, words = (cond.tokens or ((),))[0], (cond.words or ((),))[0]
-    significance, heat = _significance(denoiser, prompt, cond, config)
-    explanation = Explanation(
-        prompt=prompt,
-        words=words,
-        significance=tuple(merge_into_words(tokens, significance, len(words))),
-        tokens=tokens,
-        token_significance=tuple(significance),
-        occlusions=(),
-        difference_map=heat,
-    )
-    shorter = shortened(explanation, occlude)
-    return replace(explanation, occlusions=leave_out(denoiser, explanation, shorter, config))
+    words = cond.words[0] if cond.words else ()
+    read = _read_words(cond, len(words))
+    if method == "leave_out":
+        return _by_leaving_out(denoiser, prompt, cond, read, config, occlude or LEFT_OUT)
+    if method == "input_gradient":
+        assert isinstance(denoiser, InputsEncoder)  # by `_check`
+        found = input_gradient(denoiser, prompt, config)
+    else:
+        found = encoder_gradient(denoiser, prompt, cond, config)
+    explanation = _by_gradient(prompt, words, read, method, found)
+    first = explanation.ranked[: CONFIRMED if occlude is None else occlude]
+    shorter = shortened(prompt, words, first)
+    return replace(explanation, occlusions=leave_out(denoiser, prompt, words, shorter, config))
 
 
-def merge_into_words(
-    tokens: Sequence[Token], significance: Sequence[float], words: int
-) -> list[float]:
-    """Return per word the root of the sum of squares over its tokens, [word]."""
-    squares = [0.0] * words
-    for token, value in zip(tokens, significance, strict=True):
-        if token.word is not None:
-            squares[token.word] += value**2
-    return [math.sqrt(square) for square in squares]
-
-
-def without_word(prompt: str, words: Sequence[str], index: int) -> str:
-    """Return the prompt without its word `index` and one space beside it, the rest as typed.
-
-    Raises:
-        ValueError: The words do not follow each other in the prompt.
-    """
-    end = 0
-    for word in words[: index + 1]:
-        if (start := prompt.find(word, end)) < 0:
-            raise ValueError(f"The word {word!r} is not in {prompt[:200]!r} where it should be.")
-        end = start + len(word)
-    before, after = prompt[:start], prompt[end:]
-    if after[:1].isspace():
-        return before + after[1:]
-    return before[:-1] + after if before[-1:].isspace() else before + after
-
-
-def shortened(explanation: Explanation, most: int) -> dict[int, str]:
-    """Return the prompt without one word, by that word's index, for the most significant words."""
-    prompt, words, significance = explanation.prompt, explanation.words, explanation.significance
-    top = sorted(range(len(words)), key=lambda i: -significance[i])[:most]
-    return {i: without_word(prompt, words, i) for i in top if significance[i] > 0}
-
-
-def leave_out(
+def _by_leaving_out(
     denoiser: Denoiser,
-    explanation: Explanation,
-    shorter: Mapping[int, str],
+    prompt: str,
+    cond: Conditioning,
+    read: Sequence[int],
     config: DetectionConfig,
-) -> tuple[Occlusion, ...]:
-    """Score the prompt and its versions without one word, in one run.
+    most: int,
+) -> Explanation:
+    """Leave out each word, or those that a gradient ranks first."""
+    words = cond.words[0] if cond.words else ()
+    chosen, heat, notes = list(read), None, _cut_note(words, read)
+    if len(read) > most:
+        if isinstance(denoiser, InputsEncoder):
+            found = input_gradient(denoiser, prompt, config)
+            strength, heat = found.of_words(len(words)), found.difference_map
+            chosen = sorted(sorted(read, key=lambda i: -strength[i])[:most])
+            notes += (
+                f"Of {len(read)} words, {most} were left out, those that the gradient at the text "
+                "encoder's input ranks first. The others were not measured.",
+            )
+        else:
+            notes += (
+                f"All {len(read)} words were left out: this host cannot differentiate through its "
+                "text encoder, to choose among them.",
+            )
+    occlusions = leave_out(denoiser, prompt, words, shortened(prompt, words, chosen), config)
+    falls = {occlusion.index: occlusion.fall for occlusion in occlusions}
+    not_tried = {index: math.nan for index in read}
+    return Explanation(
+        prompt=prompt, words=words, occlusions=occlusions, notes=notes,
+        significance=tuple((not_tried | falls).get(index, 0.0) for index in range(len(words))),
+        difference_map=_first_map(denoiser, cond, config) if heat is None else heat,
+    )  # fmt: skip
 
-    Args:
-        denoiser: The network.
-        explanation: Of the prompt.
-        shorter: From `shortened`.
-        config: Seeds and steps, as in the explanation.
 
-    Returns:
-        Greatest fall of the score first.
-    """
-    if not shorter:
+def _by_gradient(
+    prompt: str, words: Sequence[str], read: Sequence[int], method: Method, found: TokenGradients
+) -> Explanation:
+    return Explanation(
+        prompt=prompt, method=method, words=tuple(words), notes=_cut_note(words, read),
+        significance=tuple(found.of_words(len(words))), tokens=found.tokens,
+        token_significance=found.values, occlusions=(), difference_map=found.difference_map,
+    )  # fmt: skip
+
+
+def _read_words(cond: Conditioning, words: int) -> list[int]:
+    """Return which words stand at a position of the embeddings; all where positions are unknown."""
+    if not (cond.tokens and cond.tokens[0]):
+        return list(range(words))
+    return sorted({token.word for token in cond.tokens[0] if token.word is not None})
+
+
+def _cut_note(words: Sequence[str], read: Sequence[int]) -> tuple[str, ...]:
+    """Return what to say of the words that the text encoder did not read."""
+    cut = [index for index in range(len(words)) if index not in set(read)]
+    if not cut:
         return ()
-    detection: Detection = detect(denoiser, [explanation.prompt, *shorter.values()], config)
-    before, *after = detection.scores.tolist()
-    occlusions = [
-        Occlusion(
-            word=explanation.words[i], index=i, prompt=text, score_before=before, score_after=score
+    return (
+        f"The text encoder does not read {len(cut)} of {len(words)} words, from "
+        f"“{words[cut[0]][:40]}” on: the score does not depend on them. Without another word, the "
+        "next of them are read in its place.",
+    )
+
+
+@torch.no_grad()
+def _first_map(denoiser: Denoiser, cond: Conditioning, config: DetectionConfig) -> Tensor:
+    """Return where the text acts at the first seed and step: two more forward rows."""
+    sigma = denoiser.sigmas(config.schedule_steps)[0]
+    x = denoiser.initial_noise(config.seeds[:1], sigma)
+    empty = denoiser.unconditional().detached()
+    return map_of(denoiser.denoise(x, sigma, empty), denoiser.denoise(x, sigma, cond), sigma)
+
+
+def _check(denoiser: Denoiser, method: str, occlude: int | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    least = 1 if method == "leave_out" else 0
+    if occlude is not None and occlude < least:
+        raise ValueError(f"`occlude` must be at least {least} with {method}, got {occlude}.")
+    if method == "input_gradient" and not isinstance(denoiser, InputsEncoder):
+        raise ValueError(
+            "This host cannot differentiate through its text encoder, as input_gradient does. "
+            "Choose leave_out or encoder_gradient."
         )
-        for (i, text), score in zip(shorter.items(), after, strict=True)
-    ]
-    return tuple(sorted(occlusions, key=lambda occlusion: occlusion.score_after))
-
-
-def _significance(
-    denoiser: Denoiser, prompt: str, cond: Conditioning, config: DetectionConfig
-) -> tuple[list[float], Tensor]:
-    """Return the significance per token, mean over seeds and steps, and the difference map."""
-    rows = max(1, (config.batch_size or automatic_rows(denoiser)) // ROWS_OF_A_GRADIENT)
-    total, heat = torch.zeros(cond.embeddings.shape[1], dtype=torch.float64), None
-    for start in range(0, len(config.seeds), rows):
-        part = replace(config, seeds=config.seeds[start : start + rows])
-        gradients, first = _gradients(denoiser, cond, part)
-        total += gradients.sum((0, 1)).to("cpu", torch.float64)
-        heat = first if heat is None else heat
-    if not total.isfinite().all():
-        raise not_finite(f"The gradient for the prompt {prompt[:200]!r}", denoiser)
-    return (total / (len(config.seeds) * config.steps)).tolist(), heat
-
-
-def _gradients(
-    denoiser: Denoiser, cond: Conditioning, config: DetectionConfig
-) -> tuple[Float[Tensor, " seed step token"], Tensor]:
-    """Return |d|D| / d embedding_i| along the trajectory and the first seed's difference map."""
-    seeds = len(config.seeds)
-    many, empty = cond[[0] * seeds], denoiser.unconditional().detached()[[0] * seeds]
-    cond_scale = 1.0 if denoiser.guidance_distilled else config.cond_scale
-    sigmas = denoiser.sigmas(config.schedule_steps)
-    x = denoiser.initial_noise(config.seeds, sigmas[0])
-    scale = loss_scale(denoiser)
-    gradients, heat = [], None
-    for step in range(config.steps):
-        sigma = sigmas[step]
-        # The leaf is wide, so that its gradient is; the network gets its own dtype.
-        leaf = many.embeddings.to(torch.promote_types(many.embeddings.dtype, torch.float32))
-        leaf = leaf.detach().clone().requires_grad_()
-        with torch.no_grad():
-            x0_uncond = denoiser.denoise(x, sigma, empty)
-        with torch.enable_grad():
-            conditioning = replace(many, embeddings=leaf.to(many.embeddings.dtype))
-            x0_cond = denoiser.denoise(x, sigma, conditioning)
-            norms = text_noise_norm(x0_cond, x0_uncond) / sigma
-            (gradient,) = torch.autograd.grad(scale * norms.sum(), leaf)
-        gradients.append(gradient.norm(dim=2) / scale)
-        x0_cond = x0_cond.detach()
-        if heat is None:
-            heat = difference_map(text_noise(x0_uncond[:1], x0_cond[:1], sigma))[0].cpu()
-        if step + 1 < config.steps:
-            x = guided_step(x, x0_uncond, x0_cond, sigma, sigmas[step + 1], cond_scale)
-    return torch.stack(gradients, 1), heat

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from unmemorize.shared.score.denoiser import Conditioning, Token
+from unmemorize.shared.score.denoiser import Conditioning, TextInputs, Token
 
 PIECE = 4
 """Letters a piece has at most: longer words have several."""
@@ -93,6 +93,19 @@ class ToyDenoiser:
         scaled = x / (1 + sigma**2).sqrt()
         noise = self.unet(scaled, timestep, cond.embeddings).sample
         return x - sigma * noise
+
+
+class DifferentiableToy(ToyDenoiser):
+    """A toy that can be differentiated in what its text encoder reads."""
+
+    def encode_inputs(self, prompt: str) -> TextInputs:
+        cond = self.encode([prompt])
+        leaf = torch.zeros_like(cond.embeddings).requires_grad_()
+        with torch.enable_grad():
+            embeddings = cond.embeddings + leaf + leaf.cumsum(1) / self.positions
+        return TextInputs(
+            cond=Conditioning(embeddings=embeddings), leaves=(leaf,), tokens=cond.tokens
+        )
 
 
 WORDS = (

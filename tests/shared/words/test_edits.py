@@ -1,8 +1,8 @@
 """Edits change the words they name, and keep the rest as typed."""
 
 import pytest
-from unmemorize.shared.words.edits import Edit, apply, move_parts
-from unmemorize.shared.words.explanation import without_word
+from unmemorize.shared.words.edits import Edit, apply, move_parts, parse_edits
+from unmemorize.shared.words.leaving_out import without_word
 
 
 def edit(kind: str, index: int, word: str, to: str = "") -> Edit:
@@ -56,3 +56,28 @@ def test_parts_move_round_and_commas_stay(prompt, expected):
     assert {text: str(edits[0]) for edits, text in plans} == expected
     sizes = [len(edits[0].indices) for edits, _ in plans]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("cat -> dog", "a dog, a dog"), ("cat", "a a"), ("CAT ->", "a a"),
+        ("\n  \n", "a Cat, a cat"),
+        ("cat, -> big dog\n a ", "big dog, cat"),  # the comma names the first alone
+        ("a -> the\ncat->dog", "the dog, the dog"), ("cat -> ", "a a"),
+    ],
+)  # fmt: skip
+def test_typed_edits_strike_and_replace(typed, expected):
+    prompt = "a Cat, a cat"
+    assert apply(prompt, prompt.split(), parse_edits(typed, prompt.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [("dog -> cat", "No word of the prompt is 'dog'. Its words: a cat,"),
+     ("-> cat", "No word of the prompt is ''"),
+     ("cat -> dog\ncat,", "Two edits change the word 'cat,'")],
+)  # fmt: skip
+def test_typed_edits_that_fit_no_word_are_refused(typed, message):
+    with pytest.raises(ValueError, match=message):
+        parse_edits(typed, ["a", "cat,"])
