@@ -225,12 +225,11 @@ def _flagged(result: "AuditResult") -> Table:
     """Return the highest flagged prompts."""
     rows = []
     for entry in result.flagged[:SHOWN]:
-        known = entry.explanation
-        pairs = zip(known.words, known.significance, strict=True) if known else ()
-        words = sorted(pairs, key=lambda pair: -pair[1])[:2]
+        words = [each.word for each in entry.explanation.occlusions[:2]
+                 if each.score_after < each.score_before] if entry.explanation else []  # fmt: skip
         rows.append([
             f"{entry.score:.4g}", f"{entry.p_value:.2g}", entry.group or "-", entry.prompt[:200],
-            ", ".join(word.strip(",.;:") or word for word, _ in words),
+            ", ".join(word.strip(",.;:") or word for word in words),
         ])  # fmt: skip
     title = "Memorized prompts, highest score first" + _left(result.flagged)
     return title, ["score", "p", "group", "prompt", "by the words"], rows

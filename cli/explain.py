@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -9,6 +10,14 @@ import typer
 
 from .common.options import AnswerOptions, ModelOptions, Prompts, Seeds, Steps, Texts, takes_options
 from .common.terminal import LONGEST, Table, answering, bar, print_json, print_table
+
+
+class Methods(str, Enum):
+    """As `shared.words.explanation` names them, which is not loaded for `--help`."""
+
+    leave_out = "leave_out"
+    input_gradient = "input_gradient"
+    encoder_gradient = "encoder_gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,15 @@ class ExplainOptions(AnswerOptions, ModelOptions):
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for the coloured prompts, PNG and HTML."),
     ] = None
+    method: Annotated[
+        Methods,
+        typer.Option(
+            help="leave_out: the score without each word, one forward row a word and "
+            "seed; of more than 24 words, those that input_gradient ranks first. "
+            "input_gradient: at what the text encoder reads. encoder_gradient: at what "
+            "it gives, as published."
+        ),
+    ] = Methods.leave_out
     seeds: Seeds = 1
     steps: Steps = 1
 
@@ -33,21 +51,27 @@ def explain(options: ExplainOptions) -> None:
 
         rows = explain_prompts(
             options.subject, files=options.prompts or (), texts=options.prompt or (),
-            seeds=options.seeds, steps=options.steps, output=options.output, bars=bar,
+            seeds=options.seeds, steps=options.steps, method=options.method.value,
+            output=options.output, bars=bar,
         )  # fmt: skip
     if options.as_json:
         print_json({"schema_version": 1, "results": rows})
         return
     for row in rows:
         print_table(*_table(row))
+        for note in row["notes"]:
+            typer.echo(note)
 
 
 def _table(row: Mapping[str, Any]) -> Table:
-    """Return the words of one prompt, most significant first."""
-    pairs = sorted(zip(row["words"], row["significance"], strict=True), key=lambda p: -p[1])
-    left_out = {occlusion["word"]: occlusion for occlusion in row["occlusions"]}
-    return row["prompt"][:LONGEST], ["word", "significance", "score without it"], [
-        [word, f"{value:.4g}", f"{left_out[word]['score_after']:.4g} (of "
-         f"{left_out[word]['score_before']:.4g})" if word in left_out else ""]
-        for word, value in pairs
+    """Return the words of one prompt, most significant first, those not measured last."""
+    values = row["significance"]
+    order = sorted(range(len(values)), key=lambda i: (values[i] is None, -(values[i] or 0)))
+    left_out = {occlusion["index"]: occlusion for occlusion in row["occlusions"]}
+    measured = "score falls by" if row["method"] == "leave_out" else "gradient"
+    return row["prompt"][:LONGEST], ["word", measured, "score without it"], [
+        [row["words"][i], "not measured" if values[i] is None else f"{values[i]:.4g}",
+         f"{left_out[i]['score_after']:.4g} (of {left_out[i]['score_before']:.4g})"
+         if i in left_out else ""]
+        for i in order
     ]  # fmt: skip

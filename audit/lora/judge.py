@@ -103,12 +103,14 @@ def explain_captions(verdicts: Sequence[ImageVerdict], training: TrainingSet, wo
     keys = {caption: content_key(work.job.key, caption) for caption in captions if caption}
     keys = dict(list(keys.items())[:EXPLAINED])
     journal = work.job.journal("words")
-    config = replace(work.config.detection, batch_size=work.facts.rows)
+    detection = work.config.detection
+    config = replace(detection, seeds=detection.seeds[:1], batch_size=work.facts.rows)
     missing = [caption for caption, key in keys.items() if key not in journal]
     with closing(work.bars("words", len(keys), len(keys) - len(missing), "caption")) as bar:
         for caption in missing:
             explained = explain(work.subject.denoiser, caption, config)
-            values = [float(value) for value in explained.significance]
+            # Without a word that carries nothing the score rises; not all of many are left out.
+            values = [value if value > 0 else 0.0 for value in explained.significance]
             journal.put(keys[caption], list(zip(explained.words, values, strict=True)))
             bar.update(1)
     return tuple((caption, tuple((word, value) for word, value in journal.get(key)))

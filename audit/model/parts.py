@@ -12,7 +12,7 @@ from ...shared.files.images import save_png
 from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
-from ...shared.words.explanation import explain
+from ...shared.words.explanation import Method, explain
 from ..common.controls import calibrate_controls
 from ..common.job import content_key
 from ..common.measure import Bars, measure_judged
@@ -76,6 +76,7 @@ def explain_prompts(
     texts: Sequence[str],
     seeds: int,
     steps: int,
+    method: Method,
     output: Path | None,
     bars: Bars,
 ) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ def explain_prompts(
     rows = []
     with closing(bars("explanation", len(prompts), 0, "prompt")) as bar:
         for index, prompt in enumerate(prompts):
-            values = to_values(explain(subject.denoiser, prompt, config))
+            values = to_values(explain(subject.denoiser, prompt, config, method=method))
             rows.append(finite({"prompt": prompt, **values}))
             if output:
                 words, significance = values["words"], values["significance"]

@@ -111,15 +111,12 @@ def _trace(entry: AuditEntry, threshold: float) -> dict[str, Any] | None:
 def _card(entry: AuditEntry, threshold: float, embed: Embedder) -> dict[str, Any]:
     """Return what one card shows; text still unescaped, except the coloured prompt."""
     known, copied = entry.explanation, [i.nearest.copied for i in entry.images if i.nearest]
-    hits, words = sum(bool(value) for value in copied), []
-    if known:
-        pairs = zip(known.words, known.significance, strict=True)
-        words = sorted(pairs, key=lambda pair: -pair[1])[:WORDS]
+    hits, left_out = sum(bool(value) for value in copied), known.occlusions if known else ()
     return {
         "index": entry.index,
         "prompt": entry.prompt,
         "heatmap": known and safe(
-            prompt_heatmap_html(known.words, known.significance, style=False)
+            prompt_heatmap_html(known.words, known.significance, style=False, says=_says(entry))
         ),
         "long": len(entry.prompt) > FOLD,
         "score": entry.score,
@@ -129,13 +126,30 @@ def _card(entry: AuditEntry, threshold: float, embed: Embedder) -> dict[str, Any
         "group": entry.group,
         "copies": f"{hits} of {len(copied)} {'is a copy' if hits == 1 else 'are copies'}"
         if hits else "",
-        "suggestions": known.suggestions if known else (),
+        "suggestions": (*map(str, known.redrawn), *known.suggestions) if known else (),
+        "notes": known.notes if known else (),
         "count": entry.count,
         "cut": entry.cut,
         "tiles": _tiles(entry, embed),
-        "words": words,
+        "words": left_out[:WORDS],
+        "whole": left_out[0].score_before if left_out else None,
         "trace": _trace(entry, threshold) if entry.memorized else None,
     }  # fmt: skip
+
+
+def _says(entry: AuditEntry) -> dict[int, str]:
+    """Return what striking a word does, by its index, as it was measured."""
+    known = entry.explanation
+    if known is None:
+        return {}
+    says = {
+        each.index: f"Without “{each.word}”: score {number(each.score_after)}, with it "
+        f"{number(each.score_before)}."
+        for each in known.occlusions
+    }
+    for image in known.redrawn:
+        says[image.index] += f" Drawn again, {str(image).removeprefix(f'without “{image.word}” ')}."
+    return says
 
 
 def _tiles(entry: AuditEntry, embed: Embedder) -> list[dict[str, Any]]:
@@ -156,6 +170,16 @@ def _tiles(entry: AuditEntry, embed: Embedder) -> list[dict[str, Any]]:
                 "title": f"{whose} training image",
                 "text": nearest.caption,
             })  # fmt: skip
+    for redrawn in entry.explanation.redrawn if entry.explanation else ():
+        similarity = number(redrawn.nearest.similarity, 2)
+        tiles.append({
+            "uri": embed(redrawn.path), "truth": False, "word": redrawn.index,
+            "title": f"without “{redrawn.word}”",
+            "text": f"seed {redrawn.seed}, similarity {similarity}"
+            + ("" if redrawn.outcome == "gone" else ": a copy"),
+            "alt": f"Image made by the model from this prompt without “{redrawn.word}”, seed "
+            f"{redrawn.seed}",
+        })  # fmt: skip
     if entry.map:
         tiles.append({
             "uri": embed(entry.map), "truth": False, "title": "where the text pulls",

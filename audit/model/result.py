@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...shared.score.calibration import Calibration
 from ...shared.score.rates import CONFIDENCE, clopper_pearson
@@ -21,22 +21,10 @@ class OccludedWord:
     """What the score does when one word is left out."""
 
     word: str
+    index: int
+    """Which word of the prompt, from 0."""
     score_before: float
     score_after: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class WordSignificance:
-    """Which words carry the score of one prompt."""
-
-    words: tuple[str, ...]
-    """As typed, in order."""
-    significance: tuple[float, ...]
-    """Per word, norm of the score's gradient; only ratios within one prompt mean something."""
-    occlusions: tuple[OccludedWord, ...]
-    """Strongest fall first."""
-    suggestions: tuple[str, ...]
-    """Sentences: without X the score falls from a to b."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +45,52 @@ class NearestImage:
     """The nearest training image belongs to the prompt that was sampled."""
     copied: bool | None
     """A copy of its own or of any training image; None when nothing can tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedrawnImage:
+    """A flagged prompt without one word, drawn once from a seed whose image was a copy."""
+
+    word: str
+    index: int
+    """Which word of the prompt, from 0."""
+    prompt: str
+    """Without the word."""
+    path: str
+    """Of the image, relative to the output folder."""
+    seed: int
+    nearest: NearestImage
+    outcome: Literal["gone", "back", "another"]
+    """No copy any more; a copy of the same training image; a copy of another one."""
+
+    def __str__(self) -> str:
+        said = {
+            "gone": "the image no longer comes back",
+            "back": "the image still comes back",
+            "another": "another training image comes back",
+        }[self.outcome]
+        return f"without “{self.word}” {said} (drawn once, seed {self.seed})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSignificance:
+    """Which words carry the score of one prompt."""
+
+    method: Literal["leave_out", "input_gradient", "encoder_gradient"]
+    """What `significance` is; an audit leaves words out."""
+    words: tuple[str, ...]
+    """As typed, in order."""
+    significance: tuple[float | None, ...]
+    """Per word, how far the score falls without it (L2, latent units; below 0 where it rises);
+    None for words that were not left out."""
+    occlusions: tuple[OccludedWord, ...]
+    """Of each word that was left out, strongest fall first."""
+    suggestions: tuple[str, ...]
+    """Sentences: without X the score falls from a to b."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was not measured."""
+    redrawn: tuple[RedrawnImage, ...] = ()
+    """Of the strongest words, where the prompt's image was a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

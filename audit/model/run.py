@@ -8,7 +8,6 @@ stopped and continued ends with the same bytes as one that was not.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ...shared.dependencies import check_installed
 from ...shared.files.storage import write_text
@@ -19,8 +18,9 @@ from .config import AuditConfig
 from .explain import explain_flagged, to_words
 from .images import Sampled, draw_images, draw_maps, plan_images
 from .inputs import Inputs, read_inputs
+from .redrawing import redraw
 from .report import render_report
-from .result import AuditEntry, AuditResult, GeneratedImage, summarize
+from .result import AuditEntry, AuditResult, GeneratedImage, WordSignificance, summarize
 from .work import Scored, open_work, score, verdicts
 
 
@@ -53,7 +53,11 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
                 maps = draw_maps(work.job.folder, plan, explanations)
             with work.timed("similarity"):
                 comparison = compare(work, scored, plan)
-            entries = _entries(inputs, scored, explanations, plan, maps, comparison)
+            with work.timed("redrawing"):
+                redrawn = redraw(work, plan, explanations, comparison)
+            words = {index: to_words(values, redrawn.get(index, ()))
+                     for index, values in explanations.items()}  # fmt: skip
+            entries = _entries(inputs, scored, words, plan, maps, comparison)
         result = AuditResult(
             config=config, model=scored.facts.info, calibration=scored.calibration,
             entries=entries, folder=work.job.folder,
@@ -70,7 +74,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
 def _entries(
     inputs: Inputs,
     scored: Scored,
-    explanations: Mapping[int, dict[str, Any]],
+    words: Mapping[int, WordSignificance],
     plan: Sequence[Sampled],
     maps: Mapping[int, str],
     comparison: Comparison,
@@ -88,7 +92,7 @@ def _entries(
         AuditEntry(
             **row | {"trace": tuple(map(tuple, row["trace"]))},
             index=index, sources=sources, count=len(sources), group=group,
-            explanation=to_words(explanations[index]) if index in explanations else None,
+            explanation=words.get(index),
             images=images.get(index, ()), map=maps.get(index),
         )
         for index, (row, sources, group) in enumerate(columns)

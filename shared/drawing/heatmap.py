@@ -4,7 +4,8 @@ Words keep one colour of letters whatever their background, so that they can alw
 """
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,11 @@ LEVELS = 20
 _HEAT = np.array([[0, 0, 0], [60, 20, 70], [184, 69, 12], [250, 160, 50], [255, 248, 220]], float)
 
 
-def word_levels(significance: Sequence[float]) -> list[int]:
-    """Return a colour level from 0 to `LEVELS` per word, relative to the strongest word."""
+def word_levels(significance: Sequence[float | None]) -> list[int]:
+    """Return a colour level from 0 to `LEVELS` per word, relative to the strongest word.
+
+    Words below 0 and words that were not measured (None, NaN) have level 0.
+    """
     values = np.nan_to_num(np.asarray(significance, dtype=float), nan=0, posinf=0, neginf=0)
     values = values.clip(min=0)
     top = values.max(initial=0)
@@ -38,8 +42,12 @@ def heatmap_css() -> str:
     """Return the style sheet of `prompt_heatmap_html`, which follows the reader's light or dark."""
     head = (
         ".heatmap{line-height:1.9;overflow-wrap:anywhere}"
-        ".heatmap span{padding:.12em .25em;border-radius:.25em;"
+        ".heatmap :is(span,button){padding:.12em .25em;border-radius:.25em;"
         "-webkit-print-color-adjust:exact;print-color-adjust:exact}"
+        ".heatmap button{font:inherit;color:inherit;background:none;border:0;margin:0;"
+        "text-align:start;cursor:pointer}"
+        ".heatmap button:hover{text-decoration:underline}"
+        ".heatmap button[aria-pressed=true]{text-decoration:line-through}"
     )
 
     def rules(theme: Theme) -> str:
@@ -54,28 +62,38 @@ def heatmap_css() -> str:
 
 
 def prompt_heatmap_html(
-    words: Sequence[str], significance: Sequence[float], *, style: bool = True
+    words: Sequence[str],
+    significance: Sequence[float | None],
+    *,
+    style: bool = True,
+    says: Mapping[int, str] | None = None,
 ) -> str:
     """Return the prompt as escaped HTML, each word on its colour with its number as tooltip.
 
     Args:
         words: As typed, in order; may hold markup and control characters.
-        significance: One number per word, >= 0; colours are relative to the largest.
+        significance: One number per word, None or NaN for words not measured; colours are relative
+            to the largest, and none below 0.
         style: Put `heatmap_css` in front, so that the snippet stands on its own.
+        says: What a script can say when a word is struck, by the word's index: it becomes the
+            attribute ``data-says``, beside ``data-word``, the index.
     """
     _check_pairs(words, significance)
-    spans = (
-        f'<span class="w{level}" title="{html.escape(visible(word))}: {value:.3g}">'
-        f"{html.escape(visible(word))}</span>"
-        for word, value, level in zip(words, significance, word_levels(significance), strict=True)
-    )
+    spans = []
+    for index, level in enumerate(word_levels(significance)):
+        word, value = html.escape(visible(words[index])), significance[index]
+        known = value is not None and not math.isnan(value)
+        said = html.escape(visible((says or {}).get(index, "")))
+        data = f' data-word="{index}" data-says="{said}"' if said else ""
+        measured = f"{value:.3g}" if known else "not measured"
+        spans.append(f'<span class="w{level}" title="{word}: {measured}"{data}>{word}</span>')
     sheet = f"<style>{heatmap_css()}</style>" if style else ""
     return f'{sheet}<bdi class="heatmap" dir="auto">{" ".join(spans)}</bdi>'
 
 
 def prompt_heatmap_png(
     words: Sequence[str],
-    significance: Sequence[float],
+    significance: Sequence[float | None],
     *,
     width: int = 768,
     size: int = 22,
@@ -87,7 +105,7 @@ def prompt_heatmap_png(
 
     Args:
         words: As typed, in order.
-        significance: One number per word, >= 0; colours are relative to the largest.
+        significance: As for `prompt_heatmap_html`.
         width: Pixels; the height follows from the text.
         size: Of the letters, pixels.
         theme: Light or dark page.
@@ -126,6 +144,6 @@ def unit_map(values: Any) -> np.ndarray:
     return ((array - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(array)
 
 
-def _check_pairs(words: Sequence[str], significance: Sequence[float]) -> None:
+def _check_pairs(words: Sequence[str], significance: Sequence[float | None]) -> None:
     if len(words) != len(significance):
         raise ValueError(f"{len(words)} words but {len(significance)} significances.")

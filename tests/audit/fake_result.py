@@ -15,6 +15,7 @@ from unmemorize.audit.model.result import (
     GeneratedImage,
     NearestImage,
     OccludedWord,
+    RedrawnImage,
     WordSignificance,
     rate,
     summarize,
@@ -78,14 +79,28 @@ def make_entry(
         )  # fmt: skip
     if memorized and prompt.split():
         words = tuple(prompt.split())
-        significance = rng.gamma(1, 1, len(words))
-        top = text or words[int(significance.argmax())]
+        falls = (score / 2 * rng.random(len(words))).tolist()
+        falls[-1] = -0.1 if len(words) > 1 else falls[-1]
+        order = sorted(range(len(words)), key=lambda i: -falls[i])[:24]
+        top = text or words[order[0]]
         explanation = WordSignificance(
+            method="leave_out",
             words=words,
-            significance=tuple(significance.tolist()),
-            occlusions=(OccludedWord(word=top, score_before=score, score_after=score / 2),),
+            significance=tuple(
+                fall if i in order else None for i, fall in enumerate(falls)
+            ),
+            occlusions=tuple(
+                OccludedWord(word=top if i == order[0] else words[i], index=i, score_before=score,
+                             score_after=score - falls[i]) for i in order
+            ),
             suggestions=(f"without “{top}” the score falls from {score:.2f} to {score / 2:.2f}",),
-        )
+            notes=(text or "All words were left out.",),
+            redrawn=(RedrawnImage(
+                word=top, index=order[0], prompt=text or " ".join(words[1:]), seed=0,
+                path=save_picture(folder, f"{index}-without.png", picture(index, 5)),
+                nearest=images[0].nearest, outcome="gone",
+            ),) if images else (),
+        )  # fmt: skip
     p_value = calibration.p_values([score]).item()
     return AuditEntry(
         index=index, prompt=prompt, sources=(text or "captions.txt:1",), count=1 + (index == 1),

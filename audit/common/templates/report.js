@@ -1,5 +1,35 @@
 "use strict";
 (() => {
+  const hint = "Strike a word to see the score without it.";
+  for (const card of document.querySelectorAll(".card")) {
+    const said = card.querySelector(".struck");
+    if (!said) continue;
+    said.hidden = false;
+    said.textContent = hint;
+    const images = [...card.querySelectorAll("figure[data-word]")];
+    const buttons = [...card.querySelectorAll(".heatmap [data-says]")].map((word) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = word.className;
+      button.title = word.title;
+      Object.assign(button.dataset, word.dataset);
+      button.append(...word.childNodes);
+      word.replaceWith(button);
+      return button;
+    });
+    const strike = (struck) => {
+      for (const each of buttons) each.setAttribute("aria-pressed", String(each === struck));
+      for (const image of images)
+        image.classList.toggle("chosen", image.dataset.word === struck?.dataset.word);
+      said.textContent = struck?.dataset.says ?? hint;
+    };
+    for (const button of buttons)
+      button.addEventListener("click", () =>
+        strike(button.getAttribute("aria-pressed") === "true" ? null : button));
+    strike(null);
+  }
+})();
+(() => {
   const table = document.getElementById("prompts");
   if (!table) return;
   const body = table.tBodies[0];

@@ -50,10 +50,14 @@ def test_so_many_flagged_prompts_are_explained_highest_first(
 
     def short(denoiser, prompt, config):
         explained.append(prompt)
+        assert config.seeds == (0,)
         return Explanation(
-            prompt=prompt, words=(prompt,), significance=(1.0,), tokens=(), token_significance=(),
-            occlusions=(), difference_map=torch.zeros(2, 2),
-        )  # fmt: skip
+            prompt=prompt,
+            words=(prompt,),
+            significance=(1.0,),
+            occlusions=(),
+            difference_map=torch.zeros(2, 2),
+        )
 
     monkeypatch.setattr(explain, "explain", short)
     prompts = PromptSet(

@@ -130,7 +130,8 @@ def test_pictures_are_embedded_beside_their_neighbours(page, result, read):
     # Charts say how wide they are.
     webp = [a for a in pictures if a["src"].startswith("data:image/webp") and "width" not in a]
     # In this result all images of a prompt share one neighbour.
-    count = sum(len(e.images) + bool(e.images) + bool(e.map) for e in result.entries)
+    redrawn = sum(len(e.explanation.redrawn) for e in result.entries if e.explanation)
+    count = sum(len(e.images) + bool(e.images) + bool(e.map) for e in result.entries) + redrawn
     assert len(webp) == count
     assert all(a["alt"] for a in pictures)
     data = base64.b64decode(webp[0]["src"].split(",")[1])

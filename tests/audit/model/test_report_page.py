@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from fake_result import make_result
+from unmemorize.audit.common.wording import number
 from unmemorize.audit.model.report import render_report
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
@@ -98,3 +99,31 @@ def test_the_policy_stops_what_escaping_would_miss(open_report, tmp_path):
 def test_the_page_is_no_wider_than_the_screen(open_report, tmp_path, width):
     page, _ = open_report(make_result(tmp_path), width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_word_is_struck_by_a_click_and_put_back_by_another(open_report, tmp_path):
+    result = make_result(tmp_path)
+    page, said = open_report(result)
+    known, card = result.flagged[0].explanation, page.locator(".card").first
+    status, top = card.locator(".struck"), known.redrawn[0]
+    hint = "Strike a word to see the score without it."
+    assert status.inner_text() == hint
+    words = card.locator(".heatmap button")
+    assert words.count() == len(known.occlusions)
+    for occlusion in known.occlusions[:2]:
+        word = card.locator(f'.heatmap [data-word="{occlusion.index}"]')
+        word.click()
+        assert word.get_attribute("aria-pressed") == "true"
+        assert f"Without “{occlusion.word}”: score {number(occlusion.score_after)}" in (
+            status.inner_text()
+        )
+        assert card.locator(".heatmap [aria-pressed=true]").count() == 1
+        chosen = card.locator("figure.chosen")
+        assert chosen.count() == (occlusion.index == top.index)
+        if occlusion.index == top.index:
+            assert "the image no longer comes back" in status.inner_text()
+            assert chosen.locator("img").get_attribute("src").startswith("data:image/webp")
+    word.click()
+    assert word.get_attribute("aria-pressed") == "false"
+    assert status.inner_text() == hint
+    assert said == []

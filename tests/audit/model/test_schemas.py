@@ -74,7 +74,8 @@ def test_lines_with_neighbours_and_hostile_words_fit_too(fake, tmp_path):
         (["count"], 0), (["cut"], None), (["group"], "unheard of"), (["score"], "5.1"),
         (["score"], None), (["score_per_element"], -1.0), (["trace", 0, 0], "5.1"),
         (["trace", 0, 0], -1.0), (["p_value"], 0), (["q_value"], 1.5), (["memorized"], 1),
-        (["explanation", "words"], "a b"), (["explanation", "significance", 0], None),
+        (["explanation", "words"], "a b"), (["explanation", "significance", 0], "1"),
+        (["explanation", "method"], "paper"), (["explanation", "redrawn", 0, "outcome"], "safe"),
         (["explanation", "occlusions", 0, "score_after"], "1"), (["images"], None),
         (["images", 0, "seed"], 0.5), (["images", 0, "nearest", "similarity"], 1.5),
         (["images", 0, "nearest", "copied"], "yes"), (["map"], 3),
@@ -100,6 +101,7 @@ def objects(line: dict) -> list[tuple[dict, type, dict]]:
         (line, values.AuditEntry, known),
         (explanation, values.WordSignificance, known["$defs"]["explanation"]),
         (explanation["occlusions"][0], values.OccludedWord, known["$defs"]["occlusion"]),
+        (explanation["redrawn"][0], values.RedrawnImage, known["$defs"]["redrawn"]),
         (image, values.GeneratedImage, known["$defs"]["image"]),
         (image["nearest"], values.NearestImage, known["$defs"]["nearest"]),
     ]
@@ -114,7 +116,7 @@ def test_schema_names_and_describes_every_field_of_a_line(line):
             assert field.get("description"), f"{kind.__name__}.{name}"
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_fields_too_many_or_too_few_are_refused(number, line):
     target = objects(line)[number][0]
     for name in list(target):
