@@ -7,12 +7,14 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..shared.drawing.heatmap import prompt_heatmap_png
-from ..shared.words.explanation import Explanation
-from .engine.explaining import PromptWords, explain_prompt, mask_of
+from ..shared.words.explanation import Method
+from .engine.explaining import Explained, explain_prompt, mask_of
 from .inputs import config_of, schema, seed_inputs, to_image
 
 WIDTH, LETTERS = 640, 32
 """Pixels of the image and of its letters: readable where a node shows it at half size."""
+METHODS = ("leave_out", "encoder_gradient")
+"""Those that need no gradient through a text encoder of ComfyUI."""
 
 
 class TokenHeatmap(io.ComfyNode):
@@ -30,15 +32,19 @@ class TokenHeatmap(io.ComfyNode):
                 io.String.Input("text", multiline=True, dynamic_prompts=True),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent"),
-                *seed_inputs(),
+                *seed_inputs(1),
                 io.Int.Input("most", default=3, min=0, max=20),
                 io.Conditioning.Input("combine_with", optional=True),
+                # Optional, and last among the widgets: workflows saved without them still load.
+                io.Combo.Input("method", options=list(METHODS), default=METHODS[0], optional=True),
+                io.String.Input("edit", multiline=True, default="", optional=True),
             ],
             outputs=[
                 io.Image.Output("image"),
                 io.Mask.Output("where"),
                 io.String.Output("report"),
                 io.String.Output("data"),
+                io.String.Output("edited"),
             ],
         )
 
@@ -54,39 +60,54 @@ class TokenHeatmap(io.ComfyNode):
         steps: int,
         most: int,
         combine_with: list | None = None,
+        method: Method = METHODS[0],
+        edit: str = "",
     ) -> io.NodeOutput:
-        explanation, read = explain_prompt(
+        explained = explain_prompt(
             model, clip, text, negative, latent, config_of(seeds, steps),
-            most=most, further=combine_with or [],
+            method=method, most=most, edit=edit, further=combine_with or [],
         )  # fmt: skip
+        explanation, edited = explained.explanation, explained.edited
         drawn = prompt_heatmap_png(
             explanation.words, explanation.significance, width=WIDTH, size=LETTERS, theme="dark"
         )
         image, mask = to_image(drawn), mask_of(model, explanation)
-        report, data = _report(explanation), _data(explanation, read)
-        return io.NodeOutput(image, mask, report, data, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(
+            image, mask, _report(explained, most), _data(explained),
+            text if edited is None else edited.prompt, ui=ui.PreviewImage(image, cls=cls),
+        )  # fmt: skip
 
 
-def _report(explanation: Explanation) -> str:
-    """Return sentences for people."""
-    if not any(explanation.significance):
-        return "There is no word that the score depends on."
-    strongest = max(zip(explanation.significance, explanation.words, strict=True))[1]
-    lines = [f"The score is most sensitive to “{strongest}”."]
+def _report(explained: Explained, most: int) -> str:
+    """Return sentences for people, about `most` words at most."""
+    explanation, edited = explained.explanation, explained.edited
+    lines = [] if edited is None else [f"{str(edited)[0].upper()}{str(edited)[1:]}."]
     if explanation.occlusions:
         lines.append(f"Score: {explanation.occlusions[0].score_before:.4g} (L2).")
-        lines += explanation.suggestions or ["Leaving a word out does not lower it."]
-    return "\n".join(lines)
+        falling = [str(o) for o in explanation.occlusions if o.fall > 0]
+        lines += falling[:most] if falling else ["Leaving a word out does not lower it."]
+    if explanation.method == "encoder_gradient" and explanation.ranked:
+        strongest = explanation.words[explanation.ranked[0]]
+        lines.append(f"The gradient at the text encoder's output is largest at “{strongest}”.")
+    if not explanation.ranked:
+        lines.append("There is no word that carries the score.")
+    return "\n".join([*lines, *explanation.notes])
 
 
-def _data(explanation: Explanation, read: PromptWords) -> str:
+def _data(explained: Explained) -> str:
     """Return the explanation as JSON."""
-    words = zip(explanation.words, read.weights, explanation.significance, strict=True)
+    explanation, edited = explained.explanation, explained.edited
+    words = zip(explanation.words, explained.weights, explanation.significance, strict=True)
     return json.dumps(
         {
             "prompt": explanation.prompt,
+            "method": explanation.method,
             "words": [{"word": w, "weight": x, "significance": s} for w, x, s in words],
             "left_out": [asdict(occlusion) for occlusion in explanation.occlusions],
+            "edited": None if edited is None else {
+                "prompt": edited.prompt, "score_before": edited.score_before,
+                "score_after": edited.score_after,
+            },
         },
         ensure_ascii=False,
-    )
+    )  # fmt: skip

@@ -67,10 +67,10 @@ def to_image(drawn: "Image") -> Float[Tensor, " 1 height width 3"]:
     return torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255)[None]
 
 
-def seed_inputs() -> list[io.Int.Input]:
-    """Return the inputs of `config_of`."""
+def seed_inputs(seeds: int = 4) -> list[io.Int.Input]:
+    """Return the inputs of `config_of`; `seeds` is the default of the first."""
     return [
-        io.Int.Input("seeds", default=4, min=1, max=64),
+        io.Int.Input("seeds", default=seeds, min=1, max=64),
         io.Int.Input("steps", default=1, min=1, max=50),
     ]
 

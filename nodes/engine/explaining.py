@@ -1,5 +1,6 @@
 """Which words of a prompt drive its score, as ComfyUI's tokenizers cut it up."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,24 +15,47 @@ from ...shared.drawing.heatmap import unit_map
 from ...shared.models.tokens import show, words_by_length
 from ...shared.score.config import DetectionConfig
 from ...shared.score.denoiser import Token
-from ...shared.words.explanation import Explanation, explain, leave_out, shortened
-from .comfy_denoiser import Prompt
+from ...shared.score.detection import detect
+from ...shared.words.edits import Edit, apply, parse_edits
+from ...shared.words.explanation import Explanation, Method, explain
+from ...shared.words.leaving_out import leave_out, shortened
+from .comfy_denoiser import ModelDenoiser, Prompt
 from .measuring import encoded, forward_rows, with_denoiser
 
 Piece = tuple[Any, float, int]
 """A token's id or its vector, its weight, and 0 where no text stands."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptWords:
-    """A prompt as people read it, and as the network does."""
+EMPTIED = re.compile(r"\(\s*(?::[\d.]*)?\s*\)")
+"""What is left of ``(word:1.2)`` without its word; ComfyUI would read it as text."""
 
-    words: tuple[str, ...]
-    """In order, without the syntax of weights; each stands in the prompt as it is written here."""
+
+@dataclass(frozen=True, kw_only=True)
+class EditedPrompt:
+    """A prompt with words struck or replaced, and its score."""
+
+    prompt: str
+    edits: tuple[Edit, ...]
+    score_before: float
+    """Of the prompt as typed (L2 norm, latent units)."""
+    score_after: float
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(map(str, self.edits))}: the score changes from {self.score_before:.4g} "
+            f"to {self.score_after:.4g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What the node says of a prompt."""
+
+    explanation: Explanation
     weights: tuple[float, ...]
     """What ComfyUI's ``(word:1.2)`` gives each word."""
-    tokens: tuple[Token, ...]
-    """What stands at each position of the embeddings, all chunks and encoders one after another."""
+    edited: EditedPrompt | None
+    """None where nothing was edited."""
 
 
 def explain_prompt(
@@ -42,10 +66,12 @@ def explain_prompt(
     latent: Mapping[str, Any],
     config: DetectionConfig,
     *,
+    method: Method,
     most: int,
+    edit: str,
     further: list,
-) -> tuple[Explanation, PromptWords]:
-    """Return what each word does to the score of a prompt, and the words with their weights.
+) -> Explained:
+    """Return what each word does to the score of a prompt, and what an edit does.
 
     Args:
         model: MODEL.
@@ -54,27 +80,59 @@ def explain_prompt(
         negative: CONDITIONING that scores are measured against.
         latent: LATENT of the size to measure at.
         config: What to measure.
-        most: How many of the strongest words are left out in turn.
+        method: "leave_out", which leaves every word out, or "encoder_gradient"; ComfyUI's text
+            encoders cannot be differentiated.
+        most: How many of the strongest words are left out in turn after "encoder_gradient".
+        edit: Edits of the text, one a line, as `parse_edits` takes them.
         further: Entries of a CONDITIONING that is averaged with the text.
+
+    Raises:
+        ValueError: An edit names no word of the text, or the method cannot find the words' tokens.
     """
-    own = encoded(clip, text)
-    read = read_words(clip.tokenizer, text, own[0][0].shape[1])
-    prompts = {text: Prompt(entries=own + further, tokens=read.tokens, words=read.words)}
-    explanation = with_denoiser(
-        model, prompts, negative, latent,
-        lambda denoiser: explain(denoiser, text, config, occlude=0),
-        forward_rows=2 * len(config.seeds) * config.steps, gradients=True,
-    )  # fmt: skip
-    if shorter := shortened(explanation, most):
-        for rest in shorter.values():
-            prompts.setdefault(rest, Prompt(entries=encoded(clip, rest) + further))
-        occlusions = with_denoiser(
-            model, prompts, negative, latent,
-            lambda denoiser: leave_out(denoiser, explanation, shorter, config),
-            forward_rows=forward_rows(1 + len(shorter), config),
+    words, weights = prompt_words(clip.tokenizer, text)
+    edits = parse_edits(edit, words)
+    tidied = tidy if reads_weights(clip.tokenizer) else str
+    edited = tidied(apply(text, words, edits)) if edits else text
+    own, gradient = encoded(clip, text), None
+    prompts = {text: Prompt(entries=own + further, words=words)}
+    if method == "encoder_gradient":
+        tokens = read_tokens(clip.tokenizer, text, words, own[0][0].shape[1])
+        gradient = with_denoiser(
+            model, {text: replace(prompts[text], tokens=tokens)}, negative, latent,
+            lambda denoiser: explain(denoiser, text, config, method="encoder_gradient", occlude=0),
+            forward_rows=2 * len(config.seeds) * config.steps, gradients=True,
         )  # fmt: skip
-        explanation = replace(explanation, occlusions=occlusions)
-    return explanation, read
+    tried = [*range(len(words))] if gradient is None else gradient.ranked[:most]
+    shorter = shortened(text, words, tried)
+    for rest in (*shorter.values(), edited):
+        if rest not in prompts:
+            prompts[rest] = Prompt(entries=encoded(clip, tidied(rest)) + further)
+
+    def work(denoiser: ModelDenoiser) -> tuple[Explanation, EditedPrompt | None]:
+        if gradient is None:
+            found = explain(denoiser, text, config)
+        else:
+            occlusions = leave_out(denoiser, text, words, shorter, config)
+            found = replace(gradient, occlusions=occlusions)
+        if not edits:
+            return found, None
+        before, after = detect(denoiser, [text, edited], config).scores.tolist()
+        return found, EditedPrompt(prompt=edited, edits=edits, score_before=before,
+                                   score_after=after)  # fmt: skip
+
+    explanation, changed = gradient, None
+    if gradient is None or shorter or edits:
+        rows = forward_rows(1 + len({*shorter.values()}), config) + 2 * (
+            gradient is None
+        )  # the map
+        rows += forward_rows(2, config) if edits else 0
+        explanation, changed = with_denoiser(
+            model, prompts, negative, latent, work, forward_rows=rows
+        )
+    occlusions = tuple(replace(o, prompt=tidied(o.prompt)) for o in explanation.occlusions)
+    return Explained(
+        explanation=replace(explanation, occlusions=occlusions), weights=weights, edited=changed
+    )
 
 
 def mask_of(model: ModelPatcher, explanation: Explanation) -> Float[Tensor, "1 height width"]:
@@ -86,23 +144,61 @@ def mask_of(model: ModelPatcher, explanation: Explanation) -> Float[Tensor, "1 h
     return comfy.utils.common_upscale(unit, width, height, "bilinear", "disabled")[0]
 
 
-def read_words(tokenizer: Any, text: str, positions: int) -> PromptWords:
-    """Return the words of a prompt and where they stand in its embeddings.
+def reads_weights(tokenizer: Any) -> bool:
+    """Return whether ``(word:1.2)`` is a weight; some language models get it as text."""
+    chunks = tokenizer.tokenize_with_weights("(a:1.5)").values()
+    return any(piece[1] != 1.0 for some in chunks for chunk in some for piece in chunk)
+
+
+def prompt_words(tokenizer: Any, text: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the words that stand in the prompt, and their weights, without the weights' syntax.
+
+    They come from the text alone: what a language model's chat template adds is no word.
+
+    Args:
+        tokenizer: Of a CLIP of ComfyUI: ``clip.tokenizer``.
+        text: As typed, with weights, escaped parentheses and ``embedding:names``.
+    """
+    if not reads_weights(tokenizer):
+        return tuple(text.split()), (1.0,) * len(text.split())
+    segments = [
+        (word.replace("\0\1", "\\)").replace("\0\2", "\\("), weight)
+        for segment, weight in token_weights(escape_important(text), 1.0)
+        for word in segment.split()
+    ]
+    return tuple(word for word, _ in segments), tuple(weight for _, weight in segments)
+
+
+def tidy(text: str) -> str:
+    """Return a prompt without weights that nothing bears any more: ``(:1.2)`` and ``()``."""
+    while (shorter := EMPTIED.sub("", text)) != text:
+        text = shorter
+    return text
+
+
+def read_tokens(
+    tokenizer: Any, text: str, words: tuple[str, ...], positions: int
+) -> tuple[Token, ...]:
+    """Return which word of a prompt stands at each position of its embeddings.
 
     CLIP encoders stand side by side at the same positions. T5 follows them (SD3) or stands alone
     (Flux, which reads CLIP as a pooled vector): the number of positions decides which.
 
     Args:
         tokenizer: Of a CLIP of ComfyUI: ``clip.tokenizer``.
-        text: As typed, with weights, escaped parentheses and ``embedding:names``.
+        text: As typed.
+        words: Of the prompt.
         positions: Tokens of the embeddings.
+
+    Raises:
+        ValueError: It is not known where the words stand.
     """
-    segments = [
-        (word.replace("\0\1", "\\)").replace("\0\2", "\\("), weight)
-        for segment, weight in token_weights(escape_important(text), 1.0)
-        for word in segment.split()
-    ]
-    words = tuple(word for word, _ in segments)
+    empty = tokenizer.tokenize_with_weights("", return_word_ids=True).values()
+    if any(piece[2] for chunks in empty for chunk in chunks for piece in chunk):
+        raise ValueError(
+            "This text encoder is a language model with a chat template around the prompt: it is "
+            "not known which word stands where. Choose the method leave_out, which need not know."
+        )
     read = {
         name: _read(_encoder(tokenizer, name), chunks, words)
         for name, chunks in tokenizer.tokenize_with_weights(text, return_word_ids=True).items()
@@ -114,9 +210,10 @@ def read_words(tokenizer: Any, text: str, positions: int) -> PromptWords:
     if not tokens:
         raise ValueError(
             f"The text encoder gave {positions} positions, its tokenizers {len(clip)} and "
-            f"{len(t5)}: it is not known which word stands where."
+            f"{len(t5)}: it is not known which word stands where. Choose the method leave_out, "
+            "which need not know."
         )
-    return PromptWords(words=words, weights=tuple(w for _, w in segments), tokens=tokens)
+    return tokens
 
 
 def _encoder(tokenizer: Any, name: str) -> Any:

@@ -115,7 +115,7 @@ def mitigation_and_forward(turns: int, iterations: int) -> dict:
 
 
 def heatmap_and_step(turns: int) -> dict:
-    """Explain a prompt in turns with plain guided steps; return seconds of each.
+    """Explain a prompt by its gradient in turns with plain guided steps; return seconds of each.
 
     Runs inside ComfyUI, on one image of 128 pixels: one seed and one step, no word left out.
     """
@@ -134,16 +134,18 @@ def heatmap_and_step(turns: int) -> dict:
         x = denoiser.initial_noise([0, 0], sigma)
         for turn in range(turns + 1):
             step = seconds(denoiser.denoise, x, sigma, both)
-            whole = seconds(explaining.explain, denoiser, text, config, occlude=0)
+            whole = seconds(explaining.explain, denoiser, text, config,
+                            method="encoder_gradient", occlude=0)  # fmt: skip
             if turn:  # the first warms up
                 times["step"].append(step)
                 times["heatmap"].append(whole)
 
     with torch.inference_mode():
         own, empty = (measuring.encoded(clip, prompt) for prompt in (text, ""))
-        read = explaining.read_words(clip.tokenizer, text, own[0][0].shape[1])
+        words, _ = explaining.prompt_words(clip.tokenizer, text)
+        tokens = explaining.read_tokens(clip.tokenizer, text, words, own[0][0].shape[1])
         prompts = {
-            text: explaining.Prompt(entries=own, tokens=read.tokens, words=read.words),
+            text: explaining.Prompt(entries=own, tokens=tokens, words=words),
             "": explaining.Prompt(entries=empty),
         }
         measuring.with_denoiser(

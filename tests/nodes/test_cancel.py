@@ -55,12 +55,16 @@ def cancel(node: str, stop: int, inputs: dict) -> dict:
     return outcome
 
 
+# Empty and whole prompt, then three shortened ones and two for the map; or a gradient of both,
+# then both again and one shortened prompt.
+@pytest.mark.parametrize(("method", "passes"), [("leave_out", 2 + 3 + 2), ("encoder_gradient", 5)])
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_heatmap(comfy, stop):
-    inputs = {"class": "TokenHeatmap", "text": "a red cat", "seeds": 1, "steps": 1, "most": 1}
+def test_heatmap(comfy, stop, method, passes):
+    inputs = {"class": "TokenHeatmap", "text": "a red cat", "seeds": 1, "steps": 1, "most": 1,
+              "method": method}  # fmt: skip
     done = comfy.call(cancel, "heatmap", stop, inputs)
     assert done["cancelled"] == {"result": None, "passes": stop}
-    assert done["after"]["passes"] == 2 + 3  # gradient; empty, whole and shortened prompt
+    assert done["after"]["passes"] == passes
     assert "a red cat" in done["after"]["result"][3]
     assert done["undone"]
     assert done["inference"]

@@ -26,7 +26,7 @@ def shown(node: str, method: str, prompt: str) -> dict:
         inputs |= {"model": model, "seeds": 1, "steps": 1}
         if node == "heatmap":
             cls, inputs = pack("nodes.heatmap").TokenHeatmap, inputs | {
-                "clip": clip, "text": prompt, "most": 0}  # fmt: skip
+                "clip": clip, "text": prompt, "most": 0, "method": "encoder_gradient"}  # fmt: skip
         else:
             inputs["positive"] = encode(clip, prompt)
             inputs = {name: [value] for name, value in inputs.items()}

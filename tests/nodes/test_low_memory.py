@@ -59,7 +59,7 @@ def measured(text: str, budget: int | None) -> dict:
                 **{key: [value] for key, value in common.items()}, positive=[encode(clip, text)]
             )
             heatmap = pack("nodes.heatmap").TokenHeatmap.execute(
-                **common, clip=clip, text=text, most=1
+                **common, clip=clip, text=text, most=1, method="encoder_gradient"
             )
         finally:
             memory.LoadedModel.model_load = load

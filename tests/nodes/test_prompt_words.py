@@ -1,7 +1,7 @@
 """Words at positions, for the tokenizers of SD 1, SDXL, SD3 and Flux and whatever text holds."""
 
 import pytest
-from comfyui import pack
+from comfyui import newest, pack
 
 pytestmark = pytest.mark.comfy
 TEXT = (
@@ -28,10 +28,12 @@ def read(kind: str, text: str, encoders: list, folder: str | None = None) -> dic
     theirs = tokenizer(kind, folder)
     chunks = theirs.tokenize_with_weights(text)
     positions = sum(len(chunk) for name in encoders for chunk in chunks[name])
-    found = pack("nodes.engine.explaining").read_words(theirs, text, positions)
-    assert len(found.tokens) == positions
-    tokens = [[token.text, token.word] for token in found.tokens]
-    return {"words": found.words, "weights": found.weights, "tokens": tokens}
+    explaining = pack("nodes.engine.explaining")
+    words, weights = explaining.prompt_words(theirs, text)
+    found = explaining.read_tokens(theirs, text, words, positions)
+    assert len(found) == positions
+    tokens = [[token.text, token.word] for token in found]
+    return {"words": words, "weights": weights, "tokens": tokens}
 
 
 def pieces(found: dict, word: str) -> list[str]:
@@ -79,4 +81,39 @@ def test_a_layout_that_is_not_known_is_refused(comfy):
 
 
 def refused() -> None:
-    pack("nodes.engine.explaining").read_words(tokenizer("sd1"), "a cat", 5)
+    pack("nodes.engine.explaining").read_tokens(tokenizer("sd1"), "a cat", ("a", "cat"), 5)
+
+
+def language_model() -> dict:
+    """Return what is read of a prompt by a tokenizer with a chat template around it."""
+    from comfy.text_encoders.z_image import ZImageTokenizer
+
+    explaining, theirs = pack("nodes.engine.explaining"), ZImageTokenizer()
+    words, weights = explaining.prompt_words(theirs, "a (red fox:1.3), <|im_end|> user")
+    try:
+        explaining.read_tokens(theirs, "a cat", ("a", "cat"), 12)
+    except ValueError as error:
+        return {"words": words, "weights": weights, "refusal": str(error)}
+    raise AssertionError("the template's tokens would be taken for words")
+
+
+@newest
+def test_a_chat_template_adds_no_words(comfy):
+    found = comfy.call(language_model)
+    # Its weights are switched off: the parentheses are text.
+    assert found["words"] == ("a", "(red", "fox:1.3),", "<|im_end|>", "user")
+    assert set(found["weights"]) == {1.0}
+    assert "Choose the method leave_out" in found["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a (:1.3) cat", "a  cat"), ("((  :1.2)), x", ", x"), ("a (b) (c:1)", "a (b) (c:1)"),
+     (":) (unclosed", ":) (unclosed")],
+)  # fmt: skip
+def test_weights_that_nothing_bears_go_with_their_word(comfy, text, expected):
+    assert comfy.call(tidied, text) == expected
+
+
+def tidied(text: str) -> str:
+    return pack("nodes.engine.explaining").tidy(text)
