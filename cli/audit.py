@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..shared.wording import counted, visible
+from ..shared.wording import bare, counted, visible
 from .common.options import (
     AnswerOptions,
     AuditConfig,
@@ -229,7 +229,7 @@ def _flagged(result: "AuditResult") -> Table:
                  if each.score_after < each.score_before] if entry.explanation else []  # fmt: skip
         rows.append([
             f"{entry.score:.4g}", f"{entry.p_value:.2g}", entry.group or "-", entry.prompt[:200],
-            ", ".join(word.strip(",.;:") or word for word in words),
+            ", ".join(bare(word) for word in words),
         ])  # fmt: skip
     title = "Memorized prompts, highest score first" + _left(result.flagged)
     return title, ["score", "p", "group", "prompt", "by the words"], rows

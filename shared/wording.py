@@ -16,6 +16,11 @@ def name_some(keys: Iterable[str], most: int = 5) -> str:
     return ", ".join(keys[:most]) + more
 
 
+def bare(word: str) -> str:
+    """Return a word as a sentence quotes it, without the comma or full stop that follows it."""
+    return word.strip(",.;:") or word
+
+
 def visible(text: str) -> str:
     """Return `text` with everything that does not print shown as a sign.
 

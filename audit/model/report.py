@@ -148,7 +148,7 @@ def _says(entry: AuditEntry) -> dict[int, str]:
         for each in known.occlusions
     }
     for image in known.redrawn:
-        says[image.index] += f" Drawn again, {str(image).removeprefix(f'without “{image.word}” ')}."
+        says[image.index] += f" There, {image.observation}."
     return says
 
 

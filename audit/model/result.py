@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ...shared.score.calibration import Calibration
 from ...shared.score.rates import CONFIDENCE, clopper_pearson
-from ...shared.wording import counted
+from ...shared.wording import bare, counted
 from ..common.result import ModelInfo, dumps, versions
 from .config import AuditConfig, measured_score
 from .inputs import Inputs
@@ -63,13 +63,18 @@ class RedrawnImage:
     outcome: Literal["gone", "back", "another"]
     """No copy any more; a copy of the same training image; a copy of another one."""
 
-    def __str__(self) -> str:
+    @property
+    def observation(self) -> str:
+        """Return what became of the image, as a clause."""
         said = {
             "gone": "the image no longer comes back",
             "back": "the image still comes back",
             "another": "another training image comes back",
         }[self.outcome]
-        return f"without “{self.word}” {said} (drawn once, seed {self.seed})"
+        return f"{said} (drawn once, seed {self.seed})"
+
+    def __str__(self) -> str:
+        return f"without “{bare(self.word)}” {self.observation}"
 
 
 @dataclass(frozen=True, kw_only=True)

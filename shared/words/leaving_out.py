@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..score.config import DetectionConfig
 from ..score.denoiser import Denoiser
 from ..score.detection import detect
+from ..wording import bare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Occlusion:
 
     def __str__(self) -> str:
         return (
-            f"without “{self.word}” the score falls from {self.score_before:.3g} "
+            f"without “{bare(self.word)}” the score falls from {self.score_before:.3g} "
             f"to {self.score_after:.3g}"
         )
 

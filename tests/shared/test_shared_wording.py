@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unmemorize.shared.wording import visible
+from unmemorize.shared.wording import bare, visible
 
 
 @settings(max_examples=200, deadline=None)
@@ -18,3 +18,9 @@ def test_visible_text_can_be_written_and_read_back(text):
 
 def test_visible_shows_direction_overrides_and_lone_surrogates():
     assert visible("a\u202eb\ud800c\n") == "a<U+202E>b<U+D800>c␊"
+
+
+def test_a_quoted_word_has_no_comma():
+    assert [bare(word) for word in ("cupcake,", "end.", "a:b", "…", ",,")] == [
+        "cupcake", "end", "a:b", "…", ",,"
+    ]  # fmt: skip
