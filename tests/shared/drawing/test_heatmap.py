@@ -181,3 +181,19 @@ def test_overlay_accepts_flat_maps_and_refuses_others():
     assert len(np.unique(np.asarray(flat))) == 1
     with pytest.raises(ValueError, match=r"\[height width\].*\(1, 2, 2\)"):
         overlay_map(image, np.zeros((1, 2, 2)))
+
+
+def test_words_that_were_not_measured_say_so_and_have_no_colour():
+    page = prompt_heatmap_html(["a", "b", "c", "d"], [1.0, None, math.nan, -2.0], style=False)
+    read = Reader(page)
+    assert [a["class"] for a in read.attributes[1:]] == [f"w{LEVELS}", "w0", "w0", "w0"]
+    titles = [a["title"] for a in read.attributes[1:]]
+    assert titles == ["a: 1", "b: not measured", "c: not measured", "d: -2"]
+
+
+def test_what_striking_a_word_does_stands_beside_it_as_data():
+    said = 'without "b" <i>less</i>'
+    read = Reader(prompt_heatmap_html(["a", "b"], [1.0, 0.5], style=False, says={1: said}))
+    assert read.tags == ["bdi", "span", "span"]
+    assert "data-says" not in read.attributes[1]
+    assert (read.attributes[2]["data-word"], read.attributes[2]["data-says"]) == ("1", said)
