@@ -29,8 +29,8 @@ from unmemorize.audit.model.comparison import Comparer, Known, known_images
 from unmemorize.audit.model.inputs import read_named
 from unmemorize.shared.files.images import read_image, save_png
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
-from unmemorize.shared.score.calibration import clopper_pearson
 from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.words.explanation import explain
 from unmemorize.shared.words.leaving_out import without_word
 
