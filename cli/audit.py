@@ -183,7 +183,7 @@ def audit(options: AuditOptions) -> None:
 
 
 def _audit_model(options: AuditOptions) -> int:
-    with answering(options):
+    with answering(options, resumes=True):
         from ..audit.common.result import finite
         from ..audit.model.run import run_audit
 
@@ -203,7 +203,7 @@ def _audit_model(options: AuditOptions) -> int:
 
 
 def _audit_lora(options: AuditOptions) -> int:
-    with answering(options):
+    with answering(options, resumes=True):
         from ..audit.lora.run import run_lora_audit
 
         config = options.of_lora

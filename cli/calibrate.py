@@ -30,7 +30,7 @@ class CalibrateOptions(AnswerOptions, ModelOptions, DetectionOptions):
 @takes_options
 def calibrate(options: CalibrateOptions) -> None:
     """Score ordinary prompts on a model and keep the threshold that follows from them."""
-    with answering(options):
+    with answering(options, resumes=True):
         from ..audit.model.parts import make_calibration
 
         made = make_calibration(

@@ -53,7 +53,7 @@ class DetectOptions(AnswerOptions, ModelOptions, DetectionOptions):
 @takes_options
 def detect(options: DetectOptions) -> None:
     """Score prompts. A verdict needs --calibration; without one there are only numbers."""
-    with answering(options):
+    with answering(options, resumes=options.output is not None):
         from ..audit.model.parts import score_prompts
 
         rows = score_prompts(

@@ -65,7 +65,7 @@ def mitigate(options: MitigateOptions) -> None:
 
     Without prompts, a few captions of the demo. Interrupted, the same command continues.
     """
-    with answering(options):
+    with answering(options, resumes=True):
         from ..audit.model.mitigation import run_mitigation
         from ..audit.model.mitigation_result import MitigationConfig
 

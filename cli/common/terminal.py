@@ -73,7 +73,7 @@ def explain_error(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def answering(options: "AnswerOptions") -> Iterator[None]:
+def answering(options: "AnswerOptions", *, resumes: bool = False) -> Iterator[None]:
     """Run a command: its errors become one paragraph and exit codes, never a traceback.
 
     While it works, everything that libraries print goes to stderr.
@@ -81,6 +81,7 @@ def answering(options: "AnswerOptions") -> Iterator[None]:
     Args:
         options: With `as_json` a failure also prints ``{"error": ...}`` as the one document on
             stdout; `debug` lets errors through.
+        resumes: What was computed is kept, and the same command goes on from there.
     """
     package = logging.getLogger(PACKAGE)
     handler = _ShownOnce()
@@ -96,8 +97,8 @@ def answering(options: "AnswerOptions") -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        _fail("Interrupted. The same command continues where it stopped.", "Interrupted",
-              as_json=options.as_json)  # fmt: skip
+        goes_on = "continues where it stopped" if resumes else "starts from the beginning"
+        _fail(f"Interrupted. The same command {goes_on}.", "Interrupted", as_json=options.as_json)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if options.debug:

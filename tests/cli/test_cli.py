@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from forked import Forked, fork_server
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 from unmemorize import cli, demo
+from unmemorize.cli.common.options import AnswerOptions
+from unmemorize.cli.common.terminal import answering
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 QUICK = [
@@ -235,6 +238,17 @@ def test_no_space_left_keeps_what_was_computed(audit, finished, words, run_pytho
     assert keys(output, "controls")[: len(kept)] == kept
     assert len(keys(output, "controls")) == len(keys(whole, "controls"))
     assert (output / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("resumes", "goes_on"),
+    [(True, "continues where it stopped"), (False, "starts from the beginning")],
+)
+def test_an_interrupted_command_says_whether_it_resumes(resumes, goes_on, capsys):
+    with pytest.raises(typer.Exit) as error, answering(AnswerOptions(), resumes=resumes):
+        raise KeyboardInterrupt
+    assert error.value.exit_code == 130
+    assert f"The same command {goes_on}." in capsys.readouterr().err
 
 
 def test_failures_are_json_too(tmp_path):

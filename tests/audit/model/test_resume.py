@@ -7,8 +7,10 @@ import os
 import shutil
 
 import pytest
+import torch
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.files.storage import StorageError
+from unmemorize.shared.files.tensors import TensorFolder
 
 
 def test_a_finished_job_is_used_again_without_loading_the_model(result, config, work, tmp_path):
@@ -41,6 +43,31 @@ def test_a_torn_job_computes_only_what_is_missing(phase, result, config, work, t
     assert work["loads"] == 1
     if phase == "images":
         assert work["images"] == len(json.loads(lost)["value"]["files"])
+
+
+def test_controls_of_the_residual_that_were_finished_are_not_measured_again(
+    result, config, work, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    shutil.rmtree(output / "journal" / "controls")  # as before the residual's controls were done
+    put, kept = TensorFolder.put, []
+
+    def stopped(folder, number, tensor):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        kept.append(number)
+        put(folder, number, tensor)
+
+    same = dataclasses.replace(config, output=output)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TensorFolder, "put", stopped)
+        run_audit(same)
+    again = run_audit(same)
+    assert again.calibration == result.calibration
+    assert torch.equal(again.calibration.judge.basis.mean, result.calibration.judge.basis.mean)
+    assert again.entries == result.entries
+    assert not (output / "journal" / "controls" / "differences").exists()
 
 
 def test_batch_size_is_no_other_job(result, config, work, tmp_path):
