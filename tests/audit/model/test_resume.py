@@ -60,9 +60,10 @@ def test_controls_of_the_residual_that_were_finished_are_not_measured_again(
         put(folder, number, tensor)
 
     same = dataclasses.replace(config, output=output)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TensorFolder, "put", stopped)
+    monkeypatch.setattr(TensorFolder, "put", stopped)
+    with pytest.raises(KeyboardInterrupt):
         run_audit(same)
+    monkeypatch.setattr(TensorFolder, "put", put)
     again = run_audit(same)
     assert again.calibration == result.calibration
     assert torch.equal(again.calibration.judge.basis.mean, result.calibration.judge.basis.mean)
