@@ -176,6 +176,8 @@ class Comparison:
     """By the generated image's path."""
     summary: dict[str, Any] | None
     """Method, threshold and share of copies; None when no training images are known."""
+    judged: tuple[tuple[str, str], ...] = ()
+    """Prompt and path of all images that were judged together: each other's yardstick."""
     caveats: tuple[str, ...] = ()
 
 
@@ -204,6 +206,7 @@ def compare(work: Work, scored: Scored, plan: Sequence[Sampled]) -> Comparison:
     return Comparison(
         nearest=nearest,
         summary=stored["summary"] | {"copies": rate(sum(told), len(told))},
+        judged=tuple((prompt, path) for prompt, path in stored["judged"]),
         caveats=(*stored["caveats"], *_unknown(untold, len(nearest))),
     )
 
@@ -222,7 +225,7 @@ def _compare(work: Work, plan: Sequence[Sampled]) -> dict[str, Any]:
     """Return everything that a continued job must not compute again, as JSON values."""
     comparer = comparer_of(work) if plan else None
     if comparer is None:
-        return {"nearest": {}, "copies": [], "summary": None, "caveats": []}
+        return {"nearest": {}, "copies": [], "judged": [], "summary": None, "caveats": []}
     pairs = [(s.prompt, path) for s in plan for path in s.paths.values()]
     others, caveats = draw_others(work, [s.prompt for s in plan])
     judged = comparer.judge([*pairs, *others])
@@ -230,6 +233,7 @@ def _compare(work: Work, plan: Sequence[Sampled]) -> dict[str, Any]:
     return {
         "nearest": {path: asdict(image) for path, image in nearest.items()},
         "copies": sorted({image.path for image in nearest.values()}),
+        "judged": [*pairs, *others],
         "summary": {
             "method": comparer.features.name + ("; or in pixels" if comparer.pixels else ""),
             "training_images": len(comparer.known.thumbnails),

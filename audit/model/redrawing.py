@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from ...shared.words.leaving_out import without_word
 from ..common.job import content_key
 from ..common.measure import complete
 from .comparison import Comparison, comparer_of
 from .images import Sampled, all_exist, sample
-from .result import NearestImage, RedrawnImage
+from .result import NearestImage, Outcome, RedrawnImage
 from .work import Work
 
 REDRAWN = 2
@@ -47,20 +47,24 @@ def redraw(
         seed, first = copies[sampled]
         denoiser, config, folder = work.subject.denoiser, work.config, work.job.folder
         values = explanations[sampled.index]
-        drawn = []
-        for left_out in _strongest(values):
-            shorter = without_word(sampled.prompt, values["words"], left_out["index"])
-            path = f"images/{sampled.index:05d}-without{left_out['index']}.png"
-            sample(denoiser, config, shorter, folder, {seed: path})
-            comparer = compared()
-            assert comparer is not None  # the prompt's images were compared
-            nearest = comparer.nearest([(sampled.prompt, path)])[path]
-            image = RedrawnImage(
-                word=left_out["word"], index=left_out["index"], prompt=shorter, path=path,
-                seed=seed, nearest=nearest, outcome=_outcome(first, nearest),
-            )  # fmt: skip
-            drawn.append(asdict(image))
-        return drawn
+        shorter = {
+            f"images/{sampled.index:05d}-without{left_out['index']}.png":
+            (left_out, without_word(sampled.prompt, values["words"], left_out["index"]))
+            for left_out in _strongest(values)
+        }  # fmt: skip
+        for path, (_, prompt) in shorter.items():
+            sample(denoiser, config, prompt, folder, {seed: path})
+        comparer = compared()
+        assert comparer is not None  # the prompt's images were compared
+        pairs = [(sampled.prompt, path) for path in shorter]  # is its own image still drawn?
+        nearest = comparer.nearest(pairs, comparer.judge([*pairs, *comparison.judged]))
+        return [
+            asdict(RedrawnImage(
+                word=left_out["word"], index=left_out["index"], prompt=prompt, path=path,
+                seed=seed, nearest=nearest[path], outcome=_outcome(first, nearest[path]),
+            ))
+            for path, (left_out, prompt) in shorter.items()
+        ]  # fmt: skip
 
     def whole(drawn: list[dict[str, Any]]) -> bool:
         names = [name for each in drawn for name in (each["path"], each["nearest"]["path"])]
@@ -87,10 +91,10 @@ def _strongest(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return falling[:REDRAWN]
 
 
-def _outcome(before: NearestImage, after: NearestImage) -> Literal["gone", "back", "another"]:
+def _outcome(before: NearestImage, after: NearestImage) -> Outcome:
     """Return whether the training image that came back before still does."""
     if not after.copied:
-        return "gone"
+        return "unknown" if after.copied is None else "gone"
     # One drawing may stand among the training images several times, under one caption.
     same = after.path == before.path or after.caption == before.caption
     return "back" if same else "another"

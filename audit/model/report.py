@@ -176,7 +176,7 @@ def _tiles(entry: AuditEntry, embed: Embedder) -> list[dict[str, Any]]:
             "uri": embed(redrawn.path), "truth": False, "word": redrawn.index,
             "title": f"without “{redrawn.word}”",
             "text": f"seed {redrawn.seed}, similarity {similarity}"
-            + ("" if redrawn.outcome == "gone" else ": a copy"),
+            + (": a copy" if redrawn.outcome in ("back", "another") else ""),
             "alt": f"Image made by the model from this prompt without “{redrawn.word}”, seed "
             f"{redrawn.seed}",
         })  # fmt: skip

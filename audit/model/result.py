@@ -16,6 +16,9 @@ SCHEMA_VERSION = 2
 """Of summary.json and of the lines of results.jsonl; raised when a field changes its meaning."""
 
 
+Outcome = Literal["gone", "back", "another", "unknown"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OccludedWord:
     """What the score does when one word is left out."""
@@ -60,8 +63,8 @@ class RedrawnImage:
     """Of the image, relative to the output folder."""
     seed: int
     nearest: NearestImage
-    outcome: Literal["gone", "back", "another"]
-    """No copy any more; a copy of the same training image; a copy of another one."""
+    outcome: Outcome
+    """No copy any more; a copy of the same training image; one of another; or not to be told."""
 
     @property
     def observation(self) -> str:
@@ -70,6 +73,7 @@ class RedrawnImage:
             "gone": "the image no longer comes back",
             "back": "the image still comes back",
             "another": "another training image comes back",
+            "unknown": "nothing can tell whether the image comes back",
         }[self.outcome]
         return f"{said} (drawn once, seed {self.seed})"
 

@@ -22,8 +22,8 @@ PLAN = [Sampled(index=3, prompt=PROMPT, seeds=(5, 7)), Sampled(index=4, prompt="
 
 
 def nearest(path: str = "training-1.png", caption: str = "fox", copied: bool | None = True):
-    return NearestImage(path=path, caption=caption, similarity=0.9, ratio=0.2, is_own=True,
-                        copied=copied)  # fmt: skip
+    return NearestImage(path=path, caption=caption, similarity=0.9, ratio=0.2, own_ratio=0.2,
+                        is_own=True, copied=copied)  # fmt: skip
 
 
 def explained(words: list[str], falls: list[float]) -> dict:
@@ -35,6 +35,7 @@ def explained(words: list[str], falls: list[float]) -> dict:
     return {"words": words, "occlusions": occlusions}
 
 
+JUDGED = (("a dog", "images/00009-seed5.png"), ("a cow", "images/other-00001.png"))
 EXPLANATIONS = {
     3: explained(PROMPT.split(), [0.1, -0.5, 2.0, 3.0]),
     4: explained(["a", "cat"], [1.0, 2.0]),
@@ -50,14 +51,15 @@ def studio(monkeypatch, tmp_path):
         drawn.append((prompts, seeds))
         return [Image.new("RGB", (8, 8)) for _ in seeds]
 
-    def compare(pairs):
+    def compare(pairs, judged):
+        assert judged == [*pairs, *JUDGED]
         (tmp_path / "training-1.png").touch()
         (tmp_path / "training-2.png").touch()
         return {path: after[path] for _, path in pairs}
 
     def comparer_of(work):
         comparers.append(work)
-        return SimpleNamespace(nearest=compare)
+        return SimpleNamespace(nearest=compare, judge=list)
 
     monkeypatch.setattr(redrawing, "comparer_of", comparer_of)
     subject = Subject()
@@ -81,14 +83,14 @@ def comparison(**copied: bool | None) -> Comparison:
     names = {"s5": "images/00003-seed5.png", "s7": "images/00003-seed7.png",
              "other": "images/00004-seed5.png"}  # fmt: skip
     found = {path: nearest(copied=copied.get(name, False)) for name, path in names.items()}
-    return Comparison(nearest=found, summary=None)
+    return Comparison(nearest=found, summary=None, judged=JUDGED)
 
 
 @pytest.mark.parametrize(
     ("seen", "outcome", "sentence"),
     [
         (nearest(copied=False), "gone", "the image no longer comes back"),
-        (nearest(copied=None), "gone", "the image no longer comes back"),
+        (nearest(copied=None), "unknown", "nothing can tell whether"),
         (nearest(), "back", "the image still comes back"),
         (nearest(path="training-2.png"), "back", "the image still comes back"),  # its twin
         (nearest(path="training-2.png", caption="cat"), "another", "another training image comes"),
