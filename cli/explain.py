@@ -33,7 +33,7 @@ class ExplainOptions(AnswerOptions, ModelOptions):
     method: Annotated[
         Methods,
         typer.Option(
-            help="leave_out: the score without each word, one forward row a word and "
+            help="leave_out: the magnitude without each word, one forward row a word and "
             "seed; of more than 24 words, those that input_gradient ranks first. "
             "input_gradient: at what the text encoder reads. encoder_gradient: at what "
             "it gives, as published."
@@ -68,8 +68,8 @@ def _table(row: Mapping[str, Any]) -> Table:
     values = row["significance"]
     order = sorted(range(len(values)), key=lambda i: (values[i] is None, -(values[i] or 0)))
     left_out = {occlusion["index"]: occlusion for occlusion in row["occlusions"]}
-    measured = "score falls by" if row["method"] == "leave_out" else "gradient"
-    return row["prompt"][:LONGEST], ["word", measured, "score without it"], [
+    measured = "magnitude falls by" if row["method"] == "leave_out" else "gradient"
+    return row["prompt"][:LONGEST], ["word", measured, "magnitude without it"], [
         [row["words"][i], "not measured" if values[i] is None else f"{values[i]:.4g}",
          f"{left_out[i]['score_after']:.4g} (of {left_out[i]['score_before']:.4g})"
          if i in left_out else ""]

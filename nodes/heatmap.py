@@ -83,7 +83,7 @@ def _report(explained: Explained, most: int) -> str:
     explanation, edited = explained.explanation, explained.edited
     lines = [] if edited is None else [f"{str(edited)[0].upper()}{str(edited)[1:]}."]
     if explanation.occlusions:
-        lines.append(f"Score: {explanation.occlusions[0].score_before:.4g} (L2).")
+        lines.append(f"Magnitude: {explanation.occlusions[0].score_before:.4g} (L2).")
         falling = [str(o) for o in explanation.occlusions if o.fall > 0]
         lines += falling[:most] if falling else ["Leaving a word out does not lower it."]
     if explanation.method == "encoder_gradient" and explanation.ranked:

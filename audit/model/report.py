@@ -11,7 +11,7 @@ from typing import Any
 from ... import demo
 from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ...shared.drawing.score_charts import score_distribution, score_traces
-from ...shared.wording import counted
+from ...shared.wording import bare, counted
 from ..common.pages import FOLD, Embedder, embedded_chart, render_page, safe
 from ..common.wording import MISSING, number, percent
 from .config import AuditConfig
@@ -143,7 +143,7 @@ def _says(entry: AuditEntry) -> dict[int, str]:
     if known is None:
         return {}
     says = {
-        each.index: f"Without “{each.word}”: score {number(each.score_after)}, with it "
+        each.index: f"Without “{bare(each.word)}”: magnitude {number(each.score_after)}, with it "
         f"{number(each.score_before)}."
         for each in known.occlusions
     }
@@ -174,7 +174,7 @@ def _tiles(entry: AuditEntry, embed: Embedder) -> list[dict[str, Any]]:
         similarity = number(redrawn.nearest.similarity, 2)
         tiles.append({
             "uri": embed(redrawn.path), "truth": False, "word": redrawn.index,
-            "title": f"without “{redrawn.word}”",
+            "title": f"without “{bare(redrawn.word)}”",
             "text": f"seed {redrawn.seed}, similarity {similarity}"
             + (": a copy" if redrawn.outcome in ("back", "another") else ""),
             "alt": f"Image made by the model from this prompt without “{redrawn.word}”, seed "

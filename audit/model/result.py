@@ -21,7 +21,7 @@ Outcome = Literal["gone", "back", "another", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class OccludedWord:
-    """What the score does when one word is left out."""
+    """What the magnitude does when one word is left out."""
 
     word: str
     index: int
@@ -90,12 +90,12 @@ class WordSignificance:
     words: tuple[str, ...]
     """As typed, in order."""
     significance: tuple[float | None, ...]
-    """Per word, how far the score falls without it (L2, latent units; below 0 where it rises);
+    """Per word, how far the magnitude falls without it (L2, latent units; below 0 where it rises);
     None for words that were not left out."""
     occlusions: tuple[OccludedWord, ...]
     """Of each word that was left out, strongest fall first."""
     suggestions: tuple[str, ...]
-    """Sentences: without X the score falls from a to b."""
+    """Sentences: without X the magnitude falls from a to b."""
     notes: tuple[str, ...] = ()
     """Sentences on what was not measured."""
     redrawn: tuple[RedrawnImage, ...] = ()

@@ -42,8 +42,8 @@ class EditedPrompt:
 
     def __str__(self) -> str:
         return (
-            f"{', '.join(map(str, self.edits))}: the score changes from {self.score_before:.4g} "
-            f"to {self.score_after:.4g}"
+            f"{', '.join(map(str, self.edits))}: the magnitude changes from "
+            f"{self.score_before:.4g} to {self.score_after:.4g}"
         )
 
 

@@ -33,7 +33,7 @@ class Explanation:
     words: tuple[str, ...]
     """As typed."""
     significance: tuple[float, ...]
-    """Per word. `leave_out`: how far the score falls without it (L2 norm, latent units; below 0
+    """Per word. `leave_out`: how far the magnitude falls without it (L2 norm, latent units; below 0
     where it rises; NaN for words that were not tried). Gradients: their L2 norm over the word's
     tokens (>= 0). 0 for words that the text encoder did not read."""
     tokens: tuple[Token, ...] = ()

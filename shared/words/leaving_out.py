@@ -1,4 +1,8 @@
-"""What the score of a prompt becomes when one word is left out."""
+"""What the magnitude of a prompt becomes when one word is left out.
+
+The magnitude |D| ranks words better than the residual outside what control prompts add, and needs
+no controls; so the scores here are magnitudes, whatever a calibration judges by.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +28,12 @@ class Occlusion:
 
     @property
     def fall(self) -> float:
-        """Return how far the score falls without the word (L2, latent units; < 0: it rises)."""
+        """Return how far the magnitude falls without the word (L2, latent units; < 0: it rises)."""
         return self.score_before - self.score_after
 
     def __str__(self) -> str:
         return (
-            f"without “{bare(self.word)}” the score falls from {self.score_before:.3g} "
+            f"without “{bare(self.word)}” the magnitude falls from {self.score_before:.3g} "
             f"to {self.score_after:.3g}"
         )
 

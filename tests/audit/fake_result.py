@@ -93,7 +93,7 @@ def make_entry(
                 OccludedWord(word=top if i == order[0] else words[i], index=i, score_before=score,
                              score_after=score - falls[i]) for i in order
             ),
-            suggestions=(f"without “{top}” the score falls from {score:.2f} to {score / 2:.2f}",),
+            suggestions=(f"without “{top}” the magnitude falls from {score:.2f} to 1",),
             notes=(text or "All words were left out.",),
             redrawn=(RedrawnImage(
                 word=top, index=order[0], prompt=text or " ".join(words[1:]), seed=0,

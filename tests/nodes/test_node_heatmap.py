@@ -68,7 +68,7 @@ def test_a_word_is_struck_and_one_replaced(comfy):
     assert data["prompt"] == edited
     assert data["score_before"] == pytest.approx(before, rel=1e-4)
     assert data["score_after"] == pytest.approx(after, rel=1e-4)
-    said = f"Replace “{words[0]}” with “thing”, drop “{last}”: the score changes from"
+    said = f"Replace “{words[0]}” with “thing”, drop “{last}”: the magnitude changes from"
     assert run["report"].startswith(said)
 
 

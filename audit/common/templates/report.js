@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const hint = "Strike a word to see the score without it.";
+  const hint = "Strike a word to see the magnitude without it.";
   for (const card of document.querySelectorAll(".card")) {
     const said = card.querySelector(".struck");
     if (!said) continue;

@@ -106,7 +106,7 @@ def test_a_word_is_struck_by_a_click_and_put_back_by_another(open_report, tmp_pa
     page, said = open_report(result)
     known, card = result.flagged[0].explanation, page.locator(".card").first
     status, top = card.locator(".struck"), known.redrawn[0]
-    hint = "Strike a word to see the score without it."
+    hint = "Strike a word to see the magnitude without it."
     assert status.inner_text() == hint
     words = card.locator(".heatmap button")
     assert words.count() == len(known.occlusions)
@@ -114,7 +114,7 @@ def test_a_word_is_struck_by_a_click_and_put_back_by_another(open_report, tmp_pa
         word = card.locator(f'.heatmap [data-word="{occlusion.index}"]')
         word.click()
         assert word.get_attribute("aria-pressed") == "true"
-        assert f"Without “{occlusion.word}”: score {number(occlusion.score_after)}" in (
+        assert f"Without “{occlusion.word}”: magnitude {number(occlusion.score_after)}" in (
             status.inner_text()
         )
         assert card.locator(".heatmap [aria-pressed=true]").count() == 1

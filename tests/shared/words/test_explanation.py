@@ -48,14 +48,14 @@ def test_only_words_that_lower_the_score_are_suggested():
         prompt="fox cat", words=("fox", "cat"), significance=(1.0, 1.0), tokens=(),
         token_significance=(), occlusions=(falls, rises), difference_map=torch.zeros(1, 1),
     )  # fmt: skip
-    assert explanation.suggestions == ("without “fox” the score falls from 2 to 1.23",)
+    assert explanation.suggestions == ("without “fox” the magnitude falls from 2 to 1.23",)
 
 
 def test_a_single_word_and_none(toy):
     one = explain(toy, "lighthouse", CONFIG)
     assert [o.prompt for o in one.occlusions] == [""]
     assert one.occlusions[0].score_after < 1e-4 * one.occlusions[0].score_before
-    assert one.suggestions[0].startswith("without “lighthouse” the score falls from")
+    assert one.suggestions[0].startswith("without “lighthouse” the magnitude falls from")
     for prompt in ("", "  \n"):
         none = explain(toy, prompt, CONFIG)
         assert none.words == none.significance == none.occlusions == none.suggestions == ()
