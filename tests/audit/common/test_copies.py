@@ -121,6 +121,17 @@ def test_a_training_set_saved_more_than_once_hides_no_copy(scene, times):
     assert judged.dimension == pytest.approx(plain.dimension, rel=0.25)
 
 
+def test_copies_of_an_image_saved_twice_are_seen_without_a_caption(scene):
+    """Only the rule of any image can tell: the two lie side by side, and the next far off."""
+    images, captions, generated, _ = scene
+    twice = TrainingImages(
+        torch.cat([images, near(images, 0.02, seed=100)]), [*captions, *captions]
+    )
+    judged = judge(generated, prompts(len(generated)), twice)
+    assert called(judged)[:12] == [True] * 12
+    assert sum(called(judged)[12:]) <= 1
+
+
 def test_prompts_that_ask_for_the_same_image_do_not_hide_it(scene):
     """Half of the others bring the first image back, by captions of no image or a duplicate's."""
     images, captions, generated, asked = scene
