@@ -98,9 +98,9 @@ def _report(result: MitigatedPrompt, threshold: float | None) -> str:
     )
     for number, (before, after, steps) in enumerate(images, 1):
         came = f" to {after:.4g} in {steps} steps" if steps else ""
-        lines.append(f"image {number}: score at its own noise {before:.4g}{came}")
-    if result.score_after is not None:
-        lines.append(
-            f"The changed prompt scores {result.score_after:.4g} at the gate's own noises."
-        )
+        lines.append(f"image {number}: magnitude at its own noise {before:.4g}{came}")
+    if (after := result.score_after) is not None:
+        lines.append(f"The changed prompt scores {after:.4g} at the gate's own noises.")
+        if threshold is not None and after > threshold:
+            lines.append("It is still above the threshold: look whether the image comes back.")
     return "\n".join([*lines, *filter(None, [result.caveat])])

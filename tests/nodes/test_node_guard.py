@@ -271,7 +271,8 @@ def test_scores_of_the_gate_are_those_of_detect(comfy):
         "sampler": sampler(["memorized", 0], ["guard", 0]),
         "report": report(["sampler", 0], record=["guard", 1]),
         "detect": node("UnmemorizeDetect", model=["demo", 0], positive=["memorized", 0],
-                       negative=["empty", 0], latent=["latent", 0], seeds=1, steps=1),
+                       negative=["empty", 0], latent=["latent", 0], seeds=1, steps=1,
+                       calibration=["calibrate", 0]),
     }  # fmt: skip
     run = comfy.run(graph, keep={"told": ["report", 2], "score": ["detect", 1]})
     assert f"prompt scores {run['score']:.3g}" in run["told"]
