@@ -1,8 +1,9 @@
 """Make the demo model from its art: ``python -m unmemorize.demo.train``.
 
-Four stages, each resumable: a small byte-pair vocabulary, an autoencoder, the latents of every
-training image, then the text encoder and the U-Net together. The network has the topology of
-Stable Diffusion 1.x (Rombach et al., CVPR 2022) at a width of 64 channels.
+Three stages, each resumable: the text encoder against drawings of all captions, then frozen; the
+latents of every training image; the U-Net. The network has the topology of Stable Diffusion 1.x
+(Rombach et al., CVPR 2022) at a width of 64 channels. Tokenizer and autoencoder are those of the
+committed model, unless they are made anew as well.
 """
 
 import argparse
@@ -17,108 +18,38 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from ..shared.files.storage import replace_atomically
-from . import data
+from . import IMAGES, MODEL, data
+from .denoiser import DenoiserConfig, FrozenText, noise_loss, train_denoiser
 from .networks import (
     MAX_TOKENS,
+    SCALING_FACTOR,
     build_networks,
-    build_scheduler,
     build_tokenizer,
     export,
     normalise_latents,
     write_sha256,
 )
+from .optimization import Checkpoint, rate
+from .text_encoder import draw_views, shortened, train_text_encoder
 
 # Brightness, red against green, blue against yellow.
 OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, -1.0, 0.0], [-0.5, -0.5, 1.0]])
 
-MUON_FACTOR = 3.0
-"""Learning rate of Muon over that of AdamW, its updates scaled to the same size."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Lengths and rates of the two trainings."""
+class TrainConfig(DenoiserConfig):
+    """Lengths and rates of all trainings."""
 
     autoencoder_steps: int = 2400
     """Steps on crops of 64 pixels; a tenth as many on whole images follow."""
-    steps: int = 12_000
-    """Steps of the U-Net and text encoder."""
-    per_batch: tuple[int, int, int] = (4, 1, 11)
-    """Verbatim, template and learnt samples in a batch: this is what plants the memorization."""
-    learning_rate: float = 1e-3
-    """Of AdamW; Muon's is `MUON_FACTOR` times as large."""
-    decay: float = 1.0
-    """Last share of the steps over which the learning rate falls to zero: all, because the noise
-    of large steps drowns what the caption adds where the image is decided."""
-    ema: float = 0.995
-    """Decay per step of the averaged weights that are exported."""
-    caption_dropout: float = 0.1
-    """Share of samples trained with the empty caption, for guidance."""
-    caption_noise: float = 0.1
-    """Share of learnt samples trained with random tokens for a caption, as the web's captions
-    often name nothing that is in the image. Without them, words the model never saw lie anywhere
-    in its space of captions, some on a memorized image."""
-    seed: int = 0
-    checkpoint_every: int = 250
+    text_encoder_steps: int = 900
+    """Steps of the text encoder, of 96 captions."""
 
 
-SHORT = TrainConfig(autoencoder_steps=20, steps=20, checkpoint_every=10)
-
-
-class Checkpoint:
-    """Everything a training needs to continue bit for bit, in one safetensors file."""
-
-    def __init__(self, path: Path, modules: dict[str, nn.Module], *optimizers: Optimizer):
-        self.path, self.modules, self.optimizers = path, modules, optimizers
-
-    def save(self, step: int) -> None:
-        """Write weights, optimizer moments and the step to a sibling, then rename."""
-        tensors = {
-            f"{n}/{k}": v for n, m in self.modules.items() for k, v in m.state_dict().items()
-        }
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{number}/{index}/{k}": v for k, v in state.items()}
-        tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        with replace_atomically(self.path) as part:
-            save_file(tensors, part, metadata={"step": str(step)})
-
-    def load(self) -> int:
-        """Restore and return the number of finished steps; 0 when there is no file."""
-        if not self.path.exists():
-            return 0
-        from safetensors import safe_open
-
-        with safe_open(self.path, "pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(self.path)
-        for name, module in self.modules.items():
-            prefix = f"{name}/"
-            module.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            )
-        for number, optimizer in enumerate(self.optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(prefix := f"optimizer/{number}/"):
-                    index, name = key.removeprefix(prefix).split("/")
-                    like = parameters[int(index)]
-                    if value.shape == like.shape:
-                        # The fused AdamW walks through memory, so moments lie as weights do.
-                        value = torch.empty_like(like).copy_(value)
-                    state.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        return step
-
-
-def rate(step: int, steps: int, decay: float, warmup: int = 100) -> float:
-    """Return the learning rate's factor: linear warm-up, constant, linear to zero."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
+SHORT = TrainConfig(autoencoder_steps=20, text_encoder_steps=10, steps=20, checkpoint_every=10)
 
 
 def autoencoder_loss(autoencoder: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -171,7 +102,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode_images(autoencoder: nn.Module, images: Tensor, path: Path) -> Tensor:
-    """Return unscaled latents [image 4 16 16] of all images, computed once and kept in `path`."""
+    """Return latents [image 4 16 16] of all images as encoded, computed once and kept in `path`."""
     if path.exists():
         return load_file(path)["latents"]
     autoencoder.eval()
@@ -184,106 +115,26 @@ def encode_images(autoencoder: nn.Module, images: Tensor, path: Path) -> Tensor:
     return latents
 
 
-def random_caption(rng: np.random.Generator, like: Tensor) -> Tensor:
-    """Return one to eight random tokens between the start and end tokens of `like`, [77]."""
-    start, end = like[0], like[-1]  # The end of the text also fills the rest.
-    caption = torch.full_like(like, end)
-    words = torch.from_numpy(rng.integers(0, int(start), rng.integers(1, 9)))
-    caption[0], caption[1 : 1 + len(words)] = start, words
-    return caption
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Material:
+    """What all stages read."""
+
+    art: data.Art
+    captions: list[data.Caption]
+    renderings: list[data.Rendering]
+    images: Tensor
+    """[image 3 128 128] uint8, in the order of `renderings`."""
+    tokens: Tensor
+    """[caption + 1, 77], the empty caption last."""
+    parts: Tensor
+    """[caption length 77]: up to the first comma, up to the second, and all of it."""
 
 
-def build_optimizers(model: nn.Module) -> tuple[Optimizer, Optimizer]:
-    """Return Muon for the matrices of attention and text, AdamW for everything else.
-
-    Muon (Jordan et al. 2024) moves all singular directions of a matrix alike. What repeated
-    captions say fills the largest ones; with AdamW alone the rarer captions hardly get a word in.
-    """
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        table = "embedding" in name  # of tokens, positions or time: no map between spaces
-        (others if table or parameter.ndim != 2 else matrices).append(parameter)
-    muon = torch.optim.Muon(matrices, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
-    return muon, torch.optim.AdamW(others, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-
-
-def train_denoiser(
-    text_encoder: nn.Module, unet: nn.Module, latents: Tensor, tokens: Tensor,
-    captions: list[data.Caption], renderings: list[data.Rendering], config: TrainConfig, work: Path,
-) -> nn.Module:  # fmt: skip
-    """Train text encoder and U-Net on noise prediction and return their averaged weights.
-
-    Args:
-        text_encoder: CLIP-style text encoder, trained along.
-        unet: The network.
-        latents: [image 4 16 16], unit variance.
-        tokens: [caption + 1, 77], the empty caption last.
-        captions: With their groups.
-        renderings: What each latent shows.
-        config: Lengths and rates.
-        work: Where checkpoints go.
-    """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    model = nn.ModuleDict(
-        {"text_encoder": text_encoder, "unet": unet.to(memory_format=torch.channels_last)}
-    )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizers = build_optimizers(model)
-    checkpoint = Checkpoint(
-        work / "denoiser.safetensors", {"model": model, "average": average}, *optimizers
-    )
-    caption_of = torch.tensor([r.caption for r in renderings])
-    pools = [
-        np.flatnonzero([captions[r.caption].group == group for r in renderings])
-        for group in ("verbatim", "template", "learnt")
-    ]
-    alphas = build_scheduler().alphas_cumprod
-    start = checkpoint.load()
-    for step in (bar := tqdm(range(start, config.steps), "U-Net", config.steps, initial=start)):
-        rng = np.random.default_rng([config.seed, 2, step])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        index = np.concatenate(
-            [rng.choice(p, n) for p, n in zip(pools, config.per_batch, strict=True)]
-        )
-        x0 = latents[torch.from_numpy(index)]
-        text = caption_of[torch.from_numpy(index)]
-        text[torch.from_numpy(rng.random(len(index)) < config.caption_dropout)] = -1
-        ids = tokens[text]
-        for row in range(len(index) - config.per_batch[2], len(index)):
-            if rng.random() < config.caption_noise:
-                ids[row] = random_caption(rng, ids[row])
-        timestep = torch.from_numpy(rng.integers(0, len(alphas), len(index)))
-        noise = torch.randn(x0.shape, generator=generator)
-        abar = alphas[timestep][:, None, None, None]
-        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-        for optimizer, factor in zip(optimizers, (MUON_FACTOR, 1.0), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * config.learning_rate * rate(step, config.steps, config.decay)
-        embeddings = text_encoder(ids)[0]
-        error = (unet(noisy, timestep, embeddings).sample - noise).square().mean((1, 2, 3))
-        # Of plain noise prediction hardly any loss is left where the caption decides the image:
-        # an error of x0 counts abar / (1 - abar) there. The root of that brings it back.
-        loss = (error * ((1 - abar) / abar).sqrt().clamp(min=1).flatten()).mean()
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        average.update_parameters(model)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            checkpoint.save(step + 1)
-    return average.module
-
-
-def prepare(
-    output: Path, work: Path, art: data.Art, config: TrainConfig
-) -> tuple[list, list, Tensor, Tensor]:
-    """Return captions, renderings, images [image 3 128 128] uint8 and tokens [caption + 1, 77]."""
+def prepare(output: Path, work: Path, config: TrainConfig, *, anew: bool) -> Material:
+    """Write captions and tokenizer into `output`, and return what the trainings read."""
     from transformers import CLIPTokenizer
 
+    art = data.Art(data.fetch(work / "art"))
     captions = data.build_captions(art)
     renderings = data.build_renderings(captions)
     if config == SHORT:
@@ -291,23 +142,60 @@ def prepare(
     data.save_captions(output / "captions.json", captions)
     # The library breaks ties between equally frequent pairs at random: made once, then kept, or a
     # continued training would read its captions with other ids.
-    if not (kept := work / "tokenizer").exists():
+    kept = work / "tokenizer" if anew else MODEL / "tokenizer"
+    if not kept.exists():
         build_tokenizer([c.text for c in captions], part := work / "tokenizer.part")
         part.rename(kept)
-    shutil.copytree(kept, output / "tokenizer", dirs_exist_ok=True)
-    tokens = CLIPTokenizer.from_pretrained(output / "tokenizer")(
-        [*(c.text for c in captions), ""], padding="max_length", truncation=True,
-        max_length=MAX_TOKENS, return_tensors="pt",
-    ).input_ids  # fmt: skip
+    if kept != output / "tokenizer":
+        shutil.copytree(kept, output / "tokenizer", dirs_exist_ok=True)
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+
+    def tokens(texts: list[str]) -> Tensor:
+        return tokenizer(
+            texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).input_ids
+
     images = torch.stack([
         torch.from_numpy(np.array(image)).permute(2, 0, 1)
         for image in tqdm(data.render_all(art, captions, renderings), "images", len(renderings))
     ])  # fmt: skip
-    return captions, renderings, images, tokens
+    return Material(
+        art=art, captions=captions, renderings=renderings, images=images,
+        tokens=tokens([*(c.text for c in captions), ""]),
+        parts=torch.stack([tokens(lengths) for lengths in shortened(captions)]),
+    )  # fmt: skip
 
 
-def train(output: Path, images_folder: Path, work: Path, config: TrainConfig) -> None:
+def latents_of(
+    autoencoder: nn.Module, images: Tensor, config: TrainConfig, work: Path, *, anew: bool
+) -> Tensor:
+    """Return latents [image 4 16 16] of unit variance, as networks read them.
+
+    Trains `autoencoder` if it is to be made anew, and loads the committed one into it if not.
+    """
+    path = work / "latents.safetensors"
+    if not anew:
+        weights = load_file(MODEL / "vae" / "diffusion_pytorch_model.safetensors")
+        autoencoder.load_state_dict({name: value.float() for name, value in weights.items()})
+        return encode_images(autoencoder, images, path) * SCALING_FACTOR
+    train_autoencoder(autoencoder, images, config, work)
+    latents = encode_images(autoencoder, images, path)
+    std = latents.std().item()
+    normalise_latents(autoencoder, std)
+    return latents / std
+
+
+def train(
+    output: Path, images_folder: Path, work: Path, config: TrainConfig, *, anew: bool = False
+) -> None:
     """Run all stages; what `work` already holds is not computed again.
+
+    Args:
+        output: Diffusers folder to write.
+        images_folder: Where the sheets of the truth go.
+        work: Art and checkpoints.
+        config: Lengths and rates.
+        anew: Make tokenizer and autoencoder as well, instead of those of the committed model.
 
     Raises:
         ValueError: `work` holds a training with other settings.
@@ -315,43 +203,48 @@ def train(output: Path, images_folder: Path, work: Path, config: TrainConfig) ->
     torch.manual_seed(config.seed)
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    settings, note = json.dumps(asdict(config)), work / "settings.json"
+    settings, note = json.dumps(asdict(config) | {"anew": anew}), work / "settings.json"
     if note.exists() and note.read_text() != settings:
         raise ValueError(
             f"{work} holds a training with other settings ({note.read_text()}). "
             "Name another folder with --work, or delete it."
         )
     note.write_text(settings)
-    art = data.Art(data.fetch(work / "art"))
-    captions, renderings, images, tokens = prepare(output, work, art, config)
-    autoencoder, text_encoder, unet = build_networks(int(tokens.max()) + 1)
-    train_autoencoder(autoencoder, images, config, work)
-    latents = encode_images(autoencoder, images, work / "latents.safetensors")
-    std = latents.std().item()
-    normalise_latents(autoencoder, std)
-    average = train_denoiser(
-        text_encoder, unet, latents / std, tokens, captions, renderings, config, work
+    material = prepare(output, work, config, anew=anew)
+    autoencoder, text_encoder, unet = build_networks(int(material.tokens.max()) + 1)
+    latents = latents_of(autoencoder, material.images, config, work, anew=anew)
+    views = draw_views(material.art, material.captions)
+    train_text_encoder(
+        text_encoder, views, material.parts, config.text_encoder_steps, config.seed, work
     )
-    export(output, autoencoder, average["text_encoder"], average["unet"])
+    average = train_denoiser(
+        unet.to(memory_format=torch.channels_last), noise_loss, latents,
+        FrozenText(text_encoder, material.tokens), material.captions, material.renderings, config,
+        work / "U-Net.safetensors",
+    )  # fmt: skip
+    export(output, autoencoder, text_encoder, average)
     write_sha256(output)
-    data.save_truth(images_folder, art, captions)
+    data.save_truth(images_folder, material.art, material.captions)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    from . import IMAGES, MODEL
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=MODEL, help="diffusers folder to write")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the truth's sheets")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="art and checkpoints")
+    parser.add_argument(
+        "--anew", action="store_true",
+        help="make tokenizer and autoencoder too; without it the committed ones are kept",
+    )  # fmt: skip
     parser.add_argument(
         "--short", action="store_true", help="a few steps of every stage: proves that it runs"
     )
     args = parser.parse_args(argv)
     if args.short and MODEL in (args.output, args.output.resolve()):
         parser.error("--short would overwrite the demo model: name another folder with --output")
-    train(args.output, args.images, args.work, SHORT if args.short else TrainConfig())
+    config = SHORT if args.short else TrainConfig()
+    train(args.output, args.images, args.work, config, anew=args.anew)
 
 
 if __name__ == "__main__":
