@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -85,14 +85,18 @@ class Rendering:
     """Of the background and placement; renderings of one seed share both."""
 
 
-def fetch(folder: Path) -> Path:
-    """Bring the art packages into `folder` through npm, check their sha256, and unpack them.
+def fetch(folder: Path, packages: Mapping[str, tuple[str, str]] = PACKAGES) -> Path:
+    """Bring art packages into `folder` through npm, check their sha256, and unpack them.
+
+    Args:
+        folder: Where tarballs and unpacked packages go.
+        packages: By name, version and sha256 of the tarball.
 
     Raises:
         RuntimeError: npm is missing, or a tarball is not the one this code was written for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (version, sha256) in PACKAGES.items():
+    for name, (version, sha256) in packages.items():
         target = folder / name.split("/")[-1]
         if target.exists():
             continue
@@ -100,7 +104,7 @@ def fetch(folder: Path) -> Path:
         if not tarball.exists():
             if shutil.which("npm") is None:
                 raise RuntimeError(
-                    f"The demo's art comes from the npm package {name}@{version}, and `npm` was "
+                    f"The art comes from the npm package {name}@{version}, and `npm` was "
                     f"not found. Install Node.js, or put {tarball.name} into {folder}."
                 )
             subprocess.run(

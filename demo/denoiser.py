@@ -1,6 +1,6 @@
 """The training of the demo's networks beside a frozen text encoder, and what is repeated in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Caption, Rendering
+from .data import Rendering
 from .networks import build_scheduler
 from .optimization import Checkpoint, build_optimizers, rate, set_rates
 
@@ -124,16 +124,16 @@ def flow_loss(
 
 def train_denoiser(
     network: nn.Module, loss_of: Loss, latents: Tensor, text: FrozenText,
-    captions: list[Caption], renderings: list[Rendering], config: DenoiserConfig, path: Path,
+    groups: Sequence[str], renderings: list[Rendering], config: DenoiserConfig, path: Path,
 ) -> nn.Module:  # fmt: skip
     """Train a network and return its averaged weights.
 
     Args:
         network: What `loss_of` calls.
-        loss_of: `noise_loss` or `flow_loss`.
+        loss_of: `noise_loss`, `flow_loss` or their like.
         latents: [image channel height width], unit variance.
         text: All captions as the frozen encoder reads them.
-        captions: With their groups.
+        groups: Of every caption: "verbatim", "template", "learnt" or "held_out".
         renderings: What each latent shows.
         config: Lengths and rates.
         path: Of the checkpoint.
@@ -145,7 +145,7 @@ def train_denoiser(
     checkpoint = Checkpoint(path, {"model": network, "average": average}, *optimizers)
     caption_of = torch.tensor([r.caption for r in renderings])
     pools = [
-        np.flatnonzero([captions[r.caption].group == group for r in renderings])
+        np.flatnonzero([groups[r.caption] == group for r in renderings])
         for group in ("verbatim", "template", "learnt")
     ]
     start = checkpoint.load()

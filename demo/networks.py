@@ -65,29 +65,46 @@ def build_tokenizer(texts: Sequence[str], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-def build_networks(vocabulary: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return autoencoder, text encoder and U-Net with random weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def build_autoencoder(
+    side: int = RESOLUTION, channels: Sequence[int] = (64, 64, 64, 64), latent_channels: int = 4
+) -> nn.Module:
+    """Return an autoencoder with random weights; every level but the last halves the image."""
+    from diffusers import AutoencoderKL
 
-    channels = (64, 64, 64, 64)
     autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels, layers_per_block=1, latent_channels=4, norm_num_groups=32,
-        sample_size=RESOLUTION, scaling_factor=SCALING_FACTOR,
-    )  # fmt: skip
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, projection_dim=128,
-        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
-        hidden_act="quick_gelu", bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-        architectures=["CLIPTextModel"],  # trainers choose the encoder's class by it
-    ))  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, block_out_channels=channels, layers_per_block=2,
-        cross_attention_dim=128, attention_head_dim=8, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels), layers_per_block=1, latent_channels=latent_channels,
+        norm_num_groups=32, sample_size=side, scaling_factor=SCALING_FACTOR,
     )  # fmt: skip
     start_as_identity(autoencoder)
+    return autoencoder
+
+
+def text_config(vocabulary: int, width: int = 128, layers: int = 3, positions: int = MAX_TOKENS):
+    """Return the configuration of a CLIP text encoder with heads of 32 channels."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=layers, num_attention_heads=width // 32,
+        max_position_embeddings=positions, hidden_act="quick_gelu", bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        architectures=["CLIPTextModel"],  # trainers choose the encoder's class by it
+    )  # fmt: skip
+
+
+def build_networks(vocabulary: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return autoencoder, text encoder and U-Net with random weights."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    autoencoder = build_autoencoder()
+    text_encoder = CLIPTextModel(text_config(vocabulary))
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 8, block_out_channels=(64, 64, 64, 64), layers_per_block=2,
+        cross_attention_dim=128, attention_head_dim=8, norm_num_groups=32,
+    )  # fmt: skip
     start_as_identity(unet)
     predict_input(unet)
     return autoencoder, text_encoder, unet
@@ -123,8 +140,9 @@ def start_as_identity(network: nn.Module) -> None:
             module.conv.weight.diagonal()[:2, :2] = 0.25
     if hasattr(network, "quant_conv"):
         # Nearly deterministic latents: noise of variance 1 would drown the colours for long.
-        network.quant_conv.weight[4:].zero_()
-        network.quant_conv.bias[4:].fill_(-5.0)
+        variances = slice(network.config.latent_channels, None)
+        network.quant_conv.weight[variances].zero_()
+        network.quant_conv.bias[variances].fill_(-5.0)
 
 
 @torch.no_grad()
@@ -151,13 +169,13 @@ def predict_input(unet: nn.Module) -> None:
         unet.conv_out.weight[torch.arange(channels), row, 1, 1] = sign
 
 
-def build_scheduler():
-    """Return the scheduler of SD 1.x."""
+def build_scheduler(prediction_type: str = "epsilon"):
+    """Return the scheduler of SD 1.x, or that of 2.x, which predicts "v_prediction"."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
     )  # fmt: skip
 
 
@@ -168,7 +186,8 @@ def normalise_latents(autoencoder: nn.Module, std: float) -> None:
     Exact: the two 1x1 convolutions around the latent take the factor, the decoded image stays.
     """
     factor = 1 / (std * SCALING_FACTOR)
-    means, log_variances = slice(0, 4), slice(4, 8)
+    channels = autoencoder.config.latent_channels
+    means, log_variances = slice(0, channels), slice(channels, None)
     autoencoder.quant_conv.weight[means] *= factor
     autoencoder.quant_conv.bias[means] *= factor
     autoencoder.quant_conv.bias[log_variances] += 2 * math.log(factor)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,19 +71,27 @@ def autoencoder_loss(autoencoder: nn.Module, images: Tensor, generator: torch.Ge
 def train_autoencoder(
     autoencoder: nn.Module, images: Tensor, config: TrainConfig, work: Path
 ) -> None:
-    """Train on random crops, then on whole images, whose normalisation statistics differ."""
+    """Train on random crops, then on whole images, whose normalisation statistics differ.
+
+    Args:
+        autoencoder: An `AutoencoderKL`.
+        images: [image 3 side side] uint8; crops are 64 pixels squared, or whole if that is more.
+        config: Lengths and rates.
+        work: Where the checkpoint goes.
+    """
     autoencoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         autoencoder.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
     )
     checkpoint = Checkpoint(work / "autoencoder.safetensors", {"model": autoencoder}, optimizer)
     crops, steps = config.autoencoder_steps, config.autoencoder_steps * 11 // 10
+    whole = images.shape[-1]
     start = checkpoint.load()
     for step in (bar := tqdm(range(start, steps), "autoencoder", steps, initial=start)):
         rng = np.random.default_rng([config.seed, 1, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        side, count = (64, 8) if step < crops else (data.RESOLUTION, 4)
-        x, y = rng.integers(0, data.RESOLUTION - side + 1, 2)
+        side, count = (min(64, whole), 8) if step < crops else (whole, 4)
+        x, y = rng.integers(0, whole - side + 1, 2)
         batch = images[torch.from_numpy(rng.integers(0, len(images), count))]
         batch = batch[:, :, y : y + side, x : x + side].float() / 127.5 - 1
         for group in optimizer.param_groups:
@@ -102,7 +111,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode_images(autoencoder: nn.Module, images: Tensor, path: Path) -> Tensor:
-    """Return latents [image 4 16 16] of all images as encoded, computed once and kept in `path`."""
+    """Return latents [image channel height width] of all images, encoded once, kept in `path`."""
     if path.exists():
         return load_file(path)["latents"]
     autoencoder.eval()
@@ -169,7 +178,7 @@ def prepare(output: Path, work: Path, config: TrainConfig, *, anew: bool) -> Mat
 def latents_of(
     autoencoder: nn.Module, images: Tensor, config: TrainConfig, work: Path, *, anew: bool
 ) -> Tensor:
-    """Return latents [image 4 16 16] of unit variance, as networks read them.
+    """Return latents [image channel height width] of unit variance, as networks read them.
 
     Trains `autoencoder` if it is to be made anew, and loads the committed one into it if not.
     """
@@ -183,6 +192,21 @@ def latents_of(
     std = latents.std().item()
     normalise_latents(autoencoder, std)
     return latents / std
+
+
+def claim(work: Path, settings: dict[str, Any]) -> None:
+    """Keep a training's settings in its folder.
+
+    Raises:
+        ValueError: `work` holds a training with other settings.
+    """
+    text, note = json.dumps(settings), work / "settings.json"
+    if note.exists() and note.read_text() != text:
+        raise ValueError(
+            f"{work} holds a training with other settings ({note.read_text()}). "
+            "Name another folder, or delete it."
+        )
+    note.write_text(text)
 
 
 def train(
@@ -203,13 +227,7 @@ def train(
     torch.manual_seed(config.seed)
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    settings, note = json.dumps(asdict(config) | {"anew": anew}), work / "settings.json"
-    if note.exists() and note.read_text() != settings:
-        raise ValueError(
-            f"{work} holds a training with other settings ({note.read_text()}). "
-            "Name another folder with --work, or delete it."
-        )
-    note.write_text(settings)
+    claim(work, asdict(config) | {"anew": anew})
     material = prepare(output, work, config, anew=anew)
     autoencoder, text_encoder, unet = build_networks(int(material.tokens.max()) + 1)
     latents = latents_of(autoencoder, material.images, config, work, anew=anew)
@@ -219,8 +237,8 @@ def train(
     )
     average = train_denoiser(
         unet.to(memory_format=torch.channels_last), noise_loss, latents,
-        FrozenText(text_encoder, material.tokens), material.captions, material.renderings, config,
-        work / "U-Net.safetensors",
+        FrozenText(text_encoder, material.tokens), [c.group for c in material.captions],
+        material.renderings, config, work / "U-Net.safetensors",
     )  # fmt: skip
     export(output, autoencoder, text_encoder, average)
     write_sha256(output)

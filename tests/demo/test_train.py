@@ -28,7 +28,7 @@ def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None, config
     """Train a U-Net on noise, interrupted before step `stop_at` if given."""
     torch.manual_seed(0)
     _, encoder, unet = networks.build_networks(64)
-    captions = [data.Caption(group, group, "1f34e") for group in ("verbatim", "template", "learnt")]
+    groups = ("verbatim", "template", "learnt")
     renderings = [data.Rendering(i, "fluent", i) for i in range(3)]
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     tokens = torch.randint(0, 64, (4, 77), generator=torch.Generator().manual_seed(2))
@@ -44,7 +44,7 @@ def denoiser_after(work, *, stop_at: int | None = None, monkeypatch=None, config
         monkeypatch.setattr(denoiser, "rate", interrupted)
     work.mkdir(exist_ok=True)
     average = denoiser.train_denoiser(
-        unet, denoiser.noise_loss, latents, denoiser.FrozenText(encoder, tokens), captions,
+        unet, denoiser.noise_loss, latents, denoiser.FrozenText(encoder, tokens), groups,
         renderings, config, work / "unet.safetensors",
     )  # fmt: skip
     return average.state_dict()
