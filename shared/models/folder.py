@@ -1,5 +1,6 @@
 """Diffusers folders read strictly: what a library would only warn about is refused and named."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,8 @@ COMPONENTS = (
 """Parts with weights that a score or an image depends on."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are not loaded: images are looked at as they come."""
+LEFT_OUT = ("text_encoder_3", "tokenizer_3")
+"""T5, which Stable Diffusion 3 does without; diffusers saves nothing about it then, and asks."""
 PURPOSE = "Running a diffusion model"
 
 
@@ -73,8 +76,13 @@ def load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
             name: _load_component(folder / name, *components[name], files[name], dtype)
             for name in components
         }
-        absent = {name: None for name in UNUSED if name in index}
         cls = getattr(diffusers, index["_class_name"])
+        takes = inspect.signature(cls).parameters
+        absent = {name: None for name in UNUSED if name in index}
+        absent |= {
+            name: None for name in LEFT_OUT
+            if name in takes and not any(index.get(name, ())) and not (folder / name).exists()
+        }  # fmt: skip
         try:
             return cls.from_pretrained(folder, local_files_only=True, **loaded, **absent)
         except (OSError, ValueError, TypeError, KeyError) as error:
