@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -82,9 +83,6 @@ def sscd_line() -> str:
 
 def _clone() -> Path | None:
     """Return the folder of the clone that runs or was installed, None where that is not known."""
-    from urllib.parse import urlsplit
-    from urllib.request import url2pathname
-
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file():
         return root
@@ -92,6 +90,12 @@ def _clone() -> Path | None:
         noted = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:
         return None
-    address = urlsplit(json.loads(noted)["url"] if noted else "")
-    folder = Path(url2pathname(address.path))  # an address has %20 for a space
-    return folder if address.scheme == "file" and folder.is_dir() else None
+    address = json.loads(noted)["url"] if noted else ""
+    folder = Path(_decoded(address.removeprefix("file://")))
+    return folder if address.startswith("file://") and folder.is_dir() else None
+
+
+def _decoded(address: str) -> str:
+    """Return an address with its percent signs decoded; urllib is refused to packs of nodes."""
+    data = address.encode()
+    return re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes.fromhex(m[1].decode()), data).decode()
