@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,33 +96,46 @@ class Behaviour:
     """Per word, whether it still is without the word."""
 
 
-def observed(denoiser, model: Model, captions: Sequence[str], work: Path) -> Iterator[Behaviour]:
-    """Yield the behaviour of each caption; images that are there are not drawn again."""
+def observed(denoiser, model: Model, captions: Sequence[str], work: Path) -> list[Behaviour]:
+    """Return the behaviour of each caption; images that are there are not drawn again."""
     known = model.images()
     if known is None:
         raise ValueError(f"{model.name}: no training images are known.")
     folder = work / model_fingerprint(model.folder)[:12]
-    comparer = Comparer(known, folder)
-    if comparer.threshold is None:
-        print(f"{model.name}: too few training images to call anything a copy.")
+    paths: dict[str, list[str]] = {}
     for caption in tqdm(captions, f"{model.name}: images"):
         words = caption.split()
         texts = [caption, *(without_word(caption, words, i) for i in range(len(words)))]
-        paths = [f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in texts]
-        for text, path in zip(texts, paths, strict=True):
+        paths[caption] = [f"{hashlib.sha256(t.encode()).hexdigest()[:24]}.png" for t in texts]
+        for text, path in zip(texts, paths[caption], strict=True):
             if not (folder / path).is_file():
                 image = denoiser.generate([text], [SEED], steps=STEPS, cond_scale=COND_SCALE)[0]
                 save_png(image, folder / path)
-        pairs = zip(known.captions, known.thumbnails, strict=True)
-        own = PIXELS.rows([image for other, image in pairs if other == caption])
-        rows = PIXELS.rows([read_image(folder / path) for path in paths])
-        distances = torch.cdist(rows, own).amin(1) / own.shape[1] ** 0.5
-        nearest = comparer.nearest([(caption, path) for path in dict.fromkeys(paths)])
-        copies = [bool(nearest[path].copied and nearest[path].is_own) for path in paths]
-        yield Behaviour(
-            caption=caption, words=words, rises=(distances[1:] - distances[0]).tolist(),
-            copy=copies[0], copies=copies[1:],
-        )  # fmt: skip
+    # The captions are each other's yardstick: what others' images reach is no copy.
+    pairs = [(caption, path) for caption, drawn in paths.items() for path in dict.fromkeys(drawn)]
+    judged = Comparer(known, folder, features=PIXELS).judge(pairs)
+    copied = {
+        pair: bool(verdict.copied and verdict.is_own)
+        for pair, verdict in zip(pairs, judged.verdicts, strict=True)
+    }
+    if any(verdict.copied is None for verdict in judged.verdicts):
+        print(f"{model.name}: with so few captions nothing tells which images are copies.")
+    return [
+        Behaviour(
+            caption=caption, words=caption.split(), rises=_rises(known, folder, caption, drawn),
+            copy=copied[caption, drawn[0]], copies=[copied[caption, path] for path in drawn[1:]],
+        )
+        for caption, drawn in paths.items()
+    ]  # fmt: skip
+
+
+def _rises(known: Known, folder: Path, caption: str, drawn: Sequence[str]) -> list[float]:
+    """Return how much farther from the caption's own image each of the others is than the first."""
+    pairs = zip(known.captions, known.thumbnails, strict=True)
+    own = PIXELS.rows([image for other, image in pairs if other == caption])
+    rows = PIXELS.rows([read_image(folder / path) for path in drawn])
+    distances = torch.cdist(rows, own).amin(1) / own.shape[1] ** 0.5
+    return (distances[1:] - distances[0]).tolist()
 
 
 def ranks(denoiser, name: str, caption: str) -> list[float]:
@@ -179,7 +192,7 @@ def measure(model: Model, number: int | None, work: Path, command: str) -> dict[
     """Return the figures of one model by their keys, and print them."""
     denoiser = load_denoiser(model.folder)
     captions = [text for text in model.captions() if len(text.split()) >= LEAST][:number]
-    seen = list(observed(denoiser, model, captions, work))
+    seen = observed(denoiser, model, captions, work)
     before = share_of([one.copy for one in seen], command)
     found = {f"rivals.words.{model.name}.none.copies_left": before}
     print(f"\n{model.name}, {len(seen)} captions, {before['value']:.2f} of them copied")
