@@ -181,12 +181,15 @@ def measure_judged(
         prompts: Distinct.
         config: What to measure.
         journal: Of this phase.
-        judge: What the scores will be compared with; None measures magnitudes.
+        judge: What the scores will be compared with; None measures magnitudes. Residuals are
+            measured at its own seeds, where its directions are known.
         sequential: Draw only the seeds that a verdict needs; needs a calibration.
         job_key: Stands for model and settings in the keys.
         bars: Makes the progress bars.
     """
     basis = judge.basis if judge else None
+    if judge and basis:  # of other seeds only where the calibration is forced
+        config = replace(config, seeds=tuple(judge.settings["seeds"]))
     measured = measure(
         subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="detection",
         basis=basis, sequentially=judge if sequential else None,

@@ -192,11 +192,12 @@ def _reword(work: Work, scored: Scored) -> dict[int, tuple[Rewording, ...]]:
     prompts = work.inputs.prompts.prompts
 
     def reword(index: int) -> list[dict[str, Any]]:
-        judge = scored.calibration.judge
+        judge, config = scored.calibration.judge, work.config.detection
+        if judge.basis:
+            config = replace(config, seeds=tuple(judge.settings["seeds"]))
         advice = advise(
-            work.subject.denoiser, prompts[index], judge.threshold, work.config.detection,
-            basis=judge.basis,
-        )  # fmt: skip
+            work.subject.denoiser, prompts[index], judge.threshold, config, basis=judge.basis
+        )
         best = sorted(advice.candidates, key=lambda e: not e.under_threshold)[:SHOWN_EDITS]
         return [
             {"prompt": e.prompt, "edit": e.kind, "score": e.score_after,

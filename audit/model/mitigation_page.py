@@ -81,17 +81,18 @@ def _card(entry: MitigationEntry, result: MitigationResult, embed: Embedder) -> 
         "ratio": number(entry.score / result.calibration.judge.threshold, 2),
         "rewordings": entry.rewordings,
         "truth": _truth(entry, embed),
-        "rows": [_row(trial, embed) for trial in entry.trials],
+        "rows": [_row(trial, result.calibration.judge.threshold, embed) for trial in entry.trials],
         "residual": _residual(entry, embed),
     }
 
 
-def _row(trial: Trial, embed: Embedder) -> dict[str, Any]:
+def _row(trial: Trial, threshold: float, embed: Embedder) -> dict[str, Any]:
     return {
         "method": _title(trial.method),
         "acted": trial.acted,
         "plain": trial.method == UNMITIGATED,
         "score_after": trial.score_after,
+        "still_above": trial.score_after is not None and trial.score_after > threshold,
         **_copies(image.nearest.copied for image in trial.images if image.nearest),
         "tiles": [
             {"uri": embed(image.path), "alt": f"{trial.method}, seed {image.seed}",

@@ -280,6 +280,16 @@ def test_parts_on_their_own(finished, files, tmp_path):
         assert row["score"] == pytest.approx(entry["score"], rel=1e-4)  # another batch size
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
+    more = run("detect", model, *prompts, "--seeds", "3", "--device", "cpu", "--calibration",
+               calibration)  # fmt: skip
+    fails(more, "seeds: calibrated [0, 1], now [0, 1, 2]", "--force")
+    forced = run("detect", model, *prompts, "--seeds", "3", "--device", "cpu", "--json", "--force",
+                 "--calibration", calibration)  # fmt: skip
+    assert forced.exit_code == 3, forced.stderr
+    for row, entry in zip(json.loads(forced.stdout)["results"], audited, strict=True):
+        assert row["score"] == pytest.approx(entry["score"], rel=1e-4)  # at the basis's own seeds
+        assert "other conditions" in row["caveat"]
+
     done = run("calibrate", model, "--controls", str(files / "controls.txt"), *quick, "--json",
                "--false-positive-rate", "0.25", "--output", str(tmp_path / "c.json"))  # fmt: skip
     assert done.exit_code == 0, done.stderr
