@@ -103,3 +103,14 @@ def test_the_headline_counts_and_promises_nothing(result):
     page = render_mitigation(result, result.folder).lower()
     assert "removed" not in page
     assert "is safe" not in page
+
+
+@pytest.mark.parametrize(("after", "said"), [(2.5, 1), (2.0, 0), (None, 0)])
+def test_a_prompt_that_is_still_above_the_threshold_is_marked(result, after, said):
+    first, second = result.entries
+    plain, acted, *rest = first.trials
+    trials = (plain, dataclasses.replace(acted, score_after=after), *rest)
+    entries = (dataclasses.replace(first, trials=trials), second)
+    changed = dataclasses.replace(result, entries=entries)
+    page = render_mitigation(changed, result.folder)
+    assert page.count("still above the threshold") == said
