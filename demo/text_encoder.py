@@ -94,7 +94,10 @@ def train_text_encoder(
         chosen = rng.choice(len(views), batch, replace=False)
         lengths = np.where(rng.random(batch) < WHOLE, 2, rng.integers(0, 2, batch))
         images = views[chosen, rng.integers(0, views.shape[1], batch)].float() / 127.5 - 1
-        ends = text_encoder(tokens[chosen, lengths]).pooler_output
+        read = tokens[chosen, lengths]
+        # Attention is causal: what follows the longest caption's end says nothing about any.
+        read = read[:, : int(read.argmax(1).max()) + 1]
+        ends = text_encoder(read).pooler_output
         rows = F.normalize(model["projection"](ends), dim=1)
         columns = F.normalize(model["image_tower"](images), dim=1)
         logits = model["temperature"][0].clamp(max=4.6).exp() * rows @ columns.T

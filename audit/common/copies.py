@@ -235,7 +235,7 @@ def judge(
                 own_ratio = float(distances[number, best]) / quantile
         if is_own and own_ratio is not None:
             copied = copied or own_ratio < bounds.own_factor
-        unknown = own_ratio is None if own else limit is None
+        unknown = (bool(own) and own_ratio is None) or (not is_own and limit is None)
         verdicts.append(Verdict(
             index=index, distance=float(distances[number, index]), ratio=ratios[number],
             is_own=is_own, own_ratio=own_ratio, copied=None if unknown and not copied else copied,

@@ -162,6 +162,13 @@ def test_too_few_other_prompts_or_images_give_no_verdict(scene):
     assert two.limit is None
     assert called(two)[:2] == [True, True]
     assert called(two)[2:] == [None] * (len(asked) - 2)
+    # An image beside the own one: not the own, but of any nothing can be told.
+    crossed = judge(generated, [captions[1], captions[0], *asked[2:]],
+                    TrainingImages(images[:4], captions[:4]))  # fmt: skip
+    assert crossed.limit is None
+    assert [v.is_own for v in crossed.verdicts[:2]] == [False, False]
+    assert all(v.own_ratio is not None for v in crossed.verdicts[:2])
+    assert called(crossed)[:2] == [None, None]
     with pytest.raises(ValueError, match="At least 2"):
         TrainingImages(images[:1], captions[:1])
 
