@@ -11,6 +11,7 @@ from .common.options import (
     AnswerOptions,
     AuditConfig,
     CalibrationFile,
+    Collapse,
     Controls,
     DetectionOptions,
     Fast,
@@ -74,6 +75,7 @@ class OfPrompts:
         AuditConfig.sample
     )
     fast: Fast = AuditConfig.sequential
+    collapse: Collapse = AuditConfig.collapse
 
 
 @dataclass(frozen=True, kw_only=True)

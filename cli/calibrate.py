@@ -6,6 +6,7 @@ from pathlib import Path
 from .common.options import (
     AnswerOptions,
     AuditConfig,
+    Collapse,
     Controls,
     DetectionOptions,
     ModelOptions,
@@ -25,6 +26,7 @@ class CalibrateOptions(AnswerOptions, ModelOptions, DetectionOptions):
     output: OutputFile = Path("calibration.json")
     false_positive_rate: Rate = AuditConfig.false_positive_rate
     score: Score = AuditConfig.score
+    collapse: Collapse = AuditConfig.collapse
 
 
 @takes_options
@@ -35,7 +37,8 @@ def calibrate(options: CalibrateOptions) -> None:
 
         made = make_calibration(
             options.subject, controls=options.controls, rate=options.false_positive_rate,
-            score=options.score, output=options.output, config=options.detection, bars=bar,
+            score=options.score, collapse=options.collapse, output=options.output,
+            config=options.detection, bars=bar,
         )  # fmt: skip
     if options.as_json:
         print_json(made | {"output": str(options.output)})

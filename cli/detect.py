@@ -10,6 +10,7 @@ import typer
 from .common.options import (
     AnswerOptions,
     CalibrationFile,
+    Collapse,
     DetectionOptions,
     Fast,
     Force,
@@ -48,6 +49,7 @@ class DetectOptions(AnswerOptions, ModelOptions, DetectionOptions):
         typer.Option(help="Also write JSON lines there; then an interrupted run continues."),
     ] = None
     fast: Fast = False
+    collapse: Collapse = False
 
 
 @takes_options
@@ -59,7 +61,7 @@ def detect(options: DetectOptions) -> None:
         rows = score_prompts(
             options.subject, files=options.prompts or (), texts=options.prompt or (),
             config=options.detection, calibration=options.calibration, force=options.force,
-            sequential=options.fast, output=options.output, bars=bar,
+            sequential=options.fast, collapse=options.collapse, output=options.output, bars=bar,
         )  # fmt: skip
     if options.as_json:
         print_json({"schema_version": 1, "results": rows})
@@ -72,13 +74,14 @@ def detect(options: DetectOptions) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["score", "magnitude", "p", "memorized", "prompt"]
+    sampled = any(row["collapse"] is not None for row in rows)
+    columns = ["score", "magnitude", *["collapse"] * sampled, "p", "memorized", "prompt"]
     measure = (
         "Residual outside of the controls" if rows[0]["measure"] == "residual" else "Magnitude"
     )
     return f"{measure} (L2, latent units), highest first", columns, [
-        [f"{r['score']:.4g}", f"{r['magnitude']:.4g}", _cell(r["p_value"]),
-         _cell(r["memorized"]), r["prompt"][:LONGEST]]
+        [f"{r['score']:.4g}", f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled,
+         _cell(r["p_value"]), _cell(r["memorized"]), r["prompt"][:LONGEST]]
         for r in sorted(rows, key=lambda r: -r["score"])
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from ...shared.arrays import Float, Tensor
 from ...shared.files.storage import Journal
 from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
+from ...shared.score.collapse import collapse
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import ControlBasis
 from ...shared.score.denoiser import Conditioning, Denoiser
@@ -97,6 +98,15 @@ class Measured:
     """Per prompt, the end that was cut off, or nothing."""
     magnitudes: tuple[float, ...] = ()
     """Per prompt, |D| of the first step at the first seed (Wen et al.), beside residual scores."""
+    collapses: tuple[float | None, ...] | None = None
+    """Per prompt, its collapse, or None where it was not sampled; None without a second stage."""
+
+    @property
+    def sampled(self) -> list[float] | None:
+        """Return the collapses as a calibration takes them, NaN where a prompt was not sampled."""
+        if self.collapses is None:
+            return None
+        return [math.nan if value is None else value for value in self.collapses]
 
 
 def measure(
@@ -170,6 +180,7 @@ def measure_judged(
     *,
     judge: Calibration | None,
     sequential: bool,
+    collapse: bool,
     job_key: str,
     bars: Bars,
 ) -> Measured:
@@ -184,6 +195,7 @@ def measure_judged(
         judge: What the scores will be compared with; None measures magnitudes. Residuals are
             measured at its own seeds, where its directions are known.
         sequential: Draw only the seeds that a verdict needs; needs a calibration.
+        collapse: Sample suspicious prompts as well; needs a calibration with a second stage.
         job_key: Stands for model and settings in the keys.
         bars: Makes the progress bars.
     """
@@ -194,6 +206,13 @@ def measure_judged(
         subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="detection",
         basis=basis, sequentially=judge if sequential else None,
     )  # fmt: skip
+    if judge and collapse:
+        found = measure_collapses(
+            subject, prompts, judge.suspicious(measured.detection.scores), journal,
+            job_key=job_key, bars=bars, phase="collapse",
+        )  # fmt: skip
+        collapses = tuple(found.get(index) for index in range(len(prompts)))
+        measured = replace(measured, collapses=collapses)
     if basis is None:
         return measured
     first = measure(
@@ -201,6 +220,34 @@ def measure_judged(
         job_key=content_key(job_key, "magnitude"), bars=bars, phase="magnitude",
     )  # fmt: skip
     return replace(measured, magnitudes=tuple(first.detection.scores.tolist()))
+
+
+def measure_collapses(
+    subject: Subject,
+    prompts: Sequence[str],
+    suspicious: Sequence[int],
+    journal: Journal,
+    *,
+    job_key: str,
+    bars: Bars,
+    phase: str,
+) -> dict[int, float]:
+    """Return the collapse of suspicious prompts by index; each is stored as soon as it is finished.
+
+    Args:
+        subject: The model; not loaded when the journal knows them all.
+        prompts: All of them, distinct.
+        suspicious: Which of them are sampled.
+        journal: Of this phase.
+        job_key: Stands for model and settings in the keys.
+        bars: Makes the progress bar, which counts prompts.
+        phase: Label of the bar.
+    """
+    return complete(
+        journal, {index: content_key(job_key, "collapse", prompts[index]) for index in suspicious},
+        lambda index: collapse(subject.denoiser, prompts[index]),
+        bars=bars, phase=phase, unit="prompt",
+    )  # fmt: skip
 
 
 def measure_controls(

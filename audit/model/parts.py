@@ -33,6 +33,7 @@ def score_prompts(
     calibration: Path | None,
     force: bool,
     sequential: bool,
+    collapse: bool,
     output: Path | None,
     bars: Bars,
 ) -> list[dict[str, Any]]:
@@ -46,6 +47,7 @@ def score_prompts(
         calibration: Gives the verdicts.
         force: Use it although it was made for something else.
         sequential: Draw only the seeds a verdict needs; needs a calibration.
+        collapse: Sample suspicious prompts as well; needs a calibration with a second stage.
         output: JSON lines; work is kept beside it until it is finished.
         bars: Makes the progress bar.
     """
@@ -53,14 +55,20 @@ def score_prompts(
     if sequential and calibration is None:
         raise ValueError("Stopping early needs a threshold: give --calibration FILE, made by "
                          "`unmemorize calibrate`, or leave --fast out.")  # fmt: skip
+    if collapse and calibration is None:
+        raise ValueError("Which prompts are suspicious follows from controls: give --calibration "
+                         "FILE, made by `unmemorize calibrate --collapse`, or leave --collapse "
+                         "out.")  # fmt: skip
     judge = Calibration.load(calibration).judge if calibration else None
-    by = (judge.to_values(), sequential) if judge else None
+    if judge and collapse:
+        judge.require_second()
+    by = (judge.to_values(), sequential, collapse) if judge else None
     with _kept(subject, config, output, by) as (journal, key):
         facts = subject.facts(journal, config)
         caveat = judge.check(subject.fingerprint, facts.of(judge), force=force) if judge else ""
         measured = measure_judged(
             subject, facts, prompts, config, journal, judge=judge, sequential=sequential,
-            job_key=key, bars=bars,
+            collapse=collapse, job_key=key, bars=bars,
         )  # fmt: skip
         name = "residual" if judge and judge.basis else "magnitude"
         rows = [row | {"measure": name, "caveat": caveat} for row in verdicts(measured, judge)]
@@ -100,7 +108,7 @@ def explain_prompts(
 
 def make_calibration(
     subject: Subject, *, controls: str, config: DetectionConfig, rate: float, score: str | None,
-    output: Path, bars: Bars,
+    collapse: bool, output: Path, bars: Bars,
 ) -> dict[str, Any]:  # fmt: skip
     """Score controls and write a calibration; return what it says."""
     score = measured_score(score, config)
@@ -110,7 +118,7 @@ def make_calibration(
         folder = journal.path.with_suffix(".controls")
         made = calibrate_controls(
             subject, facts, prompts, config, journal, name=name, rate=rate, score=score,
-            job_key=key, folder=folder, bars=bars,
+            collapse=collapse, job_key=key, folder=folder, bars=bars,
         )  # fmt: skip
         made.save(output)
         shutil.rmtree(folder, ignore_errors=True)
@@ -122,6 +130,12 @@ def make_calibration(
         "threshold": made.threshold,
         "false_positive_rate": made.false_positive_rate,
         "interval": list(made.interval),
+        "second_stage": made.second
+        and {
+            "suspicion": made.second.suspicion,
+            "sampled": len(made.second.control_collapses),
+            "threshold": made.second.threshold,
+        },
         "model": made.model,
     }
 

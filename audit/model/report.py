@@ -304,5 +304,6 @@ def reproduce(result: AuditResult) -> str:
     for name, value in options:
         if value is not None:
             words += [f"--{name}", str(value)]
-    words += ["--fast"] * config.sequential + ["--force"] * config.force
+    switches = {"fast": config.sequential, "collapse": config.collapse, "force": config.force}
+    words += [f"--{name}" for name, given in switches.items() if given]
     return shlex.join(words)

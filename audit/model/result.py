@@ -139,12 +139,15 @@ class AuditEntry:
     magnitude: float
     """|D|, L2 norm of all that the text adds at the first step (Wen et al.); of the first seed
     beside a residual score, which leaves out what control prompts add as well."""
+    collapse: float | None
+    """Of a prompt suspicious enough for the second stage: the spatial variance of the mean of three
+    quick images over the variance between them."""
     p_value: float
     """Share of controls that score at least as high (with the usual + 1)."""
     q_value: float
     """`p_value` after Benjamini-Hochberg over the audited prompts."""
     memorized: bool
-    """`score` is above the calibrated threshold."""
+    """`score`, or with a second stage `collapse`, is above its calibrated threshold."""
     explanation: WordSignificance | None
     images: tuple[GeneratedImage, ...]
     map: str | None
@@ -230,6 +233,7 @@ def summarize(
             "false_positive_rate": chance,
             "interval": list(calibration.interval),
             "confidence": CONFIDENCE,
+            "second_stage": _second_stage(config, calibration, entries),
             "reused": config.calibration is not None,
         },
         "model": asdict(model),
@@ -251,6 +255,7 @@ def settings(config: AuditConfig) -> dict[str, Any]:
         "schedule_steps": detection.schedule_steps,
         "cond_scale": detection.cond_scale,
         "sequential": config.sequential,
+        "collapse": config.collapse,
         "score": measured_score(config.score, config.detection),
         "false_positive_rate": config.false_positive_rate,
         "explain": config.explain,
@@ -258,6 +263,20 @@ def settings(config: AuditConfig) -> dict[str, Any]:
         "images_per_prompt": config.images_per_prompt,
         "sample": config.sample,
         "generation_steps": config.generation_steps,
+    }
+
+
+def _second_stage(
+    config: AuditConfig, calibration: Calibration, entries: Sequence[AuditEntry]
+) -> dict[str, Any] | None:
+    if not config.collapse:
+        return None
+    second = calibration.require_second()
+    return {
+        "suspicion": second.suspicion,
+        "sampled": sum(entry.collapse is not None for entry in entries),
+        "controls_sampled": len(second.control_collapses),
+        "threshold": second.threshold,
     }
 
 

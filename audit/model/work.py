@@ -109,6 +109,8 @@ def open_work(
             judge = calibration.judge
             now = settings_of(denoiser, config.detection, judge.settings.get("told"))
             judge.check(subject.fingerprint, now, force=config.force)
+            if config.collapse:
+                judge.require_second()
 
     with open_job(config.output, identity, overwrite=config.overwrite, check=check) as job:
         yield Work(config=config, inputs=inputs, subject=subject, calibration=calibration, job=job,
@@ -130,7 +132,7 @@ def score(work: Work) -> Scored:
                 subject, facts, work.inputs.controls, config.detection,
                 work.job.journal("controls"), name=work.inputs.controls_name,
                 rate=config.false_positive_rate, job_key=work.job.key,
-                score=measured_score(config.score, config.detection),
+                score=measured_score(config.score, config.detection), collapse=config.collapse,
                 folder=work.job.folder / "journal" / "controls", bars=work.bars,
             )  # fmt: skip
     with work.timed("detection"):
@@ -138,12 +140,12 @@ def score(work: Work) -> Scored:
         measured = measure_judged(
             subject, facts, work.inputs.prompts.prompts, config.detection,
             work.job.journal("detection"), judge=judge, sequential=config.sequential,
-            job_key=work.job.key, bars=work.bars,
+            collapse=config.collapse, job_key=work.job.key, bars=work.bars,
         )  # fmt: skip
     scores = measured.detection.scores
     return Scored(
         facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
-        flags=tuple(judge.flags(scores).tolist()),
+        flags=tuple(judge.flags(scores, measured.sampled).tolist()),
         caveats=(*facts.caveats, *([caveat] if caveat else [])),
     )  # fmt: skip
 
@@ -152,6 +154,7 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
     """Return one row a prompt as JSON values; without a calibration the verdicts are None."""
     detection = measured.detection
     scores, none = detection.scores, [None] * len(detection.prompts)
+    sampled = measured.sampled
     columns = {
         "prompt": detection.prompts,
         "cut": measured.cuts,
@@ -159,8 +162,9 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
         "score_per_element": detection.scores_per_element.tolist(),
         "trace": finite(detection.traces.tolist()),
         "magnitude": measured.magnitudes or scores.tolist(),
-        "p_value": calibration.p_values(scores).tolist() if calibration else none,
-        "q_value": calibration.adjusted(scores).tolist() if calibration else none,
-        "memorized": calibration.flags(scores).tolist() if calibration else none,
+        "collapse": measured.collapses or none,
+        "p_value": calibration.p_values(scores, sampled).tolist() if calibration else none,
+        "q_value": calibration.adjusted(scores, sampled).tolist() if calibration else none,
+        "memorized": calibration.flags(scores, sampled).tolist() if calibration else none,
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

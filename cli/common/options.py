@@ -64,6 +64,11 @@ Fast = Annotated[
     bool,
     typer.Option("--fast", "--sequential", help="Stop drawing seeds once a verdict is settled."),
 ]
+Collapse = Annotated[
+    bool,
+    typer.Option("--collapse", help="Also sample three quick images of the most suspicious "
+                 "prompts, and judge these by how alike the images are (10 to 60 times as slow)."),
+]  # fmt: skip
 GenerationSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")]
 OutputFile = Annotated[Path, typer.Option(help="File to write.")]
 OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]

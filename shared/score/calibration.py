@@ -7,8 +7,8 @@ dtypes, resolutions or settings, so a calibration is bound to them.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 
 from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
+from .collapse import SecondStage
 from .config import DetectionConfig
 from .control_basis import ControlBasis, cross_fitted, directions_for
 from .denoiser import Denoiser
 from .detection import Detection
 from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 AGAIN = "Make a new one with `unmemorize calibrate`."
 
 
@@ -83,6 +84,8 @@ class Calibration:
     """Of the residual score, from the same controls; prompts are judged by it where it is there."""
     basis: ControlBasis | None = field(default=None, compare=False)
     """What the scores are residuals outside of; None for scores that are magnitudes."""
+    second: SecondStage | None = None
+    """How suspicious prompts are judged where they are sampled as well."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -142,6 +145,31 @@ class Calibration:
         )
         return replace(self, residual=residual)
 
+    def with_second(self, collapses: Mapping[int, float]) -> "Calibration":
+        """Return this calibration with the second stage of what prompts are judged by.
+
+        Args:
+            collapses: By index, of the controls that `suspicious` names.
+        """
+        judge = self.judge
+        second = SecondStage.from_controls(
+            judge.suspicion, len(judge.control_scores), list(collapses.values()),
+            judge.false_positive_rate,
+        )  # fmt: skip
+        if self.residual is None:
+            return replace(self, second=second)
+        return replace(self, residual=replace(self.residual, second=second))
+
+    @property
+    def suspicion(self) -> float:
+        """Return the score above which a second stage samples prompts."""
+        return SecondStage.suspicion_of(self.seed_scores.nanmean(1), self.false_positive_rate)
+
+    def suspicious(self, scores: Tensor | Sequence[float]) -> list[int]:
+        """Return the indices of scores that a second stage samples."""
+        scores = torch.as_tensor(scores, dtype=torch.float64)
+        return (scores > self.suspicion).nonzero().flatten().tolist()
+
     @property
     def judge(self) -> "Calibration":
         """Return what prompts are judged by: the residual score's calibration if there is one."""
@@ -192,27 +220,64 @@ class Calibration:
             threshold=self.threshold * factor,
         )
 
-    def p_values(self, scores: Tensor | Sequence[float]) -> Float[Tensor, " prompt"]:
-        """Return per score (1 + number of controls at least as high) / (controls + 1), in 0..1."""
+    def p_values(
+        self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
+    ) -> Float[Tensor, " prompt"]:
+        """Return per score (1 + number of controls at least as high) / (controls + 1), in 0..1.
+
+        Args:
+            scores: Of prompts.
+            collapses: Of the same prompts, NaN where one was not sampled; needs a second stage.
+        """
         scores, controls = torch.as_tensor(scores, dtype=torch.float64), self.sorted_scores
         at_least = len(controls) - torch.searchsorted(controls, scores.contiguous())
-        return (1 + at_least).double() / (len(controls) + 1)
+        values = (1 + at_least).double() / (len(controls) + 1)
+        if collapses is None:
+            return values
+        sampled = torch.as_tensor(collapses, dtype=torch.float64)
+        return torch.where(
+            sampled.isnan(), values, self.require_second().p_values(sampled.nan_to_num())
+        )
 
-    def adjusted(self, scores: Tensor | Sequence[float]) -> Float[Tensor, " prompt"]:
+    def adjusted(
+        self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
+    ) -> Float[Tensor, " prompt"]:
         """Return p-values corrected over the whole set, Benjamini & Hochberg 1995, in 0..1.
 
         Flagging all at most q keeps the expected share of false alarms among the flagged below q.
+        Arguments as of `p_values`.
         """
         from scipy.stats import false_discovery_control
 
-        p_values = self.p_values(scores)
+        p_values = self.p_values(scores, collapses)
         if len(p_values) == 0:
             return p_values
         return torch.from_numpy(false_discovery_control(p_values.numpy(), method="bh"))
 
-    def flags(self, scores: Tensor | Sequence[float]) -> Tensor:
-        """Return which scores lie above the threshold, bool [prompt]."""
+    def flags(
+        self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
+    ) -> Tensor:
+        """Return which scores, or collapses if given, lie above the threshold, bool [prompt].
+
+        Arguments as of `p_values`.
+        """
+        if collapses is not None:
+            sampled = torch.as_tensor(collapses, dtype=torch.float64)
+            return sampled > self.require_second().threshold
         return torch.as_tensor(scores, dtype=torch.float64) > self.threshold
+
+    def require_second(self) -> SecondStage:
+        """Return the second stage.
+
+        Raises:
+            CalibrationError: There is none.
+        """
+        if self.second is None:
+            raise CalibrationError(
+                "This calibration has no second stage: its controls were not sampled. Make one "
+                "with `unmemorize calibrate --collapse`, or leave --collapse out."
+            )
+        return self.second
 
     def differences(self, model: str, settings: dict) -> str:
         """Return every field that differs with both values, "" when the calibration fits."""
@@ -252,6 +317,7 @@ class Calibration:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.residual is not None:
             values["residual"] = self.residual.to_values()
+        values["second"] = self.second and asdict(self.second)
         if self.basis is not None:
             sha256 = hashlib.sha256(self.basis.to_bytes()).hexdigest()
             values["basis"] = {"step": self.basis.step, "sha256": sha256}
@@ -279,7 +345,10 @@ class Calibration:
             raise CalibrationError(f"{path} is not a calibration: {error}. {AGAIN}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version == 1:  # before there were residuals
-            values |= {"residual": None, "basis": None, "schema_version": SCHEMA_VERSION}
+            values |= {"residual": None, "basis": None, "schema_version": 2}
+        if version in (1, 2):  # before there was a second stage
+            for each in filter(None, (values, values["residual"])):
+                each |= {"second": None, "schema_version": SCHEMA_VERSION}
         elif version != SCHEMA_VERSION:
             raise CalibrationError(
                 f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
@@ -295,6 +364,9 @@ class Calibration:
         values["interval"] = tuple(values["interval"])
         if values["residual"] is not None:
             values["residual"] = cls._from_values(values["residual"], path)
+        if (second := values["second"]) is not None:
+            collapses = tuple(second["control_collapses"])
+            values["second"] = SecondStage(**second | {"control_collapses": collapses})
         if (known := values["basis"]) is not None:
             values["basis"] = _read_basis(basis_path(path), known)
         calibration = cls(**values)

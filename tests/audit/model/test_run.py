@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_audit import LONG, MARKUP, lines, schema
 from unmemorize.audit.model.run import run_audit
-from unmemorize.shared.score.calibration import CalibrationMismatch
+from unmemorize.shared.score.calibration import CalibrationError, CalibrationMismatch
 from unmemorize.shared.score.config import DetectionConfig
 
 
@@ -104,6 +104,42 @@ def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, 
     magnitudes = len(fast.entries) + 1
     undrawn = [e for e in fast.entries if e.trace[-1][0] is None]
     assert work["rows"] == len(fast.entries) * 2 + 2 + magnitudes - len(undrawn)
+
+
+def test_suspicious_prompts_are_judged_by_their_collapse(config, captions, work, tmp_path):
+    controls = tmp_path / "controls.txt"
+    controls.write_text("\n".join(captions["held_out"][:30]), encoding="utf-8")
+    settings = dataclasses.replace(
+        config, controls=str(controls), false_positive_rate=0.1, output=tmp_path / "a",
+        images_per_prompt=0, explain=0, collapse=True,
+    )  # fmt: skip
+    done = run_audit(settings)
+    judge = done.calibration.judge
+    for entry in done.entries:
+        assert (entry.collapse is not None) == (entry.score > judge.suspicion)
+        assert entry.memorized == ((entry.collapse or 0.0) > judge.second.threshold)
+    sampled = sum(entry.collapse is not None for entry in done.entries)
+    assert 0 < sampled < len(done.entries)
+    assert done.summary["calibration"]["second_stage"] == {
+        "suspicion": judge.second.suspicion, "threshold": judge.second.threshold,
+        "sampled": sampled, "controls_sampled": len(judge.second.control_collapses),
+    }  # fmt: skip
+    for entry in lines(tmp_path / "a"):
+        jsonschema.validate(entry, schema("results"))
+    jsonschema.validate(json.loads(json.dumps(done.summary)), schema("summary"))
+    page = (tmp_path / "a" / "report.html").read_text("utf-8")
+    assert "collapse" in page
+    assert "--collapse" in page
+    before = dict(work)
+    assert run_audit(settings).entries == done.entries
+    assert work == before  # continued: nothing is sampled again
+    plain = dataclasses.replace(
+        settings, collapse=False, calibration=None, output=tmp_path / "plain"
+    )
+    run_audit(plain)
+    given = dataclasses.replace(settings, calibration=tmp_path / "plain" / "calibration.json")
+    with pytest.raises(CalibrationError, match="calibrate --collapse"):
+        run_audit(dataclasses.replace(given, output=tmp_path / "b"))
 
 
 def test_training_images_beside_captions_are_compared(config, captions, work, tmp_path):

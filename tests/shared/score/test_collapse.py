@@ -1,0 +1,159 @@
+"""The second stage: what collapses, and how often two stages together flag ordinary prompts."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy import ToyDenoiser, prompts
+from unmemorize.shared.score import collapse as stage
+from unmemorize.shared.score.calibration import Calibration, CalibrationError
+from unmemorize.shared.score.collapse import SHARE, SecondStage, collapse, collapse_of
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection
+from unmemorize.shared.score.trajectory import PredictionError
+
+
+def latents(seed=0, *shape):
+    return torch.randn(*(shape or (3, 4, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_the_variance_of_the_mean_over_that_between_seeds():
+    rows = latents().double().numpy()
+    _, channels, height, width = rows.shape
+    within = [np.var([rows[:, c, y, x].mean() for y in range(height) for x in range(width)], ddof=1)
+              for c in range(channels)]  # fmt: skip
+    between = [np.var(rows[:, c, y, x], ddof=1)
+               for c in range(channels) for y in range(height) for x in range(width)]  # fmt: skip
+    expected = np.mean(within) / np.mean(between)
+    assert collapse_of(torch.from_numpy(rows)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_neither_contrast_nor_colour_moves_it():
+    rows = latents().double()
+    moved = 7 * rows + torch.tensor([3.0, -2.0, 0.0, 9.0]).double()[:, None, None]
+    assert collapse_of(moved) == pytest.approx(collapse_of(rows), rel=1e-9)
+    assert collapse_of(latents(1, 3, 4, 5, 8, 8)) > 0  # frames
+
+
+class Remembering(ToyDenoiser):
+    """Draws one image for "memorized" and for no text, whatever it starts from."""
+
+    def encode(self, texts):
+        cond = super().encode(texts)
+        told = torch.tensor([text in ("memorized", "") for text in texts])
+        return dataclasses.replace(cond, pooled=told[:, None].to(self.dtype))
+
+    def denoise(self, x, sigma, cond):
+        image = latents(5, *self.latent_shape).to(x)
+        told = cond.pooled[:, :, None, None]
+        return told * image + (1 - told) * super().denoise(x, sigma, cond)
+
+
+def test_seeds_of_a_memorized_prompt_collapse_and_others_do_not():
+    toy = Remembering()
+    others = [collapse(toy, prompt) for prompt in prompts(12) if prompt]
+    assert collapse(toy, "memorized") > 10 * max(others)
+
+
+def test_it_costs_two_passes_a_step_and_a_network_that_guides_itself_one():
+    toy = ToyDenoiser()
+    collapse(toy, "a prompt")
+    assert toy.rows == [len(stage.SEEDS)] * 2 * stage.STEPS
+    toy.rows, toy.guidance_distilled = [], True
+    collapse(toy, "a prompt")
+    assert toy.rows == [len(stage.SEEDS)] * stage.STEPS
+
+
+def test_a_latent_that_is_not_finite_names_its_prompt():
+    class Broken(ToyDenoiser):
+        def denoise(self, x, sigma, cond):
+            return super().denoise(x, sigma, cond) / 0
+
+    with pytest.raises(PredictionError, match="a broken prompt"):
+        collapse(Broken(), "a broken prompt")
+
+
+def world(number, seed):
+    """Scores [prompt] and collapses of ordinary prompts, related to each other."""
+    rng = np.random.default_rng(seed)
+    scores = rng.lognormal(size=number)
+    return scores.tolist(), (scores**0.5 * rng.lognormal(size=number)).tolist()
+
+
+def calibrated(controls, rate):
+    """A calibration of scores and of the collapses of suspicious controls."""
+    scores, collapses = controls
+    found = Detection(
+        prompts=tuple(map(str, range(len(scores)))), traces=torch.tensor(scores)[:, None, None],
+        latent_elements=1, config=DetectionConfig(seeds=(0,)),
+    )  # fmt: skip
+    made = Calibration.from_controls(
+        found, model="m", settings={}, name="c", false_positive_rate=rate
+    )
+    return made.with_second({i: collapses[i] for i in made.suspicious(scores)})
+
+
+def sampled(made, world):
+    """Collapses as a run has them: NaN where a prompt is not suspicious."""
+    scores, collapses = world
+    chosen = set(made.suspicious(scores))
+    return [c if i in chosen else np.nan for i, c in enumerate(collapses)]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.12])
+def test_flags_are_the_p_values_up_to_the_rate_and_p_values_are_counts(rate):
+    controls, more = world(200, 1), world(60, 2)
+    made = calibrated(controls, rate)
+    of_controls, of_more = (sampled(made, each) for each in (controls, more))
+
+    def rank(score, value):  # sampled ones above all others
+        return (0, score) if np.isnan(value) else (1, value)
+
+    slow = [
+        (1 + sum(rank(*c) >= rank(*p) for c in zip(controls[0], of_controls, strict=True))) / 201
+        for p in zip(more[0], of_more, strict=True)
+    ]
+    assert made.p_values(more[0], of_more).tolist() == pytest.approx(slow)
+    flags = made.flags(more[0], of_more).tolist()
+    assert flags == [p <= rate for p in slow]
+    assert not any(f for f, value in zip(flags, of_more, strict=True) if np.isnan(value))
+
+
+def test_both_stages_together_flag_ordinary_prompts_at_the_rate():
+    hits = alone = 0
+    for seed in range(300):
+        made, more = calibrated(world(99, seed), 0.05), world(40, 10_000 + seed)
+        values = sampled(made, more)
+        hits += int(made.flags(more[0], values).sum())
+        # Negative control: the rate does not hold for the second stage's threshold on everything.
+        alone += sum(value > made.second.threshold for value in more[1])
+    assert hits / 12_000 == pytest.approx(0.05, abs=0.01)
+    assert alone / 12_000 > 0.07
+
+
+def test_a_share_of_controls_is_sampled_and_a_higher_rate_is_refused():
+    made = calibrated(world(399, 3), 0.01)
+    assert len(made.second.control_collapses) == 399 - np.ceil(400 * (1 - SHARE)) + 0
+    with pytest.raises(ValueError, match="cannot flag 20%"):
+        calibrated(world(99, 3), 0.2)
+
+
+def test_it_is_kept_in_the_file_and_files_of_before_have_none(tmp_path):
+    made = calibrated(world(120, 4), 0.02)
+    made.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == made
+    values = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    del values["second"]
+    (tmp_path / "old.json").write_text(json.dumps(values | {"schema_version": 2}), "utf-8")
+    old = Calibration.load(tmp_path / "old.json")
+    assert old == dataclasses.replace(made, second=None)
+    with pytest.raises(CalibrationError, match="calibrate --collapse"):
+        old.flags([1.0], [2.0])
+
+
+def test_equal_images_are_no_infinity():
+    assert np.isfinite(collapse_of(torch.ones(3, 4, 8, 8) * latents(2, 1, 4, 8, 8)))
+    stage_of = SecondStage.from_controls(1.0, 10, [], 0.2)
+    assert stage_of.threshold == 0
