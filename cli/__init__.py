@@ -3,6 +3,8 @@
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
 
+from typing import Annotated
+
 import typer
 
 from . import audit, calibrate, concept, demo, detect, doctor, explain, mitigate, verify
@@ -25,6 +27,27 @@ app.command(epilog=audit.EXIT_CODES)(mitigate.mitigate)
 app.command()(calibrate.calibrate)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        from ..audit.common.result import versions
+
+        typer.echo(versions()["unmemorize"])
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Take what goes before a command."""
 
 
 def main() -> None:

