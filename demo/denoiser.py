@@ -19,7 +19,7 @@ from .optimization import Checkpoint, build_optimizers, rate, set_rates
 class DenoiserConfig:
     """Length and rates of a network's training."""
 
-    steps: int = 8_000
+    steps: int = 6_000
     per_batch: tuple[int, int, int] = (4, 1, 11)
     """Verbatim, template and learnt samples in a batch: this is what plants the memorization."""
     learning_rate: float = 1e-3
