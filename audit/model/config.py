@@ -41,7 +41,7 @@ class AuditConfig:
     sequential: bool = False
     """Stop drawing seeds for a prompt once its verdict is settled."""
     collapse: bool = False
-    """Sample the most suspicious prompts, and judge them by how far their images collapse."""
+    """Sample the most suspicious prompts, and judge them by score and collapse together."""
     false_positive_rate: float = 0.01
     """Share of ordinary prompts above the threshold, 0 to 1."""
     explain: int | None = None

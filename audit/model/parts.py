@@ -133,7 +133,7 @@ def make_calibration(
         "second_stage": made.second
         and {
             "suspicion": made.second.suspicion,
-            "sampled": len(made.second.control_collapses),
+            "sampled": len(made.second.control_evidence),
             "threshold": made.second.threshold,
         },
         "model": made.model,

@@ -147,7 +147,8 @@ class AuditEntry:
     q_value: float
     """`p_value` after Benjamini-Hochberg over the audited prompts."""
     memorized: bool
-    """`score`, or with a second stage `collapse`, is above its calibrated threshold."""
+    """`score`, or with a second stage the evidence of score and collapse, is above its calibrated
+    threshold."""
     explanation: WordSignificance | None
     images: tuple[GeneratedImage, ...]
     map: str | None
@@ -275,7 +276,7 @@ def _second_stage(
     return {
         "suspicion": second.suspicion,
         "sampled": sum(entry.collapse is not None for entry in entries),
-        "controls_sampled": len(second.control_collapses),
+        "controls_sampled": len(second.control_evidence),
         "threshold": second.threshold,
     }
 

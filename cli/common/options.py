@@ -67,7 +67,7 @@ Fast = Annotated[
 Collapse = Annotated[
     bool,
     typer.Option("--collapse", help="Also sample three quick images of the most suspicious "
-                 "prompts, and judge these by how alike the images are (10 to 60 times as slow)."),
+                 "prompts: how alike they are decides along with the score (60 passes each)."),
 ]  # fmt: skip
 GenerationSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")]
 OutputFile = Annotated[Path, typer.Option(help="File to write.")]

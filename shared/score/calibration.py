@@ -151,10 +151,10 @@ class Calibration:
         Args:
             collapses: By index, of the controls that `suspicious` names.
         """
-        judge = self.judge
+        scores = self.judge.seed_scores.nanmean(1)
         second = SecondStage.from_controls(
-            judge.suspicion, len(judge.control_scores), list(collapses.values()),
-            judge.false_positive_rate,
+            scores, [collapses.get(index, math.nan) for index in range(len(scores))],
+            self.false_positive_rate,
         )  # fmt: skip
         if self.residual is None:
             return replace(self, second=second)
@@ -234,10 +234,9 @@ class Calibration:
         values = (1 + at_least).double() / (len(controls) + 1)
         if collapses is None:
             return values
-        sampled = torch.as_tensor(collapses, dtype=torch.float64)
-        return torch.where(
-            sampled.isnan(), values, self.require_second().p_values(sampled.nan_to_num())
-        )
+        evidence = self._evidence(scores, collapses)
+        of_pair = self.require_second().p_values(evidence.nan_to_num())
+        return torch.where(evidence.isnan(), values, of_pair)
 
     def adjusted(
         self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
@@ -257,14 +256,18 @@ class Calibration:
     def flags(
         self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
     ) -> Tensor:
-        """Return which scores, or collapses if given, lie above the threshold, bool [prompt].
+        """Return which scores, or pairs of score and collapse, lie above the threshold, [prompt].
 
         Arguments as of `p_values`.
         """
-        if collapses is not None:
-            sampled = torch.as_tensor(collapses, dtype=torch.float64)
-            return sampled > self.require_second().threshold
-        return torch.as_tensor(scores, dtype=torch.float64) > self.threshold
+        scores = torch.as_tensor(scores, dtype=torch.float64)
+        if collapses is None:
+            return scores > self.threshold
+        return self._evidence(scores, collapses) > self.require_second().threshold
+
+    def _evidence(self, scores: Tensor, collapses: Sequence[float]) -> Tensor:
+        measured = torch.as_tensor(collapses, dtype=torch.float64)
+        return self.require_second().evidence(scores, measured)
 
     def require_second(self) -> SecondStage:
         """Return the second stage.
@@ -365,8 +368,8 @@ class Calibration:
         if values["residual"] is not None:
             values["residual"] = cls._from_values(values["residual"], path)
         if (second := values["second"]) is not None:
-            collapses = tuple(second["control_collapses"])
-            values["second"] = SecondStage(**second | {"control_collapses": collapses})
+            second = {k: tuple(v) if isinstance(v, list) else v for k, v in second.items()}
+            values["second"] = SecondStage(**second)
         if (known := values["basis"]) is not None:
             values["basis"] = _read_basis(basis_path(path), known)
         calibration = cls(**values)

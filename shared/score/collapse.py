@@ -2,19 +2,19 @@
 
 Seeds of a memorized prompt end in one image, those of another prompt in different ones. Sampling
 tells what one forward pass cannot, and costs `SEEDS` x `STEPS` guided steps; so the first stage
-chooses the most suspicious prompts, and these are judged by their collapse alone.
+chooses the most suspicious prompts, and these are judged by their score and their collapse.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from ..arrays import Float, Tensor
 from .denoiser import Denoiser
-from .rates import upper_bound
+from .rates import NotEnoughControls, upper_bound
 from .trajectory import guided_step, not_finite
 
 SEEDS = (0, 1, 2)
@@ -22,6 +22,8 @@ STEPS = 10
 COND_SCALE = 5.0
 SHARE = 0.15
 """Share of ordinary prompts that are sampled."""
+CONTROLS = 26
+"""That a second stage needs: three of them are sampled, and say what collapses vary by."""
 
 
 def collapse_of(latents: Float[Tensor, " seed *latent height width"]) -> float:
@@ -59,28 +61,40 @@ def collapse(denoiser: Denoiser, prompt: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondStage:
-    """Which prompts are sampled, and how far those of ordinary prompts collapse.
+    """Which prompts are sampled, and how strong the evidence is that ordinary ones give.
 
-    Prompts that are sampled rank by their collapse, above all that are not; those rank by their
-    score. So the pair of stages is one score, with the order statistic and the p-values of one.
+    Neither measure is enough on every network: pale images have small scores, and images whose
+    grounds vary collapse little. So their logarithms are added, each in units of what it varies by
+    among the controls. Sampled prompts rank by this evidence, above all that are not sampled; those
+    rank by their score. So the pair of stages is one score, with its order statistic and p-values.
     """
 
     suspicion: float
     """Scores of the first stage above it are sampled."""
     controls: int
     """How many there were."""
-    control_collapses: tuple[float, ...]
+    score_scale: tuple[float, float]
+    """Median and spread of the logarithm of the controls' scores."""
+    collapse_scale: tuple[float, float]
+    """The same of the suspicious controls' collapses."""
+    control_evidence: tuple[float, ...]
     """Of the suspicious controls."""
     threshold: float
-    """Sampled prompts with a collapse above it are flagged."""
+    """Sampled prompts with more evidence are flagged."""
 
     @staticmethod
     def suspicion_of(control_scores: Float[Tensor, " control"], rate: float) -> float:
         """Return the score above which prompts are sampled: `SHARE` of ordinary ones.
 
         Raises:
+            NotEnoughControls: They are fewer than `CONTROLS`.
             ValueError: More than that share is to be flagged.
         """
+        if len(control_scores) < CONTROLS:
+            raise NotEnoughControls(
+                f"a second stage needs at least {CONTROLS} controls, found {len(control_scores)}. "
+                "Add controls, or leave --collapse out."
+            )
         if rate > SHARE:
             raise ValueError(
                 f"The second stage samples {SHARE:.0%} of ordinary prompts and cannot flag "
@@ -90,27 +104,44 @@ class SecondStage:
 
     @classmethod
     def from_controls(
-        cls, suspicion: float, controls: int, collapses: Sequence[float], rate: float
+        cls, scores: Float[Tensor, " control"], collapses: Sequence[float], rate: float
     ) -> "SecondStage":
         """Return the stage that flags a further control with probability at most `rate`.
 
         Args:
-            suspicion: From `suspicion_of`.
-            controls: How many there are.
-            collapses: Of those above `suspicion`.
+            scores: Of all controls.
+            collapses: Of the suspicious ones, NaN for the others.
             rate: Of false positives, of both stages together.
         """
-        unsampled = torch.full((controls - len(collapses),), -math.inf, dtype=torch.float64)
-        ranked = torch.cat([unsampled, torch.tensor(collapses, dtype=torch.float64)])
-        threshold = upper_bound(ranked, rate)
-        return cls(
-            suspicion=suspicion, controls=controls, control_collapses=tuple(collapses),
-            # Fewer suspicious controls than may be flagged: what they reach is flagged.
-            threshold=max(threshold, 0.0),
+        measured = torch.as_tensor(collapses, dtype=torch.float64)
+        sampled = ~measured.isnan()
+        stage = cls(
+            suspicion=cls.suspicion_of(scores, rate), controls=len(scores),
+            score_scale=_scale(scores.log()), collapse_scale=_scale(measured[sampled].log()),
+            control_evidence=(), threshold=math.inf,
+        )  # fmt: skip
+        evidence = stage.evidence(scores, measured)
+        return replace(
+            stage, control_evidence=tuple(evidence[sampled].tolist()),
+            threshold=upper_bound(evidence.nan_to_num(-math.inf), rate),
         )  # fmt: skip
 
-    def p_values(self, collapses: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-        """Return per sampled prompt (1 + controls that collapse as far) / (controls + 1)."""
-        known = torch.tensor(self.control_collapses, dtype=torch.float64).sort().values
-        at_least = len(known) - torch.searchsorted(known, collapses.double().contiguous())
+    def evidence(
+        self, scores: Float[Tensor, " prompt"], collapses: Float[Tensor, " prompt"]
+    ) -> Float[Tensor, " prompt"]:
+        """Return the sum of both logarithms in units of their spread; NaN stays NaN."""
+        (score, by), (collapse_, collapse_by) = self.score_scale, self.collapse_scale
+        return (scores.log() - score) / by + (collapses.log() - collapse_) / collapse_by
+
+    def p_values(self, evidence: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+        """Return per sampled prompt (1 + controls with as much evidence) / (controls + 1)."""
+        known = torch.tensor(self.control_evidence, dtype=torch.float64).sort().values
+        at_least = len(known) - torch.searchsorted(known, evidence.contiguous())
         return (1 + at_least).double() / (self.controls + 1)
+
+
+def _scale(values: Float[Tensor, " value"]) -> tuple[float, float]:
+    """Return the median and the median distance from it, which outliers do not move."""
+    median = values.median()
+    spread = (values - median).abs().median().clamp_min(torch.finfo(torch.float32).eps)
+    return median.item(), spread.item()

@@ -117,12 +117,18 @@ def test_suspicious_prompts_are_judged_by_their_collapse(config, captions, work,
     judge = done.calibration.judge
     for entry in done.entries:
         assert (entry.collapse is not None) == (entry.score > judge.suspicion)
-        assert entry.memorized == ((entry.collapse or 0.0) > judge.second.threshold)
+        if entry.collapse is None:
+            assert not entry.memorized
+            continue
+        logs = torch.tensor([entry.score, entry.collapse]).double().log()
+        medians, spreads = torch.tensor([judge.second.score_scale, judge.second.collapse_scale]).T
+        evidence = ((logs - medians) / spreads).sum().item()
+        assert entry.memorized == (evidence > judge.second.threshold)
     sampled = sum(entry.collapse is not None for entry in done.entries)
     assert 0 < sampled < len(done.entries)
     assert done.summary["calibration"]["second_stage"] == {
         "suspicion": judge.second.suspicion, "threshold": judge.second.threshold,
-        "sampled": sampled, "controls_sampled": len(judge.second.control_collapses),
+        "sampled": sampled, "controls_sampled": len(judge.second.control_evidence),
     }  # fmt: skip
     for entry in lines(tmp_path / "a"):
         jsonschema.validate(entry, schema("results"))
