@@ -4,6 +4,7 @@
 #   make test-all                run the slow ones too
 #   make test-comfyui            run the nodes' tests on four versions of ComfyUI
 #   make bench NAME=detection    measure the figures of docs/ (ARGS=...)
+#   make figures                 fill the numbers of the pages from docs/figures.json
 #   make bench-models            make the models of the benchmarks (ARGS=NAME makes one)
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format; mypy over shared and cli
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 AUTOTRAIN := build/autotrain
 LINT := $(shell sed -n 's/^lint = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
-.PHONY: help demo test test-all test-transformers4 test-comfyui bench bench-models lint clean
+.PHONY: help demo test test-all test-transformers4 test-comfyui bench figures bench-models lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -62,6 +63,9 @@ else
 bench: $(VENV)/$(if $(filter comfyui,$(NAME)),.comfyui,.test)
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 endif
+
+figures: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/figures.py
 
 # Made once, in build/models, and never committed; stopped, the same command continues.
 bench-models: $(VENV)/.test
