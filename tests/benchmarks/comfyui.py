@@ -1,12 +1,10 @@
 """Figures of the ComfyUI nodes on the demo model: ``make bench NAME=comfyui``.
 
-Prints a table and writes bench.json. Overheads are of processor time within this one run, so that
+Prints and records the figures. Overheads are of processor time within this one run, so that
 other programs on the machine do not count.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "nodes"))
 from comfyui import ComfyUI, make_base, missing, pack  # noqa: E402  in the folder added above
-from comfyui_trees import VERSIONS, tree  # noqa: E402
+from comfyui_trees import NEWEST, VERSIONS, tree  # noqa: E402
 
 PAIRS, STEPS, IMPORTS = 40, 20, 3
 TURNS, ITERATIONS = 8, 10
@@ -165,8 +163,10 @@ def import_seconds(version: str, base: Path) -> float:
     return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
-def measure(version: str, base: Path) -> dict[str, float | bool]:
+def measure(version: str, base: Path) -> dict:
     """Return the figures of one version."""
+    from figures import Figure, plain, share_of  # ComfyUI imports this file and lacks that one
+
     comfy = ComfyUI(version, base / "watch")
     try:
         found = comfy.call(watched_and_plain, PAIRS, STEPS)
@@ -174,45 +174,40 @@ def measure(version: str, base: Path) -> dict[str, float | bool]:
         explained = comfy.call(heatmap_and_step, 2 * TURNS)
     finally:
         comfy.close()
-    ratios = sorted(w / p for w, p in zip(found["watched"], found["plain"], strict=True))
+    ratios = sorted(w / p - 1 for w, p in zip(found["watched"], found["plain"], strict=True))
     middle, reach = len(ratios) / 2, len(ratios) ** 0.5
     return {
-        "comfyui.watch_overhead": statistics.median(ratios) - 1,
         # What the median of so many pairs may be, with 95 %: ranks n/2 -+ sqrt(n).
-        "comfyui.watch_overhead_low": ratios[max(0, int(middle - reach))] - 1,
-        "comfyui.watch_overhead_high": ratios[min(len(ratios) - 1, int(middle + reach))] - 1,
-        "comfyui.bit_identical": found["identical"],
+        "watch_overhead": Figure(
+            statistics.median(ratios), ratios[max(0, int(middle - reach))],
+            ratios[min(len(ratios) - 1, int(middle + reach))], len(ratios),
+        ),
+        "bit_identical": share_of([found["identical"]]),
         # The quickest runs: whatever else the machine does only adds.
-        "comfyui.heatmap_over_step": min(explained["heatmap"]) / min(explained["step"]),
-        "comfyui.mitigation_over_forward": min(search["iterations"]) / min(search["forward"]),
-        "comfyui.import_seconds": import_seconds(version, base / "import"),
-    }
+        "heatmap_over_step": plain(min(explained["heatmap"]) / min(explained["step"]), 2 * TURNS),
+        "mitigation_over_forward": plain(
+            min(search["iterations"]) / min(search["forward"]), TURNS
+        ),
+        "import_seconds": plain(import_seconds(version, base / "import"), IMPORTS),
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Measure every version that is there, print and save."""
+    """Measure every version, print and record; keys without a version are the newest one's."""
+    from figures import command_of, record
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=VERSIONS, help="one version of ComfyUI")
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     arguments = parser.parse_args()
-    figures = {}
-    print("ComfyUI   watch overhead (95 %)          bit-identical   heatmap   mitigation   import")
     for version in [arguments.only] if arguments.only else VERSIONS:
         if reason := missing(version):
             sys.exit(reason)
         with tempfile.TemporaryDirectory() as base:
-            figures[version] = row = measure(version, Path(base))
-        print(
-            f"{version:8} {100 * row['comfyui.watch_overhead']:8.2f} % "
-            f"({100 * row['comfyui.watch_overhead_low']:5.2f} to "
-            f"{100 * row['comfyui.watch_overhead_high']:5.2f} %) "
-            f"{row['comfyui.bit_identical']!s:>14} "
-            f"{row['comfyui.heatmap_over_step']:8.2f} x "
-            f"{row['comfyui.mitigation_over_forward']:9.2f} x "
-            f"{row['comfyui.import_seconds']:8.2f} s"
-        )
-    machine = {"machine": platform.platform(), "torch": torch.__version__}
-    arguments.output.write_text(json.dumps({"comfyui": figures, **machine}, indent=1) + "\n")
+            found = measure(version, Path(base))
+        start = "comfyui" if version == NEWEST else f"grid.comfyui.{version.replace('.', '_')}"
+        record({f"{start}.{name}": figure for name, figure in found.items()},
+               command_of("comfyui"), output=arguments.output)  # fmt: skip
 
 
 if __name__ == "__main__":

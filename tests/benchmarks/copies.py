@@ -1,18 +1,20 @@
 """How well copies are recognised on models with known truth: ``make bench NAME=copies``.
 
 Draws captions of each model, keeps the images in --work, and judges them by both rules of
-`audit.common.copies` and by rivals, in pixels and in SSCD. Prints a table, writes bench.json, and
-with --sheet ten pairs of each verdict. Other models: --models, see `copies_cases.read_cases`.
+`audit.common.copies` and by rivals, in pixels and in SSCD. Prints and records the figures, and
+with --sheet writes ten pairs of each verdict. Other models: --models, see
+`copies_cases.read_cases`.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from copies_cases import Case, Drawn, demo_case, draw, read_cases
+from copies_cases import Asked, Case, Drawn, demo_case, draw, read_cases
+from figures import Figure, command_of, record, share_of
 from PIL import Image, ImageDraw
 from unmemorize import demo
 from unmemorize.audit.common.copies import OTHERS, Bounds, Judged, TrainingImages, judge
@@ -24,29 +26,29 @@ SIZES = (10, 100, 280, 1000, 10000)
 """Numbers of training images that a generation is compared with."""
 DRAWS = 10
 """Sets of training images that are drawn for each number below that of the positives' own."""
-COMMAND = "make bench NAME=copies"
 TILE, PAIRS, GAP = 96, 10, 6
 
 
-def figure(hits: int, n: int, draws: int) -> dict[str, object] | None:
+def share(hits: Sequence[bool], draws: int) -> Figure:
     """Return a share with its Clopper-Pearson interval: the same image in ten sets is one image."""
-    if n == 0:
-        return None
-    distinct = n // draws
-    low, high = clopper_pearson(min(distinct, math.ceil(hits / draws)), distinct)
-    return {"value": hits / n, "low": low, "high": high, "n": distinct, "command": COMMAND}
+    distinct = len(hits) // draws
+    low, high = clopper_pearson(min(distinct, math.ceil(sum(hits) / draws)), distinct)
+    return Figure(sum(hits) / len(hits), low, high, distinct)
 
 
-def shares(
-    calls: Sequence[bool], truth: Sequence[bool], draws: int = 1
-) -> dict[str, dict[str, object] | None]:
-    """Return recall and false-positive rate of calls."""
-    pairs = list(zip(calls, truth, strict=True))
-    wrong, right = (sum(c for c, t in pairs if t is side) for side in (False, True))
-    return {
-        "recall": figure(right, sum(truth), draws),
-        "false_positive_rate": figure(wrong, len(truth) - sum(truth), draws),
-    }
+def note(
+    found: dict[str, Figure], key: str, calls: Sequence[bool], truth: Sequence[bool], draws: int = 1
+) -> None:
+    """Print and keep recall and false-positive rate of calls; a side without images has none."""
+    cells = ""
+    for name, side in (("recall", True), ("false_positive_rate", False)):
+        hits = [call for call, copied in zip(calls, truth, strict=True) if copied is side]
+        if hits:
+            found[f"{key}.{name}"] = f = share(hits, draws)
+            cells += f"{f.value:>9.3f} [{f.low:.3f}, {f.high:.3f}] of {f.n:<5}"
+        else:
+            cells += f"{'-':>9}"
+    print(f"{key:<52}{cells}", flush=True)
 
 
 def by_own(judged: Judged, bounds: Bounds) -> list[bool]:
@@ -84,17 +86,16 @@ class Rows:
         )
 
 
-def measure_own(rows: Rows, key: str, bench: dict) -> None:
+def measure_own(rows: Rows, key: str, found: dict[str, Figure]) -> None:
     """Print the rule of the own image: positives, and negatives that have images of their own."""
     has_own = set(rows.case.captions)
     judged = rows.judge(range(len(rows.training)))
     told = [i for i, prompt in enumerate(rows.drawn.prompts) if prompt in has_own]
     calls, truth = by_own(judged, rows.features.bounds), rows.drawn.copied
-    line = shares([calls[i] for i in told], [truth[i] for i in told])
-    record(bench, key, line)
+    note(found, key, [calls[i] for i in told], [truth[i] for i in told])
 
 
-def measure_any(rows: Rows, size: int, key: str, bench: dict) -> None:
+def measure_any(rows: Rows, size: int, key: str, found: dict[str, Figure]) -> None:
     """Print the rule of any image among `size`: positives' own images, then whatever there is.
 
     Below the number of positives' own images, several sets are drawn; a positive whose own image
@@ -120,10 +121,10 @@ def measure_any(rows: Rows, size: int, key: str, bench: dict) -> None:
         inside = {case.captions[i] for i in kept}
         calls += by_any(rows.judge(kept, extra))
         truth += [c and p in inside for c, p in zip(drawn.copied, drawn.prompts, strict=True)]
-    record(bench, f"{key}.{size}", shares(calls, truth, draws))
+    note(found, f"{key}.{size}", calls, truth, draws)
 
 
-def measure_few(rows: Rows, key: str, bench: dict) -> None:
+def measure_few(rows: Rows, key: str, found: dict[str, Figure]) -> None:
     """Print the rule of the own image with as few other prompts as it accepts."""
     generator = torch.Generator().manual_seed(0)
     training, drawn = TrainingImages(rows.training, rows.case.captions), rows.drawn
@@ -140,10 +141,10 @@ def measure_few(rows: Rows, key: str, bench: dict) -> None:
             if drawn.prompts[place] == name:
                 calls.append(call)
                 truth.append(drawn.copied[place])
-    record(bench, key, shares(calls, truth))
+    note(found, key, calls, truth)
 
 
-def measure_renderings(rows: Rows, bench: dict) -> None:
+def measure_renderings(rows: Rows, found: dict[str, Figure]) -> None:
     """Print how many renderings of the demo's drawings that were never trained on are copies."""
     images = demo.control_images()
     generated = PIXELS.rows(images)
@@ -156,8 +157,25 @@ def measure_renderings(rows: Rows, bench: dict) -> None:
         judged = judge(
             generated, [f"rendering {i}" for i in range(len(images))], training, PIXELS.bounds
         )
-        line = shares(by_any(judged), [False] * len(images))
-        record(bench, f"grid.copies_any.{demo.NAME}.renderings.{size}", line)
+        key = f"grid.copies_any.{demo.NAME}.renderings.{size}"
+        note(found, key, by_any(judged), [False] * len(images))
+
+
+def measure_groups(case: Case, work: Path, found: dict[str, Figure]) -> None:
+    """Keep what share of each group's images is a copy for an audit, template captions among them.
+
+    Those are no truth for a rule: their layout comes back, what it holds varies.
+    """
+    group_of = {caption.text: caption.group for caption in demo.captions()}
+    template = [Asked(text=t, copied=False) for t, g in group_of.items() if g == "template"]
+    drawn = draw(replace(case, asked=(*case.asked, *template)), work)
+    rows = Rows(case, drawn, PIXELS)
+    calls: dict[str, list[bool]] = {}
+    for prompt, verdict in zip(
+        drawn.prompts, rows.judge(range(len(rows.training))).verdicts, strict=True
+    ):
+        calls.setdefault(group_of[prompt], []).append(bool(verdict.copied))
+    found |= {f"grid.copies.{demo.NAME}.{g}.copied": share_of(hits) for g, hits in calls.items()}
 
 
 def others_like(rows: Rows, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -165,16 +183,6 @@ def others_like(rows: Rows, count: int, generator: torch.Generator) -> torch.Ten
     images = rows.training.view(-1, 32, 32, 3)
     made = torch.cat([images.flip(1), images.flip(1, 2), images[..., [2, 0, 1]]]).flatten(1)
     return made[torch.randperm(len(made), generator=generator)[:count]]
-
-
-def record(bench: dict, key: str, line: dict[str, dict[str, object] | None]) -> None:
-    """Print a line and keep its figures."""
-    bench |= {f"{key}.{name}": value for name, value in line.items() if value}
-    cells = "".join(
-        f"{value['value']:>9.3f} [{value['low']:.3f}, {value['high']:.3f}] of {value['n']:<5}"
-        if value else f"{'-':>9}" for value in line.values()
-    )  # fmt: skip
-    print(f"{key:<52}{cells}", flush=True)
 
 
 def ratio_rule(rows: torch.Tensor, generated: torch.Tensor) -> list[bool]:
@@ -202,16 +210,15 @@ def clustered(rows: torch.Tensor) -> torch.Tensor:
     return rows[kept]
 
 
-def measure_rivals(rows: Rows, name: str, features: str, bench: dict) -> None:
+def measure_rivals(rows: Rows, name: str, features: str, found: dict[str, Figure]) -> None:
     """Print what other rules make of the same generations and the positives' and others' images."""
     key, truth = f"rivals.copies.{name}.{features}", rows.drawn.copied
     training, generated = rows.training[:280], rows.generated
-    record(bench, f"{key}.ratio_leave_one_out", shares(ratio_rule(training, generated), truth))
-    record(bench, f"{key}.clustered_first", shares(ratio_rule(clustered(training), generated),
-                                                   truth))  # fmt: skip
+    note(found, f"{key}.ratio_leave_one_out", ratio_rule(training, generated), truth)
+    note(found, f"{key}.clustered_first", ratio_rule(clustered(training), generated), truth)
     if features == "sscd":
         cosine = 1 - torch.cdist(generated, training).amin(1) ** 2 / 2
-        record(bench, f"{key}.fixed_half", shares((cosine > 0.5).tolist(), truth))
+        note(found, f"{key}.fixed_half", (cosine > 0.5).tolist(), truth)
 
 
 def draw_sheet(case: Case, drawn: Drawn, judged: Judged, path: Path) -> None:
@@ -240,43 +247,45 @@ def spread(places: list[int], judged: Judged) -> list[int]:
     return [places[round(k * step)] for k in range(min(PAIRS, len(places)))]
 
 
-def measure(case: Case, drawn: Drawn, bench: dict) -> None:
+def measure(case: Case, drawn: Drawn, found: dict[str, Figure]) -> None:
     """Print all figures of one model."""
     kinds = {"pixels": PIXELS} | ({"sscd": sscd_features()} if has_sscd() else {})
     for name, features in kinds.items():
         rows = Rows(case, drawn, features)
         start = "" if name == "pixels" else "grid."
         end = "" if name == "pixels" else f".{name}"
-        measure_own(rows, f"{start}copies.{case.name}{end}", bench)
+        measure_own(rows, f"{start}copies.{case.name}{end}", found)
         for size in SIZES:
             if size <= len(rows.training) or name == "pixels":
-                measure_any(rows, size, f"{start}copies_any.{case.name}{end}", bench)
-        measure_rivals(rows, case.name, name, bench)
+                measure_any(rows, size, f"{start}copies_any.{case.name}{end}", found)
+        measure_rivals(rows, case.name, name, found)
         if case.name == demo.NAME and name == "pixels":
-            measure_renderings(rows, bench)
-            measure_few(rows, f"grid.copies.{case.name}.others_{OTHERS}", bench)
+            measure_renderings(rows, found)
+            measure_few(rows, f"grid.copies.{case.name}.others_{OTHERS}", found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw, judge, print the table, write bench.json and the sheet."""
+    """Draw, judge, print and record the figures, and write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, help="table of further models, JSON")
     parser.add_argument("--verbatim", type=int, default=48, help="captions that are copied")
     parser.add_argument("--others", type=int, default=100, help="learnt, and as many held out")
     parser.add_argument("--work", type=Path, default=Path("build/bench-copies"))
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     parser.add_argument("--sheet", type=Path, help="PNG with pairs of the demo")
     args = parser.parse_args(argv)
-    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
     cases = [demo_case(args.verbatim, args.others)]
     cases += read_cases(args.models) if args.models else []
     for case in cases:
+        found: dict[str, Figure] = {}
         drawn = draw(case, args.work)
-        measure(case, drawn, bench)
+        measure(case, drawn, found)
+        if case.name == demo.NAME:
+            measure_groups(case, args.work, found)
+        record(found, command_of("copies", argv), output=args.output)
         if args.sheet and case is cases[0]:
             rows = Rows(case, drawn, PIXELS)
             draw_sheet(case, drawn, rows.judge(range(len(rows.training))), args.sheet)
-    args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

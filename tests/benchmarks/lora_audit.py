@@ -7,12 +7,10 @@ the index). The first two need npm for new drawings. What is finished in --work 
 """
 
 import argparse
-import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from figures import Figure, command_of, count_of, plain, record, share_of
 from lora_training import LEVELS, WORD, Sets, choose, train_lora
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
@@ -50,87 +48,89 @@ def audit(sets: Sets, lora: Path, work: Path, *, other: bool = False, **settings
 
 
 def measure_levels(
-    denoiser: PipelineDenoiser, work: Path, bench: dict, levels: Sequence[str]
+    denoiser: PipelineDenoiser, work: Path, figures: dict[str, Figure], levels: Sequence[str]
 ) -> None:
     """Print per level how many planted images are named, and whether silence is kept elsewhere."""
     sets = choose(COUNT, PLANTED, seed=0)
-    print(f"\n{'level':<10}{'recall':>8}{'precision':>11}{'false':>7}{'extracted':>11}"
-          f"{'delta AUC':>11}")  # fmt: skip
+    columns = ("recall", "precision", "others_named", "false_headlines", "extracted",
+               "lora_delta.auc")  # fmt: skip
+    print(f"\n{'level':<10}" + "".join(f"{name:>17}" for name in columns))
     for level in (each for each in LEVELS if each.name in levels):
         folder = work / level.name
         lora = train_lora(denoiser, sets, level, folder / f"{level.name}.safetensors", seed=0)
         found = audit(sets, lora, folder)
         never = audit(sets, lora, folder, other=True, attack_images=0)
-        named = {v.image for v in found.verdicts if v.verdict == "verbatim"}
-        planted = set(range(PLANTED))
-        claimed = never.headline.given and never.headline.reproduced.count > 0
-        rises = [(score.source in planted, score.on - score.off) for score in found.scores
+        verdicts = [v.verdict for v in sorted(found.verdicts, key=lambda v: v.image)]
+        repeated = PLANTED if level.planted > 1 else 0
+        planted, others = verdicts[:repeated], verdicts[repeated:]
+        rises = [(score.source < PLANTED, score.on - score.off) for score in found.scores
                  if score.asked == "caption" and score.source < COUNT]  # fmt: skip
-        figures = {
-            "recall": len(named & planted) / PLANTED,
-            "precision": len(named & planted) / len(named) if named else 1.0,
-            "false_headlines": float(claimed),
-            "extracted": float(found.attack.extracted.count),
+        claimed = never.headline.given and never.headline.reproduced.count > 0
+        line = {
+            "others_named": share_of([verdict == "verbatim" for verdict in others]),
+            "others_near": share_of([verdict in ("near", "template") for verdict in others]),
+            "false_headlines": share_of([claimed]),
+            "extracted": count_of(found.attack.extracted.count, COUNT),
             # LoRA-on minus LoRA-off score of captions: those of planted images against the others.
-            "lora_delta.auc": float(roc_auc_score(*zip(*rises, strict=True))),
+            "lora_delta.auc": plain(roc_auc_score(*zip(*rises, strict=True)), len(rises)),
         }
-        bench |= {f"lora_audit.{level.name}.{key}": value for key, value in figures.items()}
-        print(f"{level.name:<10}{figures['recall']:>8.3f}{figures['precision']:>11.3f}"
-              f"{claimed:>7}{found.attack.extracted.count:>11}{figures['lora_delta.auc']:>11.3f}"
-              f"  {found.headline.text}")  # fmt: skip
-    # Where images come back: elsewhere there is nothing for a score to tell.
-    if (key := f"lora_audit.{LEVELS[-1].name}.lora_delta.auc") in bench:
-        bench["lora_audit.lora_delta.auc"] = bench[key]
+        if planted:
+            line["recall"] = share_of([verdict == "verbatim" for verdict in planted])
+            line["near"] = share_of([verdict in ("near", "template") for verdict in planted])
+        if named := verdicts.count("verbatim"):
+            line["precision"] = count_of(planted.count("verbatim"), named)
+        figures |= {f"lora_audit.{level.name}.{key}": figure for key, figure in line.items()}
+        cells = (f"{line[name].value:.3f}" if name in line else "" for name in columns)
+        print(f"{level.name:<10}" + "".join(f"{cell:>17}" for cell in cells)
+              + f"  {found.headline.text}")  # fmt: skip
+        if level is LEVELS[-1]:  # where images come back: elsewhere a score has nothing to tell
+            figures["lora_audit.lora_delta.auc"] = line["lora_delta.auc"]
 
 
-def measure_clean(denoiser: PipelineDenoiser, work: Path, bench: dict, runs: int) -> None:
+def measure_clean(
+    denoiser: PipelineDenoiser, work: Path, figures: dict[str, Figure], runs: int
+) -> None:
     """Print how many lightly trained LoRAs get a headline that images come back; none should."""
     level = next(each for each in LEVELS if each.planted == 1)
-    false, copies = 0, 0
+    claims, copies = [], 0
     for seed in tqdm(range(1, runs + 1), "clean"):
         folder, sets = work / f"clean-{seed:02d}", choose(CLEAN_COUNT, 0, seed)
         lora = train_lora(denoiser, sets, level, folder / "clean.safetensors", seed=seed)
         found = audit(sets, lora, folder, attack_images=0, images_per_prompt=1)
         count = found.headline.reproduced.count
-        false, copies = false + (found.headline.given and count > 0), copies + count
-    bench |= {"lora_audit.none.false_headlines": float(false), "lora_audit.none.runs": float(runs)}
-    print(
-        f"\n{false} false headlines in {runs} clean runs; {copies} of {runs * CLEAN_COUNT} images "
-        "were judged verbatim"
-    )
+        claims.append(found.headline.given and count > 0)
+        copies += count
+    figures |= {
+        "lora_audit.clean.false_headlines": share_of(claims),
+        "lora_audit.clean.named": count_of(copies, runs * CLEAN_COUNT),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the chosen parts, print the tables and write bench.json."""
+    """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts, names = ("levels", "clean", "scale"), [level.name for level in LEVELS]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--levels", nargs="+", choices=names, default=names)
     parser.add_argument("--runs", type=int, default=CLEAN, help="clean ones")
     parser.add_argument("--work", type=Path, default=Path("build/lora_audit"))
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
-    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
 
-    def scale() -> None:
+    def scale(figures: dict[str, Figure]) -> None:
         from lora_audit_scale import measure_scale
 
-        measure_scale(bench)
+        measure_scale(figures)
 
     works = {
-        "levels": lambda: measure_levels(_fresh(), args.work, bench, args.levels),
-        "clean": lambda: measure_clean(_fresh(), args.work, bench, args.runs),
+        "levels": lambda figures: measure_levels(_fresh(), args.work, figures, args.levels),
+        "clean": lambda figures: measure_clean(_fresh(), args.work, figures, args.runs),
         "scale": scale,
     }
     for part in args.only:
-        works[part]()
-        args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip
-    print("| figure | value |\n|---|---|")
-    for key, value in sorted(bench.items()):
-        if key.startswith("lora_audit."):
-            print(f"| {key} | {value:.4g} |")
+        figures: dict[str, Figure] = {}
+        works[part](figures)
+        record(figures, command_of("lora_audit", argv), output=args.output)
 
 
 def _fresh() -> PipelineDenoiser:

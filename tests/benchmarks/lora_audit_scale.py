@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from figures import Figure, count_of, plain
 from unmemorize import demo
 from unmemorize.audit.common.sscd import DIMENSIONS, Sscd
 from unmemorize.audit.lora.feature_cache import FeatureCache
@@ -26,14 +27,14 @@ def seconds(start: float) -> float:
     return time.perf_counter() - start
 
 
-def measure_scale(bench: dict) -> None:
-    """Print memory, cost of a query and whether it is exact, of 100,000 rows; then the cache."""
+def measure_scale(figures: dict[str, Figure]) -> None:
+    """Note memory, cost of a query and whether it is exact, of 100,000 rows; then the cache."""
     rows, process = units(IMAGES, 0), psutil.Process()
     before, start = process.memory_info().rss, time.perf_counter()
     index = Index(rows)
-    figures = {
-        "build_seconds": seconds(start),
-        "megabytes": (process.memory_info().rss - before) / 1e6,
+    line = {
+        "build_seconds": plain(seconds(start), 1),
+        "megabytes": plain((process.memory_info().rss - before) / 1e6, 1),
     }
     # Edited copies of rows in the index, and as many rows that have nothing to do with it.
     queries = torch.nn.functional.normalize(rows[:QUERIES] + 0.5 * units(QUERIES, 1))
@@ -41,34 +42,35 @@ def measure_scale(bench: dict) -> None:
     start = time.perf_counter()
     for query in queries[:20]:
         index.search(query[None], NEIGHBOURS)
-    figures["single_query_ms"] = 1000 * seconds(start) / 20
+    line["single_query_ms"] = plain(1000 * seconds(start) / 20, 20)
     start = time.perf_counter()
     cosines, found = index.search(queries, NEIGHBOURS)
-    figures["query_ms"] = 1000 * seconds(start) / len(queries)
+    line["query_ms"] = plain(1000 * seconds(start) / len(queries), len(queries))
     expected = (queries @ rows.T).topk(NEIGHBOURS)
     torch.testing.assert_close(cosines, expected.values, rtol=0, atol=1e-5)
-    figures["equal_to_full_search"] = (found == expected.indices).float().mean().item()
-    figures |= measure_duplicates(rows[:PAIRED]) | measure_cache()
-    for key, value in figures.items():
-        print(f"{key:<24}{value:>12.4g}")
-    bench |= {f"lora_audit.scale.{key}": value for key, value in figures.items()}
+    equal = found == expected.indices
+    line["equal_to_full_search"] = count_of(int(equal.sum()), equal.numel())
+    line |= measure_duplicates(rows[:PAIRED]) | measure_cache()
+    figures |= {f"lora_audit.scale.{key}": figure for key, figure in line.items()}
 
 
-def measure_duplicates(rows: torch.Tensor) -> dict[str, float]:
+def measure_duplicates(rows: torch.Tensor) -> dict[str, Figure]:
     """Return the time of finding 100 planted pairs among all pairs, and how many were found."""
     copies = torch.nn.functional.normalize(rows[:100] + 0.3 * units(100, 3))
     rows = torch.cat([rows[:-100], copies])
     start = time.perf_counter()
     groups = find_duplicates(rows, list(map(str, range(len(rows)))), threshold=0.85)
+    took = seconds(start)
     planted = {(i, len(rows) - 100 + i) for i in range(100)}
+    found = planted & {group.images for group in groups}
     return {
-        "duplicates_10000_seconds": seconds(start),
-        "duplicates_found": float(len(planted & {group.images for group in groups})),
-        "duplicates_claimed": float(len(groups)),
+        "duplicates_10000_seconds": plain(took, 1),
+        "duplicates_found": count_of(len(found), len(planted)),
+        "duplicates_claimed": plain(len(groups), 1),
     }
 
 
-def measure_cache() -> dict[str, float]:
+def measure_cache() -> dict[str, Figure]:
     """Return milliseconds an image, embedded for the first time and read again."""
     captions = [caption.text for caption in demo.captions()]
     images = [image for text in captions if (image := demo.training_image(text)) is not None]
@@ -82,9 +84,5 @@ def measure_cache() -> dict[str, float]:
         for key in ("embed_ms", "cached_ms"):
             start = time.perf_counter()
             cache.rows(paths)
-            figures[key] = 1000 * seconds(start) / FILES
+            figures[key] = plain(1000 * seconds(start) / FILES, FILES)
     return figures
-
-
-if __name__ == "__main__":
-    measure_scale({})

@@ -7,15 +7,15 @@ similarity against fidelity stands in --work. Needs npm for the other vendors' d
 """
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from figures import Figure, command_of, plain, record, share_of
 from mitigation_pictures import (
     COND_SCALE,
     NONE,
@@ -39,41 +39,47 @@ from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
-from unmemorize.shared.score.rates import clopper_pearson
 
 
-def measure_table(denoiser, calibration, work: Path, count: int, bench: dict) -> None:
+def measure_table(denoiser, calibration, work: Path, count: int, found: dict[str, Figure]) -> None:
     """Draw and judge all methods and groups, print the table, and plot it."""
     studio = Studio(denoiser, calibration, work / model_fingerprint(demo.MODEL)[:12])
     critic = Critic(data.Art(data.fetch(Path("build/demo/art"))), denoiser)
     threshold, made = calibration.threshold_for(1), ways(denoiser)
-    header = f"{'method':<22}{'group':<10}{'reproduced':>12}{'95 % interval':>17}"
-    header += f"{'similarity':>12}{'fidelity':>10}{'change':>8}{'seconds':>9}{'ratio':>7}"
-    print(f"\n{header}   (.always: whatever the gate says)")
+    columns = ("similarity", "fidelity", "change", "seconds", "ratio")
+    print(f"\n{'method':<22}{'group':<10}{'reproduced':>12}{'95 % interval':>17}"
+          + "".join(f"{name:>12}" for name in columns)
+          + "   (.always: whatever the gate says)")  # fmt: skip
     for group in data.GROUPS:
         number = count if group in ("verbatim", "template") else count // 2
         captions = [c for c in demo.audited() if c.group == group][:number]
-        plain: list[Drawn] = []
+        usual: list[Drawn] = []
         for way, make in made.items():
             bar = tqdm(captions, f"{group}: {way}", leave=False)
             always = [studio.draw(way, make(), caption) for caption in bar]
             if way == NONE:
-                plain = always
-            through = always if way == NONE else gated(always, plain, threshold)
+                usual = always
+            through = always if way == NONE else gated(always, usual, threshold)
             for suffix, drawn in (("", through), (".always", always)):
                 if way != NONE or not suffix:
-                    line = figures(critic, drawn, plain)
-                    bench |= {f"mitigation.{way}.{group}{suffix}.{k}": v for k, v in line.items()}
-                    low, high = clopper_pearson(round(line["reproduced"] * len(drawn)), len(drawn))
-                    near = "" if line["similarity"] is None else f"{line['similarity']:.3f}"
-                    print(f"{way + suffix:<22}{group:<10}{line['reproduced']:>12.3f}"
-                          f"{f'{low:.3f} to {high:.3f}':>17}{near:>12}{line['fidelity']:>10.3f}"
-                          f"{line['change']:>8.3f}{line['seconds']:>9.3f}{line['ratio']:>7.2f}",
-                          flush=True)  # fmt: skip
-    plot_table(bench, work / "similarity_and_fidelity.png")
+                    line = figures(critic, drawn, usual)
+                    key = f"{key_of(way, group, gated=not suffix)}{suffix}"
+                    found |= {f"{key}.{name}": figure for name, figure in line.items()}
+                    back = line["reproduced"]
+                    cells = (f"{line[k].value:.3f}" if k in line else "" for k in columns)
+                    print(f"{way + suffix:<22}{group:<10}{back.value:>12.3f}"
+                          f"{f'{back.low:.3f} to {back.high:.3f}':>17}"
+                          + "".join(f"{cell:>12}" for cell in cells), flush=True)  # fmt: skip
+    plot_table(found, work / "similarity_and_fidelity.png")
 
 
-def plot_table(bench: dict, path: Path) -> None:
+def key_of(way: str, group: str, *, gated: bool = True) -> str:
+    """Return where the figures of a method begin: the default through its gate is what ships."""
+    start = "grid." if not gated else "" if way == DEFAULT else "rivals."
+    return f"{start}mitigation.{way}.{group}"
+
+
+def plot_table(found: Mapping[str, Figure], path: Path) -> None:
     """Draw similarity against fidelity: one panel a group, one point a way, gated."""
     import matplotlib
 
@@ -86,11 +92,13 @@ def plot_table(bench: dict, path: Path) -> None:
     ways = (NONE, *METHODS, *VARIANTS)
     for group, panel in zip(groups, panels, strict=True):
         for way, colour in zip(ways, pyplot.colormaps["tab10"].colors, strict=False):
-            key = f"mitigation.{way}.{group}"
-            comes_back = bench[f"{key}.reproduced"] > 0.05
+            back, near, fidelity = (
+                found[f"{key_of(way, group)}.{name}"].value
+                for name in ("reproduced", "similarity", "fidelity")
+            )
             panel.scatter(
-                bench[f"{key}.similarity"], bench[f"{key}.fidelity"], s=70, zorder=2, label=way,
-                edgecolors=[colour], facecolors=[colour] if comes_back else "none", linewidths=2,
+                near, fidelity, s=70, zorder=2, label=way, edgecolors=[colour],
+                facecolors=[colour] if back > 0.05 else "none", linewidths=2,
             )  # fmt: skip
         panel.set(title=group, xlabel="similarity to the training image (SSCD)")
         panel.grid(alpha=0.3)
@@ -102,7 +110,7 @@ def plot_table(bench: dict, path: Path) -> None:
     print(f"\nThe plot: {path}")
 
 
-def measure_gated(denoiser, calibration, work: Path, bench: dict) -> None:
+def measure_gated(denoiser, calibration, work: Path, found: dict[str, Figure]) -> None:
     """Print what the default changes in learnt captions through the gate: all of them are scored.
 
     Where the gate stays shut, images are bit-identical; so only those it fires on are drawn.
@@ -121,13 +129,15 @@ def measure_gated(denoiser, calibration, work: Path, bench: dict) -> None:
     method = make_method(DEFAULT)
     acted = {c.text: critic.judge(studio.draw(DEFAULT, method, c))["fidelity"] for c in fired}
     change = sum(acted[text] - usual[text] for text in acted) / len(captions)
-    bench |= {
-        "mitigation.gate_fires_on_learnt": len(fired) / len(captions),
-        "mitigation.gated_fidelity_change": change / statistics.mean(usual.values()),
+    found |= {
+        "mitigation.gate_fires_on_learnt": share_of(above),
+        "mitigation.gated_fidelity_change": plain(
+            change / statistics.mean(usual.values()), len(captions)
+        ),
     }
 
 
-def measure_gate(denoiser, calibration, bench: dict) -> None:
+def measure_gate(denoiser, calibration, found: dict[str, Figure]) -> None:
     """Print what the gate costs clean prompts, one image each: one guard around all of them."""
     prompts = [c.text for c in demo.audited() if c.group == "learnt"][:12]
     method = make_method("delayed_guidance")
@@ -142,10 +152,10 @@ def measure_gate(denoiser, calibration, bench: dict) -> None:
         if turn:
             times[guarded].append(time.perf_counter() - start)
     ratio = statistics.median(times[True]) / statistics.median(times[False])
-    bench["mitigation.gate_over_clean_sampling"] = ratio
+    found["mitigation.gate_over_clean_sampling"] = plain(ratio, len(times[True]))
 
 
-def measure_embedding(denoiser, bench: dict) -> None:
+def measure_embedding(denoiser, found: dict[str, Figure]) -> None:
     """Print how much faster an iteration is than one that back-propagates through both rows."""
     sigma, images = denoiser.sigmas(50)[0], 16
     x, cond = denoiser.initial_noise(range(images), sigma), denoiser.encode(["owl"])[[0] * images]
@@ -181,11 +191,11 @@ def measure_embedding(denoiser, bench: dict) -> None:
     for _ in range(6):  # the difference of two lengths leaves out what happens once
         times = [seconds(work, 6) - seconds(work, 2) for work in (both_rows, ours)]
         ratios.append(times[0] / times[1])
-    bench["mitigation.embedding_speedup"] = statistics.median(ratios[1:])
+    found["mitigation.embedding_speedup"] = plain(statistics.median(ratios[1:]), len(ratios) - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the chosen parts, print the tables and write bench.json."""
+    """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ("table", "gated", "gate", "embedding")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
@@ -193,29 +203,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--captions", type=int, default=24, help="of verbatim and template, half as many others"
     )
     parser.add_argument("--work", type=Path, default=Path("build/bench-mitigation"))
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
-    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
-    bench["mitigation.default"] = DEFAULT
     denoiser = load_denoiser(demo.MODEL)
     config = DetectionConfig()
     calibration = Calibration.from_controls(
         detect(denoiser, demo.controls(), config), model=model_fingerprint(demo.MODEL),
         settings=settings_of(denoiser, config), name="demo",
     )  # fmt: skip
-    for part, work in (
-        ("table", lambda: measure_table(denoiser, calibration, args.work, args.captions, bench)),
-        ("gated", lambda: measure_gated(denoiser, calibration, args.work, bench)),
-        ("gate", lambda: measure_gate(denoiser, calibration, bench)),
-        ("embedding", lambda: measure_embedding(denoiser, bench)),
-    ):
-        if part in args.only:
-            work()
-            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
-    print("\n| figure | value |\n|---|---|")
-    for key, value in sorted(bench.items()):
-        if key.startswith("mitigation.") and key.count(".") == 1:
-            print(f"| {key} | {value if isinstance(value, str) else f'{value:.3f}'} |")
+    works = {
+        "table": lambda found: measure_table(
+            denoiser, calibration, args.work, args.captions, found
+        ),
+        "gated": lambda found: measure_gated(denoiser, calibration, args.work, found),
+        "gate": lambda found: measure_gate(denoiser, calibration, found),
+        "embedding": lambda found: measure_embedding(denoiser, found),
+    }
+    for part in args.only:
+        found: dict[str, Figure] = {}
+        works[part](found)
+        record(found, command_of("mitigation", argv), output=args.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figures import Figure, mean_of, plain, share_of
 from PIL import Image
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd, similarity
@@ -147,22 +148,21 @@ def gated(way: list[Drawn], plain: list[Drawn], threshold: float) -> list[Drawn]
     ]
 
 
-def figures(critic: Critic, drawn: list[Drawn], plain: list[Drawn]) -> dict[str, float | None]:
-    """Return the means of one line of the table."""
+def figures(critic: Critic, drawn: list[Drawn], usual: list[Drawn]) -> dict[str, Figure]:
+    """Return one line of the table; without training images there is no similarity to any."""
     judged = [critic.judge(one) for one in drawn]
     near = [one["similarity"] for one in judged if one["similarity"] is not None]
     change = [
-        (np.asarray(a, np.float32) / 255 - np.asarray(b, np.float32) / 255).std()
-        for one, usual in zip(drawn, plain, strict=True)
-        for a, b in zip(one.images, usual.images, strict=True)
+        float((np.asarray(a, np.float32) / 255 - np.asarray(b, np.float32) / 255).std())
+        for one, other in zip(drawn, usual, strict=True)
+        for a, b in zip(one.images, other.images, strict=True)
     ]
+    ratios = [a.seconds / b.seconds for a, b in zip(drawn, usual, strict=True)]
     return {
-        "reproduced": statistics.mean(one["reproduced"] for one in judged),
-        "similarity": statistics.mean(near) if near else None,
-        "fidelity": statistics.mean(one["fidelity"] for one in judged),
-        "change": float(np.mean(change)),
-        "seconds": statistics.median(one.seconds for one in drawn),
-        "ratio": statistics.median(
-            a.seconds / b.seconds for a, b in zip(drawn, plain, strict=True)
-        ),
+        "reproduced": share_of([one["reproduced"] for one in judged]),
+        **({"similarity": mean_of(near)} if near else {}),
+        "fidelity": mean_of([one["fidelity"] for one in judged]),
+        "change": mean_of(change),
+        "seconds": plain(statistics.median(one.seconds for one in drawn), len(drawn)),
+        "ratio": plain(statistics.median(ratios), len(ratios)),
     }

@@ -1,6 +1,6 @@
 """How many stops a reader makes on the way from a door of the product to its result.
 
-    make bench NAME=stops                 # writes docs/stops.md, and bench.json
+    make bench NAME=stops                 # writes docs/stops.md, and records the figures
     make bench NAME=stops ARGS="--only lora --root ../another-checkout --list"
 
 A stop: another function in another file is entered for the first time. The program runs, and every
@@ -239,19 +239,23 @@ def main() -> None:
             walked = globals()[f"walk_{options.walk}"](root, Path(folder))
         print(json.dumps(walked.stops))
         return
-    figures, pages = {}, []
+    from figures import command_of, plain, record  # not where a way is walked: it loads the package
+
+    found, pages = {}, []
     for way in options.only:
         stops = measure(way, root)
         if stops is None:
             print(f"{way}: needs `make test-comfyui` first")
             continue
         files = len({file for file, _ in stops})
-        figures[f"stops.{way}"], figures[f"stops.{way}.files"] = len(stops), files
+        found[f"stops.{way}"] = plain(len(stops), 1)
+        found[f"stops.{way}.files"] = plain(files, 1)
         print(f"{way}: {len(stops)} stops in {files} files")
         if options.list:
             print(table(stops))
         pages.append(
-            f"## From {WAYS[way]}\n\n{len(stops)} stops in {files} files.\n\n{table(stops)}\n"
+            f"## From {WAYS[way]}\n\n{len(stops)}<!--stops.{way}--> stops in "
+            f"{files}<!--stops.{way}.files--> files.\n\n{table(stops)}\n"
         )
     if root == ROOT and set(options.only) == set(WAYS):
         head = (
@@ -259,7 +263,7 @@ def main() -> None:
             "the way from a door\nto its result. `make bench NAME=stops` made this page.\n"
         )
         (ROOT / "docs" / "stops.md").write_text("\n".join([head, *pages]), "utf-8")
-        (ROOT / "bench.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        record(found, command_of("stops"))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ demo model and need npm for new drawings; what the last three finished in --work
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from figures import Figure, command_of, plain, record
 from torch import nn
 from trainers_filter import FILTERS, measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
@@ -99,7 +98,7 @@ def removed_first(path: TextPath, concept: Concept, captions: Sequence[str]) -> 
     return vectors[: leading(values.square(), 0.95, float(values.square().sum()), 16)].T
 
 
-def measure_subspace(denoiser, bench: dict) -> None:
+def measure_subspace(denoiser, found: dict[str, Figure]) -> None:
     """Print residual and collateral of five concepts, and those of the earlier way."""
     captions = [c.text for c in demo.captions() if c.group != "held_out"]
     paths = {"demo": text_path_of(denoiser), "minilm": minilm()}
@@ -123,8 +122,10 @@ def measure_subspace(denoiser, bench: dict) -> None:
                   f"{ours['collateral']:>12.4f}{earlier['residual']:>19.3f}"
                   f"{earlier['collateral']:>12.4f}  {not told['not_separable']}")  # fmt: skip
             key = f"trainers.subspace.{name}.{names[0].split()[0]}"
-            for way, values in (("", ours), (".earlier", earlier)):
-                bench |= {f"{key}{way}.{kind}": value for kind, value in values.items()}
+            sizes = {"residual": len(concept.pairs(holdout=True)), "collateral": len(captions)}
+            for kind, size in sizes.items():
+                found[f"{key}.{kind}"] = plain(ours[kind], size)
+                found[f"rivals.{key}.earlier.{kind}"] = plain(earlier[kind], size)
 
 
 def large_network() -> nn.Module:
@@ -138,16 +139,19 @@ def large_network() -> nn.Module:
     return unet
 
 
-def measure_cost(bench: dict, *, side: int, rounds: int, work: Path) -> None:
+def measure_cost(
+    found: dict[str, Figure], *, side: int, rounds: int, share: float, work: Path
+) -> None:
     """Print steps with projection and filter as ratios to plain ones, taken in turns.
 
     The filter is that of the adapter for diffusers, which hooks the network.
 
     Args:
-        bench: Takes the figures.
+        found: Takes the figures.
         side: Of the latents; 64 is what the model was made for, less makes the projection's share
             larger, since its time does not depend on it.
         rounds: Steps of each kind.
+        share: Of the visits that the cheaper filter measures.
         work: Takes the filters' records.
     """
     unet = large_network()
@@ -205,21 +209,21 @@ def measure_cost(bench: dict, *, side: int, rounds: int, work: Path) -> None:
         projection.project_weights()
     once = (time.perf_counter() - start) / 10
     median = {kind: statistics.median(values) for kind, values in times.items()}
-    share = bench.get("trainers.filter.cheap.measured", SHARE)
     cheap = share * median["filtered"] + (1 - share) * median["recalled"]
-    bench |= {
+    ratios = {
         # Twice a step, gradients and weights; timed apart, as it drowns in the noise of a step.
-        "trainers.cost.projection": 1 + 2 * once / median["plain"],
-        "trainers.cost.projection_whole_step": median["projected"] / median["plain"],
-        "trainers.cost.filter": (median["filtered"] - median["plain"]) / median["forward"],
-        "trainers.cost.filter_cheap": cheap / median["plain"],
+        "projection": 1 + 2 * once / median["plain"],
+        "projection_whole_step": median["projected"] / median["plain"],
+        "filter": (median["filtered"] - median["plain"]) / median["forward"],
+        "filter_cheap": cheap / median["plain"],
     }
+    found |= {f"trainers.cost.{name}": plain(ratio, rounds) for name, ratio in ratios.items()}
     print(f"\nsteps of two {side} x {side} latents, seconds: "
           + ", ".join(f"{kind} {value:.2f}" for kind, value in median.items()))  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the chosen parts, print the tables and write bench.json."""
+    """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ("subspace", "cost", "cheap", "filter", "projection", "scripts")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
@@ -231,32 +235,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=32, help="of the latents in `cost`")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind in `cost`")
     parser.add_argument("--work", type=Path, default=Path("build/trainers"))
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
-    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
+    done: dict[str, Figure] = {}
     trained = {"steps": args.steps, "seeds": args.seeds, "work": args.work}
-    works: dict[str, Callable[[Denoiser], None]] = {
-        "subspace": lambda denoiser: measure_subspace(denoiser, bench),
-        "cheap": lambda denoiser: measure_agreement(denoiser, bench, steps=args.steps),
-        "cost": lambda _: measure_cost(
-            bench, side=args.side, rounds=args.rounds, work=args.work / "cost"
-        ),
-        "filter": lambda denoiser: measure_filter(denoiser, bench, filters=args.filters, **trained),
-        "projection": lambda denoiser: measure_projection(
-            denoiser, bench, arms=args.arms, **trained
-        ),
-        "scripts": lambda denoiser: measure_scripts(denoiser, bench, **trained),
+
+    def cost(_, found: dict[str, Figure]) -> None:
+        cheap = done.get("trainers.filter.cheap.measured")
+        measure_cost(
+            found, side=args.side, rounds=args.rounds, share=cheap.value if cheap else SHARE,
+            work=args.work / "cost",
+        )  # fmt: skip
+
+    works: dict[str, Callable[[Denoiser, dict[str, Figure]], None]] = {
+        "subspace": measure_subspace,
+        "cheap": partial(measure_agreement, steps=args.steps),
+        "cost": cost,
+        "filter": partial(measure_filter, filters=args.filters, **trained),
+        "projection": partial(measure_projection, arms=args.arms, **trained),
+        "scripts": partial(measure_scripts, **trained),
     }
     for part, work in works.items():
         if part in args.only:
-            work(load_denoiser(demo.MODEL))  # afresh: parts leave their LoRAs on it
-            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip
-    print("| figure | value |\n|---|---|")
-    for key, value in sorted(bench.items()):
-        if key.startswith("trainers."):
-            print(f"| {key} | {value:.4f} |")
+            found: dict[str, Figure] = {}
+            work(load_denoiser(demo.MODEL), found)  # afresh: parts leave their LoRAs on it
+            record(found, command_of("trainers", argv), output=args.output)
+            done |= found
 
 
 if __name__ == "__main__":

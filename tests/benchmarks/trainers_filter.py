@@ -20,10 +20,10 @@ from demo_lora import (
     rows_of,
     train,
 )
+from figures import Figure, count_of, plain
 from tqdm.auto import tqdm
 from unmemorize.audit.common.sscd import Sscd, similarity
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.training.filter.expectation import Recall
 from unmemorize.shared.training.filter.filter import MemorizationFilter
 from unmemorize.shared.training.filter.sample_log import (
@@ -48,6 +48,8 @@ FILTERS: dict[str, Callable[[], Threshold]] = {
     "x1.5": lambda: RelativeThreshold(1.5),
 }
 """Thresholds by arm."""
+SHIPPED = "x1.5"
+"""The one that the pages advise; the others are its rivals."""
 CHEAP = {"q0.95": RunningQuantile, **{name: FILTERS[name] for name in ("limit0.1", "x1.5")}}
 """Thresholds with which the cheaper filter is compared to the full one."""
 CHEAP_SETS = (
@@ -143,7 +145,7 @@ class Comparison:
         self.decided += zip((full > 0).tolist(), (cheap > 0).tolist(), strict=True)
         return full
 
-    def figures(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """Return shares of the visits; kappa is the agreement beyond chance, as most pass."""
         full, cheap = np.array(self.decided).T
         equal = (full == cheap).mean()
@@ -156,7 +158,7 @@ class Comparison:
         }
 
 
-def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
+def measure_agreement(denoiser, found: dict[str, Figure], *, steps: int) -> None:
     """Print how often the cheaper filter decides like the full one, in three real trainings.
 
     Two of a LoRA's usual kind, tens of pictures that are visited tens of times, and one of many
@@ -165,6 +167,7 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
     in other trainings (`seed` 1 to 3, sets that begin elsewhere).
     """
     columns = ("left_out", "measured", "agreement", "kappa")
+    start = "trainers.filter.cheap"
     print(f"\n{'set':<7}{'files':>6}{'visits':>8}{'threshold':>11}"
           + "".join(f"{column:>11}" for column in columns))  # fmt: skip
     for name, seed, chosen in CHEAP_SETS:
@@ -177,16 +180,26 @@ def measure_agreement(denoiser, bench: dict, *, steps: int) -> None:
 
         trainings.run(weigh, seed=seed, steps=steps, name=name)
         for threshold, each in made.items():
-            found = each.figures()
+            shares = each.shares()
             print(
                 f"{name:<7}{len(set(trainings.pictures.files)):>6}{len(each.decided):>8}"
-                f"{threshold:>11}" + "".join(f"{found[column]:>11.3f}" for column in columns)
+                f"{threshold:>11}" + "".join(f"{shares[column]:>11.3f}" for column in columns)
             )
-            bench |= {f"trainers.filter.cheap.{name}.{threshold}.{c}": found[c] for c in columns}
+            found |= {
+                f"grid.{start}.{name}.{word_of(threshold)}.{c}": plain(shares[c], len(each.decided))
+                for c in columns
+            }
     usual = [name for name, *_ in CHEAP_SETS if name.startswith("few")]
     for column in columns:
-        values = [bench[f"trainers.filter.cheap.{name}.q0.95.{column}"] for name in usual]
-        bench[f"trainers.filter.cheap.{column}"] = statistics.mean(values)
+        values = [found[f"grid.{start}.{name}.q0_95.{column}"] for name in usual]
+        found[f"{start}.{column}"] = plain(
+            statistics.mean(each.value for each in values), sum(each.n for each in values)
+        )
+
+
+def word_of(threshold: str) -> str:
+    """Return a threshold's name as keys have it, where dots part words."""
+    return threshold.replace(".", "_")
 
 
 class Critic:
@@ -248,8 +261,9 @@ class Critic:
 
 
 def measure_filter(
-    denoiser, bench: dict, *, filters: Sequence[str], steps: int, seeds: int, work: Path
-) -> None:
+    denoiser, found: dict[str, Figure], *, filters: Sequence[str], steps: int, seeds: int,
+    work: Path,
+) -> None:  # fmt: skip
     """Print what planted duplicates and the other drawings become, without the filter and with it.
 
     What was trained and judged before lies in `work` and is not done again.
@@ -258,6 +272,7 @@ def measure_filter(
     trainings = Trainings(denoiser)
     critic = Critic(trainings)
     columns = ("similarity", "rest_reproduced", "fidelity", "loss", "precision", "recall", "ranked")
+    total = trainings.count * seeds
     print(f"\n{'filter':<10}{'reproduced':>12}{'95 % interval':>18}"
           + "".join(f"{name:>17}" for name in columns))  # fmt: skip
     for name in filters:
@@ -267,10 +282,11 @@ def measure_filter(
                 journal.put(f"{name}.seed{seed}", critic.judge() | decided)
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
         means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
-        bench |= {f"trainers.filter.{name}.{key}": value for key, value in means.items()}
-        total = trainings.count * seeds
-        low, high = clopper_pearson(round(means["reproduced"] * total), total)
-        print(f"{name:<10}{means['reproduced']:>12.3f}{f'{low:.3f} to {high:.3f}':>18}"
+        line = {key: plain(value, seeds) for key, value in means.items()}
+        line["reproduced"] = back = count_of(round(means["reproduced"] * total), total)
+        start = "" if name == SHIPPED else "rivals."
+        found |= {f"{start}trainers.filter.{word_of(name)}.{k}": f for k, f in line.items()}
+        print(f"{name:<10}{back.value:>12.3f}{f'{back.low:.3f} to {back.high:.3f}':>18}"
               + "".join(f"{means[key]:>17.3f}" for key in columns))  # fmt: skip
 
 

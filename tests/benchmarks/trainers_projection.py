@@ -1,7 +1,7 @@
 """What the projection does to a concept in real LoRA trainings of the demo model, arm by arm."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ from demo_lora import (
     rows_of,
     train,
 )
+from figures import Figure, count_of, plain
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.training.concept import learnt_word
 from unmemorize.shared.training.concept.concept import Concept
 from unmemorize.shared.training.concept.fitting import fit_subspace
@@ -77,6 +77,8 @@ ARMS = (
     Arm(name="once", text=True, layers=24, when="end"),
     Arm(name="regions", text=True, layers=24, regions=True),
 )
+SHIPPED = "regions"
+"""The one that the pages advise: all three options. The others are its rivals."""
 
 
 class Eye:
@@ -233,13 +235,8 @@ class Trial:
             return self.presence(f", {learnt_word.WORD}")
 
 
-def fall(found: Mapping[str, float], none: Mapping[str, float], way: str) -> float:
-    """Return how much of the presence an arm takes away, 0 to 1, negative where it rises."""
-    return 1 - found[way] / none[way] if none[way] else float("nan")
-
-
 def measure_projection(
-    denoiser, bench: dict, *, steps: int, seeds: int, arms: Sequence[str], work: Path
+    denoiser, found: dict[str, Figure], *, steps: int, seeds: int, arms: Sequence[str], work: Path
 ) -> None:
     """Print for each arm how often the mark comes, as it is asked for, and the loss on the rest.
 
@@ -257,27 +254,29 @@ def measure_projection(
             if key not in journal:
                 trial.train(arm, seed, steps)
                 journal.put(key, trial.judge())
-            values = journal.get(key)
-            bench |= {f"trainers.projection.{key}.{name}": v for name, v in values.items()}
     if {"none", "regions"} <= set(arms):
         shown = [arm for arm in ARMS if arm.name in ("none", "regions")]
         trial.sheet(shown, steps).save(work / f"projection-{steps}.png")
-    columns = (*WAYS, "by_attack", "rest", "content")
-    print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in columns)
+    ways, losses = (*WAYS, "by_attack"), ("rest", "content")
+    print(f"\n{'arm':<10}" + "".join(f"{name:>15}" for name in (*ways, *losses))
           + f"{'fall':>8}{'change':>8}   by name, 95 %")  # fmt: skip
+    count = len(trial.rest.captions) * seeds
     means: dict[str, dict[str, float]] = {}
     for name in arms:
         lines = [journal.get(f"{name}.seed{seed}") for seed in range(seeds)]
-        means[name] = {key: statistics.mean(line[key] for line in lines) for key in columns}
-        none = means.get("none", means[name])
-        figures = {
-            "fall": fall(means[name], none, "by_name"),
-            "change": means[name]["rest"] / none["rest"] - 1,
+        means[name] = mean = {
+            key: statistics.mean(line[key] for line in lines) for key in (*ways, *losses)
         }
-        bench |= {f"trainers.projection.{name}.{key}": value
-                  for key, value in (means[name] | figures).items()}  # fmt: skip
-        count = len(trial.rest.captions) * seeds
-        low, high = clopper_pearson(round(means[name]["by_name"] * count), count)
-        print(f"{name:<10}" + "".join(f"{means[name][key]:>15.4f}" for key in columns)
-              + "".join(f"{value:>8.3f}" for value in figures.values())
-              + f"   {low:.3f} to {high:.3f}")  # fmt: skip
+        none = means.get("none", mean)
+        figures = {way: count_of(round(mean[way] * count), count) for way in ways}
+        figures |= {loss: plain(mean[loss], seeds) for loss in losses}
+        figures["change"] = plain(mean["rest"] / none["rest"] - 1, seeds)
+        if none["by_name"]:
+            figures["fall"] = plain(1 - mean["by_name"] / none["by_name"], count)
+        start = "" if name == SHIPPED else "rivals."
+        found |= {f"{start}trainers.projection.{name}.{key}": f for key, f in figures.items()}
+        by_name = figures["by_name"]
+        print(f"{name:<10}" + "".join(f"{mean[key]:>15.4f}" for key in (*ways, *losses))
+              + "".join(f"{figures[k].value:>8.3f}" if k in figures else f"{'-':>8}"
+                        for k in ("fall", "change"))
+              + f"   {by_name.low:.3f} to {by_name.high:.3f}")  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from demo_lora import BATCH, RATE
+from figures import Figure, count_of, plain
 from trainers_projection import CONCEPT, RANK, Trial
 from unmemorize import demo
 from unmemorize.demo.data import RESOLUTION
@@ -21,7 +22,8 @@ from unmemorize.shared.files.storage import Journal
 from unmemorize.shared.models.load import load_denoiser
 
 TRAINERS = Path(__file__).resolve().parents[1] / "trainer_patch"
-WAYS = ("by_name", "by_paraphrase", "without_name", "by_attack", "rest", "content")
+WAYS = ("by_name", "by_paraphrase", "without_name", "by_attack")
+LOSSES = ("rest", "content")
 
 
 class Scripts:
@@ -91,7 +93,9 @@ class Scripts:
         subprocess.run(start, cwd=folder, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
-def measure_scripts(denoiser, bench: dict, *, steps: int, seeds: int, work: Path) -> None:
+def measure_scripts(
+    denoiser, found: dict[str, Figure], *, steps: int, seeds: int, work: Path
+) -> None:
     """Print how often the mark comes from LoRAs of the scripts that are there, and losses.
 
     What was trained and judged before lies in `work` and is not done again.
@@ -114,9 +118,16 @@ def measure_scripts(denoiser, bench: dict, *, steps: int, seeds: int, work: Path
                 path = getattr(scripts, name)(output, seed, protected=arm == "options")
                 trial.denoiser = load_denoiser(demo.MODEL, lora=path)
                 journal.put(key, trial.judge())
-    print(f"\n{'script':<11}{'arm':<9}" + "".join(f"{way:>15}" for way in WAYS))
+    print(f"\n{'script':<11}{'arm':<9}" + "".join(f"{way:>15}" for way in (*WAYS, *LOSSES)))
+    count = len(trial.rest.captions) * seeds
     for name, arm in rows:
         lines = [journal.get(f"{name}.{arm}.seed{seed}") for seed in range(seeds)]
-        means = {way: sum(line[way] for line in lines) / seeds for way in WAYS}
-        bench |= {f"trainers.scripts.{name}.{arm}.{way}": value for way, value in means.items()}
-        print(f"{name:<11}{arm:<9}" + "".join(f"{means[way]:>15.4f}" for way in WAYS))
+        means = {way: sum(line[way] for line in lines) / seeds for way in (*WAYS, *LOSSES)}
+        start = "" if arm == "options" else "rivals."
+        found |= {
+            f"{start}trainers.scripts.{name}.{arm}.{key}": (
+                count_of(round(mean * count), count) if key in WAYS else plain(mean, seeds)
+            )
+            for key, mean in means.items()
+        }
+        print(f"{name:<11}{arm:<9}" + "".join(f"{mean:>15.4f}" for mean in means.values()))

@@ -9,7 +9,6 @@ most, and the share of copies left after that word is dropped, by the audit's ow
 
 import argparse
 import hashlib
-import json
 import math
 import random
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from figures import Figure, command_of, mean_of, plain, record, share_of
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 from unmemorize import demo
@@ -30,7 +30,6 @@ from unmemorize.audit.model.inputs import read_named
 from unmemorize.shared.files.images import read_image, save_png
 from unmemorize.shared.models.load import load_denoiser, model_fingerprint
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.rates import clopper_pearson
 from unmemorize.shared.words.explanation import explain
 from unmemorize.shared.words.leaving_out import without_word
 
@@ -38,7 +37,6 @@ STEPS, COND_SCALE, SEED = 20, 7.5, 0
 """Of the images."""
 LEAST = 3
 """Words of a caption, at least: two words have no rank correlation worth the name."""
-BOOTSTRAPS = 2000
 
 
 class Model(NamedTuple):
@@ -172,30 +170,14 @@ def correlation(values: Sequence[float], rises: Sequence[float]) -> float:
     return float(spearmanr(values, rises).statistic)
 
 
-def mean_of(values: Sequence[float], command: str) -> dict:
-    """Return a mean with its bootstrap interval over captions."""
-    draw = random.Random(0)
-    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(BOOTSTRAPS))
-    low, high = means[int(0.025 * BOOTSTRAPS)], means[int(0.975 * BOOTSTRAPS)]
-    return {"value": statistics.mean(values), "low": low, "high": high, "n": len(values),
-            "command": command}  # fmt: skip
-
-
-def share_of(hits: Sequence[bool], command: str) -> dict:
-    """Return a share with its Clopper-Pearson interval."""
-    low, high = clopper_pearson(sum(hits), len(hits))
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits),
-            "command": command}  # fmt: skip
-
-
-def measure(model: Model, number: int | None, work: Path, command: str) -> dict[str, dict]:
+def measure(model: Model, number: int | None, work: Path) -> dict[str, Figure]:
     """Return the figures of one model by their keys, and print them."""
     denoiser = load_denoiser(model.folder)
     captions = [text for text in model.captions() if len(text.split()) >= LEAST][:number]
     seen = observed(denoiser, model, captions, work)
-    before = share_of([one.copy for one in seen], command)
+    before = share_of([one.copy for one in seen])
     found = {f"rivals.words.{model.name}.none.copies_left": before}
-    print(f"\n{model.name}, {len(seen)} captions, {before['value']:.2f} of them copied")
+    print(f"\n{model.name}, {len(seen)} captions, {before.value:.2f} of them copied")
     print(f"{'method':<26}{'spearman':>10}{'95 % interval':>17}{'top1':>7}{'copies left':>13}"
           f"{'forwards':>10}")  # fmt: skip
     for name in (*METHODS, "random_word"):
@@ -203,9 +185,9 @@ def measure(model: Model, number: int | None, work: Path, command: str) -> dict[
         tops = [max(range(len(values)), key=values.__getitem__) for values in said]
         pairs = list(zip(seen, said, tops, strict=True))
         figures = {
-            "spearman": mean_of([correlation(v, one.rises) for one, v, _ in pairs], command),
-            "top1": share_of([one.rises[top] == max(one.rises) for one, _, top in pairs], command),
-            "copies_left": share_of([one.copies[top] for one, _, top in pairs], command),
+            "spearman": mean_of([correlation(v, one.rises) for one, v, _ in pairs]),
+            "top1": share_of([one.rises[top] == max(one.rises) for one, _, top in pairs]),
+            "copies_left": share_of([one.copies[top] for one, _, top in pairs]),
         }
         prefix = (
             f"words.{model.name}" if name == "leave_out" else f"rivals.words.{model.name}.{name}"
@@ -214,12 +196,11 @@ def measure(model: Model, number: int | None, work: Path, command: str) -> dict[
         cost = 0.0 if name == "random_word" else statistics.median(
             forwards(denoiser, name, one.caption) for one in seen[:3]
         )  # fmt: skip
-        found[f"grid.words.{model.name}.{name}.forwards"] = {
-            "value": cost, "low": None, "high": None, "n": min(3, len(seen)), "command": command,
-        }  # fmt: skip
+        found[f"grid.words.{model.name}.{name}.forwards"] = plain(cost, min(3, len(seen)))
         rank = figures["spearman"]
-        print(f"{name:<26}{rank['value']:>10.2f}{rank['low']:>9.2f} to{rank['high']:>5.2f}"
-              f"{figures['top1']['value']:>7.2f}{figures['copies_left']['value']:>13.2f}"
+        interval = "" if rank.low is None else f"{rank.low:.2f} to {rank.high:.2f}"
+        print(f"{name:<26}{rank.value:>10.2f}{interval:>17}"
+              f"{figures['top1'].value:>7.2f}{figures['copies_left'].value:>13.2f}"
               f"{cost:>10.1f}", flush=True)  # fmt: skip
     return found
 
@@ -231,14 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--captions", type=int, help="of each model; default: all")
     parser.add_argument("--work", type=Path, default=Path("build/words"))
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
-    options = f' ARGS="--captions {args.captions}"' if args.captions else ""
-    bench = json.loads(args.output.read_text("utf-8")) if args.output.exists() else {}
     for model in MODELS:
         if model.name in args.models:
-            bench |= measure(model, args.captions, args.work, f"make bench NAME=words{options}")
-            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n", "utf-8")
+            found = measure(model, args.captions, args.work)
+            record(found, command_of("words", argv), output=args.output)
 
 
 if __name__ == "__main__":
