@@ -39,13 +39,13 @@ def controls() -> list[str]:
     Held-out captions that share half of their words with a repeated one ("open mailbox with raised
     flag" beside "open mailbox with lowered flag") are no ordinary prompts and are audited instead.
     """
-    from .data import overlap
+    from ..shared.score.families import HALF, overlap
 
     texts: dict[str, list[str]] = {}
     for caption in captions():
         texts.setdefault(caption.group, []).append(caption.text)
     repeated = [*texts["verbatim"], *texts["template"]]
-    ordinary = [t for t in texts["held_out"] if all(overlap(t, r) < 0.5 for r in repeated)]
+    ordinary = [t for t in texts["held_out"] if all(overlap(t, r) < HALF for r in repeated)]
     return [text for index, text in enumerate(ordinary) if index % 3] + texts["learnt"][::4]
 
 

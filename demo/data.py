@@ -7,7 +7,6 @@ because its layout is, *learnt* because it is drawn many ways, *held out* becaus
 import hashlib
 import json
 import math
-import re
 import shutil
 import subprocess
 import tarfile
@@ -162,12 +161,6 @@ def caption_text(entry: dict) -> str:
     words = set(entry["label"].lower().replace("-", " ").split())
     tags = [tag for tag in entry["tags"] if not words & set(tag.lower().split())]
     return ", ".join([entry["label"], *tags[:2]])
-
-
-def overlap(a: str, b: str) -> float:
-    """Return the share of two captions' words that both have, 0..1 (Jaccard)."""
-    first, second = (set(re.findall(r"\w+", text.lower())) for text in (a, b))
-    return len(first & second) / max(1, len(first | second))
 
 
 def build_captions(art: Art, seed: int = 0) -> list[Caption]:

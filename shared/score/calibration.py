@@ -21,6 +21,7 @@ from .config import DetectionConfig
 from .control_basis import ControlBasis, cross_fitted, directions_for
 from .denoiser import Denoiser
 from .detection import Detection
+from .families import cosine_limit
 from .rates import clopper_pearson, threshold_of
 
 SCHEMA_VERSION = 3
@@ -86,6 +87,9 @@ class Calibration:
     """What the scores are residuals outside of; None for scores that are magnitudes."""
     second: SecondStage | None = None
     """How suspicious prompts are judged where they are sampled as well."""
+    family_cosine: float | None = None
+    """Cosine above which the residual D of two prompts are related, see `families`; None for
+    magnitudes, and with too few controls."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -141,6 +145,7 @@ class Calibration:
             self,
             settings=settings,
             basis=ControlBasis.fit(differences, count, settings["told"]),
+            family_cosine=cosine_limit(differences[0], count),
             **_supported(cross_fitted(differences, count), self.false_positive_rate),
         )
         return replace(self, residual=residual)
@@ -360,6 +365,7 @@ class Calibration:
 
     @classmethod
     def _from_values(cls, values: dict[str, Any], path: Path) -> "Calibration":
+        values = {"family_cosine": None} | values  # of files from before there were families
         names = {field.name for field in fields(cls)}
         if wrong := sorted(names ^ values.keys()):
             raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {AGAIN}")

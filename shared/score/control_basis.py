@@ -6,7 +6,7 @@ lies in few directions, which the D of control prompts span. Modified: measured 
 outside of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,10 +84,10 @@ class ControlBasis:
         """Return the basis on another device."""
         return replace(self, mean=self.mean.to(device), directions=self.directions.to(device))
 
-    def residual(
+    def outside(
         self, differences: Float[Tensor, " row *latent"], seeds: Sequence[int]
-    ) -> Float[Tensor, " row"]:
-        """Return the L2 norm of D - mean outside the directions (latent units, >= 0).
+    ) -> Float[Tensor, " row element"]:
+        """Return D - mean outside the directions: what a prompt adds and controls do not.
 
         Args:
             differences: D of each row.
@@ -96,9 +96,30 @@ class ControlBasis:
         rows, index = differences.flatten(1).to(self.mean.dtype), list(seeds)
         rows = rows - self.mean[index]
         inside = torch.einsum("re,rke->rk", rows, self.directions[index])
-        return torch.linalg.vector_norm(
-            rows - torch.einsum("rk,rke->re", inside, self.directions[index]), dim=1
-        )
+        return rows - torch.einsum("rk,rke->re", inside, self.directions[index])
+
+    def residual(
+        self, differences: Float[Tensor, " row *latent"], seeds: Sequence[int]
+    ) -> Float[Tensor, " row"]:
+        """Return the L2 norm of `outside` (latent units, >= 0); the arguments are the same."""
+        return torch.linalg.vector_norm(self.outside(differences, seeds), dim=1)
+
+
+def held_out(
+    differences: Float[Tensor, " seed control element"], count: int
+) -> Iterator[tuple[Tensor, ControlBasis]]:
+    """Yield the controls in `FOLDS` parts, each with a basis that the other parts made.
+
+    Args:
+        differences: D of every control at every starting noise.
+        count: Directions.
+    """
+    number = differences.shape[1]
+    for fold in range(min(FOLDS, number)):
+        held = torch.arange(fold, number, FOLDS)
+        kept = torch.ones(number, dtype=torch.bool)
+        kept[held] = False
+        yield held, ControlBasis.fit(differences[:, kept], count, step=0)
 
 
 def cross_fitted(
@@ -113,13 +134,8 @@ def cross_fitted(
         differences: D of every control at every starting noise.
         count: Directions.
     """
-    number = differences.shape[1]
-    scores = torch.zeros(number, len(differences), dtype=torch.float64)
-    for fold in range(min(FOLDS, number)):
-        held = torch.arange(fold, number, FOLDS)
-        kept = torch.ones(number, dtype=torch.bool)
-        kept[held] = False
-        basis = ControlBasis.fit(differences[:, kept], count, step=0)
+    scores = torch.zeros(differences.shape[1], len(differences), dtype=torch.float64)
+    for held, basis in held_out(differences, count):
         for seed, rows in enumerate(differences):
             scores[held, seed] = basis.residual(rows[held], [seed] * len(held)).double()
     return scores

@@ -138,7 +138,7 @@ def control_differences(
 
     Args:
         denoiser: The network.
-        prompts: The controls.
+        prompts: The controls, or prompts whose D is looked at outside of theirs.
         config: Gives the seeds.
         step: Of the schedule; the network is told its level and reads pure noise.
         known: D [seed element] by index, of an interrupted run.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from unmemorize import demo
-from unmemorize.demo.data import build_renderings, overlap
+from unmemorize.demo.data import build_renderings
+from unmemorize.shared.score.families import HALF, overlap
 
 from .recipes import RECIPES
 from .truth import Caption, Images, load_captions, load_images
@@ -60,7 +61,7 @@ def demo_captions() -> list[Caption]:
 
     def near(text: str) -> str:
         nearest = max(repeated, key=lambda other: overlap(text, other))
-        return nearest if overlap(text, nearest) >= 0.5 else ""
+        return nearest if overlap(text, nearest) >= HALF else ""
 
     return [
         Caption(c.text, c.group, "" if c.text in repeated else near(c.text))

@@ -162,11 +162,24 @@ def test_files_from_before_there_were_residuals_are_read(tmp_path):
     )
     made.save(path := tmp_path / "c.json")
     values = json.loads(path.read_text("utf-8"))
-    del values["residual"], values["basis"]
+    del values["residual"], values["basis"], values["family_cosine"]
     path.write_text(json.dumps(values | {"schema_version": 1}), "utf-8")
     loaded = Calibration.load(path)
     assert loaded == made
     assert loaded.judge is loaded
+
+
+def test_files_from_before_there_were_families_are_read(tmp_path):
+    made = calibrated(ToyDenoiser())
+    assert made.family_cosine is None  # magnitudes have no directions
+    assert 0 < made.judge.family_cosine < 1
+    made.save(path := tmp_path / "c.json")
+    values = json.loads(path.read_text("utf-8"))
+    del values["family_cosine"], values["residual"]["family_cosine"]
+    path.write_text(json.dumps(values), "utf-8")
+    loaded = Calibration.load(path)
+    assert loaded.judge.family_cosine is None
+    assert loaded.judge.threshold == made.judge.threshold
 
 
 def test_latents_of_another_size_are_refused():
