@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..audit.common.wording import near_ones
 from ..shared.wording import bare, counted, visible
 from .common.options import (
     AnswerOptions,
@@ -224,17 +225,18 @@ def _audit_lora(options: AuditOptions) -> int:
 
 
 def _flagged(result: "AuditResult") -> Table:
-    """Return the highest flagged prompts."""
+    """Return the highest flagged prompts, those near a memorized one behind it."""
     rows = []
-    for entry in result.flagged[:SHOWN]:
+    for entry in result.families[:SHOWN]:
         words = [each.word for each in entry.explanation.occlusions[:2]
                  if each.score_after < each.score_before] if entry.explanation else []  # fmt: skip
         rows.append([
-            f"{entry.score:.4g}", f"{entry.p_value:.2g}", entry.group or "-", entry.prompt[:200],
-            ", ".join(bare(word) for word in words),
+            f"{entry.score:.4g}", f"{entry.p_value:.2g}", "near" if entry.near else "memorized",
+            entry.group or "-", entry.prompt[:200], ", ".join(bare(word) for word in words),
         ])  # fmt: skip
-    title = "Memorized prompts, highest score first" + _left(result.flagged)
-    return title, ["score", "p", "group", "prompt", "by the words"], rows
+    title = "Flagged prompts, highest score first, near ones under the memorized one"
+    columns = ["score", "p", "verdict", "group", "prompt", "by the words"]
+    return title + _left(result.flagged), columns, rows
 
 
 def audit_verdict(result: "AuditResult") -> str:
@@ -248,8 +250,16 @@ def audit_verdict(result: "AuditResult") -> str:
         f"{share['high']:.1%}); {summary['expected_by_chance']:.1f} are expected there by chance, "
         f"so many or more with probability {summary['chance_p_value']:.2g}."
     ]
-    lines += [f"{name}: {group['hits']} of {group['n']}" for name, group in
-              summary["groups"].items()]  # fmt: skip
+    near = summary["near_rate"]
+    if near["hits"]:
+        lines.append(
+            f"{near['hits']} of them {'is' if near['hits'] == 1 else 'are'} near a memorized one "
+            f"({near['rate']:.1%} of all, 95 % interval {near['low']:.1%} to {near['high']:.1%})."
+        )
+    lines += [
+        f"{name}: {group['hits']} of {group['n']}{near_ones(group['near'], group['hits'])}"
+        for name, group in summary["groups"].items()
+    ]
     similarity = summary["similarity"]
     if similarity and similarity["copies"]:
         copies = similarity["copies"]

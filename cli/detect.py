@@ -7,6 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..audit.common.wording import near_ones
+from ..shared.wording import counted
 from .common.options import (
     AnswerOptions,
     CalibrationFile,
@@ -69,6 +71,8 @@ def detect(options: DetectOptions) -> None:
         print_table(*_table(rows))
         if options.calibration is None:
             typer.echo(NO_VERDICTS, err=True)
+        else:
+            typer.echo(_verdict(rows))
     found = any(row["memorized"] for row in rows)
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
 
@@ -79,11 +83,28 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     measure = (
         "Residual outside of the controls" if rows[0]["measure"] == "residual" else "Magnitude"
     )
-    return f"{measure} (L2, latent units), highest first", columns, [
+    title = f"{measure} (L2, latent units), highest first"
+    if any(row["near"] for row in rows):
+        title += ", near ones under the memorized one"
+
+    def place(index: int) -> tuple[float, int, bool, float]:
+        near = rows[index]["near"]
+        member = near["index"] if near else index
+        return -rows[member]["score"], member, bool(near), -rows[index]["score"]
+
+    return title, columns, [
         [f"{r['score']:.4g}", f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled,
-         _cell(r["p_value"]), _cell(r["memorized"]), r["prompt"][:LONGEST]]
-        for r in sorted(rows, key=lambda r: -r["score"])
+         _cell(r["p_value"]), "near" if r["near"] else _cell(r["memorized"]), r["prompt"][:LONGEST]]
+        for r in map(rows.__getitem__, sorted(range(len(rows)), key=place))
     ]  # fmt: skip
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many prompts are flagged, and how many of them are near a memorized one."""
+    hits, near = (sum(map(bool, (r[key] for r in rows))) for key in ("memorized", "near"))
+    are = "is" if 1 in (hits, len(rows)) else "are"
+    prompts = counted(len(rows), "prompt", "prompts")
+    return f"{hits} of {prompts} {are} above the threshold{near_ones(near, hits)}."
 
 
 def _cell(value: Any) -> str:

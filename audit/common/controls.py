@@ -7,7 +7,7 @@ from ...shared.files.storage import Journal
 from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
-from .measure import Bars, measure, measure_collapses, measure_controls
+from .measure import Bars, measure, measure_collapses, measure_differences
 from .subject import Facts, Subject
 
 
@@ -72,7 +72,10 @@ def _with_residual(
     if (kept := folder / "calibration.json").is_file():
         return Calibration.load(kept)
     finished = TensorFolder(folder / "differences")
-    differences = measure_controls(subject, facts, prompts, config, finished, bars=bars)
+    differences = measure_differences(
+        subject, facts, prompts, config, facts.residual["told"], finished, bars=bars,
+        phase="controls, residual",
+    )  # fmt: skip
     calibration = magnitudes.with_residual(differences, facts.residual)
     calibration.save(kept)
     finished.remove()

@@ -250,24 +250,28 @@ def measure_collapses(
     )  # fmt: skip
 
 
-def measure_controls(
+def measure_differences(
     subject: Subject,
     facts: Facts,
     prompts: Sequence[str],
     config: DetectionConfig,
+    step: int,
     finished: TensorFolder,
     *,
     bars: Bars,
+    phase: str,
 ) -> Float[Tensor, " seed prompt element"]:
-    """Return what control prompts add at the told level; each is stored as soon as it is finished.
+    """Return what prompts add at one told level; each is stored as soon as it is finished.
 
     Args:
         subject: The model.
         facts: Of the same job.
-        prompts: The controls.
+        prompts: Distinct.
         config: Gives the seeds.
-        finished: Of this job alone; the caller removes it when all is done.
-        bars: Makes the progress bar, which counts controls.
+        step: Of the schedule, whose level the network is told.
+        finished: Of these prompts alone; the caller removes it when all is done.
+        bars: Makes the progress bar, which counts prompts.
+        phase: Label of the bar.
     """
     config = replace(config, batch_size=facts.rows)
     known = finished.known()
@@ -276,9 +280,9 @@ def measure_controls(
         finished.put(index, difference)
         bar.update(1)
 
-    with closing(bars("controls, residual", len(prompts), len(known), "prompt")) as bar:
+    with closing(bars(phase, len(prompts), len(known), "prompt")) as bar:
         return control_differences(
-            subject.denoiser, prompts, config, facts.residual["told"], known=known, on_result=store
+            subject.denoiser, prompts, config, step, known=known, on_result=store
         )
 
 

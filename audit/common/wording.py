@@ -41,6 +41,13 @@ def chance(probability: float) -> str:
     return "below 0.0001" if probability < 1e-4 else number(probability, 2)
 
 
+def near_ones(near: int, hits: int) -> str:
+    """Return the clause that follows a number of flagged prompts, empty when none is near one."""
+    if near == 0:
+        return ""
+    return ", near a memorized one" if hits == 1 else f", {near} of them near a memorized one"
+
+
 def shown(value: Any) -> str:
     """Return any value as text without characters that do not print; not yet escaped."""
     return visible(str(value))

@@ -180,6 +180,13 @@ class Comparison:
     """Prompt and path of all images that were judged together: each other's yardstick."""
     caveats: tuple[str, ...] = ()
 
+    def own_copied(self, plan: Sequence[Sampled]) -> set[int]:
+        """Return the prompts of which an image is a copy of their own training image."""
+        return {
+            sampled.index for sampled in plan for path in sampled.paths.values()
+            if (image := self.nearest.get(path)) and image.is_own and image.copied
+        }  # fmt: skip
+
 
 def compare(work: Work, scored: Scored, plan: Sequence[Sampled]) -> Comparison:
     """Find the training image nearest to every generated one, and which of them are copies.

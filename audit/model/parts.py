@@ -2,8 +2,9 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
 from .config import measured_score
 from .explain import to_values
+from .families import relate
 from .inputs import read_controls, read_named
+from .result import NearPrompt
 from .work import verdicts
 
 
@@ -71,7 +74,21 @@ def score_prompts(
             collapse=collapse, job_key=key, bars=bars,
         )  # fmt: skip
         name = "residual" if judge and judge.basis else "magnitude"
-        rows = [row | {"measure": name, "caveat": caveat} for row in verdicts(measured, judge)]
+        rows = verdicts(measured, judge)
+        near: Mapping[int, NearPrompt] = {}
+        if judge:
+            related = relate(
+                subject, facts, prompts,
+                {index: row["score"] for index, row in enumerate(rows) if row["memorized"]},
+                config, journal, judge=judge, job_key=key,
+                folder=journal.path.with_suffix(".families"), bars=bars,
+            )  # fmt: skip
+            near, caveat = related.near(), " ".join(filter(None, [caveat, *related.caveats]))
+        more = {"measure": name, "caveat": caveat}
+        rows = [
+            row | {"near": asdict(near[index]) if index in near else None} | more
+            for index, row in enumerate(rows)
+        ]
         if output:
             write_text(output, "".join(dumps(row) + "\n" for row in rows))
     return rows

@@ -5,6 +5,8 @@ No sentence calls a model or a prompt safe.
 
 import math
 import shlex
+from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ...shared.drawing.score_charts import score_distribution, score_traces
 from ...shared.wording import bare, counted
 from ..common.pages import FOLD, Embedder, embedded_chart, render_page, safe
-from ..common.wording import MISSING, number, percent
+from ..common.wording import MISSING, near_ones, number, percent
 from .config import AuditConfig
 from .result import AuditEntry, AuditResult, GeneratedImage
 
@@ -23,6 +25,8 @@ CARDS = 60
 """Flagged prompts that are shown in full, highest score first."""
 WORDS = 16
 """Words whose numbers are listed, strongest first."""
+RUN, RUNS = 12, 24
+"""Words in a row, and such rows, that are shown of how two prompts differ."""
 OPTIONS = (
     "score", "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
     "generation_steps", "revision", "resolution", "dtype",
@@ -42,7 +46,8 @@ def render_report(result: AuditResult, folder: Path) -> str:
     """
     summary, model = result.summary, result.model
     rate, calibration = summary["flagged_rate"], summary["calibration"]
-    flagged, threshold, embed = result.flagged, result.calibration.judge.threshold, Embedder(folder)
+    flagged, near = result.families, summary["counts"]["near"]
+    threshold, embed = result.calibration.judge.threshold, Embedder(folder)
     others = [entry for entry in result.entries if entry.images and not entry.memorized]
     return render_page(
         "report.html.j2",
@@ -51,7 +56,10 @@ def render_report(result: AuditResult, folder: Path) -> str:
         model=model,
         demo=result.config.model == demo.NAME,
         version=summary["unmemorize"],
-        headline=headline(rate, summary["chance_p_value"]),
+        headline=headline(rate, summary["chance_p_value"], near),
+        near=near,
+        near_rate=summary["near_rate"],
+        near_clause=near_ones(near, rate["hits"]),
         lead=lead(result),
         caveats=summary["caveats"],
         warnings=summary["warnings"],
@@ -62,7 +70,10 @@ def render_report(result: AuditResult, folder: Path) -> str:
         per_element=calibration["threshold"] / math.sqrt(math.prod(model.latent_shape)),
         smallest_p=1 / (calibration["n"] + 1),
         similarity=summary["similarity"],
-        groups=list(summary["groups"].items()),
+        groups=[
+            (name, group, near_ones(group["near"], group["hits"]))
+            for name, group in summary["groups"].items()
+        ],
         cards=[_card(entry, threshold, embed) for entry in flagged[:CARDS]],
         cards_left=len(flagged[CARDS:]),
         samples=[_card(entry, threshold, embed) for entry in others],
@@ -115,6 +126,8 @@ def _card(entry: AuditEntry, threshold: float, embed: Embedder) -> dict[str, Any
     return {
         "index": entry.index,
         "prompt": entry.prompt,
+        "near": entry.near,
+        "differs": [*_differs(entry.near.prompt, entry.prompt)] if entry.near else (),
         "heatmap": known and safe(
             prompt_heatmap_html(known.words, known.significance, style=False, says=_says(entry))
         ),
@@ -135,6 +148,30 @@ def _card(entry: AuditEntry, threshold: float, embed: Embedder) -> dict[str, Any
         "whole": left_out[0].score_before if left_out else None,
         "trace": _trace(entry, threshold) if entry.memorized else None,
     }  # fmt: skip
+
+
+def _differs(member: str, prompt: str) -> Iterator[tuple[str, str]]:
+    """Yield how a prompt differs from the one it is near to: "del", "ins" or "", and the words."""
+    old, new = member.split(), prompt.split()
+    pairs = ([bare(word).lower() for word in words] for words in (old, new))
+    codes = SequenceMatcher(None, *pairs).get_opcodes()
+    for kind, first, last, start, end in codes[:RUNS]:
+        if kind == "equal":
+            yield "", _shortened(new[start:end])
+            continue
+        if last > first:
+            yield "del", _shortened(old[first:last])
+        if end > start:
+            yield "ins", _shortened(new[start:end])
+    if len(codes) > RUNS:
+        yield "", "…"
+
+
+def _shortened(words: list[str]) -> str:
+    """Return words as text, the middle of many left out."""
+    if len(words) > RUN:
+        words = [*words[: RUN // 2], "…", *words[-RUN // 2 :]]
+    return " ".join(words)
 
 
 def _says(entry: AuditEntry) -> dict[int, str]:
@@ -197,19 +234,21 @@ def _generated_tile(image: GeneratedImage, embed: Embedder) -> dict[str, Any]:
             "alt": f"Image made by the model from this prompt, seed {image.seed}"}  # fmt: skip
 
 
-def headline(rate: dict[str, Any], chance_p_value: float) -> str:
+def headline(rate: dict[str, Any], chance_p_value: float, near: int = 0) -> str:
     """Return the finding in plain words; it never calls anything safe.
 
     Args:
         rate: `flagged_rate` of summary.json.
         chance_p_value: Probability of so many flags if no prompt were memorized.
+        near: How many of the flagged are near another flagged one.
     """
     hits, prompts = rate["hits"], counted(rate["n"], "prompt", "prompts")
     if hits == 0:
         return f"None of {prompts} scored above the threshold"
     if chance_p_value > CHANCE:
         return f"{hits} of {prompts} scored above the threshold, as chance alone might bring"
-    return f"{hits} of {prompts} {'looks' if hits == 1 else 'look'} memorized"
+    stand = f", {counted(near, 'more is', 'more are')} near a memorized one" if near else ""
+    return f"{hits - near} of {prompts} {'looks' if hits - near == 1 else 'look'} memorized{stand}"
 
 
 def lead(result: AuditResult) -> list[str]:
@@ -234,6 +273,13 @@ def lead(result: AuditResult) -> list[str]:
             f"{ordinary} of ordinary prompts do. By chance alone {expected} of {rate['n']} would "
             "be flagged."
         ]
+    if near := summary["counts"]["near"]:
+        lines.append(
+            f"{counted(near, 'flagged prompt shares its', 'flagged prompts share their')} words "
+            "with one that scores higher or was copied, and "
+            f"{'pulls' if near == 1 else 'pull'} the model the same way: "
+            f"{'it is' if near == 1 else 'they are'} near a memorized one."
+        )
     if copies := (summary["similarity"] or {}).get("copies"):
         lines.append(
             f"Of {counted(copies['n'], 'image', 'images')} made from flagged prompts and "

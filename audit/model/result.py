@@ -114,6 +114,20 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NearPrompt:
+    """The memorized prompt that a flagged one is near to."""
+
+    index: int
+    """Of the memorized prompt."""
+    prompt: str
+    """Its text."""
+    overlap: float
+    """Share of both prompts' words that both have, 0..1."""
+    cosine: float
+    """Of what the two add outside of what controls add, at one starting noise; 1 is the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditEntry:
     """One audited prompt: a line of results.jsonl."""
 
@@ -149,6 +163,8 @@ class AuditEntry:
     memorized: bool
     """`score`, or with a second stage the evidence of score and collapse, is above its calibrated
     threshold."""
+    near: NearPrompt | None
+    """Of a flagged prompt that is near a memorized one; None for all that stand for themselves."""
     explanation: WordSignificance | None
     images: tuple[GeneratedImage, ...]
     map: str | None
@@ -178,6 +194,19 @@ class AuditResult:
         hits = [entry for entry in self.entries if entry.memorized]
         return sorted(hits, key=lambda entry: (-entry.score, entry.index))
 
+    @property
+    def families(self) -> list[AuditEntry]:
+        """Return `flagged` with the near ones behind the prompt that they are near to."""
+        family: dict[int, list[AuditEntry]] = {}
+        for entry in self.flagged:
+            family.setdefault(entry.near.index if entry.near else entry.index, []).append(entry)
+        members = [entry for entry in self.flagged if entry.near is None]
+        return [
+            entry
+            for member in members
+            for entry in (member, *(e for e in family[member.index] if e is not member))
+        ]
+
 
 def rate(hits: int, n: int) -> dict[str, Any] | None:
     """Return a share with its Clopper-Pearson interval; None when nothing was counted."""
@@ -203,6 +232,7 @@ def summarize(
     from scipy.stats import binomtest
 
     flagged = [entry for entry in entries if entry.memorized]
+    near = sum(entry.near is not None for entry in entries)
     chance = calibration.false_positive_rate
     return {
         "schema_version": SCHEMA_VERSION,
@@ -215,11 +245,13 @@ def summarize(
             "empty_dropped": inputs.prompts.empty,
             "cut": sum(bool(entry.cut) for entry in entries),
             "flagged": len(flagged),
+            "near": near,
             "controls": len(calibration.control_scores),
             "explained": sum(entry.explanation is not None for entry in entries),
             "images": sum(len(entry.images) for entry in entries),
         },
         "flagged_rate": rate(len(flagged), len(entries)),
+        "near_rate": rate(near, len(entries)),
         "expected_by_chance": chance * len(entries),
         # Probability of at least so many flags if no prompt were memorized.
         "chance_p_value": float(
@@ -233,6 +265,7 @@ def summarize(
             "threshold": calibration.threshold,
             "false_positive_rate": chance,
             "interval": list(calibration.interval),
+            "family_cosine": calibration.family_cosine,
             "confidence": CONFIDENCE,
             "second_stage": _second_stage(config, calibration, entries),
             "reused": config.calibration is not None,
@@ -284,8 +317,11 @@ def _second_stage(
 def _groups(entries: Sequence[AuditEntry]) -> dict[str, Any]:
     names = dict.fromkeys(entry.group for entry in entries if entry.group)
     members = {name: [e for e in entries if e.group == name] for name in names}
-    return {name: rate(sum(e.memorized for e in group), len(group))
-            for name, group in members.items()}  # fmt: skip
+    return {
+        name: (rate(sum(e.memorized for e in group), len(group)) or {})
+        | {"near": sum(e.near is not None for e in group)}
+        for name, group in members.items()
+    }
 
 
 def _warnings(inputs: Inputs, entries: Sequence[AuditEntry]) -> list[str]:

@@ -16,11 +16,19 @@ from ..common.result import dumps
 from .comparison import Comparison, compare
 from .config import AuditConfig
 from .explain import explain_flagged, to_words
+from .families import relate
 from .images import Sampled, draw_images, draw_maps, plan_images
 from .inputs import Inputs, read_inputs
 from .redrawing import redraw
 from .report import render_report
-from .result import AuditEntry, AuditResult, GeneratedImage, WordSignificance, summarize
+from .result import (
+    AuditEntry,
+    AuditResult,
+    GeneratedImage,
+    NearPrompt,
+    WordSignificance,
+    summarize,
+)
 from .work import Scored, open_work, score, verdicts
 
 
@@ -45,6 +53,14 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
     with open_work(config, inputs, bars) as work:
         with work.timed("total"):
             scored = score(work)
+            with work.timed("families"):
+                related = relate(
+                    work.subject, scored.facts, inputs.prompts.prompts,
+                    {index: scored.scores[index] for index in scored.flagged}, config.detection,
+                    work.job.journal("families"), judge=scored.calibration.judge,
+                    job_key=work.job.key, folder=work.job.folder / "journal" / "families",
+                    bars=bars,
+                )  # fmt: skip
             with work.timed("explanation"):
                 explanations = explain_flagged(work, scored)
             plan = plan_images(config, inputs.prompts.prompts, scored)
@@ -57,14 +73,15 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
                 redrawn = redraw(work, plan, explanations, comparison)
             words = {index: to_words(values, redrawn.get(index, ()))
                      for index, values in explanations.items()}  # fmt: skip
-            entries = _entries(inputs, scored, words, plan, maps, comparison)
+            near = related.near(comparison.own_copied(plan))
+            entries = _entries(inputs, scored, near, words, plan, maps, comparison)
         result = AuditResult(
             config=config, model=scored.facts.info, calibration=scored.calibration,
             entries=entries, folder=work.job.folder,
             summary=summarize(
                 config, inputs, scored.facts.info, scored.calibration.judge, entries,
-                caveats=(*scored.caveats, *comparison.caveats), similarity=comparison.summary,
-                timings=work.timings,
+                caveats=(*scored.caveats, *related.caveats, *comparison.caveats),
+                similarity=comparison.summary, timings=work.timings,
             ),
         )  # fmt: skip
         _write(result)
@@ -74,6 +91,7 @@ def run_audit(config: AuditConfig, bars: Bars = silent) -> AuditResult:
 def _entries(
     inputs: Inputs,
     scored: Scored,
+    near: Mapping[int, NearPrompt],
     words: Mapping[int, WordSignificance],
     plan: Sequence[Sampled],
     maps: Mapping[int, str],
@@ -92,7 +110,7 @@ def _entries(
         AuditEntry(
             **row | {"trace": tuple(map(tuple, row["trace"]))},
             index=index, sources=sources, count=len(sources), group=group,
-            explanation=words.get(index),
+            near=near.get(index), explanation=words.get(index),
             images=images.get(index, ()), map=maps.get(index),
         )
         for index, (row, sources, group) in enumerate(columns)

@@ -1,6 +1,7 @@
 """An audit result made of seeded numbers, as full as a real one, without a model."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from unmemorize.audit.model.result import (
     AuditResult,
     GeneratedImage,
     NearestImage,
+    NearPrompt,
     OccludedWord,
     RedrawnImage,
     WordSignificance,
@@ -108,7 +110,7 @@ def make_entry(
         score_per_element=score / math.sqrt(math.prod(SHAPE)),
         trace=tuple(map(tuple, trace.tolist())), magnitude=score, collapse=None, p_value=p_value,
         q_value=min(1.0, 4 * p_value),
-        memorized=memorized, explanation=explanation, images=images,
+        memorized=memorized, near=None, explanation=explanation, images=images,
         map=save_picture(folder, f"{index}-map.png", picture(index, 9))
         if memorized and images else None,
     )  # fmt: skip
@@ -117,9 +119,12 @@ def make_entry(
 def make_result(
     folder: Path, prompts: list[str] | None = None, *, text: str = "", hits: int = 6,
     steps: int = 1, demo: bool = True, groups: list[str] | None = None, picture=plain_picture,
-    pictured: int = 24,
+    pictured: int = 24, near: int = 0,
 ) -> AuditResult:  # fmt: skip
-    """Return a result whose first `hits` prompts are flagged; with a model name of `text`."""
+    """Return a result whose first `hits` prompts are flagged; with a model name of `text`.
+
+    The last `near` of them are near the first prompt.
+    """
     rng = np.random.default_rng(1)
     prompts = prompts or [f"a drawing of thing number {i}" for i in range(40)]
     calibration = calibrate(rng, steps, text or "demo")
@@ -136,6 +141,9 @@ def make_result(
             index, prompt, trace, calibration, folder, text=text, group=group, picture=picture,
             pictured=index < min(hits, pictured) or spread,
         ))  # fmt: skip
+    member = NearPrompt(index=0, prompt=prompts[0], overlap=0.75, cosine=0.875)
+    for index in range(hits - near, hits):
+        entries[index] = replace(entries[index], near=member)
     model = ModelInfo(
         name=text or "model", fingerprint="ab" * 32, lora=text or None, parametrization="epsilon",
         dtype="float32", device="cpu", latent_shape=SHAPE, guidance_distilled=False,

@@ -274,6 +274,7 @@ def test_parts_on_their_own(finished, files, tmp_path):
     rows = [json.loads(line) for line in output.read_bytes().split(b"\n")[:-1]]
     audited = [json.loads(x) for x in (finished[0] / "results.jsonl").read_bytes().splitlines()]
     assert [r["memorized"] for r in rows] == [e["memorized"] for e in audited]
+    assert {r["near"] for r in rows} == {None}  # twelve controls cannot tell
     for row, plain, entry in zip(rows, scores, audited, strict=True):
         assert (plain["measure"], row["measure"]) == ("magnitude", "residual")
         assert row["magnitude"] == pytest.approx(plain["trace"][0][0], rel=1e-4)
@@ -305,6 +306,31 @@ def test_parts_on_their_own(finished, files, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "[red]postage[/red]" in done.stdout
     assert {path.suffix for path in (tmp_path / "words").iterdir()} == {".html", ".png"}
+
+
+def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch):
+    from unmemorize.audit.model import parts
+
+    near = {"index": 2, "prompt": "a red fox", "overlap": 0.5, "cosine": 0.9}
+    rows = [
+        {"prompt": text, "score": score, "magnitude": 1.0, "p_value": 0.01, "memorized": flag,
+         "near": of, "measure": "residual", "caveat": ""}
+        for text, score, flag, of in (
+            ("a cat", 1.0, False, None), ("a castle", 5.0, True, None),
+            ("a red fox", 6.0, True, None), ("a red hen", 4.0, True, near),
+        )
+    ]  # fmt: skip
+    monkeypatch.setattr(parts, "score_prompts", lambda subject, **options: rows)
+    (tmp_path / "c.json").touch()
+    done = run("detect", "demo", "--prompt", "a cat", "--calibration", str(tmp_path / "c.json"))
+    assert done.exit_code == 3, done.stderr
+    places = [done.stdout.index(text) for text in ("a red fox", "a red hen", "a castle", "a cat")]
+    assert places == sorted(places)
+    assert "near ones under the memorized one" in done.stdout
+    assert "3 of 4 prompts are above the threshold, 1 of them near a memorized one." in done.stdout
+    done = run("detect", "demo", "--prompt", "a cat", "--calibration", str(tmp_path / "c.json"),
+               "--json")  # fmt: skip
+    assert json.loads(done.stdout)["results"][3]["near"] == near
 
 
 def test_doctor_says_what_is_there_and_what_to_type():

@@ -7,6 +7,7 @@ import pytest
 from fake_result import HOSTILE, make_result
 from page_reader import Reader
 from unmemorize.audit.model.report import render_report
+from unmemorize.audit.model.result import NearPrompt
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,8 @@ def test_nothing_found_still_makes_a_page(tmp_path):
 
 def test_hostile_words_add_no_element_and_no_attribute(tmp_path):
     prompts = [HOSTILE + str(i) for i in range(12)]
-    calm = make_result(tmp_path, [f"calm-{i}" for i in range(12)], text="calm")
-    evil = make_result(tmp_path, prompts, text=HOSTILE)
+    calm = make_result(tmp_path, [f"calm-{i}" for i in range(12)], text="calm", near=1)
+    evil = make_result(tmp_path, prompts, text=HOSTILE, near=1)
     pages = [Reader(render_report(r, tmp_path)) for r in (calm, evil)]
     # The hostile prompt folds or is cut into more words; everything else is the same.
     kinds = [{(tag, *sorted(a)) for tag, a in page.elements} for page in pages]
@@ -211,3 +212,65 @@ def test_unknown_similarity_is_not_counted(result):
     assert "came out as copies" not in text
     none = Reader(render_report(with_summary(result, similarity=None), result.folder)).text
     assert "Copies among" not in none
+
+
+def test_near_prompts_stand_under_their_member_with_the_words_that_differ(tmp_path):
+    prompts = [
+        "a red fox on green grass", "a castle", "<b>a red hen</b> on green grass",
+        *(f"thing number {i}" for i in range(12)),
+    ]  # fmt: skip
+    page = render_report(make_result(tmp_path, prompts, hits=3, near=1), tmp_path)
+    read = Reader(page)
+    for sentence in (
+        "2 of 15 prompts look memorized, 1 more is near a memorized one",
+        "1 flagged prompt shares its words with one that scores higher or was copied",
+        "Near a memorized one. Of the flagged prompts, 1 (6.7\u00a0% of all",
+        "those near a memorized one under it",
+    ):
+        assert sentence in read.text
+    cards = page.split('<article class="card')[1:]
+    assert [re.search(r'aria-label="Prompt (\d+)"', card)[1] for card in cards[:3]] == [
+        "0", "2", "1"
+    ]  # fmt: skip
+    assert [card.startswith(" near") for card in cards[:3]] == [False, True, False]
+    # Markup in a prompt stays text, and the words of both are told apart.
+    assert (
+        "<del>a</del> <ins>&lt;b&gt;a</ins> red <del>fox</del> <ins>hen&lt;/b&gt;</ins> "
+        "on green grass" in cards[1]
+    )
+    assert "prompt 0; 75\u00a0% of the words, cosine 0.88" in cards[1]
+    assert page.count('data-flagged="1"') == 3  # it is still flagged
+    assert page.count('<span class="tag">near a memorized one</span>') == 2  # card and table
+    assert "<del>" not in cards[0]
+
+
+def test_the_copied_prompt_stands_above_a_near_one_with_a_higher_score(tmp_path):
+    result = make_result(tmp_path, hits=3)
+    first, second, third = result.flagged
+    near = NearPrompt(index=third.index, prompt=third.prompt, overlap=0.75, cosine=0.875)
+    entries = tuple(
+        dataclasses.replace(e, near=near) if e.index == first.index else e for e in result.entries
+    )
+    result = dataclasses.replace(result, entries=entries)
+    assert [e.index for e in result.flagged] == [first.index, second.index, third.index]
+    assert [e.index for e in result.families] == [second.index, third.index, first.index]
+
+
+def test_endless_prompts_that_differ_are_shortened(tmp_path):
+    member = " ".join(f"word{i}" for i in range(4000))
+    near = " ".join(f"word{i if i % 40 else 'x'}" for i in range(4000))
+    result = make_result(tmp_path, [member, near, *["p"] * 9], hits=2, near=1, demo=False)
+    card = render_report(result, tmp_path).split('<article class="card near"')[1]
+    shown = card[: card.index("</p>")]
+    assert "<del>word0</del> <ins>wordx</ins> word1 word2" in shown
+    assert "…" in shown
+    assert len(shown) < 4000
+
+
+def test_groups_say_how_many_of_their_hits_are_near(tmp_path):
+    groups = ["verbatim", "learnt", "held_out", *["learnt"] * 12]
+    result = make_result(tmp_path, [f"p {i}" for i in range(15)], hits=3, near=2, groups=groups)
+    text = Reader(render_report(result, tmp_path)).text
+    assert "1 of 13, near a memorized one" in text
+    assert "1 of 1, near a memorized one" in text
+    assert result.summary["groups"]["verbatim"]["near"] == 0

@@ -13,13 +13,13 @@ from unmemorize.audit.model import result as values
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
-    return make_result(tmp_path_factory.mktemp("audit"), steps=2)
+    return make_result(tmp_path_factory.mktemp("audit"), steps=2, near=1)
 
 
 @pytest.fixture
 def line(fake) -> dict:
     """The fullest line of results.jsonl, free to be spoilt."""
-    return json.loads(fake.flagged[0].to_json())
+    return json.loads(next(entry for entry in fake.flagged if entry.near).to_json())
 
 
 @pytest.mark.parametrize("name", ["summary", "results"])
@@ -36,7 +36,7 @@ def test_schema_fits_the_summary(fake, tmp_path):
         jsonschema.validate(json.loads(dumps(some.summary)), schema("summary"))
 
 
-@pytest.mark.parametrize("name", ["verdict", "flagged_rate", "calibration", "caveats"])
+@pytest.mark.parametrize("name", ["verdict", "flagged_rate", "near_rate", "calibration", "caveats"])
 def test_schema_misses_what_is_missing(fake, name):
     summary = json.loads(dumps(fake.summary))
     del summary[name]
@@ -74,6 +74,8 @@ def test_lines_with_neighbours_and_hostile_words_fit_too(fake, tmp_path):
         (["count"], 0), (["cut"], None), (["group"], "unheard of"), (["score"], "5.1"),
         (["score"], None), (["score_per_element"], -1.0), (["trace", 0, 0], "5.1"),
         (["trace", 0, 0], -1.0), (["p_value"], 0), (["q_value"], 1.5), (["memorized"], 1),
+        (["near", "index"], -1), (["near", "overlap"], 0.4), (["near", "cosine"], 1.5),
+        (["near"], True),
         (["explanation", "words"], "a b"), (["explanation", "significance", 0], "1"),
         (["explanation", "method"], "paper"), (["explanation", "redrawn", 0, "outcome"], "safe"),
         (["explanation", "occlusions", 0, "score_after"], "1"), (["images"], None),
@@ -102,6 +104,7 @@ def objects(line: dict) -> list[tuple[dict, type, dict]]:
         (explanation, values.WordSignificance, known["$defs"]["explanation"]),
         (explanation["occlusions"][0], values.OccludedWord, known["$defs"]["occlusion"]),
         (explanation["redrawn"][0], values.RedrawnImage, known["$defs"]["redrawn"]),
+        (line["near"], values.NearPrompt, known["$defs"]["near"]),
         (image, values.GeneratedImage, known["$defs"]["image"]),
         (image["nearest"], values.NearestImage, known["$defs"]["nearest"]),
     ]
@@ -116,7 +119,7 @@ def test_schema_names_and_describes_every_field_of_a_line(line):
             assert field.get("description"), f"{kind.__name__}.{name}"
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_fields_too_many_or_too_few_are_refused(number, line):
     target = objects(line)[number][0]
     for name in list(target):

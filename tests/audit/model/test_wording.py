@@ -14,12 +14,14 @@ from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
 
 
 def test_headline_follows_the_counts_and_chance():
-    def headline(hits: int, chance: float = 1e-9) -> str:
-        return report.headline({"hits": hits, "n": 40}, chance)
+    def headline(hits: int, chance: float = 1e-9, near: int = 0) -> str:
+        return report.headline({"hits": hits, "n": 40}, chance, near)
 
     assert headline(0, 1.0) == "None of 40 prompts scored above the threshold"
     assert headline(1) == "1 of 40 prompts looks memorized"
     assert headline(6) == "6 of 40 prompts look memorized"
+    assert headline(6, near=1) == "5 of 40 prompts look memorized, 1 more is near a memorized one"
+    assert headline(3, near=2) == "1 of 40 prompts looks memorized, 2 more are near a memorized one"
     assert headline(1, 0.33).endswith("scored above the threshold, as chance alone might bring")
 
 
@@ -82,6 +84,29 @@ def test_nothing_found_agrees_with_its_numbers(tmp_path):
     assert "0 of 1 prompt is above" in one
     assert "only these prompts were looked at" in many
     assert "0 of 2 prompts are above" in many
+
+
+@pytest.mark.parametrize(
+    ("near", "hits", "clause"),
+    [
+        (0, 3, ""), (1, 1, ", near a memorized one"), (1, 3, ", 1 of them near a memorized one"),
+        (2, 3, ", 2 of them near a memorized one"),
+    ],
+)  # fmt: skip
+def test_near_ones_are_counted_among_the_flagged(near, hits, clause):
+    assert wording.near_ones(near, hits) == clause
+
+
+def test_the_terminal_says_the_rate_of_near_ones(tmp_path):
+    names, groups = [f"prompt {i}" for i in range(40)], ["verbatim"] * 2 + ["held_out"] * 38
+    said = audit_verdict(make_result(tmp_path, names, hits=4, near=1, groups=groups))
+    for sentence in (
+        "4 of 40 prompts are above the threshold",
+        "1 of them is near a memorized one (2.5% of all, 95 % interval 0.1% to 13.2%).",
+        "verbatim: 2 of 2\nheld_out: 2 of 38, 1 of them near a memorized one\n",
+    ):
+        assert sentence in said
+    assert "near" not in audit_verdict(make_result(tmp_path, names, hits=4, demo=False))
 
 
 @pytest.mark.parametrize(
