@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
-import torch
+from scripted import ScriptedDenoiser, noise
 from tiny_audit import lines, schema
 from unmemorize.audit.common.measure import silent
 from unmemorize.audit.common.result import ModelInfo
@@ -21,17 +21,10 @@ from unmemorize.shared.files.storage import Journal
 from unmemorize.shared.files.tensors import TensorFolder
 from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.denoiser import Conditioning
 from unmemorize.shared.score.detection import control_differences, detect
 
 CONFIG = DetectionConfig(seeds=(3, 4), schedule_steps=5)
 STEP = 2
-ELEMENTS = 64
-
-
-def noise(seed: int, count: int = 1) -> torch.Tensor:
-    return torch.randn(count, ELEMENTS, generator=torch.Generator().manual_seed(seed))
-
 
 FOX, HEN = noise(1)[0], noise(2)[0]
 ADDED = {
@@ -46,39 +39,11 @@ PROMPTS = tuple(ADDED)
 SCORES = {0: 9.0, 1: 5.0, 2: 8.0, 3: 7.0, 4: 6.0}
 
 
-class Scripted:
-    """A denoiser of which it is written down what each prompt adds."""
-
-    parametrization = "epsilon"
-    guidance_distilled = False
-    latent_shape = (1, 8, 8)
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, added: dict[str, torch.Tensor]):
-        self.added, self.rows = added, 0
-
-    def encode(self, prompts) -> Conditioning:
-        return Conditioning(embeddings=torch.stack([self.added[p] for p in prompts])[:, None])
-
-    def unconditional(self) -> Conditioning:
-        return Conditioning(embeddings=torch.zeros(1, 1, ELEMENTS))
-
-    def sigmas(self, steps: int) -> torch.Tensor:
-        return torch.linspace(8, 0, steps + 1)
-
-    def initial_noise(self, seeds, sigma) -> torch.Tensor:
-        return torch.zeros(len(seeds), *self.latent_shape)
-
-    def denoise(self, x, sigma, cond: Conditioning) -> torch.Tensor:
-        self.rows += len(x)
-        return x - sigma * cond.embeddings.view_as(x)
-
-
 @pytest.fixture(scope="module")
 def judge() -> Calibration:
     """A calibration from 60 controls."""
     controls = {f"control {k}": row for k, row in enumerate(noise(5, 60))}
-    denoiser = Scripted(controls)
+    denoiser = ScriptedDenoiser(controls)
     magnitudes = Calibration.from_controls(
         detect(denoiser, [*controls], CONFIG), model="", settings=settings_of(denoiser, CONFIG),
         name="", false_positive_rate=0.05,
@@ -90,11 +55,11 @@ def judge() -> Calibration:
 @pytest.fixture
 def job(tmp_path, judge):
     """Function that relates the prompts above, in a folder of its own; and the denoiser."""
-    subject, denoiser = Subject(), Scripted(ADDED)
+    subject, denoiser = Subject(), ScriptedDenoiser(ADDED)
     vars(subject)["denoiser"] = denoiser  # as if it were loaded
     info = ModelInfo(
         name="m", fingerprint="", lora=None, parametrization="epsilon", dtype="float32",
-        device="cpu", latent_shape=Scripted.latent_shape, guidance_distilled=False,
+        device="cpu", latent_shape=ScriptedDenoiser.latent_shape, guidance_distilled=False,
     )  # fmt: skip
 
     def related(judge=judge, scores=SCORES) -> Related:
