@@ -17,7 +17,7 @@ import torch
 from ... import demo
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
-from ...shared.files.storage import StorageError, replace_atomically, write_text
+from ...shared.files.storage import StorageError, cache_folder, replace_atomically, write_text
 from ..common.job import content_key
 from ..common.result import versions
 from ..common.similarity import PIXELS
@@ -27,7 +27,6 @@ from ..common.wording import percent
 from .ask import Plan
 from .attack import as_images
 from .draw import Drawn
-from .feature_cache import default_folder
 from .neighbours import Index
 from .result import MATRIX, Generation, PositiveControl, Rate
 from .verdicts import Evidence, thresholds
@@ -148,7 +147,7 @@ def positive_control(work: Work) -> PositiveControl:
     subject = Subject(demo.NAME, device=work.subject.device)
     key = content_key(subject.fingerprint, work.features.name, subject.device, subject.dtype,
                       versions(), [PLANTED, ASKED, SEED, STEPS, COND_SCALE, ENOUGH])  # fmt: skip
-    path = default_folder() / "positive-control" / f"{key}.json"
+    path = cache_folder() / "positive-control" / f"{key}.json"
     try:
         known = json.loads(path.read_text("utf-8"))
         return PositiveControl(**known | {"found": Rate(**known["found"])})

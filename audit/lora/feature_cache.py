@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
@@ -11,32 +9,17 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
-from ...shared.files.storage import replace_atomically
+from ...shared.files.storage import cache_folder, replace_atomically
 from ...shared.files.weights import file_sha256
 from ...shared.score.detection import Progress
 from ..common.sscd import BATCH, DIMENSIONS, Sscd
 
 logger = logging.getLogger(__name__)
 
-PLACE = "UNMEMORIZE_CACHE"
-"""Environment variable that names another cache folder."""
 CHUNK = 16 * BATCH
 """Images whose rows are written together: a kill loses at most so many."""
 VERSION = 1
 """Raised when images are read in another way: rows of before are not found again."""
-
-
-def default_folder() -> Path:
-    """Return where rows are kept: what `PLACE` names, or the platform's place for caches."""
-    if named := os.environ.get(PLACE):
-        return Path(named)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "unmemorize")
 
 
 class FeatureCache:
@@ -48,11 +31,11 @@ class FeatureCache:
     """
 
     def __init__(self, encoder: Sscd, folder: Path | None = None):
-        """Open the cache of an encoder; rows lie in `folder`, 2 kB an image, or the default one."""
+        """Open the cache of an encoder; rows of 2 kB lie in `folder`, or the user's cache."""
         self._encoder = encoder
         weights = file_sha256(encoder.path)
         self.name = f"SSCD: {encoder.path.name}, sha256 {weights}"
-        self._folder = (folder or default_folder()) / f"sscd-{VERSION}-{weights[:32]}"
+        self._folder = (folder or cache_folder()) / f"sscd-{VERSION}-{weights[:32]}"
 
     def rows(
         self, paths: Sequence[Path], *, progress: Progress | None = None

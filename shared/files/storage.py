@@ -1,13 +1,16 @@
-"""Files that are written whole or not at all, and journals that survive a kill."""
+"""Files that are written whole or not at all, journals that survive a kill, and the cache."""
 
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CACHE = "UNMEMORIZE_CACHE"
+"""Environment variable that names another cache folder."""
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 REMEDIES = {
     **dict.fromkeys(
@@ -62,6 +65,19 @@ def replace_atomically(path: Path) -> Iterator[Path]:
             # An error here would hide the reason why the block failed.
             if part.parent.is_dir():
                 part.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return where is kept what can be made again: `CACHE`, or the platform's place for caches."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "unmemorize")
 
 
 def make_folder(path: Path) -> None:

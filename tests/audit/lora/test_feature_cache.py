@@ -11,8 +11,7 @@ import torch
 from needs import need_sscd
 from PIL import Image
 from unmemorize.audit.common.sscd import Sscd
-from unmemorize.audit.lora import feature_cache
-from unmemorize.audit.lora.feature_cache import FeatureCache, default_folder
+from unmemorize.audit.lora.feature_cache import FeatureCache
 from unmemorize.shared.files.images import ImageFiles
 
 need_sscd()
@@ -148,17 +147,3 @@ def test_two_processes_at_once(tmp_path, counted, package_env):
     rows = FeatureCache(counted, cache).rows(paths)
     assert counted.embedded == 0
     assert torch.equal(rows, Sscd().embed(ImageFiles(paths)))
-
-
-def test_the_folder_is_the_platforms_unless_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("UNMEMORIZE_CACHE", str(tmp_path))
-    assert default_folder() == tmp_path
-    monkeypatch.delenv("UNMEMORIZE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    places = {"linux": tmp_path / "xdg", "win32": tmp_path / "local"}
-    for platform, place in places.items():
-        monkeypatch.setattr(feature_cache.sys, "platform", platform)
-        assert default_folder() == place / "unmemorize"
-    monkeypatch.setattr(feature_cache.sys, "platform", "darwin")
-    assert default_folder().parts[-3:] == ("Library", "Caches", "unmemorize")

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from unmemorize.audit.common import subject
 from unmemorize.audit.lora import compare
 from unmemorize.audit.lora.config import LoraAuditConfig
-from unmemorize.audit.lora.feature_cache import PLACE
 from unmemorize.audit.lora.result import PositiveControl, Rate
 from unmemorize.audit.lora.run import run_lora_audit
 from unmemorize.cli import app
+from unmemorize.shared.files.storage import CACHE
 from unmemorize.shared.score.config import DetectionConfig
 
 
@@ -25,7 +25,7 @@ def cheap(tmp_path_factory):
     """Features are kept for this module only; the positive control is taken as passed."""
     passed = PositiveControl(found=Rate.of(9, 9), works=True, detail="Taken as passed.")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLACE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("cache")))
         patch.setattr(compare, "positive_control", lambda work: passed)
         yield
 

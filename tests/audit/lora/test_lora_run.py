@@ -13,9 +13,9 @@ from small_audit import (
 from typer.testing import CliRunner
 from unmemorize.audit.lora import run
 from unmemorize.audit.lora.config import LoraAuditConfig
-from unmemorize.audit.lora.feature_cache import PLACE
 from unmemorize.audit.lora.run import run_lora_audit
 from unmemorize.cli import app
+from unmemorize.shared.files.storage import CACHE
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def cache(tmp_path_factory):
     """Features and the positive control are kept for this module only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLACE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("cache")))
         yield
 
 

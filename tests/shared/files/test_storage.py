@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unmemorize.shared.files import storage
 from unmemorize.shared.files.storage import (
+    CACHE,
     Journal,
     StorageError,
+    cache_folder,
     locked,
     make_folder,
     replace_atomically,
@@ -196,3 +198,17 @@ def test_killed_writers_lose_at_most_the_line_they_were_writing(tmp_path, packag
         before = path.stat().st_size
     records = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert len(records) == len({record["key"] for record in records})
+
+
+def test_the_cache_is_the_platforms_unless_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv(CACHE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    places = {"linux": tmp_path / "xdg", "win32": tmp_path / "local"}
+    for platform, place in places.items():
+        monkeypatch.setattr(storage.sys, "platform", platform)
+        assert cache_folder() == place / "unmemorize"
+    monkeypatch.setattr(storage.sys, "platform", "darwin")
+    assert cache_folder().parts[-3:] == ("Library", "Caches", "unmemorize")
