@@ -108,11 +108,20 @@ def noise_loss(
     return (error * ((1 - abar) / abar).sqrt().clamp(min=1).flatten()).mean()
 
 
+FLOW_SHIFT = 3.0
+"""How far times lie towards the noise, as Stable Diffusion 3's scheduler has them: there the
+caption decides the image."""
+
+
 def flow_loss(
     transformer: nn.Module, x0: Tensor, states: Tensor, ends: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return the loss of a rectified flow at logit-normal times (Esser et al. 2024, 2403.03206)."""
-    sigma = torch.randn(len(x0), generator=generator).sigmoid()
+    """Return the loss of a rectified flow (Esser et al. 2024, 2403.03206).
+
+    Times are logit-normal, then shifted by `FLOW_SHIFT` as those of sampling are (their eq. 23).
+    """
+    time = torch.randn(len(x0), generator=generator).sigmoid()
+    sigma = FLOW_SHIFT * time / (1 + (FLOW_SHIFT - 1) * time)
     noise = torch.randn(x0.shape, generator=generator)
     mixed = torch.lerp(x0, noise, sigma[:, None, None, None])
     velocity = transformer(

@@ -111,9 +111,19 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode_images(autoencoder: nn.Module, images: Tensor, path: Path) -> Tensor:
-    """Return latents [image channel height width] of all images, encoded once, kept in `path`."""
+    """Return latents [image channel height width] of all images, encoded once, kept in `path`.
+
+    Raises:
+        ValueError: `path` holds latents of another number of images.
+    """
     if path.exists():
-        return load_file(path)["latents"]
+        latents = load_file(path)["latents"]
+        if len(latents) != len(images):
+            raise ValueError(
+                f"{path} holds latents of {len(latents)} images, expected {len(images)}: it is of "
+                "another training. Name another folder, or delete it."
+            )
+        return latents
     autoencoder.eval()
     batches = tqdm(images.split(16), "latents")
     latents = torch.cat(

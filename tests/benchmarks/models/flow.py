@@ -1,43 +1,16 @@
 """A rectified-flow transformer of Stable Diffusion 3's class (Esser et al. 2024, 2403.03206)."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from unmemorize.demo.denoiser import FrozenText, flow_loss
+from unmemorize.demo.denoiser import FLOW_SHIFT, FrozenText
 from unmemorize.demo.networks import text_config
+from unmemorize.demo.transformer import WeightedLastToken, padded_flow_loss, start_at_zero
 
 LATENT_SIDE = 8
-ZEROS = 256
-"""Tokens of zeros that the pipeline appends in place of T5's."""
-
-
-class WeightedLastToken:
-    """Joint attention that counts its last token `ZEROS` times.
-
-    The transformer gives text no positions, so tokens of zeros stay alike in every layer, and one
-    that is attended to with so many times the weight does exactly what all of them do.
-    """
-
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, **_):
-        """Return image [row token width] and text [row token width] after attention."""
-        kinds = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj),
-                 (attn.to_v, attn.add_v_proj))  # fmt: skip
-        query, key, value = (
-            torch.cat([of_image(hidden_states), of_text(encoder_hidden_states)], 1)
-            .unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for of_image, of_text in kinds
-        )  # fmt: skip
-        bias = torch.zeros(1, 1, 1, key.shape[2], dtype=query.dtype)
-        bias[..., -1] = math.log(ZEROS)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        out = out.transpose(1, 2).flatten(2)
-        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
 class TwoEncoders(nn.Module):
@@ -58,13 +31,6 @@ class TwoEncoders(nn.Module):
             last_hidden_state=torch.cat([each.hidden_states[-2] for each in read], -1) / self.scale,
             pooler_output=torch.cat([each.text_embeds for each in read], -1),
         )
-
-
-def padded_flow_loss(
-    transformer: nn.Module, x0: Tensor, states: Tensor, ends: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Return the loss of a rectified flow, with one token of zeros after the text."""
-    return flow_loss(transformer, x0, F.pad(states, (0, 0, 0, 1)), ends, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +97,5 @@ class Flow:
         StableDiffusion3Pipeline(
             vae=autoencoder, text_encoder=first, text_encoder_2=second, text_encoder_3=None,
             tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None, transformer=network,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         ).save_pretrained(folder)  # fmt: skip
-
-
-@torch.no_grad()
-def start_at_zero(transformer: nn.Module) -> None:
-    """Let every block begin as identity and the output at zero (Peebles & Xie 2023, DiT)."""
-    for block in transformer.transformer_blocks:
-        for norm in (block.norm1, block.norm1_context):
-            norm.linear.weight.zero_()
-            norm.linear.bias.zero_()
-    for layer in (transformer.norm_out.linear, transformer.proj_out):
-        layer.weight.zero_()
-        layer.bias.zero_()
