@@ -1,4 +1,4 @@
-"""`unmemorize demo`: the bundled model, and whether it is whole."""
+"""`unmemorize demo`: the bundled models, and whether they are whole."""
 
 import typer
 
@@ -8,7 +8,7 @@ from .common.terminal import FAILED, answering, print_json, print_table
 
 @takes_options
 def demo(options: AnswerOptions) -> None:
-    """Say where the demo model is, how large, and whether its files are the committed ones."""
+    """Say where the demo models are, how large, and whether all files are the committed ones."""
     with answering(options):
         from ..demo import describe
 
@@ -16,5 +16,5 @@ def demo(options: AnswerOptions) -> None:
     if options.as_json:
         print_json(state)
     else:
-        print_table("Demo model", ["what", "value"], list(state.items()))
+        print_table("Demo models", ["what", "value"], list(state.items()))
     raise typer.Exit(0 if state["intact"] else FAILED)

@@ -39,7 +39,7 @@ class VerifyOptions(AnswerOptions):
     ] = None
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Base model: `demo`, folder, file or hub id."),
+        typer.Option(help="Base model: `demo`, `demo-flow`, folder, file or hub id."),
     ] = None
     digest: Annotated[
         Optional[str],  # noqa: UP045

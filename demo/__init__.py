@@ -1,4 +1,4 @@
-"""A small real latent diffusion model that memorizes, and the truth about it.
+"""Two small real latent diffusion models that memorize, and the truth about them.
 
 Importing this room reads nothing but paths; the duplicates in the training set were planted.
 """
@@ -15,11 +15,34 @@ if TYPE_CHECKING:
     from .data import Caption
 
 NAME = "demo"
-"""As model: the bundled demo. As prompts or controls: its captions."""
+"""As model: the bundled demo. As controls: its captions."""
 MODEL = Path(__file__).parent / "model"
 """Diffusers folder that `StableDiffusionPipeline.from_pretrained` loads."""
+FLOW = Path(__file__).parent / "flow"
+"""What demo-flow does not share with the demo: its transformer and scheduler."""
+BUNDLED = {NAME: MODEL, "demo-flow": FLOW}
+"""Models by the name that stands for them wherever a MODEL is asked for, and their own files.
+
+Both learnt the same captions and images. `locate` returns the folder that loads.
+"""
 IMAGES = Path(__file__).parent / "images"
 """Sheets of what the model was trained on."""
+
+
+def locate(name: str) -> Path:
+    """Return the diffusers folder of a bundled model; that of demo-flow is made when it is missing.
+
+    Raises:
+        ValueError: There is no bundled model of that name.
+        ModelError: A file of it is missing.
+    """
+    if name not in BUNDLED:
+        raise ValueError(f"`name` must be one of {', '.join(BUNDLED)}, got {name!r}.")
+    if name == NAME:
+        return MODEL
+    from .assembly import complete
+
+    return complete(FLOW, MODEL)
 
 
 @cache
@@ -84,23 +107,31 @@ def training_image(caption: str) -> "Image.Image | None":
 
 
 def verify() -> list[str]:
-    """Return the files of the model whose sha256 is not the committed one, empty when all are."""
-    expected = json.loads((MODEL / "sha256.json").read_text())
-    return [
-        name for name, sha256 in expected.items()
-        if not (MODEL / name).is_file()
-        or hashlib.sha256((MODEL / name).read_bytes()).hexdigest() != sha256
-    ]  # fmt: skip
+    """Return the files of the models whose sha256 is not the committed one, empty when all are."""
+    damaged = []
+    for folder in BUNDLED.values():
+        expected = json.loads((folder / "sha256.json").read_text("utf-8"))
+        damaged += [
+            f"{folder.name}/{name}" for name, sha256 in expected.items()
+            if not (folder / name).is_file()
+            or hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256
+        ]  # fmt: skip
+    return damaged
 
 
 def describe() -> dict[str, Any]:
-    """Return where the model is, its size, its caption groups, and whether it is intact."""
+    """Return where the models are, their sizes, the caption groups, and whether all is intact."""
     groups = [caption.group for caption in captions()]
-    size = sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
+    own, shared = (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for folder in (FLOW, MODEL)
+    )
     damaged = verify()
     return {
         "path": str(MODEL),
-        "megabytes": round(size / 1e6, 1),
+        "megabytes": round(shared / 1e6, 1),
+        "flow_path": str(FLOW if damaged else locate("demo-flow")),
+        "flow_megabytes": round(own / 1e6, 1),
         **{name: groups.count(name) for name in dict.fromkeys(groups)},
         "controls": len(controls()),
         "damaged": damaged,

@@ -31,8 +31,16 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory):
+    """Keeps what tests cache out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNMEMORIZE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def package_env(tmp_path_factory) -> dict[str, str]:
+def package_env(tmp_path_factory, cache_of_tests) -> dict[str, str]:
     """Environment in which other processes import the checkout as `unmemorize`.
 
     Also `python -m unmemorize`; an installed copy is shadowed.

@@ -26,7 +26,7 @@ NOT_COPIED = (".git", ".venv*", ".*_cache", ".cache", ".hypothesis", "__pycache_
               "dist", "*.egg-info", ".*.part")  # fmt: skip
 DATA = {
     "audit": ("common/templates", "*/*.schema.json"),
-    "demo": ("README.md", "images", "model"),
+    "demo": ("README.md", "flow", "images", "model"),
     "locales": ("*/*.json",),
     "shared": ("score/controls", "training/concept/templates.txt"),
 }

@@ -41,12 +41,10 @@ class Subject:
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
         self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
-        self.is_demo = model == demo.NAME
-        self.location = str(demo.MODEL) if self.is_demo else model
+        self.is_demo = model in demo.BUNDLED
+        self._model = model
         # The name is printed and kept; the folders above it are nobody's business.
-        self.name = (
-            "demo" if self.is_demo else (Path(model).name if Path(model).exists() else model)
-        )
+        self.name = Path(model).name if not self.is_demo and Path(model).exists() else model
 
     @classmethod
     def of(cls, settings: Any) -> "Subject":
@@ -56,6 +54,11 @@ class Subject:
             revision=settings.revision, resolution=settings.resolution,
             config=settings.model_config,
         )  # fmt: skip
+
+    @cached_property
+    def location(self) -> str:
+        """Folder, file or hub id, where the model is read from."""
+        return str(demo.locate(self._model)) if self.is_demo else self._model
 
     @cached_property
     def fingerprint(self) -> str:

@@ -38,7 +38,7 @@ class LoraAuditConfig:
     images: Path
     """The folder it was trained on."""
     model: str = demo.NAME
-    """Base model: diffusers folder, single-file .safetensors checkpoint, hub id, or `demo`."""
+    """Base model: diffusers folder, .safetensors checkpoint, hub id, `demo` or `demo-flow`."""
     revision: str | None = None
     """Of a hub id."""
     model_config: Path | None = None

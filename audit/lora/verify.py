@@ -54,7 +54,7 @@ def verify_report(
         lora: File that the report should be about; its name does not matter.
         images: Training folder; names matter, since trainers read repeats and captions by them.
         held_out: Folder of held-out images, where they lay apart.
-        model: Base model: `demo`, folder, file or hub id.
+        model: Base model: `demo`, `demo-flow`, folder, file or hub id.
         digest: Published by the report's author elsewhere.
 
     Raises:

@@ -59,7 +59,7 @@ class Known:
 
 def known_images(model: str, prompts: PromptSet, bars: Bars) -> Known | None:
     """Return the demo's training images, or those beside the user's captions."""
-    if model == demo.NAME:
+    if model in demo.BUNDLED:
         from ...demo.data import build_renderings
 
         captions = demo.captions()

@@ -14,7 +14,7 @@ class AuditConfig:
     """What to audit, how hard to look, and where to write."""
 
     model: str = demo.NAME
-    """Diffusers folder, single-file .safetensors checkpoint, hub id, or `demo`."""
+    """Diffusers folder, single-file .safetensors checkpoint, hub id, `demo` or `demo-flow`."""
     lora: Path | None = None
     revision: str | None = None
     """Of a hub id."""

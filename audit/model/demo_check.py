@@ -1,4 +1,4 @@
-"""See what the demo model memorized: ``python -m unmemorize.audit.model.demo_check``.
+"""See what a demo model memorized: ``python -m unmemorize.audit.model.demo_check``.
 
 Draws every caption from four seeds, compares each image with all training images and prints, per
 group, how many captions give one of them back.
@@ -13,10 +13,11 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from ...demo import MODEL, captions, controls, data, training_images
+from ...demo import BUNDLED, NAME, captions, controls, data, training_images
 from ...shared.score.rates import clopper_pearson
 from ..common.copies import TrainingImages, Verdict, judge
 from ..common.similarity import PIXELS, thumbnails
+from ..common.subject import Subject
 from .images import PROMPTS
 
 SEEDS = (0, 1, 2, 3)
@@ -85,7 +86,7 @@ def check(
     """Draw and judge captions; 30 DDIM steps at guidance 7.5.
 
     Args:
-        denoiser: A `PipelineDenoiser` of the demo model.
+        denoiser: A `PipelineDenoiser` of a demo model.
         chosen: Captions to draw.
         by: Made for this model, see `make_judge`.
         seeds: One image of each caption per seed.
@@ -116,14 +117,14 @@ def contact_sheet(results: Sequence[CaptionCheck], path: Path, columns: int = 4)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and write contact sheets."""
-    from ...shared.models.load import load_denoiser
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument(
+        "--model", default=NAME, help=f"{' or '.join(BUNDLED)}, or a diffusers folder like theirs"
+    )
     parser.add_argument("--limit", type=int, help="captions per group (default: all)")
     parser.add_argument("--sheets", type=Path, help="folder for one contact sheet per group")
     args = parser.parse_args(argv)
-    denoiser = load_denoiser(args.model)
+    denoiser = Subject(args.model).denoiser
     by = make_judge(denoiser)
     typer.echo(
         f"{'group':<10}{'captions':>9}{'reproduced':>12}{'95 % interval':>20}{'copies/image':>14}"

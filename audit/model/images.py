@@ -94,7 +94,7 @@ def draw_others(work: Work, drawn: Sequence[str]) -> tuple[list[tuple[str, str]]
     chosen = rest[:: max(1, len(rest) // missing)][:missing]
     audited = len(chosen)
     if audited < missing:
-        is_demo = work.config.model == demo.NAME
+        is_demo = work.config.model in demo.BUNDLED
         controls = work.inputs.controls or read_controls(work.config.controls, is_demo=is_demo)[1]
         taken = {*drawn, *chosen}
         chosen += [text for text in controls if text not in taken][: missing - audited]

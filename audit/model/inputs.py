@@ -37,7 +37,7 @@ def read_inputs(
         PromptError: A file is missing, of another kind, or holds no prompts.
         ValueError: No prompts were named for a model of the user's own.
     """
-    is_demo = config.model == demo.NAME
+    is_demo = config.model in demo.BUNDLED
     prompts = read_named(config.prompts, texts, is_demo=is_demo, groups=groups)
     known = {caption.text: caption.group for caption in demo.captions()} if is_demo else {}
     name, controls = "", ()
@@ -89,7 +89,7 @@ def read_controls(name: str, *, is_demo: bool) -> tuple[str, tuple[str, ...]]:
 
     Args:
         name: Of a bundled list, `demo`, or a file; empty for the demo's own or photographs.
-        is_demo: The model is the demo.
+        is_demo: The model is a bundled one.
     """
     name = name or (demo.NAME if is_demo else CONTROLS[0])
     if name == demo.NAME:

@@ -28,7 +28,7 @@ def render_mitigation(result: MitigationResult, folder: Path) -> str:
         "mitigation.html.j2",
         summary=result.summary,
         model=result.summary["model"],
-        demo=result.config.audit.model == demo.NAME,
+        demo=result.config.audit.model in demo.BUNDLED,
         headline=headline(result),
         cards=[_card(entry, result, embed) for entry in result.entries],
         methods=_methods(result),

@@ -54,7 +54,7 @@ def render_report(result: AuditResult, folder: Path) -> str:
         script="report.js",
         style=heatmap_css(),
         model=model,
-        demo=result.config.model == demo.NAME,
+        demo=result.config.model in demo.BUNDLED,
         version=summary["unmemorize"],
         headline=headline(rate, summary["chance_p_value"], near),
         near=near,

@@ -26,7 +26,10 @@ SEEDS = len(DetectionConfig.seeds)
 
 # Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
 Model = Annotated[
-    str, typer.Argument(help="Diffusers folder, .safetensors checkpoint, hub id, or `demo`.")
+    str,
+    typer.Argument(
+        help="Diffusers folder, .safetensors checkpoint, hub id, `demo` or `demo-flow`."
+    ),
 ]
 Prompts = Annotated[
     Optional[list[Path]],  # noqa: UP045
@@ -36,8 +39,8 @@ Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt
 Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
 Controls = Annotated[
     str,
-    typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for the "
-                      "demo model, else photographs."),
+    typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for "
+                      "`demo` and `demo-flow`, else photographs."),
 ]  # fmt: skip
 CalibrationFile = Annotated[
     Optional[Path], typer.Option("--calibration", help="Made by `unmemorize calibrate`.")  # noqa: UP045

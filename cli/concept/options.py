@@ -28,7 +28,7 @@ Captions = Annotated[
     typer.Option(
         "--captions",
         help="What must stay: the training captions, as a file or training folder; repeatable. "
-        "Default: ordinary photographs, and the demo's own for the demo model.",
+        "Default: ordinary photographs, and the demo's own for `demo` and `demo-flow`.",
     ),
 ]
 
@@ -63,7 +63,7 @@ def retained_captions(model: str, files: list[Path] | None) -> list[str]:
     """Return the texts that must stay: those of the files, else ordinary captions."""
     if files:
         return prompts_in(files)
-    if model == demo.NAME:
+    if model in demo.BUNDLED:
         return [caption.text for caption in demo.captions()]
     from ...shared.score.controls import CONTROLS, load_controls
 

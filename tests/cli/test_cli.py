@@ -313,7 +313,8 @@ def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch
 
     near = {"index": 2, "prompt": "a red fox", "overlap": 0.5, "cosine": 0.9}
     rows = [
-        {"prompt": text, "score": score, "magnitude": 1.0, "p_value": 0.01, "memorized": flag,
+        {"prompt": text, "score": score, "magnitude": 1.0, "collapse": None,
+         "p_value": 0.01, "memorized": flag,
          "near": of, "measure": "residual", "caveat": ""}
         for text, score, flag, of in (
             ("a cat", 1.0, False, None), ("a castle", 5.0, True, None),
@@ -331,6 +332,21 @@ def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch
     done = run("detect", "demo", "--prompt", "a cat", "--calibration", str(tmp_path / "c.json"),
                "--json")  # fmt: skip
     assert json.loads(done.stdout)["results"][3]["near"] == near
+
+
+def test_the_bundled_models_are_whole_and_taken_by_name():
+    done = run("demo", "--json")
+    state = json.loads(done.stdout)
+    assert (done.exit_code, state["damaged"]) == (0, [])
+    flow = Path(state["flow_path"])
+    assert flow == demo.locate("demo-flow")
+    prompt = demo.captions()[0].text
+    by_name, by_path = (
+        run("detect", model, "--prompt", prompt, "--seeds", "1", "--device", "cpu", "--json")
+        for model in ("demo-flow", str(flow))
+    )
+    assert by_name.exit_code == 0, by_name.stderr
+    assert json.loads(by_name.stdout)["results"] == json.loads(by_path.stdout)["results"]
 
 
 def test_doctor_says_what_is_there_and_what_to_type():

@@ -1,4 +1,4 @@
-"""The committed demo model: its form, its scores, and that it memorizes what it should."""
+"""The committed demo models: their form, their scores, and that they memorize what they should."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "demo_scores.json"  # by make_demo_scores.py
+GOLDEN = Path(__file__).parent.parent / "golden"  # by make_demo_scores.py
 
 
 @cache
@@ -64,9 +64,11 @@ def test_text_encoder_keeps_the_classic_key_names():
         assert all(key.startswith("text_model.") for key in file.keys())
 
 
-def test_scores_are_the_same_in_every_version_of_the_libraries():
-    golden = json.loads(GOLDEN.read_text("utf-8"))
-    found = detect(demo_denoiser(), list(golden), DetectionConfig())
+@pytest.mark.parametrize("name", demo.BUNDLED)
+def test_scores_are_the_same_in_every_version_of_the_libraries(name):
+    golden = json.loads((GOLDEN / f"{name.replace('-', '_')}_scores.json").read_text("utf-8"))
+    denoiser = load_denoiser(demo.locate(name), device="cpu", dtype=torch.float32)
+    found = detect(denoiser, list(golden), DetectionConfig())
     expected = torch.tensor(list(golden.values()), dtype=torch.float64)
     torch.testing.assert_close(found.scores, expected, rtol=2e-4, atol=0)
     assert expected.max() > 1.5 * expected.min()  # random weights would not pass

@@ -93,9 +93,7 @@ MODELS = {
     model.name: model
     for model in (
         BenchModel("demo", "demo", demo.MODEL, demo_captions, demo_images),
-        BenchModel(
-            "demo-flow", "demo-flow", demo.MODEL.parent / "flow", demo_captions, demo_images
-        ),
+        BenchModel("demo-flow", "demo-flow", demo.FLOW, demo_captions, demo_images),
         *map(made, RECIPES),
     )
 }
