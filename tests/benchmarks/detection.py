@@ -1,262 +1,141 @@
-"""Figures of detection, observer and audit on the demo model: ``make bench NAME=detection``.
+"""Detection on models with known truth: ``make bench NAME=detection``.
 
-Prints tables and writes bench.json. Times are ratios within this one run; 1.00 means equal.
+    ARGS="--models demo scenes"    some of the five; without, all that are made
+    ARGS="--only accuracy grid"    some of the parts
+
+*accuracy*: the shipped score, and what the text alone gives away. *grid*: all settings. *rivals*:
+other scores. *speed*, *memory*, *observer*, *audit*: what it costs; the audit of the demo's models.
+What the network predicts and what it draws is kept in --work, by the weights it comes from.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
-from tqdm.auto import tqdm
-from unmemorize import demo
-from unmemorize.demo import data
-from unmemorize.shared.models.load import load_denoiser, model_fingerprint
-from unmemorize.shared.sampling.observer import observe
-from unmemorize.shared.score.calibration import Calibration, settings_of
-from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.detection import Detection, detect
-from unmemorize.shared.score.sequential import detect_sequentially
+from figures import Figure, command_of, record
+from models import MODELS, BenchModel
+from scores.case import Case, magnitudes, residuals
+from scores.generations import reproduced
+from scores.grid import measure_grid
+from scores.ranking import Draw, flagged, ranked
+from scores.rivals import measure_rivals
+from scores.speed import measure_audit, measure_memory, measure_observer, measure_speed
+from torch import Tensor
+from unmemorize.shared.models.calibrate import calibrate
+from unmemorize.shared.score.control_basis import directions_for
+from unmemorize.shared.score.denoiser import Denoiser
+from unmemorize.shared.score.detection import detect
 
-REFERENCE_STEPS = 50
-TIMED_PROMPTS = 200
+ENCODED_AT_ONCE = 64
 
-
-def tpr_at(rate: float, truth: Sequence[bool], scores: Sequence[float]) -> float:
-    """Return the true-positive rate at the last threshold with at most `rate` false positives."""
-    fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
-    return float(tpr[fpr <= rate].max())
+Figures = dict[str, Figure]
 
 
-def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Return the median wall time of `work`."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def measure_accuracy(case: Case) -> Figures:
+    """Return the figures of the shipped score, and of the paper's magnitude beside it.
+
+    Both come from the product's own calibration and detection.
+    """
+    denoiser, groups, name = case.subject.denoiser, case.groups, case.model.name
+    calibration = calibrate(denoiser, groups.of(groups.controls), case.config)
+    come_back, found = reproduced(case), {}
+    for key, part in ((f"detection.{name}", calibration.judge),
+                      (f"rivals.detection.{name}.magnitude", calibration)):  # fmt: skip
+        scores = detect(denoiser, groups.texts, case.config, basis=part.basis).scores
+        draws = [Draw(scores, part.seed_scores.mean(1))]
+        grid = f"grid.{key.removeprefix('rivals.')}"
+        ranks = {key: groups.planted, f"{grid}.reproduced": come_back,
+                 f"{grid}.template": groups.template}  # fmt: skip
+        rates = {f"{key}.false_positive_rate": groups.negatives, f"{grid}.recall": groups.planted,
+                 f"{grid}.template.flagged": groups.template,
+                 f"{grid}.near.flagged": groups.near}  # fmt: skip
+        for start, positives in ranks.items():
+            if positives:
+                figures = ranked(draws, positives, groups.negatives)
+                found |= {f"{start}.{figure}": value for figure, value in figures.items()}
+        found |= {rate: flagged(draws, members) for rate, members in rates.items() if members}
+    return found | text_alone(case)
 
 
-def timed_captions() -> list[data.Caption]:
-    """Return 200 captions: all verbatim ones, the rest learnt and held out in equal parts."""
-    groups = {g: [c for c in demo.audited() if c.group == g] for g in data.GROUPS}
-    half = (TIMED_PROMPTS - len(groups["verbatim"])) // 2
-    return groups["verbatim"] + groups["learnt"][:half] + groups["held_out"][:half]
+def text_alone(case: Case) -> Figures:
+    """Return how well the text embedding tells planted captions, without any network.
+
+    What it separates the text encoder has learnt: figures of such a model say little of others.
+    """
+    groups, name = case.groups, case.model.name
+    rows = coordinates(embedded(case.subject.denoiser, groups.texts))[None]
+    count = directions_for(len(groups.controls))
+    by_method = {
+        "magnitude": magnitudes(rows, groups.controls),
+        "residual": residuals(rows, rows[:, groups.controls], count),
+    }
+    figures = {
+        method: ranked(draws, groups.planted, groups.negatives)
+        for method, draws in by_method.items()
+    }
+    largest = max(figures, key=lambda method: figures[method]["auc"].value)
+    print(f"{name}: of the text alone, its {largest} tells planted captions best")
+    return {f"detection.{name}.text_alone_auc": figures[largest]["auc"]} | {
+        f"grid.detection.{name}.text_alone.{method}.{part}": figure
+        for method, parts in figures.items() for part, figure in parts.items()
+    }  # fmt: skip
 
 
 @torch.inference_mode()
-def bare_forwards(denoiser, rows: int, batch: int) -> float:
-    """Return the seconds that `rows` rows take in the network alone, `batch` rows at a time."""
-    unet = denoiser.pipeline.unet
-    latents = torch.randn(batch, *denoiser.latent_shape)
-    embeddings = denoiser.encode(["a drawing"] * batch).embeddings
-    unet(latents, 981, embeddings)
-
-    def work() -> None:
-        for start in range(0, rows, batch):
-            count = min(batch, rows - start)
-            unet(latents[:count], 981, embeddings[:count])
-
-    return seconds(work)
-
-
-@torch.inference_mode()
-def both_rows(denoiser, prompts: Sequence[str], config: DetectionConfig) -> None:
-    """Score prompts one after another, computing the unconditional row again for each."""
-    sigma = denoiser.sigmas(config.schedule_steps)[0]
-    noise = denoiser.initial_noise(config.seeds, sigma)
-    for prompt in prompts:
-        cond, empty = denoiser.encode([prompt]), denoiser.unconditional()
-        rows = [0] * len(noise)
-        x0_uncond = denoiser.denoise(noise, sigma, empty[rows])
-        x0_cond = denoiser.denoise(noise, sigma, cond[rows])
-        (x0_uncond - x0_cond).flatten(1).norm(dim=1)
-
-
-def reference_protocol(denoiser, prompts: Sequence[str], config: DetectionConfig) -> torch.Tensor:
-    """Return [prompt seed step] |D| of full sampling: 50 steps, 4 images, guidance 7.5."""
-    traces = []
-    for prompt in tqdm(prompts, "reference protocol"):
-        generators = [torch.Generator().manual_seed(seed) for seed in config.seeds]
-        with observe(denoiser.pipeline) as record:
-            denoiser.pipeline(
-                prompt, num_inference_steps=REFERENCE_STEPS, guidance_scale=config.cond_scale,
-                num_images_per_prompt=len(config.seeds), generator=generators, output_type="latent",
-            )  # fmt: skip
-        traces.append(torch.as_tensor(record.runs[0].l2))
-    return torch.stack(traces)
-
-
-def measure_accuracy(denoiser, bench: dict) -> None:
-    """Print AUC and TPR at 1 % FPR of one step, by group and number of seeds."""
-    config = DetectionConfig()
-    captions = demo.audited()
-    found = detect(denoiser, [c.text for c in captions], config)
-    print("\nagainst learnt + held out, one step")
-    print(f"{'positives':<12}{'seeds':>6}{'AUC':>8}{'TPR@1%FPR':>11}")
-    for group in ("verbatim", "template"):
-        kept = [i for i, c in enumerate(captions) if c.group in (group, "learnt", "held_out")]
-        truth = [captions[i].group == group for i in kept]
-        for seeds in (1, 4):
-            scores = found.traces[kept, :seeds].mean((1, 2)).tolist()
-            auc, tpr = roc_auc_score(truth, scores), tpr_at(0.01, truth, scores)
-            print(f"{group:<12}{seeds:>6}{auc:>8.4f}{tpr:>11.3f}")
-            suffix = "" if seeds == 4 else "_one_seed"
-            prefix = "detection." if group == "verbatim" else "detection.template."
-            bench |= {f"{prefix}auc{suffix}": auc, f"{prefix}tpr_at_1pct_fpr{suffix}": tpr}
-
-
-def measure_speed(denoiser, bench: dict) -> None:
-    """Print the time of 200 prompts relative to bare forwards, both rows, and full sampling."""
-    config, captions = DetectionConfig(), timed_captions()
-    prompts, truth = [c.text for c in captions], [c.group == "verbatim" for c in captions]
-    detect(denoiser, prompts[:8], config)
-    rows = len(prompts) * len(config.seeds) + len(config.seeds)
-    found: list[Detection] = []
-    # Alternating, because the machine's speed drifts.
-    pairs = [
-        (
-            seconds(lambda: found.append(detect(denoiser, prompts, config))),
-            bare_forwards(denoiser, rows, 32),
-        )
-        for _ in range(3)
+def embedded(denoiser: Denoiser, texts: Sequence[str]) -> Tensor:
+    """Return embeddings of all tokens minus those of the empty prompt, [prompt number] float64."""
+    empty = denoiser.encode([""]).embeddings
+    parts = [
+        (denoiser.encode(texts[start : start + ENCODED_AT_ONCE]).embeddings - empty).flatten(1)
+        for start in range(0, len(texts), ENCODED_AT_ONCE)
     ]
-    ours = statistics.median(t for t, _ in pairs)
-    naive = seconds(lambda: both_rows(denoiser, prompts, config))
-    calibration = Calibration.from_controls(
-        detect(denoiser, demo.controls(), config), model=model_fingerprint(demo.MODEL),
-        settings=settings_of(denoiser, config), name="held-out captions",
-    )  # fmt: skip
-    sequential: list[Detection] = []
-    fast = seconds(
-        lambda: sequential.append(detect_sequentially(denoiser, prompts, config, calibration)), 3
-    )
-    traces: list[torch.Tensor] = []
-    reference = seconds(lambda: traces.append(reference_protocol(denoiser, prompts, config)))
-
-    def auc(scores: torch.Tensor) -> float:
-        return float(roc_auc_score(truth, scores.tolist()))
-
-    bench |= {
-        "detection.time_over_bare_forwards": statistics.median(t / b for t, b in pairs),
-        "detection.speedup_over_both_rows": naive / ours,
-        "detection.speedup_over_reference_protocol": reference / ours,
-        "detection.auc_200": auc(found[0].scores),
-        "detection.auc_reference_protocol": auc(traces[0].mean((1, 2))),
-        "detection.auc_five_steps": auc(traces[0][:, :, :5].mean((1, 2))),
-        "detection.auc_one_seed_all_steps": auc(traces[0][:, :1].mean((1, 2))),
-        "detection.tpr_reference_protocol": tpr_at(0.01, truth, traces[0].mean((1, 2)).tolist()),
-        "detection.tpr_five_steps": tpr_at(0.01, truth, traces[0][:, :, :5].mean((1, 2)).tolist()),
-        "detection.sequential_speedup": reference / fast,
-        "detection.sequential_auc": auc(sequential[0].scores),
-        "detection.sequential_seeds": sequential[0].seeds_drawn.double().mean().item(),
-    }
+    return torch.cat(parts).double()
 
 
-def measure_memory(bench: dict) -> None:
-    """Print the peak memory of scoring 1,000 prompts relative to 100."""
-    code = (
-        "import resource, sys\n"
-        "from unmemorize import demo\n"
-        "from unmemorize.shared.score.config import DetectionConfig\n"
-        "from unmemorize.shared.score.detection import detect\n"
-        "from unmemorize.shared.models.load import load_denoiser\n"
-        "texts = [f'{c.text} {i}' for i in range(4) for c in demo.audited()][:int(sys.argv[1])]\n"
-        "detect(load_denoiser(demo.MODEL), texts, DetectionConfig(seeds=(0, 1)))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-    )
-    peaks = [
-        int(subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(count)],
-                           check=True, capture_output=True, text=True).stdout.split()[-1])
-        for count in (100, 1000)
-    ]  # fmt: skip
-    bench |= {"detection.peak_memory_1000_over_100_prompts": peaks[1] / peaks[0],
-              "detection.peak_memory_mib_100": peaks[0] / 1024}  # fmt: skip
+def coordinates(rows: Tensor) -> Tensor:
+    """Return points [row row] that lie to each other and to zero as `rows` [row number] do.
+
+    All that norms and residuals depend on, of embeddings that are far longer than they are many.
+    """
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    return vectors * values.clamp(min=0).sqrt()
 
 
-def measure_observer(denoiser, bench: dict) -> None:
-    """Print what watching ordinary sampling costs, and whether the images stay the same."""
-    pipeline = denoiser.pipeline
-
-    def sample():
-        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-        return pipeline(
-            "a drawing", num_inference_steps=30, num_images_per_prompt=4, generator=generators,
-            output_type="latent",
-        ).images  # fmt: skip
-
-    sample()
-    times: dict[bool, list[float]] = {False: [], True: []}
-    images: list[torch.Tensor] = []
-    for repeat in range(24):
-        # Plain, watched, watched, plain: a drift of the machine's speed falls on both alike.
-        watched = repeat % 4 in (1, 2)
-        with observe(pipeline) if watched else nullcontext():
-            times[watched].append(seconds(lambda: images.append(sample())))
-    bench |= {
-        "observer.overhead": statistics.median(times[True]) / statistics.median(times[False]),
-        "observer.bit_identical": all(torch.equal(images[0], image) for image in images),
-    }
+def chosen_models(names: Sequence[str] | None) -> list[BenchModel]:
+    """Return the named models, or all five but those that are not made yet, which it prints."""
+    if names:
+        for name in names:
+            MODELS[name].require()
+        return [MODELS[name] for name in names]
+    for name in (absent := [n for n, model in MODELS.items() if not model.folder.is_dir()]):
+        print(f"{name} is not made yet and is left out: `make bench-models` makes it.")
+    return [model for name, model in MODELS.items() if name not in absent]
 
 
-def measure_audit(bench: dict) -> None:
-    """Print time and verdicts of `unmemorize audit` on the demo, from a warm environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "unmemorize", "audit", "--output", f"{folder}/report"],
-            check=False,
-        )
-        bench["audit.demo_seconds"] = time.perf_counter() - start
-        if done.returncode not in (0, 3):
-            raise RuntimeError(f"audit ended with {done.returncode}")
-        lines = Path(folder, "report", "results.jsonl").read_text("utf-8").splitlines()
-    flagged: dict[str, list[bool]] = {}
-    for entry in map(json.loads, lines):
-        flagged.setdefault(entry["group"], []).append(entry["memorized"])
-    clean = flagged["learnt"] + flagged["held_out"]
-    bench |= {
-        "audit.recall": statistics.mean(flagged["verbatim"]),
-        "audit.template_flagged": statistics.mean(flagged["template"]),
-        "audit.false_positive_rate": statistics.mean(clean),
-    }
+PARTS = {
+    "accuracy": measure_accuracy, "grid": measure_grid, "rivals": measure_rivals,
+    "speed": measure_speed, "memory": measure_memory, "observer": measure_observer,
+    "audit": measure_audit,
+}  # fmt: skip
+"""What is measured of each model; each returns figures by their keys."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the chosen parts, print the table and write bench.json."""
+    """Measure the chosen parts of the chosen models; each part's figures are written at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("accuracy", "speed", "memory", "observer", "audit")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--work", type=Path, default=Path("build/bench-detection"))
+    parser.add_argument("--output", type=Path, help="takes the figures, for a trial")
     args = parser.parse_args(argv)
-    bench: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
-    denoiser = load_denoiser(demo.MODEL)
-    denoiser.pipeline.set_progress_bar_config(disable=True)
-    for part, work in (
-        ("accuracy", lambda: measure_accuracy(denoiser, bench)),
-        ("speed", lambda: measure_speed(denoiser, bench)),
-        ("memory", lambda: measure_memory(bench)),
-        ("observer", lambda: measure_observer(denoiser, bench)),
-        ("audit", lambda: measure_audit(bench)),
-    ):
-        if part in args.only:
-            work()
-            args.output.write_text(json.dumps(bench, indent=1, sort_keys=True) + "\n")
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip
-    print("| figure | value |\n|---|---|")
-    for key, value in sorted(bench.items()):
-        print(f"| {key} | {value if isinstance(value, bool) else f'{value:.3f}'} |")
+    logging.getLogger("unmemorize").setLevel(logging.ERROR)  # prompts of other domains may be cut
+    for model in chosen_models(args.models):
+        case = Case.of(model, args.work)
+        for part in args.only:
+            if figures := PARTS[part](case):
+                record(figures, command_of("detection", argv), output=args.output)
 
 
 if __name__ == "__main__":

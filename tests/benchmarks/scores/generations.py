@@ -1,0 +1,58 @@
+"""Which planted captions really come back: drawn, kept on disk, and judged by the audit's rule."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+from unmemorize.audit.common.copies import OTHERS, TrainingImages, judge
+from unmemorize.audit.common.similarity import PIXELS
+from unmemorize.shared.files.images import read_image, save_png
+
+from .case import Case
+
+SEEDS = (0, 1)
+STEPS, COND_SCALE = 30, 7.5
+BATCH = 8
+
+
+def drawn(case: Case, texts: Sequence[str]) -> dict[tuple[str, int], Path]:
+    """Return the image of each caption and seed; what was drawn before is not drawn again."""
+    folder = case.folder / "images"
+    paths = {
+        (text, seed): folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{seed}.png"
+        for text in texts
+        for seed in SEEDS
+    }
+    missing = [pair for pair, path in paths.items() if not path.is_file()]
+    label = f"{case.model.name}: images"
+    for start in tqdm(range(0, len(missing), BATCH), label, disable=not missing):
+        part = missing[start : start + BATCH]
+        prompts, seeds = zip(*part, strict=True)
+        images = case.subject.denoiser.generate(prompts, seeds, STEPS, COND_SCALE)
+        for pair, image in zip(part, images, strict=True):
+            save_png(image, paths[pair])
+    return paths
+
+
+def reproduced(case: Case) -> list[int]:
+    """Return which planted captions give a copy of their own image, from one seed or from both.
+
+    The captions are each other's yardstick.
+    """
+    paths = drawn(case, case.groups.of(case.groups.planted))
+    images, captions = case.model.images(), case.model.captions()
+    training = TrainingImages(
+        PIXELS.rows([Image.fromarray(pixels) for pixels in images.pixels]),
+        [captions[i].text for i in images.caption_of],
+    )
+    rows = PIXELS.rows([read_image(path) for path in paths.values()])
+    verdicts = judge(rows, [text for text, _ in paths], training, PIXELS.bounds).verdicts
+    if any(verdict.copied is None for verdict in verdicts):
+        raise ValueError(
+            f"{case.model.name} has {len(case.groups.planted)} planted captions: too few to tell "
+            f"what a copy is, which needs {OTHERS} others."
+        )
+    copies = {text for (text, _), v in zip(paths, verdicts, strict=True) if v.copied and v.is_own}
+    return [i for i in case.groups.planted if case.groups.texts[i] in copies]
