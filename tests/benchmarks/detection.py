@@ -4,7 +4,7 @@
     ARGS="--only accuracy grid"    some of the parts
 
 *accuracy*: the shipped score, and what the text alone gives away. *grid*: all settings. *rivals*:
-other scores. *speed*, *memory*, *observer*, *audit*: what it costs; the audit of the demo's models.
+other scores. *speed*, *memory*, *observer*, *audit*: what it costs; the audit is that of the demo.
 What the network predicts and what it draws is kept in --work, by the weights it comes from.
 """
 
@@ -69,7 +69,7 @@ def text_alone(case: Case) -> Figures:
     count = directions_for(len(groups.controls))
     by_method = {
         "magnitude": magnitudes(rows, groups.controls),
-        "residual": residuals(rows, rows[:, groups.controls], count),
+        "residual": residuals(rows, rows[:, groups.controls], count, calibrate=False),
     }
     figures = {
         method: ranked(draws, groups.planted, groups.negatives)

@@ -42,8 +42,8 @@ class Case:
 
     @classmethod
     def of(cls, model: BenchModel, work: Path) -> "Case":
-        """Return a model in its usual dtype, with the shipped settings."""
-        return cls(model, Subject(model.model), groups_of(model), work)
+        """Return a model in float32 with the shipped settings."""
+        return cls(model, Subject(model.model, dtype="float32"), groups_of(model), work)
 
     @property
     def folder(self) -> Path:

@@ -102,9 +102,9 @@ def from_other_inputs(case: Case) -> Rivals:
     def dsm(denoiser: Denoiser, progress: Progress) -> Tensor:
         return in_batches(denoiser, texts, progress, step_change_of(denoiser, steps))
 
-    traces = case.kept("trajectory", texts, trajectory)
+    traces = case.kept(f"trajectory-{TRAJECTORY.steps}", texts, trajectory)
     return {
-        "sharpness": (3, [Draw(case.kept("sharpness", texts, sharpness))]),
+        "sharpness": (3, [Draw(case.kept(f"sharpness-{NUDGE}", texts, sharpness))]),
         "dsm": (2, [Draw(case.kept("dsm", texts, dsm))]),
         # The first unconditional prediction is the only one that all prompts share.
         "first_steps": (2 * FIRST_STEPS - 1, [Draw(traces[:, :FIRST_STEPS].mean(1))]),
