@@ -21,6 +21,9 @@ FOLDS = 10
 """Parts of the controls; each part is scored by the directions of the others."""
 CONTROLS_A_DIRECTION = 12
 MOST_DIRECTIONS = 32
+OUTLYING = 5.0
+"""Controls whose log residual lies more than so many median deviations above the median span no
+direction: one that is near a memorized prompt would hide it, since its D points the same way."""
 
 
 def directions_for(controls: int) -> int:
@@ -106,24 +109,25 @@ class ControlBasis:
 
 
 def held_out(
-    differences: Float[Tensor, " seed control element"], count: int
+    differences: Float[Tensor, " seed control element"], count: int, spanning: Tensor | None = None
 ) -> Iterator[tuple[Tensor, ControlBasis]]:
     """Yield the controls in `FOLDS` parts, each with a basis that the other parts made.
 
     Args:
         differences: D of every control at every starting noise.
         count: Directions.
+        spanning: Which controls may make a basis, bool [control]; None for all.
     """
     number = differences.shape[1]
     for fold in range(min(FOLDS, number)):
         held = torch.arange(fold, number, FOLDS)
-        kept = torch.ones(number, dtype=torch.bool)
+        kept = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
         kept[held] = False
         yield held, ControlBasis.fit(differences[:, kept], count, step=0)
 
 
 def cross_fitted(
-    differences: Float[Tensor, " seed control element"], count: int
+    differences: Float[Tensor, " seed control element"], count: int, spanning: Tensor | None = None
 ) -> Float[Tensor, " control seed"]:
     """Return each control's residual by a basis that it did not make, float64.
 
@@ -133,9 +137,21 @@ def cross_fitted(
     Args:
         differences: D of every control at every starting noise.
         count: Directions.
+        spanning: As for `held_out`.
     """
     scores = torch.zeros(differences.shape[1], len(differences), dtype=torch.float64)
-    for held, basis in held_out(differences, count):
+    for held, basis in held_out(differences, count, spanning):
         for seed, rows in enumerate(differences):
             scores[held, seed] = basis.residual(rows[held], [seed] * len(held)).double()
     return scores
+
+
+def ordinary(scores: Float[Tensor, " control seed"]) -> Tensor:
+    """Return which controls are ordinary enough to span directions, bool [control].
+
+    Args:
+        scores: Residuals from `cross_fitted`.
+    """
+    logs = scores.mean(1).log()
+    median = logs.median()
+    return logs <= median + OUTLYING * (logs - median).abs().median()

@@ -13,7 +13,12 @@ from unmemorize.shared.score.calibration import (
     settings_of,
 )
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import ControlBasis, cross_fitted, directions_for
+from unmemorize.shared.score.control_basis import (
+    ControlBasis,
+    cross_fitted,
+    directions_for,
+    ordinary,
+)
 from unmemorize.shared.score.detection import control_differences, detect
 
 CONFIG = DetectionConfig(seeds=(0, 1), schedule_steps=6)
@@ -153,6 +158,26 @@ def test_a_basis_of_another_calibration_is_refused(tmp_path):
     beside.unlink()
     with pytest.raises(CalibrationError, match="missing"):
         Calibration.load(tmp_path / "c.json")
+
+
+def test_a_control_near_a_memorized_prompt_does_not_hide_it():
+    """One control of 120 points the way of a memorized prompt, as a caption one word away does."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(4, 60, generator=generator)
+    controls = torch.randn(2, 120, 4, generator=generator) @ directions
+    controls += 0.1 * torch.randn(2, 120, 60, generator=generator)
+    image = 5 * torch.randn(60, generator=generator)
+    controls[:, 17] += image
+    hidden = ControlBasis.fit(controls, 10, STEP).residual(image[None], [0])
+    spanning = ordinary(cross_fitted(controls, 10))
+    assert spanning.logical_not().nonzero().flatten().tolist() == [17]
+    found = ControlBasis.fit(controls[:, spanning], 10, STEP).residual(image[None], [0])
+    assert found > 10 * hidden
+    scores = cross_fitted(controls, 10, spanning)
+    assert (
+        scores[17].min() > 10 * scores[torch.arange(120) != 17].max()
+    )  # it is scored all the same
+    assert ordinary(torch.ones(30, 2)).all()
 
 
 def test_files_from_before_there_were_residuals_are_read(tmp_path):
