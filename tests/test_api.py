@@ -24,12 +24,12 @@ def used(root):
     """The names that the README's Python leaves behind, run from top to bottom.
 
     Where it leaves the number of steps open, there are 8: what is looked at happens at the first.
-    Controls are as many as a false-positive rate of 1 % needs.
+    Controls are as many as a false-positive rate of 1 % needs, and none is near a planted prompt.
     """
     from diffusers import StableDiffusionPipeline
 
     names: dict = {"printed": io.StringIO()}
-    controls = demo.controls()[:99]
+    controls = demo.controls()[-99:]
     few = functools.partialmethod(StableDiffusionPipeline.__call__, num_inference_steps=8)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(names["printed"]):
         patch.setattr(StableDiffusionPipeline, "__call__", few)
