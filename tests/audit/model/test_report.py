@@ -238,7 +238,7 @@ def test_near_prompts_stand_under_their_member_with_the_words_that_differ(tmp_pa
         "<del>a</del> <ins>&lt;b&gt;a</ins> red <del>fox</del> <ins>hen&lt;/b&gt;</ins> "
         "on green grass" in cards[1]
     )
-    assert "prompt 0; 75\u00a0% of the words, cosine 0.88" in cards[1]
+    assert "beside prompt 0, above: 75\u00a0% of the words, cosine 0.88" in cards[1]
     assert page.count('data-flagged="1"') == 3  # it is still flagged
     assert page.count('<span class="tag">near a memorized one</span>') == 2  # card and table
     assert "<del>" not in cards[0]
