@@ -18,7 +18,7 @@ from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
 from .collapse import SecondStage
 from .config import DetectionConfig
-from .control_basis import ControlBasis, cross_fitted, directions_for, ordinary
+from .control_basis import ControlBasis, directions_for, fit_controls
 from .denoiser import Denoiser
 from .detection import Detection
 from .families import cosine_limit
@@ -141,13 +141,13 @@ class Calibration:
             settings: From `settings_of`, with the step that the network was told.
         """
         count = directions_for(differences.shape[1])
-        spanning = ordinary(cross_fitted(differences, count))
+        basis, scores = fit_controls(differences, count, settings["told"])
         residual = replace(
             self,
             settings=settings,
-            basis=ControlBasis.fit(differences[:, spanning], count, settings["told"]),
+            basis=basis,
             family_cosine=cosine_limit(differences[0], count),
-            **_supported(cross_fitted(differences, count, spanning), self.false_positive_rate),
+            **_supported(scores, self.false_positive_rate),
         )
         return replace(self, residual=residual)
 

@@ -155,3 +155,18 @@ def ordinary(scores: Float[Tensor, " control seed"]) -> Tensor:
     logs = scores.mean(1).log()
     median = logs.median()
     return logs <= median + OUTLYING * (logs - median).abs().median()
+
+
+def fit_controls(
+    differences: Float[Tensor, " seed control element"], count: int, step: int
+) -> tuple[ControlBasis, Float[Tensor, " control seed"]]:
+    """Return the basis that the ordinary controls span, and all controls' cross-fitted scores.
+
+    Args:
+        differences: D of every control at every starting noise.
+        count: Directions.
+        step: Where the differences were measured.
+    """
+    spanning = ordinary(cross_fitted(differences, count))
+    scores = cross_fitted(differences, count, spanning)
+    return ControlBasis.fit(differences[:, spanning], count, step), scores

@@ -3,8 +3,9 @@
     ARGS="--models demo scenes"    some of the five; without, all that are made
     ARGS="--only accuracy grid"    some of the parts
 
-*accuracy*: the shipped score, and what the text alone gives away. *grid*: all settings. *rivals*:
-other scores. *speed*, *memory*, *observer*, *audit*: what it costs; the audit is that of the demo.
+*accuracy*: the shipped score, and what the text alone gives away. *two_stage*: with the collapse of
+the suspicious. *near*: captions near a memorized one. *grid*: all settings. *rivals*: other scores.
+*speed*, *memory*, *observer*, *audit*: what it costs; the audit is that of the demo.
 What the network predicts and what it draws is kept in --work, by the weights it comes from.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from families import measure_families
 from figures import Figure, command_of, record
 from models import MODELS, BenchModel
 from scores.case import Case, magnitudes, residuals
@@ -22,8 +24,8 @@ from scores.grid import measure_grid
 from scores.ranking import Draw, flagged, ranked
 from scores.rivals import measure_rivals
 from scores.speed import measure_audit, measure_memory, measure_observer, measure_speed
+from scores.stages import measure_two_stage
 from torch import Tensor
-from unmemorize.shared.models.calibrate import calibrate
 from unmemorize.shared.score.control_basis import directions_for
 from unmemorize.shared.score.denoiser import Denoiser
 from unmemorize.shared.score.detection import detect
@@ -39,10 +41,9 @@ def measure_accuracy(case: Case) -> Figures:
     Both come from the product's own calibration and detection.
     """
     denoiser, groups, name = case.subject.denoiser, case.groups, case.model.name
-    calibration = calibrate(denoiser, groups.of(groups.controls), case.config)
     come_back, found = reproduced(case), {}
-    for key, part in ((f"detection.{name}", calibration.judge),
-                      (f"rivals.detection.{name}.magnitude", calibration)):  # fmt: skip
+    for key, part in ((f"detection.{name}", case.calibration.judge),
+                      (f"rivals.detection.{name}.magnitude", case.calibration)):  # fmt: skip
         scores = detect(denoiser, groups.texts, case.config, basis=part.basis).scores
         draws = [Draw(scores, part.seed_scores.mean(1))]
         grid = f"grid.{key.removeprefix('rivals.')}"
@@ -59,6 +60,18 @@ def measure_accuracy(case: Case) -> Figures:
     return found | text_alone(case)
 
 
+def measure_near(case: Case) -> Figures:
+    """Return the figures of captions near a memorized one, by their keys."""
+    own = {*case.groups.controls}
+    captions = [c for i, c in enumerate(case.model.captions()) if i not in own]
+    found = measure_families(case.subject.denoiser, case.calibration, captions)
+    start = f"detection.{case.model.name}."
+    return {
+        f"{start if name == 'family_recall' else f'grid.{start}'}{name}": figure
+        for name, figure in found.items()
+    }
+
+
 def text_alone(case: Case) -> Figures:
     """Return how well the text embedding tells planted captions, without any network.
 
@@ -69,7 +82,7 @@ def text_alone(case: Case) -> Figures:
     count = directions_for(len(groups.controls))
     by_method = {
         "magnitude": magnitudes(rows, groups.controls),
-        "residual": residuals(rows, rows[:, groups.controls], count, calibrate=False),
+        "residual": residuals(rows, rows[:, groups.controls], count),
     }
     figures = {
         method: ranked(draws, groups.planted, groups.negatives)
@@ -115,9 +128,9 @@ def chosen_models(names: Sequence[str] | None) -> list[BenchModel]:
 
 
 PARTS = {
-    "accuracy": measure_accuracy, "grid": measure_grid, "rivals": measure_rivals,
-    "speed": measure_speed, "memory": measure_memory, "observer": measure_observer,
-    "audit": measure_audit,
+    "accuracy": measure_accuracy, "two_stage": measure_two_stage, "near": measure_near,
+    "grid": measure_grid, "rivals": measure_rivals, "speed": measure_speed,
+    "memory": measure_memory, "observer": measure_observer, "audit": measure_audit,
 }  # fmt: skip
 """What is measured of each model; each returns figures by their keys."""
 

@@ -12,7 +12,7 @@ from detection import chosen_models, coordinates, text_alone
 from models import MODELS
 from models.recipes import RECIPES
 from models.truth import sort
-from scores import grid, rivals
+from scores import grid, rivals, stages
 from scores.case import Case, magnitudes, over_seeds, residuals
 from scores.groups import Groups, foreign_controls, groups_of
 from scores.ranking import BOOTSTRAPS, Draw, _picks, flagged, ranked, tpr_at
@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from toy import ToyDenoiser, prompts
 from unmemorize import demo
 from unmemorize.shared.score.calibration import Calibration, settings_of
+from unmemorize.shared.score.collapse import collapse
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.control_basis import directions_for
 from unmemorize.shared.score.denoiser import Conditioning
@@ -184,14 +185,18 @@ def test_the_median_lies_between_order_statistics_of_95_percent():
         median_of([1.0] * 5)
 
 
-def test_a_record_gives_what_detection_and_calibration_give(case):
-    toy, groups = case.subject.denoiser, case.groups
-    controls = groups.of(groups.controls)
-    calibration = Calibration.from_controls(
+@pytest.fixture(scope="module")
+def calibration(case) -> Calibration:
+    toy, controls = case.subject.denoiser, case.groups.of(case.groups.controls)
+    return Calibration.from_controls(
         detect(toy, controls, CONFIG), model="toy", settings=settings_of(toy, CONFIG), name="toy"
     ).with_residual(
         control_differences(toy, controls, CONFIG, case.told), settings_of(toy, CONFIG, case.told)
     )
+
+
+def test_a_record_gives_what_detection_and_calibration_give(case, calibration):
+    toy, groups = case.subject.denoiser, case.groups
     first, told = case.differences(0), case.differences(case.told)
     count = directions_for(CONTROLS)
     by_method = (
@@ -224,6 +229,35 @@ def test_what_was_computed_is_read_and_other_captions_are_not(case):
             other.differences(case.told)
     with pytest.raises(LookupError):
         again.differences(case.told + 1)
+
+
+def test_the_pair_of_stages_flags_what_the_calibration_flags(case, calibration):
+    case.__dict__["calibration"] = calibration  # `calibrate` takes a pipeline, not a toy
+    toy, groups = case.subject.denoiser, case.groups
+    found = stages.measure_two_stage(case)
+
+    def sampled(texts, scores):
+        chosen = {*calibration.judge.suspicious(scores)}
+        return [collapse(toy, text) if i in chosen else math.nan for i, text in enumerate(texts)]
+
+    own = calibration.judge.seed_scores.mean(1)
+    of_controls = enumerate(sampled(groups.of(groups.controls), own))
+    both = calibration.with_second({i: c for i, c in of_controls if not math.isnan(c)}).judge
+    for name, members in (("false_positive_rate", groups.negatives), ("recall", groups.planted)):
+        scores = detect(toy, groups.of(members), CONFIG, basis=both.basis).scores
+        flags = both.flags(scores, sampled(groups.of(members), scores))
+        assert found[f"detection_two_stage.toy.{name}"].value == flags.double().mean().item()
+    tried = groups.of([*groups.planted, *groups.negatives])
+    scores = detect(toy, tried, CONFIG, basis=both.basis).scores
+    rows = 2 + stages.FORWARDS * len(both.suspicious(scores)) / len(tried)
+    assert found["detection_two_stage.toy.forwards"].value == pytest.approx(rows)
+
+
+def test_ranks_put_the_sampled_above_all_others(calibration):
+    both = calibration.with_second({i: 0.1 * (i + 1) for i in range(20)}).judge
+    scores = torch.tensor([3.0, 1.0, 2.0, 1.0], dtype=torch.float64)
+    collapses = torch.tensor([math.nan, 0.5, math.nan, 0.7], dtype=torch.float64)
+    assert stages.ranks(both, scores, collapses).argsort().tolist() == [2, 0, 1, 3]
 
 
 def test_the_grid_holds_the_shipped_setting(case, monkeypatch):

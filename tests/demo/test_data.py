@@ -40,7 +40,11 @@ def test_controls_are_held_out_or_learnt_and_not_audited():
     assert set(groups) == {"held_out", "learnt"}
     assert groups["held_out"] >= 99  # what a 1 % false-positive rate needs
     assert not controls & {c.text for c in audited}
-    assert all(sum(c.group == group for c in audited) >= 100 for group in groups)
+    others = Counter(c.group for c in audited)
+    assert all(others[group] >= 100 for group in groups)
+    # Of one mix: as many of both on either side, but for the captions near a repeated one.
+    assert groups["learnt"] == others["learnt"]
+    assert 0 <= others["held_out"] - groups["held_out"] < 20
 
 
 def test_only_what_a_group_repeats_is_repeated():

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from unmemorize.audit.common.subject import Subject
 from unmemorize.shared.files.storage import replace_atomically
+from unmemorize.shared.models.calibrate import calibrate
+from unmemorize.shared.score.calibration import Calibration
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import ControlBasis, cross_fitted, told_step
+from unmemorize.shared.score.control_basis import fit_controls, told_step
 from unmemorize.shared.score.denoiser import Denoiser
 from unmemorize.shared.score.detection import Progress, control_differences
 
@@ -44,6 +47,11 @@ class Case:
     def of(cls, model: BenchModel, work: Path) -> "Case":
         """Return a model in float32 with the shipped settings."""
         return cls(model, Subject(model.model, dtype="float32"), groups_of(model), work)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Return the product's own calibration from the controls."""
+        return calibrate(self.subject.denoiser, self.groups.of(self.groups.controls), self.config)
 
     @property
     def folder(self) -> Path:
@@ -106,25 +114,21 @@ def magnitudes(differences: Tensor, controls: Sequence[int]) -> list[Draw]:
     return [Draw(seed, seed[list(controls)]) for seed in norms]
 
 
-def residuals(
-    differences: Tensor, controls: Tensor, count: int, *, calibrate: bool = True
-) -> list[Draw]:
+def residuals(differences: Tensor, controls: Tensor, count: int) -> list[Draw]:
     """Return the residual outside the controls per seed, as detection and calibration have it.
 
     Args:
         differences: Of captions, [seed caption element].
         controls: D of the controls, [seed control element].
         count: Directions.
-        calibrate: Score the controls too, each by directions of others, at ten times the cost.
     """
-    basis = ControlBasis.fit(controls, count, step=0)
-    fitted = cross_fitted(controls, count).T if calibrate else [None] * len(controls)
+    basis, fitted = fit_controls(controls, count, step=0)
     return [
         Draw(
             torch.cat([basis.residual(part, [seed] * len(part)) for part in rows.split(ROWS)]),
             own,
         )
-        for seed, (rows, own) in enumerate(zip(differences, fitted, strict=True))
+        for seed, (rows, own) in enumerate(zip(differences, fitted.T, strict=True))
     ]  # fmt: skip
 
 

@@ -89,10 +89,7 @@ def by_controls(own: Tensor, controls: Tensor, groups: Groups, start: str) -> Fi
         counts |= {f"directions_{count}": count for count in usable(number)}
         for name, count in counts.items():
             draws = [
-                over_seeds(
-                    residuals(own, controls[:, some], count, calibrate=name == "shipped"), len(own)
-                )[0]
-                for some in sets
+                over_seeds(residuals(own, controls[:, some], count), len(own))[0] for some in sets
             ]
             found |= evaluated(draws, groups, f"{start}_{number}.{name}")
     print_table(start.rsplit(".", 1)[1], numbers, columns, f"{start}_{{}}.{{}}", found)

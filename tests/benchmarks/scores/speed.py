@@ -15,7 +15,6 @@ from figures import Figure, mean_of, plain, share_of
 from scipy.stats import binom
 from unmemorize import demo
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.models.calibrate import calibrate
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
@@ -55,7 +54,7 @@ def measure_speed(case: Case) -> Figures:
     All planted captions are among them, so the sequential mode has more to do than usual.
     """
     denoiser, config, groups = case.subject.denoiser, case.config, case.groups
-    judge = calibrate(denoiser, groups.of(groups.controls), config).judge
+    judge = case.calibration.judge
     apart = max(1, len(groups.negatives) // (PROMPTS - len(groups.planted)))
     texts = groups.of([*groups.planted, *groups.negatives[::apart]])[:PROMPTS]
 

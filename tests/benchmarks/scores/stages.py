@@ -1,0 +1,84 @@
+"""Score and collapse together: what the second stage finds, and what it is spent on."""
+
+from collections.abc import Sequence
+
+import torch
+from figures import Figure, plain
+from torch import Tensor
+from unmemorize.shared.score.calibration import Calibration
+from unmemorize.shared.score.collapse import SEEDS, STEPS, collapse
+from unmemorize.shared.score.denoiser import Denoiser
+from unmemorize.shared.score.detection import Progress, detect
+
+from .case import Case
+from .ranking import Draw, flagged, ranked
+
+FORWARDS = len(SEEDS) * STEPS * 2
+"""Rows that sampling one prompt costs, with and without the prompt."""
+BELOW = 1e6
+"""What prompts that are not sampled rank lower by: more than any evidence."""
+
+
+def measure_two_stage(case: Case) -> dict[str, Figure]:
+    """Return the figures of the shipped score with its second stage, and what they cost.
+
+    `suspicious`: share of negatives that are sampled. `forwards`: rows a caption on average over
+    all but the controls, at all seeds of the first stage. `collapse_alone`: how well the second
+    measure alone tells the sampled ones apart.
+    """
+    groups, key = case.groups, f"detection_two_stage.{case.model.name}"
+    judge = case.calibration.judge
+    scores = detect(case.subject.denoiser, groups.texts, case.config, basis=judge.basis).scores
+    chosen = judge.suspicious(scores)
+    collapses = torch.full_like(scores, torch.nan)
+    collapses[chosen] = collapses_of(case, chosen)
+    # The controls are scored by directions of others, so other ones may be suspicious.
+    own, sampled = judge.seed_scores.mean(1), judge.suspicious(judge.seed_scores.mean(1))
+    measured = collapses_of(case, [groups.controls[i] for i in sampled])
+    both = case.calibration.with_second(dict(zip(sampled, measured.tolist(), strict=True))).judge
+    of_controls = torch.full_like(own, torch.nan)
+    of_controls[sampled] = measured
+    draw = Draw(ranks(both, scores, collapses), ranks(both, own, of_controls))
+    tried = [*groups.planted, *groups.negatives, *groups.near, *groups.template]
+    share = (~collapses[tried].isnan()).double().mean().item()
+    found = {
+        f"{key}.{name}": figure
+        for name, figure in ranked([draw], groups.planted, groups.negatives).items()
+    }
+    found |= {
+        f"{key}.false_positive_rate": flagged([draw], groups.negatives),
+        f"{key}.recall": flagged([draw], groups.planted),
+        f"{key}.forwards": plain(len(case.config.seeds) + share * FORWARDS, len(tried)),
+        f"grid.{key}.suspicious": plain(
+            (~collapses[groups.negatives].isnan()).double().mean().item(), len(groups.negatives)
+        ),
+        f"grid.{key}.planted_suspicious": plain(
+            (~collapses[groups.planted].isnan()).double().mean().item(), len(groups.planted)
+        ),
+    }  # fmt: skip
+    planted, others = ([i for i in of if i in {*chosen}]
+                       for of in (groups.planted, groups.negatives))  # fmt: skip
+    if planted and others:
+        alone = ranked([Draw(collapses)], planted, others)
+        found |= {f"grid.{key}.collapse_alone.{name}": figure for name, figure in alone.items()}
+    return found
+
+
+def ranks(judge: Calibration, scores: Tensor, collapses: Tensor) -> Tensor:
+    """Return one number a prompt, by which the pair of stages ranks them."""
+    evidence = judge.require_second().evidence(scores, collapses)
+    return torch.where(evidence.isnan(), scores - BELOW, evidence)
+
+
+def collapses_of(case: Case, captions: Sequence[int]) -> Tensor:
+    """Return the collapses [caption] of captions by index, float64."""
+    texts = case.groups.of(list(captions))
+
+    def compute(denoiser: Denoiser, progress: Progress) -> Tensor:
+        values = []
+        for text in texts:
+            values.append(collapse(denoiser, text))
+            progress(1)
+        return torch.tensor(values, dtype=torch.float64)
+
+    return case.kept(f"collapse-{len(SEEDS)}-{STEPS}", texts, compute)
