@@ -202,7 +202,7 @@ def _audit_model(options: AuditOptions) -> int:
     else:
         print_table(*_flagged(result))
         typer.echo(audit_verdict(result))
-    return FOUND if result.flagged else NOTHING_FOUND
+    return FOUND if result.found else NOTHING_FOUND
 
 
 def _audit_lora(options: AuditOptions) -> int:
@@ -256,6 +256,9 @@ def audit_verdict(result: "AuditResult") -> str:
             f"{near['hits']} of them {'is' if near['hits'] == 1 else 'are'} near a memorized one "
             f"({near['rate']:.1%} of all, 95 % interval {near['low']:.1%} to {near['high']:.1%})."
         )
+    if copied := summary["counts"]["copied"]:
+        came = "prompt came" if copied == 1 else "prompts came"
+        lines.append(f"{copied} {came} back as a copy of a training image: look at the report.")
     lines += [
         f"{name}: {group['hits']} of {group['n']}{near_ones(group['near'], group['hits'])}"
         for name, group in summary["groups"].items()

@@ -56,7 +56,7 @@ def render_report(result: AuditResult, folder: Path) -> str:
         model=model,
         demo=result.config.model in demo.BUNDLED,
         version=summary["unmemorize"],
-        headline=headline(rate, summary["chance_p_value"], near),
+        headline=headline(rate, summary["chance_p_value"], near, summary["counts"]["copied"]),
         near=near,
         near_rate=summary["near_rate"],
         near_clause=near_ones(near, rate["hits"]),
@@ -234,15 +234,18 @@ def _generated_tile(image: GeneratedImage, embed: Embedder) -> dict[str, Any]:
             "alt": f"Image made by the model from this prompt, seed {image.seed}"}  # fmt: skip
 
 
-def headline(rate: dict[str, Any], chance_p_value: float, near: int = 0) -> str:
+def headline(rate: dict[str, Any], chance_p_value: float, near: int = 0, copied: int = 0) -> str:
     """Return the finding in plain words; it never calls anything safe.
 
     Args:
         rate: `flagged_rate` of summary.json.
         chance_p_value: Probability of so many flags if no prompt were memorized.
         near: How many of the flagged are near another flagged one.
+        copied: How many prompts, flagged or not, gave a copy of a training image.
     """
     hits, prompts = rate["hits"], counted(rate["n"], "prompt", "prompts")
+    if copied and (hits == 0 or chance_p_value > CHANCE):
+        return f"{copied} of {prompts} came back as a copy of a training image"
     if hits == 0:
         return f"None of {prompts} scored above the threshold"
     if chance_p_value > CHANCE:
@@ -255,6 +258,8 @@ def lead(result: AuditResult) -> list[str]:
     """Return the sentences under the headline."""
     summary, rate = result.summary, result.summary["flagged_rate"]
     expected = _about(summary["expected_by_chance"])
+    if summary["counts"]["copied"] and rate["hits"] == 0:
+        return ["No prompt scored above the threshold, but images show it. Look at them below."]
     if rate["hits"] == 0:
         return [
             "That is no proof that the model has memorized nothing: only "
@@ -264,7 +269,7 @@ def lead(result: AuditResult) -> list[str]:
     if summary["chance_p_value"] > CHANCE:
         lines = [
             f"Ordinary prompts do that too: {expected} of {rate['n']} would be flagged if none "
-            "were memorized. The count alone is no sign of memorization; look at the images."
+            "were memorized. The count alone is no sign of memorization; the images decide."
         ]
     else:
         ordinary = percent(1 - summary["calibration"]["false_positive_rate"])

@@ -170,6 +170,11 @@ class AuditEntry:
     map: str | None
     """Score-difference map over the first image, relative path."""
 
+    @property
+    def copied(self) -> bool:
+        """Return whether an image drawn for the prompt is a copy of a training image."""
+        return any(image.nearest is not None and image.nearest.copied for image in self.images)
+
     def to_json(self) -> str:
         """Return the line of results.jsonl."""
         return dumps({"schema_version": SCHEMA_VERSION, **asdict(self)})
@@ -187,6 +192,11 @@ class AuditResult:
     summary: dict[str, Any]
     """As written to summary.json."""
     folder: Path
+
+    @property
+    def found(self) -> bool:
+        """Return whether a prompt is above the threshold, or an image of one is a copy."""
+        return self.summary["verdict"] == "found"
 
     @property
     def flagged(self) -> list[AuditEntry]:
@@ -233,11 +243,12 @@ def summarize(
 
     flagged = [entry for entry in entries if entry.memorized]
     near = sum(entry.near is not None for entry in entries)
+    copied = sum(entry.copied for entry in entries)
     chance = calibration.false_positive_rate
     return {
         "schema_version": SCHEMA_VERSION,
         "unmemorize": versions()["unmemorize"],
-        "verdict": "found" if flagged else "nothing_found",
+        "verdict": "found" if flagged or copied else "nothing_found",
         "counts": {
             "prompts": len(entries),
             "prompts_read": inputs.prompts.read,
@@ -246,6 +257,7 @@ def summarize(
             "cut": sum(bool(entry.cut) for entry in entries),
             "flagged": len(flagged),
             "near": near,
+            "copied": copied,
             "controls": len(calibration.control_scores),
             "explained": sum(entry.explanation is not None for entry in entries),
             "images": sum(len(entry.images) for entry in entries),

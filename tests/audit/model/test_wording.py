@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 import pytest
-from fake_result import make_result
+from fake_result import make_result, make_summary
 from unmemorize.audit.common import wording
 from unmemorize.audit.model import report
 from unmemorize.audit.model.inputs import Inputs
@@ -14,8 +14,8 @@ from unmemorize.shared.files.prompts import Prompt, PromptSet, clean
 
 
 def test_headline_follows_the_counts_and_chance():
-    def headline(hits: int, chance: float = 1e-9, near: int = 0) -> str:
-        return report.headline({"hits": hits, "n": 40}, chance, near)
+    def headline(hits: int, chance: float = 1e-9, near: int = 0, copied: int = 0) -> str:
+        return report.headline({"hits": hits, "n": 40}, chance, near, copied)
 
     assert headline(0, 1.0) == "None of 40 prompts scored above the threshold"
     assert headline(1) == "1 of 40 prompts looks memorized"
@@ -23,6 +23,11 @@ def test_headline_follows_the_counts_and_chance():
     assert headline(6, near=1) == "5 of 40 prompts look memorized, 1 more is near a memorized one"
     assert headline(3, near=2) == "1 of 40 prompts looks memorized, 2 more are near a memorized one"
     assert headline(1, 0.33).endswith("scored above the threshold, as chance alone might bring")
+    for hits, chance in ((0, 1.0), (1, 0.33)):  # a copy outweighs any count
+        assert headline(hits, chance, copied=1) == (
+            "1 of 40 prompts came back as a copy of a training image"
+        )
+    assert headline(6, copied=5) == headline(6)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,21 @@ def test_numbers():
 def test_one_prompt_is_said_in_the_singular():
     assert report.headline({"hits": 0, "n": 1}, 1.0).startswith("None of 1 prompt scored")
     assert report.headline({"hits": 1, "n": 1}, 0.0) == "1 of 1 prompt looks memorized"
+
+
+def test_a_copy_is_a_finding_whatever_the_prompts_score(tmp_path):
+    clean = make_result(tmp_path, hits=0)
+    drawn = next(entry for entry in clean.entries if entry.images)
+    first = drawn.images[0]
+    copy = dataclasses.replace(first, nearest=dataclasses.replace(first.nearest, copied=True))
+    entries = [dataclasses.replace(e, images=(copy,)) if e is drawn else e for e in clean.entries]
+    summary = make_summary(clean.config, clean.model, clean.calibration, entries, "")
+    copied = dataclasses.replace(clean, entries=tuple(entries), summary=summary)
+    assert copied.found
+    assert not clean.found
+    assert "1 prompt came back as a copy" in audit_verdict(copied)
+    assert report.lead(copied) != report.lead(clean)
+    assert "1 of 40 prompts came back as a copy" in report.render_report(copied, tmp_path)
 
 
 def told(tmp_path, prompts: int, flagged: int, copies: tuple[int, int]) -> str:
