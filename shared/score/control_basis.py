@@ -19,7 +19,7 @@ TOLD = 0.28
 timestep 701 of 1000, nearer to a decision about the image than the first."""
 FOLDS = 10
 """Parts of the controls; each part is scored by the directions of the others."""
-CONTROLS_A_DIRECTION = 12
+CONTROLS_A_DIRECTION = 6
 MOST_DIRECTIONS = 32
 OUTLYING = 5.0
 """Controls whose log residual lies more than so many median deviations above the median span no
@@ -108,19 +108,32 @@ class ControlBasis:
         return torch.linalg.vector_norm(self.outside(differences, seeds), dim=1)
 
 
+def folds(number: int) -> tuple[Tensor, ...]:
+    """Return the indices of so many controls in `FOLDS` runs of the list.
+
+    Lists keep related prompts together ("hotel on orange dots", "hotel on green dots"). A control
+    that was scored by directions that its neighbour made would score lower than a prompt that has
+    no neighbour among the controls: thresholds for 1 % then flagged 4 % on one model.
+    """
+    return torch.arange(number).tensor_split(min(FOLDS, number))
+
+
 def held_out(
-    differences: Float[Tensor, " seed control element"], count: int, spanning: Tensor | None = None
+    differences: Float[Tensor, " seed control element"],
+    count: int,
+    parts: Sequence[Tensor],
+    spanning: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, ControlBasis]]:
-    """Yield the controls in `FOLDS` parts, each with a basis that the other parts made.
+    """Yield parts of the controls, each with a basis that the others made.
 
     Args:
         differences: D of every control at every starting noise.
         count: Directions.
+        parts: Indices of controls.
         spanning: Which controls may make a basis, bool [control]; None for all.
     """
-    number = differences.shape[1]
-    for fold in range(min(FOLDS, number)):
-        held = torch.arange(fold, number, FOLDS)
+    for held in parts:
+        number = differences.shape[1]
         kept = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
         kept[held] = False
         yield held, ControlBasis.fit(differences[:, kept], count, step=0)
@@ -140,7 +153,7 @@ def cross_fitted(
         spanning: As for `held_out`.
     """
     scores = torch.zeros(differences.shape[1], len(differences), dtype=torch.float64)
-    for held, basis in held_out(differences, count, spanning):
+    for held, basis in held_out(differences, count, folds(differences.shape[1]), spanning):
         for seed, rows in enumerate(differences):
             scores[held, seed] = basis.residual(rows[held], [seed] * len(held)).double()
     return scores

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..arrays import Float, Tensor
-from .control_basis import ControlBasis, held_out
+from .control_basis import FOLDS, ControlBasis, held_out
 from .rates import controls_needed, upper_bound
 
 HALF = 0.5
@@ -60,6 +60,7 @@ def cosine_limit(differences: Float[Tensor, " control element"], count: int) -> 
 
     Controls are paired within their fold, where neither has made the basis that both are seen in:
     in a basis that one of them spans, its residual is too small and turned away from the others.
+    Folds are spread over the list: neighbours in it may well be related.
 
     Args:
         differences: D of every control at one starting noise.
@@ -69,7 +70,8 @@ def cosine_limit(differences: Float[Tensor, " control element"], count: int) -> 
         An order statistic of the pairs' cosines; None with fewer controls than `CONTROLS`.
     """
     cosines = []
-    for held, basis in held_out(differences[None], count):
+    spread = [torch.arange(fold, len(differences), FOLDS) for fold in range(FOLDS)]
+    for held, basis in held_out(differences[None], count, spread):
         unit = normalize(basis.outside(differences[held], [0] * len(held)).double(), dim=1)
         first, second = torch.triu_indices(len(held), len(held), offset=1)
         cosines.append((unit @ unit.T)[first, second])

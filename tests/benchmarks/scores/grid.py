@@ -82,7 +82,7 @@ def by_controls(own: Tensor, controls: Tensor, groups: Groups, start: str) -> Fi
     columns = ("shipped", *(f"directions_{count}" for count in DIRECTIONS))
     for number in numbers:
         sets = [
-            torch.randperm(there, generator=torch.Generator().manual_seed(k))[:number]
+            torch.randperm(there, generator=torch.Generator().manual_seed(k))[:number].sort().values
             for k in range(SETS if number < there else 1)
         ]
         counts = {"shipped": directions_for(number)}

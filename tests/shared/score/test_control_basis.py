@@ -17,9 +17,11 @@ from unmemorize.shared.score.control_basis import (
     ControlBasis,
     cross_fitted,
     directions_for,
+    fit_controls,
     ordinary,
 )
 from unmemorize.shared.score.detection import control_differences, detect
+from unmemorize.shared.score.rates import threshold_of
 
 CONFIG = DetectionConfig(seeds=(0, 1), schedule_steps=6)
 STEP = 2
@@ -68,7 +70,7 @@ def test_a_control_is_scored_by_the_others():
     scores = cross_fitted(differences, 3)
     own = ControlBasis.fit(differences, 3, STEP).residual(differences[0], [0] * 40)
     assert scores[7, 0] > 45 > 20 > own[7]
-    others = [i for i in range(40) if i % 10 != 7]
+    others = [i for i in range(40) if i not in range(4, 8)]
     slow = ControlBasis.fit(differences[:, others], 3, STEP).residual(differences[0, 7:8], [0])
     torch.testing.assert_close(scores[7].float(), slow)
 
@@ -84,17 +86,42 @@ def test_calibrated_false_positives_stay_at_their_rate(controls):
         return mixing @ words + torch.randn(count, 200, generator=generator)
 
     rates, naive = [], []
-    for _ in range(10):
+    for _ in range(40):
         fitted, fresh = draw(controls)[None], draw(1000)
         count = directions_for(controls)
         basis = ControlBasis.fit(fitted, count, STEP)
         scores = basis.residual(fresh, [0] * len(fresh)).double()
-        threshold = cross_fitted(fitted, count)[:, 0].quantile(0.95)
+        threshold = threshold_of(cross_fitted(fitted, count)[:, 0], 0.05)
         rates.append((scores > threshold).double().mean().item())
         own = basis.residual(fitted[0], [0] * controls).double().quantile(0.95)
         naive.append((scores > own).double().mean().item())
     assert np.mean(rates) < 0.06
     assert np.mean(naive) > np.mean(rates)  # what a basis of the controls' own would do
+
+
+def test_neighbours_in_the_list_of_controls_do_not_lower_the_threshold():
+    """Controls in pairs that add nearly the same; the prompts to judge have no such neighbour."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(count: int) -> torch.Tensor:
+        # Few parts of large size: leading directions are those of single pairs.
+        sizes = torch.randn(count, 1, generator=generator).exp()
+        return sizes * torch.randn(count, 300, generator=generator)
+
+    rates, scattered = [], []
+    for _ in range(6):
+        pairs = draw(60).repeat_interleave(2, 0)
+        fitted, fresh = pairs + 0.1 * torch.randn(120, 300, generator=generator), draw(1000)
+        for found, order in (
+            (rates, range(120)),
+            (scattered, [*range(0, 120, 2), *range(1, 120, 2)]),
+        ):
+            listed = fitted[list(order)][None]
+            basis, own = fit_controls(listed, 30, STEP)
+            scores = basis.residual(fresh, [0] * len(fresh)).double()
+            found.append((scores > own[:, 0].quantile(0.95)).double().mean().item())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.02)
+    assert np.mean(scattered) > 2 * np.mean(rates)  # where a pair stands in two folds
 
 
 def test_scores_are_those_of_a_slow_reference_at_a_told_level():
