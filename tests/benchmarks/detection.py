@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from families import measure_families
 from figures import Figure, command_of, record
-from models import MODELS, BenchModel
-from scores.case import Case, magnitudes, residuals
+from models import MODELS, chosen_models
+from scores.case import WORK, Case, magnitudes, residuals
 from scores.generations import reproduced
 from scores.grid import measure_grid
 from scores.ranking import Draw, flagged, ranked
@@ -116,17 +116,6 @@ def coordinates(rows: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def chosen_models(names: Sequence[str] | None) -> list[BenchModel]:
-    """Return the named models, or all five but those that are not made yet, which it prints."""
-    if names:
-        for name in names:
-            MODELS[name].require()
-        return [MODELS[name] for name in names]
-    for name in (absent := [n for n, model in MODELS.items() if not model.folder.is_dir()]):
-        print(f"{name} is not made yet and is left out: `make bench-models` makes it.")
-    return [model for name, model in MODELS.items() if name not in absent]
-
-
 PARTS = {
     "accuracy": measure_accuracy, "two_stage": measure_two_stage, "near": measure_near,
     "grid": measure_grid, "rivals": measure_rivals, "speed": measure_speed,
@@ -140,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--work", type=Path, default=Path("build/bench-detection"))
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--output", type=Path, help="takes the figures, for a trial")
     args = parser.parse_args(argv)
     logging.getLogger("unmemorize").setLevel(logging.ERROR)  # prompts of other domains may be cut

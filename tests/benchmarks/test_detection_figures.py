@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detection import chosen_models, coordinates, text_alone
+from detection import coordinates, text_alone
 from models import MODELS
 from models.recipes import RECIPES
 from models.truth import sort
@@ -362,15 +362,3 @@ def test_coordinates_keep_norms_and_residuals():
     torch.testing.assert_close(points @ points.T, rows @ rows.T)
     few, all_of_it = (residuals(m[None], m[None, :20], 3)[0].scores for m in (points, rows))
     torch.testing.assert_close(few, all_of_it)
-
-
-def test_a_model_that_is_not_made_is_named_and_left_out_unless_it_was_asked_for(
-    tmp_path, monkeypatch, capsys
-):
-    absent = replace(MODELS["scenes"], folder=tmp_path / "absent")
-    monkeypatch.setitem(MODELS, "scenes", absent)
-    assert absent not in chosen_models(None)
-    assert MODELS["demo"] in chosen_models(None)
-    assert "scenes is not made yet" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="make bench-models"):
-        chosen_models(["scenes"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import MODELS, train, truth
+from models import MODELS, chosen_models, train, truth
 from models.recipes import RECIPES
 from models.unet import velocity_loss
 from needs import skip_unless_ci
@@ -131,6 +131,18 @@ def test_the_table_tells_planted_images_and_says_what_is_missing(tmp_path):
     absent = replace(demo, folder=tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="make bench-models"):
         absent.captions()
+
+
+def test_a_model_that_is_not_made_is_named_and_left_out_unless_it_was_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    absent = replace(MODELS["scenes"], folder=tmp_path / "absent")
+    monkeypatch.setitem(MODELS, "scenes", absent)
+    assert absent not in chosen_models(None)
+    assert MODELS["demo"] in chosen_models(None)
+    assert "scenes is not made yet" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="make bench-models"):
+        chosen_models(["scenes"])
 
 
 def test_a_model_with_other_settings_is_not_mixed_in(tmp_path):

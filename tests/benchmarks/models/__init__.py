@@ -3,7 +3,7 @@
 Made once by `make bench-models`, 40 minutes each on two cores at most, and never committed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,3 +98,14 @@ MODELS = {
     )
 }
 """By name; `RECIPES` says how the last three are made."""
+
+
+def chosen_models(names: Sequence[str] | None) -> list[BenchModel]:
+    """Return the named models, or all five but those that are not made yet, which it prints."""
+    if names:
+        for name in names:
+            MODELS[name].require()
+        return [MODELS[name] for name in names]
+    for name in (absent := [n for n, model in MODELS.items() if not model.folder.is_dir()]):
+        print(f"{name} is not made yet and is left out: `make bench-models` makes it.")
+    return [model for name, model in MODELS.items() if name not in absent]

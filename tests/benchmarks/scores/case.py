@@ -23,6 +23,8 @@ from unmemorize.shared.score.detection import Progress, control_differences
 from .groups import Groups, groups_of
 from .ranking import Draw
 
+WORK = Path("build/bench-detection")
+"""Where what models predict and draw is kept, for all benchmarks."""
 ROWS = 64
 """Captions whose residual is taken at once: each row repeats the directions."""
 
