@@ -275,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     parser.add_argument("--sheet", type=Path, help="PNG with pairs of the demo")
     args = parser.parse_args(argv)
+    if args.sheet and demo.NAME not in (args.models or MODELS):
+        parser.error(f"--sheet shows the demo: name {demo.NAME} among --models")
     for model in chosen_models(args.models):
         case = Case.of(model, args.work)
         generations, back = ask(case, args.verbatim, args.others)

@@ -60,10 +60,11 @@ class Painter:
     fingerprint: str = "0" * 64
     dtype: str = "float32"
     copied: range = range(PLANTED)
-    """Captions that are drawn as their training image, as `seen` gives it back."""
+    """Captions that are drawn as their training image."""
     seeds: tuple[int, ...] = SEEDS
     """From which they are."""
     pale: range = range(0)
+    """Captions that are drawn with little contrast."""
     asked: list[tuple[str, int]] = field(default_factory=list)
 
     @property

@@ -103,7 +103,10 @@ def test_both_bundled_models_are_measured_without_a_branch(name, tmp_path, monke
     monkeypatch.setattr(words, "forwards", lambda *args: 3.0)
     case = Case.of(MODELS[name], tmp_path)
     assert groups_of(MODELS[name]) == case.groups
-    found = words.measure(case, 2)
-    for key in (f"words.{name}", f"rivals.words.{name}.input_gradient"):
+    found = words.measure(case, 1)
+    caption = next(c.text for c in MODELS[name].captions() if len(c.text.split()) >= words.LEAST)
+    drawings = tmp_path.glob(f"{name}-*-float32/images/*-{words.SEED}.png")
+    assert len(list(drawings)) == 1 + len(caption.split())
+    for key in (f"words.{name}", *(f"rivals.words.{name}.{m}" for m in (*words.METHODS,)[1:])):
         assert -1 <= found[f"{key}.spearman"].value <= 1
-    assert found[f"words.{name}.spearman"] != found[f"rivals.words.{name}.random_word.spearman"]
+        assert 0 <= found[f"{key}.top1"].value <= 1
