@@ -1,10 +1,12 @@
 """Which generations are copies for an eye: what the rules of copies are held against.
 
 A planted caption *comes back* when the image from each of its seeds is its training image again:
-their pixels correlate more than those of 99 in 100 pairs of two training images of one learnt
-caption, which show the same thing twice. Measure and yardstick are not those of the rules, which
-compare distances with what other prompts' generations reach; brightness and contrast, which
-guidance changes and an eye forgives, are left aside; which image is nearest plays no part.
+their pixels, 8 x 8 of them, correlate more than those of 95 in 100 pairs of two training images of
+one learnt caption, which show the same thing twice. An autoencoder's blur is left aside that way,
+and so are brightness and contrast, which guidance changes: an eye forgives them all. Measure and
+yardstick are not those of the rules, which compare distances with what other prompts' generations
+reach, and which image is nearest plays no part. Two images of one caption pass for one in 5 % of
+cases, and from both seeds in less.
 
 All images of captions that come back are positives. The other planted captions are no truth for a
 rule, for an eye hesitates too: they are drawn and judged along, and count on neither side.
@@ -25,8 +27,10 @@ from torch import Tensor
 from unmemorize.audit.common.copies import OTHERS
 from unmemorize.shared.files.images import read_image
 
-SHARE = 0.99
+SHARE = 0.95
 """Of pairs of training images of one caption that a copy is more alike than."""
+COARSE = 8
+"""Pixels a side that images are compared at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,10 @@ class Generations:
 def patterns(images: np.ndarray) -> Tensor:
     """Return images [image 32 32 3] uint8 as rows whose products are correlations of pixels.
 
-    Each colour channel is centred, so that a ground of one colour says nothing.
+    Of `COARSE` pixels squared, each colour channel centred: a ground of one colour says nothing.
     """
-    rows = torch.from_numpy(images).double()
+    rows = torch.from_numpy(images).double().unflatten(2, (COARSE, -1)).unflatten(1, (COARSE, -1))
+    rows = rows.mean((2, 4))
     rows = (rows - rows.mean((1, 2), keepdim=True)).flatten(1)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import copies
 import numpy as np
 import pytest
-from copies_truth import ask, least_correlation, seeds_that_come_back
+from copies_truth import ask, least_correlation, patterns, seeds_that_come_back
 from models import MODELS, BenchModel
 from models.truth import Caption, Images
-from PIL import Image
+from PIL import Image, ImageFilter
 from scores.case import Case
 from scores.generations import SEEDS, drawn
 from scores.groups import groups_of
@@ -116,7 +116,7 @@ def test_captions_that_come_back_from_one_seed_alone_are_left_out(model, tmp_pat
     generations, back = ask(case_of(model, tmp_path, seeds=(1,)), PLANTED, OTHERS)
     assert sum(any(seeds) for seeds in back.values()) >= PLANTED - 1
     whole = sum(all(seeds) for seeds in back.values())
-    assert whole <= 1  # by chance, the object may stand in the same place
+    assert whole <= 3  # by chance, the object may stand in the same place
     assert generations.copied.count(True) == len(SEEDS) * whole
     assert generations.copied.count(None) == len(SEEDS) * (PLANTED - whole)
 
@@ -126,10 +126,23 @@ def test_another_rendering_of_the_caption_is_no_copy(model):
     prompts = [f"caption {i}" for i in range(PLANTED)]
     others = [Image.fromarray(picture(i, 77)) for i in range(PLANTED)]
     own = [Image.fromarray(images().pixels[i]) for i in range(PLANTED)]
-    for drawings, expected in ((own, PLANTED), (others, 0)):
+    blurred = [image.filter(ImageFilter.GaussianBlur(1.5)) for image in own]
+    counts = []
+    for drawings in (own, blurred, others):
         generations = copies.Generations(prompts=prompts, images=drawings, copied=[])
-        back = seeds_that_come_back(model, generations)
-        assert sum(map(all, back.values())) == pytest.approx(expected, abs=1)
+        counts.append(sum(map(all, seeds_that_come_back(model, generations).values())))
+    assert counts[:2] == [PLANTED, PLANTED]
+    assert counts[2] <= 3  # 5 % of 24 are expected
+
+
+def test_alike_is_a_correlation_of_coarse_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    coarse = [[[image[y : y + 4, x : x + 4].mean((0, 1)) for x in range(0, 32, 4)]
+               for y in range(0, 32, 4)] for image in pixels.astype(float)]  # fmt: skip
+    centred = np.array(coarse) - np.array(coarse).mean((1, 2), keepdims=True)
+    rows = patterns(pixels)
+    expected = np.corrcoef(centred.reshape(3, -1))
+    np.testing.assert_allclose((rows @ rows.T).numpy(), expected, atol=1e-12)
 
 
 def test_a_model_is_measured_and_images_that_never_came_back_have_no_recall(
@@ -175,4 +188,4 @@ def test_too_few_captions_are_refused(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "demo-flow"])
 def test_two_images_of_a_bundled_models_caption_are_less_alike_than_a_copy(name):
-    assert 0.7 < least_correlation(MODELS[name]) < 0.8
+    assert 0.6 < least_correlation(MODELS[name]) < 0.8
