@@ -31,7 +31,10 @@ class CalibrateOptions(AnswerOptions, ModelOptions, DetectionOptions):
 
 @takes_options
 def calibrate(options: CalibrateOptions) -> None:
-    """Score ordinary prompts on a model and keep the threshold that follows from them."""
+    """Score ordinary prompts on a model and keep the threshold that follows from them.
+
+    With one step and two seeds or more, also that of the images that `unmemorize.observe` sees.
+    """
     with answering(options, resumes=True):
         from ..audit.model.parts import make_calibration
 

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ...shared.files.storage import Journal
 from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
 from .measure import Bars, measure, measure_collapses, measure_differences
 from .subject import Facts, Subject
+
+FIRST, TOLD = "first", "differences"
+"""Folders of what controls add at the first step and at the told level, until all is done."""
 
 
 def calibrate_controls(
@@ -45,16 +50,23 @@ def calibrate_controls(
     Raises:
         NotEnoughControls: They cannot support the rate.
     """
+    kept, first = folder / "calibration.json", TensorFolder(folder / FIRST)
+    missing = score == "residual" and not kept.is_file()
     measured = measure(
-        subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="controls"
-    )
-    magnitudes = Calibration.from_controls(
+        subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="controls",
+        differences=first if missing and len(config.seeds) > 1 else None,
+    )  # fmt: skip
+    calibration = Calibration.from_controls(
         measured.detection, model=subject.fingerprint, settings=facts.settings, name=name,
         false_positive_rate=rate,
     )  # fmt: skip
-    calibration = magnitudes
-    if score == "residual":
-        calibration = _with_residual(subject, facts, prompts, config, magnitudes, folder, bars)
+    if missing:
+        calibration = _with_residuals(subject, facts, prompts, config, calibration, folder, bars)
+        calibration.save(kept)
+        first.remove()
+        TensorFolder(folder / TOLD).remove()
+    elif score == "residual":
+        calibration = Calibration.load(kept)
     if collapse:
         judge = calibration.judge
         suspicious = judge.suspicious(judge.seed_scores.nanmean(1))
@@ -65,18 +77,16 @@ def calibrate_controls(
     return calibration
 
 
-def _with_residual(
+def _with_residuals(
     subject: Subject, facts: Facts, prompts: Sequence[str], config: DetectionConfig,
     magnitudes: Calibration, folder: Path, bars: Bars,
 ) -> Calibration:  # fmt: skip
-    if (kept := folder / "calibration.json").is_file():
-        return Calibration.load(kept)
-    finished = TensorFolder(folder / "differences")
+    calibration, first = magnitudes, TensorFolder(folder / FIRST).known()
+    if first:
+        calibration = calibration.with_observed(torch.stack([*first.values()], dim=1))
+        del first
     differences = measure_differences(
-        subject, facts, prompts, config, facts.residual["told"], finished, bars=bars,
-        phase="controls, residual",
+        subject, facts, prompts, config, facts.residual["told"], TensorFolder(folder / TOLD),
+        bars=bars, phase="controls, residual",
     )  # fmt: skip
-    calibration = magnitudes.with_residual(differences, facts.residual)
-    calibration.save(kept)
-    finished.remove()
-    return calibration
+    return calibration.with_residual(differences, facts.residual)

@@ -121,6 +121,7 @@ def measure(
     phase: str,
     basis: ControlBasis | None = None,
     sequentially: Calibration | None = None,
+    differences: TensorFolder | None = None,
 ) -> Measured:
     """Score prompts; each batch is stored as soon as it is finished.
 
@@ -135,10 +136,13 @@ def measure(
         phase: Label of the bar.
         basis: Scores are residuals outside of it.
         sequentially: Draw only the seeds that a verdict by this calibration needs.
+        differences: Takes D of the first step as well, from the same forward passes; of these
+            prompts alone, and not with a basis or sequentially.
     """
     keys = [content_key(job_key, prompt) for prompt in prompts]
     config = replace(config, batch_size=facts.rows)
-    known = {i: _trace(journal.get(key)) for i, key in enumerate(keys) if key in journal}
+    kept = range(len(prompts)) if differences is None else differences.numbers()
+    known = {i: _trace(journal.get(keys[i])) for i in kept if keys[i] in journal}
     with closing(bars(phase, len(prompts), len(known), "prompt")) as bar:
         if len(known) < len(prompts):
             watched, pending = _CutWatch(subject.denoiser), dict[str, Any]()
@@ -154,7 +158,8 @@ def measure(
                 cut = watched.cuts.get(prompts[index], "")
                 pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
 
-            score = partial(detect, basis=basis)
+            keep = None if differences is None else differences.put
+            score = partial(detect, basis=basis, on_difference=keep)
             if sequentially is not None:
                 score = partial(detect_sequentially, calibration=sequentially)
             score(watched, prompts, config, known=known, on_result=on_result, progress=store)

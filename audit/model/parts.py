@@ -139,7 +139,7 @@ def make_calibration(
         )  # fmt: skip
         made.save(output)
         shutil.rmtree(folder, ignore_errors=True)
-    made = made.judge
+    observed, made = made.observed, made.judge
     return {
         "score": made.settings.get("score", "magnitude"),
         "controls": made.controls,
@@ -153,6 +153,7 @@ def make_calibration(
             "sampled": len(made.second.control_evidence),
             "threshold": made.second.threshold,
         },
+        "observed_threshold": observed and observed.threshold,
         "model": made.model,
     }
 

@@ -101,7 +101,10 @@ def calibrate(
     key = digest([sha256, seeds, levels[: config.steps], size, read])[:16]
     # ComfyUI empties this folder when it starts.
     journal = Journal(Path(folder_paths.get_temp_directory()) / f"unmemorize-{key}.jsonl")
-    traces = {index: journal.get(str(index)) for index in range(len(prompts))}
+    first, told = (TensorFolder(journal.path.with_suffix(end)) for end in (".first", ".controls"))
+    images = config.steps == 1 and len(config.seeds) > 1  # have a residual of their own
+    kept = first.numbers() if images else range(len(prompts))
+    traces = {index: journal.get(str(index)) for index in kept}
     known = {
         index: torch.tensor(trace, dtype=torch.float64)
         for index, trace in traces.items()
@@ -110,20 +113,24 @@ def calibrate(
     detection, settings = scores(
         model, named, negative, latent, config, known=known,
         on_result=lambda index, trace: journal.put(str(index), trace.tolist()),
+        on_difference=first.put if images else None,
     )  # fmt: skip
     calibration = Calibration.from_controls(
         detection, model=sha256, settings=settings, name=controls,
         false_positive_rate=false_positive_rate,
     )  # fmt: skip
-    finished = TensorFolder(journal.path.with_suffix(".controls"))
+    if images:
+        differences = torch.stack([*first.known().values()], dim=1)
+        calibration = calibration.with_observed(differences)
     if config.steps == 1:
         differences, settings = control_differences_of(
-            model, named, negative, latent, config, known=finished.known(), on_result=finished.put
+            model, named, negative, latent, config, known=told.known(), on_result=told.put
         )
         calibration = calibration.with_residual(differences, settings)
     calibration.save(path)
     journal.path.unlink(missing_ok=True)
-    finished.remove()
+    first.remove()
+    told.remove()
     return calibration, path
 
 

@@ -134,6 +134,7 @@ def scores(
     basis: ControlBasis | None = None,
     known: Mapping[int, torch.Tensor] | None = None,
     on_result: OnResult | None = None,
+    on_difference: OnResult | None = None,
 ) -> tuple[Detection, dict]:
     """Return the scores of prompts, and the settings that a calibration of them is bound to.
 
@@ -146,12 +147,14 @@ def scores(
         basis: As for `detect`.
         known: As for `detect`.
         on_result: As for `detect`.
+        on_difference: As for `detect`.
     """
 
     def work(denoiser: ModelDenoiser) -> tuple[Detection, dict]:
         detection = detect(
-            denoiser, [*prompts], config, basis=basis, known=known, on_result=on_result
-        )
+            denoiser, [*prompts], config, basis=basis, known=known, on_result=on_result,
+            on_difference=on_difference,
+        )  # fmt: skip
         return detection, settings(denoiser, config, basis.step if basis else None)
 
     rows = forward_rows(len(prompts) - len(known or {}), config)

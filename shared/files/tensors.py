@@ -16,10 +16,13 @@ class TensorFolder:
         """Look into `folder`, which need not be there yet."""
         self.folder = folder
 
+    def numbers(self) -> list[int]:
+        """Return the numbers of the finished tensors, in order."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
+
     def known(self) -> dict[int, Tensor]:
         """Return every finished tensor by its number."""
-        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
-        return {int(path.stem): load_file(path)["tensor"] for path in paths}
+        return {number: load_file(self._path(number))["tensor"] for number in self.numbers()}
 
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep a tensor; killed while writing, the others stay.
@@ -27,9 +30,12 @@ class TensorFolder:
         Raises:
             StorageError: It cannot be written.
         """
-        with replace_atomically(self.folder / f"{number:06d}.safetensors") as part:
+        with replace_atomically(self._path(number)) as part:
             part.write_bytes(save({"tensor": tensor.contiguous()}))
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"

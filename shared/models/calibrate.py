@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ..score.calibration import Calibration, settings_of
 from ..score.config import DetectionConfig
 from ..score.control_basis import told_step
@@ -20,9 +23,10 @@ def calibrate(
 ) -> Calibration:
     """Score control prompts on a model, and return the thresholds that they support.
 
-    They are scored twice: by the magnitude of the first step, which an observer reads in passing,
-    and by the residual outside of what they all add, by which prompts are judged. With `steps`
-    above 1 there is the magnitude alone.
+    They are measured at two noise levels. What they add at the first step gives the magnitude and,
+    at two seeds or more, the residual outside of what they all add at any starting noise, by which
+    images are judged that an observer sees. At a later told level it gives the residual by which
+    prompts are judged. With `steps` above 1 there is the magnitude alone.
 
     It holds for this model, with the LoRA that it carries, and for prompts of the same kind as the
     controls, which the model must not have memorized.
@@ -44,8 +48,10 @@ def calibrate(
     prompts, name = controls, "given prompts"
     if isinstance(controls, str):
         prompts, name = load_controls(controls), controls
+    first: dict[int, Tensor] = {}
+    keep = first.__setitem__ if config.steps == 1 else None
     magnitudes = Calibration.from_controls(
-        detect(model, prompts, config, progress=progress),
+        detect(model, prompts, config, on_difference=keep, progress=progress),
         model=model.fingerprint,
         settings=settings_of(model, config),
         name=name,
@@ -53,6 +59,8 @@ def calibrate(
     )
     if config.steps > 1:
         return magnitudes
+    in_order = torch.stack([first.pop(index) for index in range(len(prompts))], dim=1)
+    calibration = magnitudes.with_observed(in_order)
     told = told_step(config.schedule_steps)
     differences = control_differences(model, prompts, config, told)
-    return magnitudes.with_residual(differences, settings_of(model, config, told))
+    return calibration.with_residual(differences, settings_of(model, config, told))

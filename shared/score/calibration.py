@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
@@ -22,10 +23,14 @@ from .control_basis import ControlBasis, directions_for, fit_controls
 from .denoiser import Denoiser
 from .detection import Detection
 from .families import cosine_limit
+from .pooled_basis import pooled
 from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 AGAIN = "Make a new one with `unmemorize calibrate`."
+OBSERVED = "observed."
+BESIDE = {"residual": "", "observed": OBSERVED}
+"""Calibrations beside that of magnitudes, and what their tensors' names begin with in the file."""
 
 
 class CalibrationError(ValueError):
@@ -83,6 +88,10 @@ class Calibration:
     """Clopper-Pearson, 95 %, of the realised false-positive rate."""
     residual: "Calibration | None" = None
     """Of the residual score, from the same controls; prompts are judged by it where it is there."""
+    observed: "Calibration | None" = None
+    """Of the residual at the first level of a sampler, at any starting noise, from the same
+    controls: sampled images are judged by it. None with one seed, with several steps, of magnitudes
+    alone, and of files from before there was one."""
     basis: ControlBasis | None = field(default=None, compare=False)
     """What the scores are residuals outside of; None for scores that are magnitudes."""
     second: SecondStage | None = None
@@ -144,12 +153,37 @@ class Calibration:
         basis, scores = fit_controls(differences, count, settings["told"])
         residual = replace(
             self,
+            observed=None,
             settings=settings,
             basis=basis,
             family_cosine=cosine_limit(differences[0], count),
             **_supported(scores, self.false_positive_rate),
         )
         return replace(self, residual=residual)
+
+    def with_observed(self, differences: Float[Tensor, " seed control element"]) -> "Calibration":
+        """Return this calibration with one for sampled images beside it; of one seed, itself.
+
+        An image is one starting noise, which the controls did not have, and under some noises all
+        prompts score higher than under others. So each control counts once, by the highest of its
+        scores over the seeds: the rate then holds for any of these noises, and their number is that
+        of the controls, which is what is independent.
+
+        Args:
+            differences: D of the same controls at the first step of the schedule, where the
+                magnitudes were measured.
+        """
+        if len(differences) == 1:
+            return self
+        basis, scores = pooled(differences)
+        observed = replace(
+            self,
+            residual=None,
+            settings={"score": "observed residual"} | self.settings,
+            basis=basis,
+            **_supported(scores.amax(1, keepdim=True), self.false_positive_rate),
+        )
+        return replace(self, observed=observed)
 
     def with_second(self, collapses: Mapping[int, float]) -> "Calibration":
         """Return this calibration with the second stage of what prompts are judged by.
@@ -288,6 +322,20 @@ class Calibration:
             )
         return self.second
 
+    def require_observed(self) -> "Calibration":
+        """Return what sampled images are judged by.
+
+        Raises:
+            CalibrationError: There is none.
+        """
+        if self.observed is None:
+            raise CalibrationError(
+                "This calibration judges prompts and no sampled images: it was made with one seed, "
+                "several steps, the magnitude alone, or an earlier version. Make one with "
+                "`unmemorize calibrate`, two seeds or more and one step."
+            )
+        return self.observed
+
     def differences(self, model: str, settings: dict) -> str:
         """Return every field that differs with both values, "" when the calibration fits."""
         pairs: dict[str, tuple[Any, Any]] = {"model": (self.model, model)}
@@ -323,20 +371,29 @@ class Calibration:
 
     def to_values(self) -> dict[str, Any]:
         """Return the calibration as JSON values; of a basis its step and the sha256 of its file."""
+        return self._values(hashlib.sha256(self._bases()).hexdigest())
+
+    def _values(self, sha256: str) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.residual is not None:
-            values["residual"] = self.residual.to_values()
+        for name in BESIDE:
+            values[name] = values[name] and values[name]._values(sha256)
         values["second"] = self.second and asdict(self.second)
-        if self.basis is not None:
-            sha256 = hashlib.sha256(self.basis.to_bytes()).hexdigest()
-            values["basis"] = {"step": self.basis.step, "sha256": sha256}
+        values["basis"] = self.basis and {"step": self.basis.step, "sha256": sha256}
         return values
 
+    def _bases(self) -> bytes:
+        """Return what lies beside the JSON: a safetensors file of all bases, empty of none."""
+        tensors: dict[str, Tensor] = {}
+        for part, prefix in ((self.judge, ""), (self.observed, OBSERVED)):
+            if part is not None and part.basis is not None:
+                tensors |= part.basis.tensors(prefix)
+        return save(tensors) if tensors else b""
+
     def save(self, path: Path) -> None:
-        """Write JSON, and the basis beside it if there is one; floats come back bit for bit."""
-        if (basis := self.judge.basis) is not None:
+        """Write JSON, and the bases beside it if there are any; floats come back bit for bit."""
+        if bases := self._bases():
             with replace_atomically(basis_path(path)) as part:
-                part.write_bytes(basis.to_bytes())
+                part.write_bytes(bases)
         with replace_atomically(Path(path)) as part:
             part.write_text(json.dumps(self.to_values(), indent=1, allow_nan=False) + "\n", "utf-8")
 
@@ -346,7 +403,7 @@ class Calibration:
 
         Raises:
             CalibrationError: Not such a file, of another version, its threshold does not follow
-                from its controls, or the basis beside it is missing or another one.
+                from its controls, or the bases beside it are missing or others.
         """
         try:
             values = json.loads(Path(path).read_text("utf-8"))
@@ -357,28 +414,37 @@ class Calibration:
             values |= {"residual": None, "basis": None, "schema_version": 2}
         if version in (1, 2):  # before there was a second stage
             for each in filter(None, (values, values["residual"])):
-                each |= {"second": None, "schema_version": SCHEMA_VERSION}
+                each |= {"second": None, "schema_version": 3}
+        if version in (1, 2, 3):  # before sampled images were judged by residuals
+            for each in filter(None, (values, values.get("residual"))):
+                each |= {"observed": None, "schema_version": SCHEMA_VERSION}
         elif version != SCHEMA_VERSION:
             raise CalibrationError(
                 f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
             )
-        return cls._from_values(values, Path(path))
+        parts = (values, *(values.get(name) or {} for name in BESIDE))
+        known = {part["basis"]["sha256"] for part in parts if part.get("basis")}
+        bases = _read_bases(basis_path(path), known) if known else {}
+        return cls._from_values(values, Path(path), bases)
 
     @classmethod
-    def _from_values(cls, values: dict[str, Any], path: Path) -> "Calibration":
+    def _from_values(
+        cls, values: dict[str, Any], path: Path, bases: Mapping[str, Tensor], prefix: str = ""
+    ) -> "Calibration":
         values = {"family_cosine": None} | values  # of files from before there were families
         names = {field.name for field in fields(cls)}
         if wrong := sorted(names ^ values.keys()):
             raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {AGAIN}")
         values = {**values, "control_scores": tuple(map(tuple, values["control_scores"]))}
         values["interval"] = tuple(values["interval"])
-        if values["residual"] is not None:
-            values["residual"] = cls._from_values(values["residual"], path)
+        for name, own in BESIDE.items():
+            if values[name] is not None:
+                values[name] = cls._from_values(values[name], path, bases, own)
         if (second := values["second"]) is not None:
             second = {k: tuple(v) if isinstance(v, list) else v for k, v in second.items()}
             values["second"] = SecondStage(**second)
         if (known := values["basis"]) is not None:
-            values["basis"] = _read_basis(basis_path(path), known)
+            values["basis"] = ControlBasis.from_tensors(bases, known["step"], prefix)
         calibration = cls(**values)
         scores = calibration.seed_scores.nanmean(1)
         expected = threshold_of(scores, calibration.false_positive_rate)
@@ -390,18 +456,19 @@ class Calibration:
         return calibration
 
 
-def _read_basis(path: Path, known: dict[str, Any]) -> ControlBasis:
+def _read_bases(path: Path, known: set[str]) -> dict[str, Tensor]:
+    """Return the tensors of the file with this one sha256."""
     if not path.is_file():
         raise CalibrationError(
             f"The basis of the residual score is missing: expected {path.name} beside the "
             f"calibration, where `unmemorize calibrate` wrote it. Put it there. {AGAIN}"
         )
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != known["sha256"]:
+    if {hashlib.sha256(data).hexdigest()} != known:
         raise CalibrationError(
             f"{path} is not the basis that the calibration was made with. {AGAIN}"
         )
-    return ControlBasis.from_bytes(data, known["step"])
+    return load(data)
 
 
 def _supported(
@@ -418,7 +485,7 @@ def _supported(
 
 
 def basis_path(path: Path) -> Path:
-    """Return where the basis of a calibration file lies: beside it, as safetensors."""
+    """Return where the bases of a calibration file lie: beside it, as safetensors."""
     return Path(path).with_suffix(".safetensors")
 
 

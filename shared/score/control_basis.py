@@ -6,11 +6,10 @@ lies in few directions, which the D of control prompts span. Modified: measured 
 outside of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import load, save
 
 from ..arrays import Float, Tensor
 
@@ -73,15 +72,19 @@ class ControlBasis:
             directions.append(((leading * inverse).T @ rows).float())
         return cls(step=step, mean=torch.stack(means), directions=torch.stack(directions))
 
-    def to_bytes(self) -> bytes:
-        """Return mean and directions as a safetensors file."""
-        return save({"mean": self.mean.contiguous(), "directions": self.directions.contiguous()})
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return mean and directions as a safetensors file holds them, their names prefixed."""
+        named = {"mean": self.mean, "directions": self.directions}
+        return {prefix + name: tensor.contiguous() for name, tensor in named.items()}
 
     @classmethod
-    def from_bytes(cls, data: bytes, step: int) -> "ControlBasis":
-        """Return what `to_bytes` was made from."""
-        tensors = load(data)
-        return cls(step=step, mean=tensors["mean"], directions=tensors["directions"])
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], step: int, prefix: str = ""
+    ) -> "ControlBasis":
+        """Return what `tensors` was made from."""
+        return cls(
+            step=step, mean=tensors[prefix + "mean"], directions=tensors[prefix + "directions"]
+        )
 
     def to(self, device: torch.device) -> "ControlBasis":
         """Return the basis on another device."""
@@ -97,6 +100,9 @@ class ControlBasis:
             seeds: Index into the basis's starting noises, one a row.
         """
         rows, index = differences.flatten(1).to(self.mean.dtype), list(seeds)
+        if len(self.mean) == 1:  # without an index, for which a device would be waited
+            rows = rows - self.mean
+            return rows - rows @ self.directions[0].T @ self.directions[0]
         rows = rows - self.mean[index]
         inside = torch.einsum("re,rke->rk", rows, self.directions[index])
         return rows - torch.einsum("rk,rke->re", inside, self.directions[index])

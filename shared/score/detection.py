@@ -79,6 +79,7 @@ def detect(
     basis: ControlBasis | None = None,
     known: Mapping[int, Tensor] | None = None,
     on_result: OnResult | None = None,
+    on_difference: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Detection:
     """Score prompts by the mean magnitude of the text-conditional prediction.
@@ -94,6 +95,8 @@ def detect(
         known: Traces [seed step] by index, of an interrupted run. Batches are cut as if nothing was
             known, so that the rest comes out bit for bit as in a run that was not interrupted.
         on_result: Called once per prompt that was not known, with its index and trace [seed step].
+        on_difference: Called before it with the index and D of the first step [seed element],
+            float32 on the CPU, from the same forward passes.
         progress: Called with the number of prompts finished since the last call.
 
     Raises:
@@ -111,8 +114,15 @@ def detect(
             if not all(start + i in known for i in part):
                 cond = encode(denoiser, texts) if cond is None else cond
                 prompt_of_row = [i for i in part for _ in range(seeds)]
-                rows = trajectory.traces(texts, cond, prompt_of_row, [*range(seeds)] * len(part))
+                differences: list[Tensor] | None = None if on_difference is None else []
+                rows = trajectory.traces(
+                    texts, cond, prompt_of_row, [*range(seeds)] * len(part), differences
+                )
                 traces[[start + i for i in part]] = rows.view(len(part), seeds, -1)
+                if on_difference is not None and differences is not None:
+                    for i, own in zip(part, torch.cat(differences).split(seeds), strict=True):
+                        if start + i not in known:
+                            on_difference(start + i, own.clone())
             emit([start + i for i in part], traces, known, on_result)
             if progress is not None:
                 progress(len(part))

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -119,8 +120,9 @@ class Trajectory:
 
     @torch.inference_mode()
     def traces(
-        self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int], seeds: Sequence[int]
-    ) -> Float[Tensor, " row step"]:
+        self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int],
+        seeds: Sequence[int], differences: list[Tensor] | None = None,
+    ) -> Float[Tensor, " row step"]:  # fmt: skip
         """Return |D| per step, or its residual outside the basis, float64 on the CPU.
 
         Args:
@@ -128,11 +130,13 @@ class Trajectory:
             cond: The same, encoded.
             prompts: Index into `texts`, one a row.
             seeds: Index into the config's seeds, one a row.
+            differences: Takes D of the first step as well, [row element] float32 on the CPU, as
+                many tensors as there are batches; of the same forward passes.
 
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
-        return self._rows(texts, cond, prompts, seeds, self._traces)
+        return self._rows(texts, cond, prompts, seeds, partial(self._traces, kept=differences))
 
     @torch.inference_mode()
     def differences(
@@ -174,7 +178,7 @@ class Trajectory:
         x = self.noise[batch]
         return self.denoiser.denoise(x, self.sigmas[0], self.empty[[0] * len(x)])
 
-    def _traces(self, cond: Conditioning, seeds: list[int]) -> Tensor:
+    def _traces(self, cond: Conditioning, seeds: list[int], kept: list[Tensor] | None) -> Tensor:
         x, x0_uncond, norms = self.noise[seeds], self.x0_uncond[seeds], []
         for step in range(self.config.steps):
             sigma = self.sigmas[step]
@@ -188,6 +192,10 @@ class Trajectory:
             if step + 1 < self.config.steps:
                 sigma_next = self.sigmas[step + 1]
                 x = guided_step(x, x0_uncond, x0_cond, sigma, sigma_next, self.cond_scale)
+            if step == 0 and kept is not None:
+                first = text_noise(x0_uncond, x0_cond, sigma).flatten(1).float().cpu()
+        if kept is not None:  # at the end: a batch that ran out of memory on its way comes again
+            kept.append(first)
         return torch.stack(norms, 1).to("cpu", torch.float64)
 
     def _differences(self, cond: Conditioning, seeds: list[int]) -> Tensor:

@@ -67,8 +67,11 @@ def test_controls_of_the_residual_that_were_finished_are_not_measured_again(
     again = run_audit(same)
     assert again.calibration == result.calibration
     assert torch.equal(again.calibration.judge.basis.mean, result.calibration.judge.basis.mean)
+    basis, whole = (each.calibration.observed.basis for each in (again, result))
+    assert torch.equal(basis.directions, whole.directions)
     assert again.entries == result.entries
-    assert not (output / "journal" / "controls" / "differences").exists()
+    for folder in ("first", "differences"):
+        assert not (output / "journal" / "controls" / folder).exists()
 
 
 def test_batch_size_is_no_other_job(result, config, work, tmp_path):
