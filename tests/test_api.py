@@ -59,6 +59,8 @@ def test_the_readme_observes_a_pipeline(used):
     (run,) = used["observed"].runs
     assert run.l2.shape[0] == 1
     assert run.comparable
+    assert run.residual is None  # with 50 steps, the pipeline's own, there is one
+    assert run.residual_reason.startswith("sampling began at noise level")
     assert used["printed"].getvalue().count("tensor(") == 3
 
 

@@ -1,6 +1,6 @@
 """Scores of images while they are sampled, from predictions that guidance computes anyway."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import StableDiffusion
+from ..models.families import Family, StableDiffusion, family_of
 from ..models.families.schedules import DiscreteSchedule
+from ..score.calibration import Calibration
 from ..score.noise_levels import input_scale
-from .follower import Follower, Texts, prediction_of
+from .first_level import misfit
+from .follower import Follower, Texts, argument_of, prediction_of
 
 NO_GUIDANCE = (
     "guidance was off, so no unconditional prediction was computed, and an observer adds no "
     "network call; sample with guidance_scale above 1, or use detect"
+)
+NO_CALIBRATION = (
+    "it was observed without a calibration; give one to `observe` to have images judged"
 )
 DISTILLED = (
     "the network guides itself, so no unconditional prediction was computed, and an observer adds "
@@ -36,6 +41,8 @@ class ObservedRun:
     measurable: bool = False
     reason: str = "the pipeline stopped before its first step"
     """Why there are no scores; empty when there are."""
+    _residuals: Tensor | None = field(default=None, repr=False)
+    _residual_reason: Callable[[float], str] = field(default=lambda _: NO_CALIBRATION, repr=False)
     _norms: list[Tensor] = field(default_factory=list, repr=False)
     _timesteps: list[Tensor | float] = field(default_factory=list, repr=False)
     _elements: int = 0
@@ -65,6 +72,22 @@ class ObservedRun:
         return norms / input_scale(sigmas)
 
     @property
+    def residual(self) -> Tensor | None:
+        """[image] L2 norm, at the first step, of the text-conditional noise outside the controls'.
+
+        Latent units, float64 on the CPU; None where it does not compare. It is what
+        `calibration.observed` judges: its `flags` and `p_values` take it.
+        """
+        if self._residuals is None or self.residual_reason:
+            return None
+        return self._residuals.cpu().double()
+
+    @property
+    def residual_reason(self) -> str:
+        """Why there is no residual; empty when there is."""
+        return self._residual_reason(self.timesteps[0]) if self.measurable else self.reason
+
+    @property
     def per_element(self) -> Tensor:
         """[image step] the same divided by the square root of the number of latent elements."""
         return self.l2 / max(1, self._elements) ** 0.5
@@ -78,14 +101,34 @@ class ObserverRecord:
 
 
 @contextmanager
-def observe(pipeline: Any) -> Iterator[ObserverRecord]:
+def observe(
+    pipeline: Any, calibration: Calibration | None = None, *, model: str | None = None
+) -> Iterator[ObserverRecord]:
     """Read scores from ordinary calls of `pipeline` inside the block.
 
-    Nothing is added to the computation but a norm per step; images are bit-identical. Afterwards
-    the pipeline carries no trace of the observer, also when a call or the block fails. Around a
-    guard it reads what the network answers, inside one what the guard makes of it.
+    Nothing is added to the computation but a norm per step, and with a calibration one projection
+    per image; images are bit-identical. Afterwards the pipeline carries no trace of the observer,
+    also when a call or the block fails. Around a guard it reads what the network answers, inside
+    one what the guard makes of it.
+
+    Args:
+        pipeline: A diffusers text-to-image pipeline.
+        calibration: Of this model, LoRA included, from two seeds or more: runs have the `residual`
+            by which it judges images then. Runs that begin at another noise level, have another
+            size or other negatives have a `residual_reason` instead; what else changes predictions
+            (`clip_skip`, image prompts) is not noticed.
+        model: Sha256 of the weights, to be compared with that of the calibration; None takes the
+            caller's word that they belong together.
+
+    Raises:
+        ValueError: The pipeline is not supported.
+        CalibrationError: The calibration judges no images.
+        CalibrationMismatch: It was made with other weights or in another precision.
     """
-    observer = _Observer(pipeline)
+    controls = None
+    if calibration is not None:
+        controls = _Controls(pipeline, calibration.require_observed(), model)
+    observer = _Observer(pipeline, controls)
     with observer.following():
         yield observer.record
 
@@ -93,8 +136,9 @@ def observe(pipeline: Any) -> Iterator[ObserverRecord]:
 class _Observer(Follower):
     """Measures each network call of a pipeline's runs."""
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, controls: "_Controls | None"):
         super().__init__(pipeline)
+        self.controls = controls
         self.record = ObserverRecord()
         self.run: ObservedRun | None = None
         self.separate = False
@@ -133,8 +177,74 @@ class _Observer(Follower):
         else:
             run.reason = DISTILLED if self.family.guidance_distilled else NO_GUIDANCE
             return
+        difference = cond.float() - uncond.float()
+        if self.controls is not None and not run.measurable:
+            self.controls.measure(run, difference)
         run.measurable, run.reason = True, ""
         run._elements = cond[0].numel()
-        run._norms.append((cond.float() - uncond.float()).flatten(1).norm(dim=1))
+        run._norms.append(difference.flatten(1).norm(dim=1))
         # Read later: a device must not be waited for inside somebody's sampling loop.
         run._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+
+
+class _Controls:
+    """Measures the residual of images outside of what controls add, where the two compare."""
+
+    def __init__(self, pipeline: Any, observed: Calibration, model: str | None):
+        scale = pipeline.vae_scale_factor
+        height, width = observed.latent_shape[-2:]
+        self.pipeline, self.observed = pipeline, observed
+        self.family: Family = family_of(pipeline)(pipeline, (height * scale, width * scale))
+        self.schedule = self.family.schedule()
+        now = {
+            "parametrization": self.family.parametrization(),
+            "dtype": str(self.family.network.dtype).removeprefix("torch."),
+        }
+        observed.check(observed.model if model is None else model, observed.settings | now)
+        assert observed.basis is not None, "images are judged by residuals"
+        self.basis = observed.basis.to(torch.device(pipeline._execution_device))
+
+    def measure(self, run: ObservedRun, difference: Tensor) -> None:
+        """Give a run the residuals of its images, and how to know whether they compare.
+
+        Args:
+            run: At its first predictions.
+            difference: Of the network's predictions from prompt and negative, as it returns them.
+        """
+        shape, guidance = self._latent_shape(difference), self._other_guidance(run)
+
+        def reason(timestep: float) -> str:
+            sigma = self.schedule.sigma(timestep * self.family.timestep_unit)
+            return guidance or misfit(self.observed, shape, sigma)
+
+        run._residual_reason = reason
+        if shape == self.observed.latent_shape:
+            if self.family.parametrization() == "v_prediction":  # at one x, as in `l2`
+                difference = difference / input_scale(self.observed.settings["sigmas"][0])
+            self.basis = self.basis.to(difference.device)
+            rows = self.family.unpack(difference)
+            run._residuals = self.basis.residual(rows, [0] * len(rows))
+
+    def _latent_shape(self, prediction: Tensor) -> tuple[int, ...]:
+        """Return the shape of one latent of the running call."""
+        if prediction.ndim == 4:
+            return tuple(prediction.shape[1:])
+        # Patches do not show how they lie.
+        scale, multiple = self.pipeline.vae_scale_factor, self.family.multiple
+        sides = (int(argument_of(self.pipeline, side)) for side in ("height", "width"))
+        return (self.family.channels, *((side - side % multiple) // scale for side in sides))
+
+    def _other_guidance(self, run: ObservedRun) -> str:
+        """Return how guidance differs from what the controls were measured with, "" if not."""
+        expected = "zeros" if self.family.zero_unconditional else "empty prompt"
+        if run.negatives_are != expected:
+            remedy = "leave `negative_prompt` out" if expected == "zeros" else "give '' as one"
+            return (
+                f"guidance moved away from {run.negatives_are}, for the controls from "
+                f"{expected}: {remedy}"
+            )
+        known = self.family.guidance_embedding
+        if known is not None and self.family.network.config.guidance_embeds:
+            if (given := self.pipeline.guidance_scale) != known:
+                return f"the network read `guidance_scale` {given}, for the controls {known}"
+        return ""

@@ -8,7 +8,17 @@ import tiny
 import torch
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.sampling.observer import observe
+from unmemorize.shared.score.calibration import (
+    Calibration,
+    CalibrationError,
+    CalibrationMismatch,
+    settings_of,
+)
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.control_basis import ordinary
+from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.metrics import text_noise_norm
+from unmemorize.shared.score.pooled_basis import inner_products, pooled_cross_fitted
 
 PROMPTS = ["a red cat", "tall tree"]
 STEPS = 3
@@ -198,3 +208,120 @@ def test_the_signatures_of_wrapped_methods_stay():
 def test_a_pipeline_that_is_not_supported_is_refused_untouched():
     with pytest.raises(ValueError, match="is not supported"), observe(object()):
         pass
+
+
+def calibration_of(pipeline, resolution=None, seeds=(5, 6), name="abc"):
+    """A calibration of controls that stand for themselves, at the pipeline's own first level."""
+    denoiser = PipelineDenoiser(pipeline, resolution=resolution)
+    config = DetectionConfig(seeds=seeds, schedule_steps=STEPS)
+    kept = {}
+    magnitudes = Calibration.from_controls(
+        detect(denoiser, CONTROLS, config, on_difference=kept.__setitem__),
+        model=name, settings=settings_of(denoiser, config), name="test", false_positive_rate=0.2,
+    )  # fmt: skip
+    return magnitudes.with_observed(torch.stack([kept[i] for i in range(len(CONTROLS))], dim=1))
+
+
+CONTROLS = [f"a {color} {thing}" for color in ("red", "green", "tall") for thing in ("cat", "dog")]
+TRUE_GUIDANCE = {"negative_prompt": ["", ""], "true_cfg_scale": 2.0, "guidance_scale": 3.5}
+"""With which Flux is measurable, as its controls were."""
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_residuals_are_those_of_a_slow_reference(name):
+    """For the same noise: D by the denoiser, outside of what all controls at all seeds span."""
+    pipeline = tiny.PIPELINES[name]()
+    calibration = calibration_of(pipeline)
+    changes = TRUE_GUIDANCE if name == "flux" else {}
+    plain = run(pipeline, **changes)
+    with observe(pipeline, calibration) as record:
+        assert torch.equal(run(pipeline, **changes), plain)
+    (observed,) = record.runs
+    assert observed.residual_reason == ""
+    denoiser = PipelineDenoiser(pipeline)
+
+    def differences(prompts, seeds):
+        config = DetectionConfig(seeds=seeds, schedule_steps=STEPS)
+        return control_differences(denoiser, prompts, config, 0)
+
+    of_controls = differences(CONTROLS, (5, 6))
+    spanning = ordinary(pooled_cross_fitted(inner_products(of_controls), 1))
+    rows = of_controls[:, spanning].flatten(0, 1).double()
+    own = torch.stack([differences(PROMPTS, (seed,))[0, seed] for seed in (0, 1)]).double()
+    mean = rows.mean(0)
+    direction = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:1]
+    rest = own - mean
+    expected = (rest - rest @ direction.T @ direction).norm(dim=1)
+    torch.testing.assert_close(observed.residual, expected, rtol=2e-3, atol=1e-5)
+    assert not torch.allclose(observed.residual, observed.l2[:, 0], rtol=0.02)
+    judge = calibration.observed
+    assert judge.flags(observed.residual).shape == judge.p_values(observed.residual).shape == (2,)
+
+
+def no_verdict(pipeline, calibration, *words, **changes):
+    with observe(pipeline, calibration) as record:
+        run(pipeline, **changes)
+    assert record.runs[0].residual is None
+    for word in words:
+        assert word in record.runs[0].residual_reason
+    return record.runs[0]
+
+
+def test_what_does_not_compare_has_a_reason_and_no_residual():
+    pipeline = tiny.stable_diffusion()
+    calibration = calibration_of(pipeline)
+    assert no_verdict(pipeline, None, "without a calibration").measurable
+    assert not no_verdict(pipeline, calibration, "guidance was off", guidance_scale=1.0).measurable
+    wide = {"height": tiny.RESOLUTION, "width": 2 * tiny.RESOLUTION}
+    no_verdict(pipeline, calibration, "16 x 32", "16 x 16", **wide)
+    no_verdict(
+        pipeline, calibration, "moved away from prompts", "empty prompt", negative_prompt=["a", "a"]
+    )
+    fewer = no_verdict(pipeline, calibration, "began at noise level", num_inference_steps=30)
+    level = PipelineDenoiser(pipeline).schedule.sigma(fewer.timesteps[0])
+    assert f"{level:.4g}" in fewer.residual_reason
+    again = run_observed(pipeline, calibration)
+    assert again.residual is not None
+
+
+def run_observed(pipeline, calibration, **changes):
+    with observe(pipeline, calibration) as record:
+        run(pipeline, **changes)
+    return record.runs[0]
+
+
+def test_zeros_are_another_negative_than_the_empty_prompt():
+    pipeline = tiny.stable_diffusion_xl()
+    calibration = calibration_of(pipeline)
+    assert run_observed(pipeline, calibration).residual is not None
+    no_verdict(pipeline, calibration, "empty prompt", "for the controls from zeros",
+               negative_prompt=["", ""])  # fmt: skip
+
+
+def test_flux_compares_at_the_guidance_and_the_shape_of_the_controls_alone():
+    pipeline = tiny.flux()
+    calibration = calibration_of(pipeline, resolution=(64, 32))
+    same = TRUE_GUIDANCE | {"height": 64, "width": 32}
+    assert run_observed(pipeline, calibration, **same).residual is not None
+    no_verdict(pipeline, calibration, "16 x 8", "8 x 16", **same | {"height": 32, "width": 64})
+    no_verdict(pipeline, calibration, "guidance_scale` 5.0", **same | {"guidance_scale": 5.0})
+    no_verdict(pipeline, calibration, "guides itself", guidance_scale=3.5)
+
+
+def test_a_calibration_of_other_weights_or_precision_or_of_prompts_alone_is_refused():
+    pipeline = tiny.stable_diffusion()
+    calibration = calibration_of(pipeline)
+    before = trace_of(pipeline)
+    with pytest.raises(CalibrationMismatch, match="calibrated abc, now xyz"):
+        with observe(pipeline, calibration, model="xyz"):
+            pytest.fail("was entered")
+    with pytest.raises(CalibrationMismatch, match="parametrization"):
+        with observe(tiny.stable_diffusion("v_prediction"), calibration):
+            pytest.fail("was entered")
+    with pytest.raises(CalibrationError, match="two seeds or more"):
+        with observe(pipeline, calibration_of(pipeline, seeds=(5,))):
+            pytest.fail("was entered")
+    assert trace_of(pipeline) == before
+    with observe(pipeline, calibration, model="abc") as record:
+        run(pipeline)
+    assert record.runs[0].residual is not None
