@@ -65,6 +65,16 @@ class Calibrate(io.ComfyNode):
         if calibration.residual:
             threshold = calibration.judge.threshold
             report += f" Prompts are judged by their residual, threshold {threshold:.4g}."
+        if calibration.observed:
+            threshold = calibration.observed.threshold
+            report += (
+                f" Sampled images are judged by their own residual, threshold {threshold:.4g}."
+            )
+        else:
+            report += (
+                " Sampled images are judged by magnitudes: their residual takes two seeds or more "
+                "and one step."
+            )
         return io.NodeOutput(calibration, report, ui={"text": [report]})
 
 

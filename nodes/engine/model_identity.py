@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ def settings(denoiser: ModelDenoiser, config: DetectionConfig, told: int | None 
     """Return what moves a score besides the weights: the negative is whatever is connected."""
     negative = digest(denoiser.unconditional().embeddings)[:16]
     return settings_of(denoiser, config, told) | {"negative": negative}
+
+
+def digest_of_negative(conds: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `settings` says of a negative that ComfyUI has prepared, "" where it has none."""
+    cross = conds[0]["model_conds"].get("c_crossattn") if conds else None
+    return "" if cross is None else digest(cross.cond[:1])[:16]
 
 
 def digest(value: Any) -> str:

@@ -15,7 +15,7 @@ from comfy.sampler_helpers import convert_cond
 
 from ...shared.mitigation.gate import GuardedImage
 from ...shared.sampling.watched_runs import WatchedRun, WatchRecord
-from .model_identity import weights_sha256
+from .model_identity import digest_of_negative, weights_sha256
 
 KEY = "unmemorize"
 EMPTY = "unmemorize empty prompt"
@@ -65,35 +65,43 @@ def watch(
     record = WatchRecord(model=lambda: weights_sha256(watched))
     guider: Any = None
     run: WatchedRun | None = None
+    compared: list = []  # conds of the negative
 
     def on_run(executor: Any, noise: Any, image: Any, sampler: Any, sigmas: Any, *args, **kwargs):
-        nonlocal guider, run
-        before = guider, run
-        guider, run = executor.class_obj, WatchedRun(reason=NO_PAIR)
-        run.from_noise = begins_at_noise(guider.model_patcher, sigmas)
+        nonlocal guider, run, compared
+        before = guider, run, compared
+        guider, run, compared = executor.class_obj, WatchedRun(reason=NO_PAIR), []
+        # Where another sampler has begun, this one adds zeros.
+        adds_noise = getattr(noise, "is_nested", False) or bool(noise.any())
+        run.from_noise = adds_noise and begins_at_noise(guider.model_patcher, sigmas)
         if measure_anyway and empty and not guider.conds.get("negative"):
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
         try:
             latent = executor(noise, image, sampler, sigmas, *args, **kwargs)
             run.latent_id, run.guarded = latent_id(latent), guarded()
+            run.negative = digest_of_negative(compared)
+            run.end()
             record.start(run)
             return latent
         finally:
-            guider, run = before
+            guider, run, compared = before
 
     def on_predictions(
         executor: Callable, network: Any, conds: Sequence, x: Any, sigma: Any, options: dict
     ) -> Sequence:
+        nonlocal compared
         predictions = executor(network, conds, x, sigma, options)
         if run is None:
             return predictions
         positive, negative = places(guider, conds)
         if positive is not None and negative is not None:
+            compared = compared or conds[negative]
             run.add(predictions[positive], predictions[negative], sigma)
         elif positive is not None and len(conds) > 1 and conds[1 - positive] is None:
             other = guider.conds.get("negative") or guider.conds.get(EMPTY)
             run.reason = NO_NEGATIVE if measure_anyway else NO_GUIDANCE
             if measure_anyway and other:
+                compared = compared or other
                 (uncond,) = executor(network, [other], x, sigma, options)
                 run.add(predictions[positive], uncond, sigma)
                 run.extra_passes += 1

@@ -64,6 +64,8 @@ def _rows(run: WatchedRun, verdict: RunVerdict) -> list[tuple[str, int, str]]:
     ]
     if len(order) > LISTED:
         rows.append((f"and {len(order) - LISTED} more with lower scores", LETTERS, "muted"))
+    if verdict.measure == "residual":
+        rows.append(("Dots: the residual, which decides. Lines: the magnitude.", SMALL, "muted"))
     if _replaced(run):
         rows.append(("Rings: with the noise that the guard replaced.", SMALL, "muted"))
     if verdict.threshold is None:
@@ -81,7 +83,8 @@ def _replaced(run: WatchedRun) -> list[float]:
 def _plot(run: WatchedRun, verdict: RunVerdict, theme: Theme) -> "Image":
     """Return the part of the image with axes."""
     traces, rings = run.traces.numpy(), _replaced(run)
-    highest = max(traces.max(), verdict.threshold or 0, *(verdict.controls or ()), *rings)
+    scored = [image.score for image in verdict.images]
+    highest = max(traces.max(), *scored, verdict.threshold or 0, *(verdict.controls or ()), *rings)
     steps, scores = steps_axis(traces.shape[1]), scores_axis(float(highest))
     chart = Chart(steps, scores, width=WIDTH, height=PLOT_HEIGHT, size=SMALL, theme=theme)
     until = verdict.steps + 0.5
@@ -90,7 +93,8 @@ def _plot(run: WatchedRun, verdict: RunVerdict, theme: Theme) -> "Image":
     for image, trace in zip(verdict.images, traces.tolist(), strict=True):
         role, points = "flagged" if image.memorized else "other", list(enumerate(trace, 1))
         chart.line(points, role)
-        chart.dots(points[: verdict.steps], role)
+        residual = verdict.measure == "residual"
+        chart.dots([(1, image.score)] if residual else points[: verdict.steps], role)
     chart.dots([(1, score) for score in rings], "ink", radius=0.42, shape="ring")
     if verdict.threshold is not None:
         chart.line([(steps.low, verdict.threshold), (until, verdict.threshold)], "ink")

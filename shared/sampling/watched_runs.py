@@ -8,11 +8,16 @@ import torch
 from ..arrays import Float, Tensor
 from ..mitigation.gate import GuardedImage
 from ..score.calibration import Calibration
-from ..score.metrics import per_element, text_noise_norm
+from ..score.metrics import per_element, text_noise, text_noise_norm
 from ..wording import counted
+from .first_level import misfit
 
 KEPT_RUNS = 16
 NO_CALIBRATION = "A verdict needs a calibration of this model."
+NO_RESIDUAL = (
+    "the calibration has none for sampled images. Run Calibrate again, with two seeds or more and "
+    "one step"
+)
 SAME_LEVEL = 1e-4
 """Relative distance of noise levels that are one level, computed in two ways."""
 
@@ -33,6 +38,9 @@ class WatchedRun:
     """What a guard decided about each image; empty when there was none."""
     reason: str = "the sampler stopped before its first step"
     """Why there are no scores; of no meaning when there are."""
+    negative: str = ""
+    """What the prompt was compared with, as calibrations name it; empty where nobody knows."""
+    _first: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def add(self, x0_cond: Tensor, x0_uncond: Tensor, sigma: Float[Tensor, " image"]) -> None:
@@ -44,8 +52,43 @@ class WatchedRun:
             sigma: Noise level of each image, all the same.
         """
         self.latent_shape = tuple(x0_cond.shape[1:])
+        if not self._rows and x0_cond.ndim == 4:  # calibrations are of images alone
+            self._first = text_noise(x0_uncond, x0_cond, sigma.flatten()[0])
         # Read later: a device must not be waited for inside somebody's sampling loop.
         self._rows.append((sigma.flatten()[0], text_noise_norm(x0_cond, x0_uncond)))
+
+    def end(self) -> None:
+        """Bring what was measured to the CPU: sampling is over and may wait for the device."""
+        self._first = None if self._first is None else self._first.cpu()
+        self._rows = [(sigma.cpu(), norms.cpu()) for sigma, norms in self._rows]
+
+    def residuals(self, observed: Calibration) -> Float[Tensor, " image"]:
+        """Return the residual per image at the first evaluation, L2 norm, float64 on the CPU.
+
+        Args:
+            observed: What sampled images are judged by, where `residual_reason` is empty.
+        """
+        assert observed.basis is not None
+        assert self._first is not None
+        return observed.basis.residual(self._first.cpu(), [0] * len(self._first)).double()
+
+    def residual_reason(self, calibration: Calibration, model: str | None) -> str:
+        """Return why residuals of the images do not compare with the controls', "" if they do.
+
+        Args:
+            calibration: Of this model.
+            model: Sha256 of the weights that were sampled with; None where nobody knows.
+        """
+        observed = calibration.observed
+        if observed is None:
+            return NO_RESIDUAL
+        if model not in (None, observed.model):
+            return "the weights are others than the controls were measured with"
+        if not self.from_noise:
+            return "sampling did not begin at pure noise"
+        if self.negative != observed.settings.get("negative", ""):
+            return "the negative prompt is another one than Calibrate compared with"
+        return misfit(observed, self.latent_shape, float(self._rows[0][0]))
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -99,9 +142,11 @@ class ImageVerdict:
     """One image of a batch."""
 
     score: float
+    """What decides, L2 norm in latent units: the residual, or the magnitude."""
+    magnitude: float
     """|D|, L2 norm in latent units, mean over the judged steps."""
     per_element: float
-    """The same as root mean square, which does not move with resolution."""
+    """The score as root mean square, which does not move with resolution."""
     p_value: float | None = None
     """Of the score among the controls', 0..1; None without a calibration."""
     memorized: bool | None = None
@@ -113,6 +158,10 @@ class RunVerdict:
     """A run as the calibration sees it."""
 
     images: tuple[ImageVerdict, ...]
+    measure: str = "magnitude"
+    """What the scores are: "residual", outside of what the controls add, or "magnitude"."""
+    reason: str = ""
+    """Why they are no residuals although there is a calibration."""
     steps: int
     """Noise levels the scores are means over, counted from the noisiest."""
     threshold: float | None = None
@@ -136,7 +185,8 @@ def judge(
 ) -> RunVerdict:
     """Return the scores of a run's images, and verdicts where there is a calibration.
 
-    An image is one seed: it is compared with what the controls score at one seed.
+    An image is one seed: it is compared with what the controls score at one seed. Its score is the
+    residual where the run fits the calibration, else the magnitude, with caveats.
 
     Args:
         run: With at least one measured level.
@@ -148,19 +198,24 @@ def judge(
         steps = calibration.settings["steps"]
     traces = run.traces
     steps = min(steps, traces.shape[1])
-    scores = traces[:, :steps].mean(1)
+    scores = magnitudes = traces[:, :steps].mean(1)
+    judging, reason = calibration, ""
+    if calibration is not None and not (reason := run.residual_reason(calibration, model)):
+        judging = calibration.require_observed()
+        scores = run.residuals(judging)
     images = [
-        ImageVerdict(score=score, per_element=element)
-        for score, element in zip(
-            scores.tolist(), per_element(scores, run.latent_shape).tolist(), strict=True
+        ImageVerdict(score=score, magnitude=magnitude, per_element=element)
+        for score, magnitude, element in zip(
+            scores.tolist(), magnitudes.tolist(),
+            per_element(scores, run.latent_shape).tolist(), strict=True,
         )
-    ]
-    if calibration is None:
+    ]  # fmt: skip
+    if judging is None:
         return RunVerdict(images=tuple(images), steps=steps)
     single = replace(
-        calibration,
-        control_scores=tuple(scores[:1] for scores in calibration.control_scores),
-        threshold=calibration.threshold_for(1),
+        judging,
+        control_scores=tuple(scores[:1] for scores in judging.control_scores),
+        threshold=judging.threshold_for(1),
     )
     p_values, flags = single.p_values(scores).tolist(), single.flags(scores).tolist()
     quantiles = single.sorted_scores.quantile(torch.tensor([0.05, 0.95]).double())
@@ -169,10 +224,12 @@ def judge(
             replace(image, p_value=p_value, memorized=memorized)
             for image, p_value, memorized in zip(images, p_values, flags, strict=True)
         ),
+        measure="magnitude" if judging is calibration else "residual",
+        reason=reason,
         steps=steps,
         threshold=single.threshold,
         controls=tuple(quantiles.tolist()),
-        caveats=_caveats(run, calibration, model),
+        caveats=_caveats(run, judging, model),
     )
 
 
@@ -210,6 +267,8 @@ def image_line(verdict: RunVerdict, index: int) -> str:
     """Return the result of one image of the batch in one line."""
     image = verdict.images[index]
     parts = [f"image {index + 1}", f"score {image.score:.3g}"]
+    if verdict.measure == "residual":
+        parts.append(f"magnitude {image.magnitude:.3g}")
     if image.p_value is not None:
         parts += [f"p = {image.p_value:.2g}", "looks memorized" if image.memorized else "ordinary"]
     return "  ·  ".join(parts)
@@ -219,10 +278,17 @@ def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_pas
     """Return the result of a run in full, one fact a line."""
     steps = "the first step" if verdict.steps == 1 else f"the first {verdict.steps} steps"
     lines = [headline(verdict), *(image_line(verdict, i) for i in range(len(verdict.images)))]
-    lines.append(f"Score: L2 norm of what the text adds to the prediction, mean over {steps}.")
+    magnitude = f"L2 norm of what the text adds to the prediction, mean over {steps}."
+    if verdict.measure == "residual":
+        lines.append("Score: residual, the L2 norm outside of what control prompts add.")
+        lines.append(f"Magnitude: {magnitude}")
+    else:
+        lines.append(f"Score: magnitude, {magnitude}")
     if calibration is None:
         lines.append(NO_CALIBRATION)
     else:
+        if verdict.reason:
+            lines.append(f"Not judged by the residual: {verdict.reason}.")
         lines.append(
             f"Threshold {verdict.threshold:.4g}: at most {calibration.false_positive_rate:.2g} of "
             f"ordinary prompts score higher, by {len(calibration.control_scores)} controls "
@@ -254,7 +320,9 @@ def metadata(verdict: RunVerdict) -> dict:
     """Return the result as plain JSON values, for the metadata of the saved images."""
     images = verdict.images
     return {
+        "measure": verdict.measure,
         "score": [image.score for image in images],
+        "magnitude": [image.magnitude for image in images],
         "score_per_element": [image.per_element for image in images],
         "steps": verdict.steps,
         "threshold": verdict.threshold,

@@ -4,9 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from comfyui import newest, node
+from demo_side import denoiser
 from PIL import Image
-from watched_sampling import STEPS, TEXTS, WATCH, report, sample, sampler
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import control_differences
+from unmemorize.shared.score.pooled_basis import pooled
+from watched_sampling import PROMPT, STEPS, TEXTS, WATCH, report, sample, sampler
 
 pytestmark = pytest.mark.comfy
 
@@ -63,6 +68,60 @@ def test_sampler_custom_advanced_and_basic_guider(comfy):
     anyway = comfy.run(custom, keep=keep)
     assert anyway["score"] == pytest.approx(expected, rel=1e-5)
     assert f"{STEPS} additional passes" in anyway["text"]
+
+
+CONTROLS = [
+    f"a {color} {thing}" for color in ("red", "blue") for thing in
+    ("cat", "house", "tree", "boat", "cup", "hat", "road", "dog", "bird", "bed")
+]  # fmt: skip
+
+
+def calibrator(**inputs) -> dict:
+    return node("UnmemorizeCalibrate", **{
+        "model": ["1", 0], "clip": ["1", 1], "latent": ["4", 0], "name": "images", "steps": 1,
+        "controls": "art", "prompts": "\n".join(CONTROLS), "false_positive_rate": 0.05,
+        "seeds": 2} | inputs)  # fmt: skip
+
+
+def test_a_run_from_the_calibrated_level_is_judged_by_its_residual(comfy):
+    """The two first steps of 50 of ddim_uniform, which begin where the controls were measured."""
+    graph = TEXTS | WATCH | {
+        "calibrate": calibrator(),
+        "noise": node("RandomNoise", noise_seed=1),
+        "sampler": node("KSamplerSelect", sampler_name="euler"),
+        "all": node("BasicScheduler", model=["1", 0], scheduler="ddim_uniform", steps=50,
+                    denoise=1.0),
+        "sigmas": node("SplitSigmas", sigmas=["all", 0], step=2),
+        "guider": node("CFGGuider", model=["watch", 0], positive=["2", 0], negative=["3", 0],
+                       cfg=5.0),
+        "a": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0],
+                  sampler=["sampler", 0], sigmas=["sigmas", 0], latent_image=["4", 0]),
+        "report": report(["a", 0], calibration=["calibrate", 0]),
+    }  # fmt: skip
+    keep = {"score": ["report", 3], "text": ["report", 2], "memorized": ["report", 4],
+            "made": ["calibrate", 1]}  # fmt: skip
+    run = comfy.run(graph, keep=keep, fresh=True)
+    assert "residual, threshold" in run["made"]
+    assert "Score: residual" in run["text"]
+    assert run["memorized"] is True
+
+    def differences(prompts: list, seeds: tuple) -> torch.Tensor:
+        return control_differences(denoiser(), prompts, DetectionConfig(seeds=seeds), 0)
+
+    basis, scores = pooled(differences(CONTROLS, (0, 1)))
+    expected = basis.residual(differences([PROMPT], (1,))[0], [0]).item()
+    assert run["score"] == pytest.approx(expected, rel=0.02)  # noise at 13.1 has a sd of 13.1
+    assert expected > scores.max()
+
+    graph["guider"] = node("CFGGuider", model=["watch", 0], positive=["2", 0], negative=["2", 0],
+                           cfg=5.0)  # fmt: skip
+    other = comfy.run(graph, keep=keep)
+    assert "Score: magnitude" in other["text"]
+    assert "Not judged by the residual: the negative prompt is another one" in other["text"]
+    graph["calibrate"] = calibrator(seeds=1, name="prompts alone")
+    alone = comfy.run(graph, keep=keep)
+    assert "two seeds or more" in alone["made"]
+    assert "Run Calibrate again, with two seeds or more" in alone["text"]
 
 
 @newest

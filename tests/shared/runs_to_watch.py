@@ -34,5 +34,11 @@ def calibration(steps: int = 1, seeds: int = 3, controls: int = 120) -> Calibrat
         prompts=tuple(f"control {i}" for i in range(controls)), config=config, latent_elements=256,
         traces=traces[..., None].expand(-1, -1, steps).clone(),
     )  # fmt: skip
-    settings = {"steps": steps, "latent_shape": list(SHAPE)}
+    settings = {"steps": steps, "latent_shape": list(SHAPE), "sigmas": [14.6]}
     return Calibration.from_controls(detection, model="m", settings=settings, name="made up")
+
+
+def calibration_of_images() -> Calibration:
+    """Return the same with residuals at the first level that lie about 3."""
+    generator = torch.Generator().manual_seed(1)
+    return calibration().with_observed(0.2 * torch.randn(2, 120, 256, generator=generator))

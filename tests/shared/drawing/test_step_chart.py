@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs_to_watch import calibration, run
+from runs_to_watch import calibration, calibration_of_images, run
 from unmemorize.shared.drawing.step_chart import LISTED, WIDTH, draw_note, draw_step_chart
 from unmemorize.shared.drawing.theme import THEMES
 from unmemorize.shared.mitigation.gate import GuardedImage
@@ -45,6 +45,14 @@ def test_every_kind_of_run_can_be_drawn(images, levels, calibrated):
 def test_scores_of_any_size_can_be_drawn(score):
     r = run([score])
     assert draw_step_chart(r, judge(r)).width == WIDTH
+
+
+def test_residuals_are_dots_beside_the_lines_of_magnitudes():
+    r = run([2.0, 9.0])
+    magnitudes, residuals = (judge(r, each()) for each in (calibration, calibration_of_images))
+    plain, beside = draw_step_chart(r, magnitudes), draw_step_chart(r, residuals)
+    assert beside.height > plain.height  # a line that says which is which
+    assert pixels(beside, THEMES["dark"]["flagged"]) > 1000
 
 
 def test_a_note_holds_its_text():

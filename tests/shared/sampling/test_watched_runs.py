@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs_to_watch import SHAPE, add, calibration, run
+from runs_to_watch import SHAPE, add, calibration, calibration_of_images, run
 from unmemorize.shared.mitigation.gate import GuardedImage
 from unmemorize.shared.sampling.watched_runs import (
     KEPT_RUNS,
@@ -72,6 +72,73 @@ def test_what_does_not_fit_is_told():
     other.latent_shape = (4, 16, 16)
     assert "4 x 16 x 16" in judge(other, cal).caveats[0]
     assert "does not fit" in verdict_text(judge(other, cal), cal, 0)
+
+
+def test_a_run_that_fits_is_judged_by_what_its_first_prediction_adds_beyond_the_controls():
+    made, cal = run([2.0, 9.0]), calibration_of_images()
+    verdict = judge(made, cal, model="m")
+    assert (verdict.measure, verdict.reason, verdict.caveats) == ("residual", "", ())
+    difference = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).flatten(1)
+    difference *= torch.tensor([[2.0], [9.0]]) / difference.norm(dim=1, keepdim=True)
+    expected = cal.observed.basis.residual(difference, [0, 0])
+    assert [image.score for image in verdict.images] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert [image.magnitude for image in verdict.images] == pytest.approx([2.0, 9.0])
+    assert [image.memorized for image in verdict.images] == [False, True]
+    assert verdict.images[1].p_value == pytest.approx(1 / 121)
+    assert verdict.threshold == cal.observed.threshold
+    made.end()  # as after sampling
+    assert judge(made, cal, model="m") == verdict
+    text = verdict_text(verdict, cal, 0)
+    assert "Score: residual" in text
+    assert "magnitude 9  ·  p = 0.0083  ·  looks memorized" in text
+    assert metadata(verdict)["measure"] == "residual"
+    assert metadata(verdict)["magnitude"] == pytest.approx([2.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "words"),
+    [
+        ({}, "n", "weights are others"),
+        ({"from_noise": False}, "m", "did not begin at pure noise"),
+        ({"negative": "another"}, "m", "negative prompt is another one"),
+        ({"levels": 1, "first": 11.0}, "m", "noise level 11, the controls were measured at 14.6"),
+        ({"size": (4, 8, 16)}, "m", "latents are 4 x 8 x 16, those of the controls 4 x 8 x 8"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_judged_by_magnitudes_and_says_why(changes, model, words):
+    made, cal = run([9.0]), calibration_of_images()
+    assert judge(made, cal, model="m").measure == "residual"
+    changes = dict(changes)
+    if first := changes.pop("first", None):
+        made = WatchedRun()
+        add(made, first, [9.0])
+    levels, size = changes.pop("levels", 5), changes.pop("size", SHAPE)
+    made.latent_shape = size
+    for name, value in changes.items():
+        setattr(made, name, value)
+    verdict = judge(made, cal, model=model)
+    assert verdict.measure == "magnitude"
+    assert words in verdict.reason
+    assert verdict.images[0].score == verdict.images[0].magnitude == pytest.approx(9.0)
+    assert verdict.threshold == cal.threshold_for(1)
+    assert f"Not judged by the residual: {verdict.reason}." in verdict_text(verdict, cal, 0)
+    assert len(made.sigmas) == levels
+
+
+@pytest.mark.parametrize(
+    ("share", "fits"), [(0.97, False), (0.985, True), (1.0, True), (1.114, True), (1.13, False)]
+)
+def test_samplers_may_begin_a_little_above_the_level_of_the_controls(share, fits):
+    """1.114 is the end of Stable Diffusion's schedule over the first of 50 DDIM steps."""
+    made = WatchedRun()
+    add(made, share * 14.6, [9.0])
+    assert (judge(made, calibration_of_images()).measure == "residual") == fits
+
+
+def test_a_calibration_without_residuals_of_images_says_what_makes_them():
+    verdict = judge(run([9.0]), calibration())
+    assert "two seeds or more and one step" in verdict.reason
+    assert judge(run([9.0])).reason == ""  # without any, there is nothing to say
 
 
 def test_the_run_of_a_latent_is_found_and_old_runs_are_let_go():
