@@ -12,7 +12,7 @@ with the size of the latents.
 import torch
 
 from ..arrays import Float, Tensor
-from .control_basis import FOLDS, ControlBasis, directions_for, ordinary
+from .control_basis import ControlBasis, directions_for, folds, ordinary
 
 POOLED_SEEDS = 4
 """Starting noises that are pooled, at most: directions hardly change beyond, fits grow dear."""
@@ -66,8 +66,7 @@ def pooled_cross_fitted(
     seeds, number = products.shape[:2]
     flat = products.reshape(seeds * number, seeds * number)
     scores = torch.zeros(number, seeds, dtype=torch.float64)
-    for fold in range(min(FOLDS, number)):
-        held = torch.arange(fold, number, FOLDS)
+    for held in folds(number):
         others = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
         others[held] = False
         for seed in range(seeds):

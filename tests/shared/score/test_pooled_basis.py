@@ -8,7 +8,7 @@ import torch
 from toy import ToyDenoiser, prompts
 from unmemorize.shared.score.calibration import Calibration, CalibrationError, settings_of
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import FOLDS, ControlBasis, directions_for
+from unmemorize.shared.score.control_basis import ControlBasis, directions_for, folds
 from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.pooled_basis import (
     POOLED_SEEDS,
@@ -16,6 +16,7 @@ from unmemorize.shared.score.pooled_basis import (
     pooled,
     pooled_cross_fitted,
 )
+from unmemorize.shared.score.rates import threshold_of
 
 CONFIG = DetectionConfig(seeds=(0, 1, 2), schedule_steps=6)
 
@@ -35,9 +36,10 @@ def slow_residual(fitted: np.ndarray, row: np.ndarray, count: int) -> float:
 
 def others_of(differences: torch.Tensor, control: int, seed: int) -> torch.Tensor:
     """The D of all other folds at all other seeds, as rows."""
-    folds = torch.arange(differences.shape[1]) % FOLDS != control % FOLDS
+    (own,) = (held for held in folds(differences.shape[1]) if control in held)
+    others = [k for k in range(differences.shape[1]) if k not in own]
     seeds = torch.arange(len(differences)) != seed
-    return differences[seeds][:, folds].flatten(0, 1)
+    return differences[seeds][:, others].flatten(0, 1)
 
 
 def test_the_cross_fit_by_inner_products_is_the_slow_one_row_by_row():
@@ -58,7 +60,7 @@ def test_a_control_is_scored_by_no_basis_that_it_made():
     moved[[1, 2], 7] += 100 * rows(2, 40)  # the same control at other seeds
     after = pooled_cross_fitted(inner_products(moved), 3)
     assert after[7, 0].item() == pytest.approx(before[7, 0].item(), rel=1e-9)
-    assert after[6, 0].item() != pytest.approx(before[6, 0].item(), rel=1e-5)  # that basis moved
+    assert after[12, 0].item() != pytest.approx(before[12, 0].item(), rel=1e-5)  # that basis moved
     moved = differences.clone()
     moved[0] *= 3
     moved[0, 7] = differences[0, 7]  # the same noise, other controls
@@ -106,7 +108,7 @@ def test_calibrated_false_positives_of_new_noises_stay_at_their_rate(controls):
     """
     generator = torch.Generator().manual_seed(11)
     rates = {"shipped": [], "naive": []}
-    for _ in range(8):
+    for _ in range(20):
         words = 3 * torch.randn(12, 150, generator=generator)
 
         def draw(seeds: int, count: int, words: torch.Tensor = words) -> torch.Tensor:
@@ -123,9 +125,9 @@ def test_calibrated_false_positives_of_new_noises_stay_at_their_rate(controls):
         found = basis.residual(images, [0] * len(images)).double()
         own = basis.residual(fitted.flatten(0, 1), [0] * 3 * controls).double()
         for name, of_controls in (("shipped", scores.amax(1)), ("naive", own)):
-            above = found > of_controls.quantile(0.95)
+            above = found > threshold_of(of_controls, 0.05)
             rates[name].append(above.double().mean().item())
-    assert 0 < np.mean(rates["shipped"]) < 0.06
+    assert 0 < np.mean(rates["shipped"]) < 0.065
     assert np.mean(rates["naive"]) > 0.1
 
 
