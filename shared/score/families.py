@@ -70,7 +70,9 @@ def cosine_limit(differences: Float[Tensor, " control element"], count: int) -> 
         An order statistic of the pairs' cosines; None with fewer controls than `CONTROLS`.
     """
     cosines = []
-    spread = [torch.arange(fold, len(differences), FOLDS) for fold in range(FOLDS)]
+    spread = [
+        torch.arange(fold, len(differences), FOLDS) for fold in range(min(FOLDS, len(differences)))
+    ]
     for held, basis in held_out(differences[None], count, spread):
         unit = normalize(basis.outside(differences[held], [0] * len(held)).double(), dim=1)
         first, second = torch.triu_indices(len(held), len(held), offset=1)

@@ -222,7 +222,7 @@ def test_a_taken_folder_is_refused_with_what_to_type(finished, files, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_no_space_left_keeps_what_was_computed(audit, finished, words, run_python, tmp_path):
     limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000));"
         "sys.argv[0] = 'unmemorize'; runpy.run_module('unmemorize', run_name='__main__')"
     )
     output, (whole, *_) = tmp_path / "out", finished
