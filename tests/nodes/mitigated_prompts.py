@@ -18,17 +18,20 @@ SAMPLING = {
 @cache
 def memorized() -> str:
     """Return the prompt with the highest score of some that were learnt by heart."""
-    return _ranked("verbatim")[-1]
+    return _ranked("verbatim", 8)[-1]
 
 
 @cache
 def ordinary() -> str:
-    """Return the prompt with the lowest score of some that were held out."""
-    return _ranked("held_out")[0]
+    """Return the prompt with the lowest score of some that were held out.
+
+    The calibration's controls are of another kind, so most captions of the demo are flagged by it.
+    """
+    return _ranked("held_out", 16)[0]
 
 
-def _ranked(group: str) -> list[str]:
-    texts = [caption.text for caption in demo.captions() if caption.group == group][:8]
+def _ranked(group: str, count: int) -> list[str]:
+    texts = [caption.text for caption in demo.captions() if caption.group == group][:count]
     scores = detect(denoiser(), texts, DetectionConfig(seeds=(0,))).scores.tolist()
     return [text for _, text in sorted(zip(scores, texts, strict=True))]
 
