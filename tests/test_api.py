@@ -34,6 +34,7 @@ def used(root):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(names["printed"]):
         patch.setattr(StableDiffusionPipeline, "__call__", few)
         patch.setattr(demo, "controls", lambda: controls)
+        torch.manual_seed(0)  # the README's calls draw their own noise
         for example in examples(root):
             exec(compile(example, "README.md", "exec"), names)
     return names
@@ -47,9 +48,7 @@ def test_the_readme_scores_prompts_and_gives_verdicts(used):
 def test_the_readme_guards_a_pipeline(used):
     (image,) = used["guarded"].runs[0].images
     assert image.fired
-    assert image.threshold < image.score_before
-    # The method aims at the magnitude; from some noises the residual stays at the threshold.
-    assert image.score_after < 0.6 * image.score_before
+    assert image.score_after < image.threshold < image.score_before
     with (
         pytest.raises(ValueError, match="There is no method 'gone'"),
         unmemorize.guard(used["pipeline"], method="gone", gate="always"),

@@ -217,7 +217,7 @@ def test_what_cannot_be_a_figure_is_refused(clone, key, value, command):
 
 def test_commands_are_what_is_typed(monkeypatch):
     assert figures.command_of("words", []) == "make bench NAME=words"
-    typed = figures.command_of("words", ["--captions", "4", "--work", "/tmp/x y", "--seeds", "1"])
+    typed = figures.command_of("words", ["--captions", "4", "--work", "kept here", "--seeds", "1"])
     assert typed == 'make bench NAME=words ARGS="--captions 4 --seeds 1"'
     assert figures.COMMAND.fullmatch(typed)
     monkeypatch.setattr("sys.argv", ["copies.py", "--output=trial.json", "--only", "a"])

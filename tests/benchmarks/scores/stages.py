@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from figures import Figure, plain
+from figures import Figure, plain, share_of
 from torch import Tensor
 from unmemorize.shared.score.calibration import Calibration
 from unmemorize.shared.score.collapse import SEEDS, STEPS, collapse
@@ -29,18 +29,18 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
     groups, key = case.groups, f"detection_two_stage.{case.model.name}"
     judge = case.calibration.judge
     scores = detect(case.subject.denoiser, groups.texts, case.config, basis=judge.basis).scores
-    chosen = judge.suspicious(scores)
+    tried = {*groups.planted, *groups.negatives, *groups.near, *groups.template}
+    chosen = [i for i in judge.suspicious(scores) if i in tried]
     collapses = torch.full_like(scores, torch.nan)
     collapses[chosen] = collapses_of(case, chosen)
-    # The controls are scored by directions of others, so other ones may be suspicious.
+    # Controls are sampled by their own scores, which are by directions of others.
     own, sampled = judge.seed_scores.mean(1), judge.suspicious(judge.seed_scores.mean(1))
     measured = collapses_of(case, [groups.controls[i] for i in sampled])
     both = case.calibration.with_second(dict(zip(sampled, measured.tolist(), strict=True))).judge
     of_controls = torch.full_like(own, torch.nan)
     of_controls[sampled] = measured
     draw = Draw(ranks(both, scores, collapses), ranks(both, own, of_controls))
-    tried = [*groups.planted, *groups.negatives, *groups.near, *groups.template]
-    share = (~collapses[tried].isnan()).double().mean().item()
+    sampled_share = len(chosen) / len(tried)
     found = {
         f"{key}.{name}": figure
         for name, figure in ranked([draw], groups.planted, groups.negatives).items()
@@ -48,13 +48,9 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
     found |= {
         f"{key}.false_positive_rate": flagged([draw], groups.negatives),
         f"{key}.recall": flagged([draw], groups.planted),
-        f"{key}.forwards": plain(len(case.config.seeds) + share * FORWARDS, len(tried)),
-        f"grid.{key}.suspicious": plain(
-            (~collapses[groups.negatives].isnan()).double().mean().item(), len(groups.negatives)
-        ),
-        f"grid.{key}.planted_suspicious": plain(
-            (~collapses[groups.planted].isnan()).double().mean().item(), len(groups.planted)
-        ),
+        f"{key}.forwards": plain(len(case.config.seeds) + sampled_share * FORWARDS, len(tried)),
+        f"grid.{key}.suspicious": share_of([i in {*chosen} for i in groups.negatives]),
+        f"grid.{key}.planted_suspicious": share_of([i in {*chosen} for i in groups.planted]),
     }  # fmt: skip
     planted, others = ([i for i in of if i in {*chosen}]
                        for of in (groups.planted, groups.negatives))  # fmt: skip

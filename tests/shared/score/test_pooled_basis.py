@@ -127,7 +127,7 @@ def test_calibrated_false_positives_of_new_noises_stay_at_their_rate(controls):
         for name, of_controls in (("shipped", scores.amax(1)), ("naive", own)):
             above = found > threshold_of(of_controls, 0.05)
             rates[name].append(above.double().mean().item())
-    assert 0 < np.mean(rates["shipped"]) < 0.065
+    assert 0 < np.mean(rates["shipped"]) < 0.06
     assert np.mean(rates["naive"]) > 0.1
 
 
