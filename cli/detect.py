@@ -81,9 +81,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     sampled = any(row["collapse"] is not None for row in rows)
     columns = ["score", "magnitude", *["collapse"] * sampled, "p", "memorized", "prompt"]
     measure = (
-        "Residual outside of the controls" if rows[0]["measure"] == "residual" else "Magnitude"
-    )
-    title = f"{measure} (L2, latent units), highest first"
+        "Residual outside of the controls (1: ordinary)" if rows[0]["measure"] == "residual"
+        else "Magnitude (L2, latent units)"
+    )  # fmt: skip
+    title = f"{measure}, highest first"
     if any(row["near"] for row in rows):
         title += ", near ones under the memorized one"
 

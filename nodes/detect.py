@@ -37,7 +37,7 @@ class DetectMemorization(io.ComfyNode):
             outputs=[
                 io.String.Output("report"),
                 io.Float.Output("score", is_output_list=True),
-                io.Float.Output("score_per_element", is_output_list=True),
+                io.Float.Output("magnitude_per_element", is_output_list=True),
                 io.Float.Output("p_value", is_output_list=True),
                 io.Boolean.Output("memorized", is_output_list=True),
             ],
@@ -60,17 +60,19 @@ class DetectMemorization(io.ComfyNode):
         basis = judge.basis if judge else None
         rows, settings = scores_in_order(model[0], positive, negative[0], latent[0], config, basis)
         l2, per_element = map(list, zip(*rows, strict=True))
-        lines = [
-            f"prompt {number}: score {norm:.4g} (L2), {rms:.4g} per element"
-            for number, (norm, rms) in enumerate(rows, 1)
-        ]
+        lines = [f"prompt {number}: score {norm:.4g}" for number, norm in enumerate(l2, 1)]
         if basis:  # the paper's score beside the residual
             first = replace(config, seeds=config.seeds[:1])
             paper, _ = scores_in_order(model[0], positive, negative[0], latent[0], first)
+            magnitudes, per_element = map(list, zip(*paper, strict=True))
             lines = [
-                f"{line}, magnitude {norm:.4g}"
-                for line, (norm, _) in zip(lines, paper, strict=True)
+                f"{line} (1: ordinary), magnitude {norm:.4g}"
+                for line, norm in zip(lines, magnitudes, strict=True)
             ]
+        lines = [
+            f"{line} (L2), {rms:.4g} per element"
+            for line, rms in zip(lines, per_element, strict=True)
+        ]
         p_values, flags, notes = [math.nan] * len(l2), [False] * len(l2), [NO_VERDICT]
         if judge:
             caveat = caveat_of(judge, weights_sha256(model[0]), settings, bool(force and force[0]))

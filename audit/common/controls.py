@@ -13,7 +13,7 @@ from .measure import Bars, measure, measure_collapses, measure_differences
 from .subject import Facts, Subject
 
 FIRST, TOLD = "first", "differences"
-"""Folders of what controls add at the first step and at the told level, until all is done."""
+"""Folders of what controls add at the first step and at the told levels, until all is done."""
 
 
 def calibrate_controls(

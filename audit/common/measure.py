@@ -260,20 +260,20 @@ def measure_differences(
     facts: Facts,
     prompts: Sequence[str],
     config: DetectionConfig,
-    step: int,
+    told: Sequence[int],
     finished: TensorFolder,
     *,
     bars: Bars,
     phase: str,
 ) -> Float[Tensor, " seed prompt element"]:
-    """Return what prompts add at one told level; each is stored as soon as it is finished.
+    """Return what prompts add at told levels; each is stored as soon as it is finished.
 
     Args:
         subject: The model.
         facts: Of the same job.
         prompts: Distinct.
         config: Gives the seeds.
-        step: Of the schedule, whose level the network is told.
+        told: Steps of the schedule whose level the network is told, one a seed.
         finished: Of these prompts alone; the caller removes it when all is done.
         bars: Makes the progress bar, which counts prompts.
         phase: Label of the bar.
@@ -287,7 +287,7 @@ def measure_differences(
 
     with closing(bars(phase, len(prompts), len(known), "prompt")) as bar:
         return control_differences(
-            subject.denoiser, prompts, config, step, known=known, on_result=store
+            subject.denoiser, prompts, config, told, known=known, on_result=store
         )
 
 

@@ -12,7 +12,7 @@ from ...shared.files.storage import Journal
 from ...shared.models.load import load_denoiser, model_fingerprint, usable_device
 from ...shared.score.calibration import Calibration, settings_of
 from ...shared.score.config import DetectionConfig
-from ...shared.score.control_basis import told_step
+from ...shared.score.control_basis import told_steps
 from ...shared.score.trajectory import automatic_rows
 from .result import ModelInfo
 
@@ -87,10 +87,11 @@ class Subject:
                 latent_shape=tuple(denoiser.latent_shape),
                 guidance_distilled=denoiser.guidance_distilled,
             )
+            told = told_steps(len(config.seeds), config.schedule_steps)
             journal.put("model", {
                 "info": asdict(info),
                 "settings": settings_of(denoiser, config),
-                "residual": settings_of(denoiser, config, told_step(config.schedule_steps)),
+                "residual": settings_of(denoiser, config, told),
                 # Another batch size moves the last digits: a continued job keeps the first one's.
                 "rows": config.batch_size or automatic_rows(denoiser),
                 "caveats": list(denoiser.caveats),

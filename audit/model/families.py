@@ -100,7 +100,7 @@ def relate(
     if key not in journal:
         one_seed = replace(config, seeds=tuple(judge.settings["seeds"][:1]))
         differences = measure_differences(
-            subject, facts, texts, one_seed, judge.basis.step, finished, bars=bars,
+            subject, facts, texts, one_seed, judge.basis.steps[:1], finished, bars=bars,
             phase="families",
         )  # fmt: skip
         row = {index: place for place, index in enumerate(sharing)}

@@ -67,7 +67,6 @@ def render_report(result: AuditResult, folder: Path) -> str:
         expected=summary["expected_by_chance"],
         chance=summary["chance_p_value"],
         calibration=calibration,
-        per_element=calibration["threshold"] / math.sqrt(math.prod(model.latent_shape)),
         smallest_p=1 / (calibration["n"] + 1),
         similarity=summary["similarity"],
         groups=[

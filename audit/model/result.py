@@ -144,15 +144,15 @@ class AuditEntry:
     group: str | None
     """Known truth, only for the demo model: verbatim, template, learnt, held_out."""
     score: float
-    """Mean over the seeds of the residual outside of what control prompts add, or of |D|, as
-    `calibration.score` in summary.json says; L2 norm, latent units."""
-    score_per_element: float
-    """`score` over the square root of the number of latent elements."""
+    """Mean of `trace`, as `calibration.score` in summary.json says: of the residual score, 1 for an
+    ordinary prompt, or of |D|, L2 norm in latent units."""
     trace: tuple[tuple[float | None, ...], ...]
-    """[seed step] L2 norms; None where the sequential mode did not draw."""
+    """[seed step] The scores of single passes; None where the sequential mode did not draw."""
     magnitude: float
     """|D|, L2 norm of all that the text adds at the first step (Wen et al.); of the first seed
     beside a residual score, which leaves out what control prompts add as well."""
+    magnitude_per_element: float
+    """`magnitude` over the square root of the number of latent elements."""
     collapse: float | None
     """Of a prompt suspicious enough for the second stage: the spatial variance of the mean of three
     quick images over the variance between them."""

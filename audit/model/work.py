@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ...shared.score.calibration import Calibration, prompts_sha256, settings_of
+from ...shared.score.metrics import per_element
 from ...shared.score.rates import NotEnoughControls, controls_needed
 from ..common.controls import calibrate_controls
 from ..common.job import Job, content_key, open_job
@@ -155,13 +158,14 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
     detection = measured.detection
     scores, none = detection.scores, [None] * len(detection.prompts)
     sampled = measured.sampled
+    magnitudes = scores if measured.magnitudes is None else torch.tensor(measured.magnitudes)
     columns = {
         "prompt": detection.prompts,
         "cut": measured.cuts,
         "score": scores.tolist(),
-        "score_per_element": detection.scores_per_element.tolist(),
         "trace": finite(detection.traces.tolist()),
-        "magnitude": measured.magnitudes or scores.tolist(),
+        "magnitude": magnitudes.tolist(),
+        "magnitude_per_element": per_element(magnitudes, (detection.latent_elements,)).tolist(),
         "collapse": measured.collapses or none,
         "p_value": calibration.p_values(scores, sampled).tolist() if calibration else none,
         "q_value": calibration.adjusted(scores, sampled).tolist() if calibration else none,

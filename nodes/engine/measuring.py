@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...shared.score.calibration import Calibration
 from ...shared.score.config import DetectionConfig
-from ...shared.score.control_basis import ControlBasis, told_step
+from ...shared.score.control_basis import ControlBasis, told_steps
 from ...shared.score.detection import Detection, OnResult, control_differences, detect
 from .comfy_denoiser import (
     NEGATIVE,
@@ -155,7 +155,7 @@ def scores(
             denoiser, [*prompts], config, basis=basis, known=known, on_result=on_result,
             on_difference=on_difference,
         )  # fmt: skip
-        return detection, settings(denoiser, config, basis.step if basis else None)
+        return detection, settings(denoiser, config, basis.steps if basis else None)
 
     rows = forward_rows(len(prompts) - len(known or {}), config)
     return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
@@ -171,7 +171,7 @@ def control_differences_of(
     known: Mapping[int, torch.Tensor],
     on_result: OnResult,
 ) -> tuple[torch.Tensor, dict]:
-    """Return D of control prompts at the told level, and the settings that it is bound to.
+    """Return D of control prompts at the told levels, and the settings that it is bound to.
 
     Args:
         model: MODEL.
@@ -184,7 +184,7 @@ def control_differences_of(
     """
 
     def work(denoiser: ModelDenoiser) -> tuple[torch.Tensor, dict]:
-        told = told_step(config.schedule_steps)
+        told = told_steps(len(config.seeds), config.schedule_steps)
         differences = control_differences(
             denoiser, [*prompts], config, told, known=known, on_result=on_result
         )
@@ -204,7 +204,7 @@ def scores_in_order(
 ) -> tuple[list[tuple[float, float]], dict]:
     """Return the score of each CONDITIONING as L2 norm and per element, and the settings.
 
-    With a basis the scores are residuals outside of it.
+    With a basis the scores are those that it gives.
     """
     prompts = {str(i): Prompt(entries=entries) for i, entries in enumerate(conditionings, 1)}
     measured, settings = {}, {}

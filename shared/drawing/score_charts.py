@@ -75,7 +75,7 @@ def score_distribution(
     """Return a dot per audited prompt and per control, and the threshold between them.
 
     Args:
-        scores: Of the audited prompts, L2 in latent units.
+        scores: Of the audited prompts.
         flagged: Whether each is above the threshold; these are diamonds.
         control_scores: Of the control prompts, same unit.
         threshold: Same unit, drawn as an upright line; None when there is none.
@@ -118,7 +118,7 @@ def _range_axis(low: Number, high: Number, most: int) -> Axis:
     margin = 0.04 * (high - low) or 1.0
     ends = (max(low - margin, low / 1.2) if low > 0 else low - margin), high + margin
     ticks = round_ticks(*ends, most, log=log)
-    return Axis(label="score (L2 norm, latent units)", low=ends[0], high=ends[1], ticks=ticks,
+    return Axis(label="score", low=ends[0], high=ends[1], ticks=ticks,
                 log=log)  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..score.calibration import Calibration, settings_of
 from ..score.config import DetectionConfig
-from ..score.control_basis import told_step
+from ..score.control_basis import told_steps
 from ..score.controls import load_controls
 from ..score.detection import Progress, control_differences, detect
 from .adapter import PipelineDenoiser
@@ -25,7 +25,7 @@ def calibrate(
 
     They are measured at two noise levels. What they add at the first step gives the magnitude and,
     at two seeds or more, the residual outside of what they all add at any starting noise, by which
-    images are judged that an observer sees. At a later told level it gives the residual by which
+    images are judged that an observer sees. At later told levels they give the residual by which
     prompts are judged. With `steps` above 1 there is the magnitude alone.
 
     It holds for this model, with the LoRA that it carries, and for prompts of the same kind as the
@@ -61,6 +61,6 @@ def calibrate(
         return magnitudes
     in_order = torch.stack([first.pop(index) for index in range(len(prompts))], dim=1)
     calibration = magnitudes.with_observed(in_order)
-    told = told_step(config.schedule_steps)
+    told = told_steps(len(config.seeds), config.schedule_steps)
     differences = control_differences(model, prompts, config, told)
     return calibration.with_residual(differences, settings_of(model, config, told))

@@ -26,7 +26,7 @@ from .families import cosine_limit
 from .pooled_basis import pooled
 from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 AGAIN = "Make a new one with `unmemorize calibrate`."
 OBSERVED = "observed."
 BESIDE = {"residual": "", "observed": OBSERVED}
@@ -41,17 +41,19 @@ class CalibrationMismatch(ValueError):
     """A calibration made on another model or with other settings."""
 
 
-def settings_of(denoiser: Denoiser, config: DetectionConfig, told: int | None = None) -> dict:
+def settings_of(
+    denoiser: Denoiser, config: DetectionConfig, told: Sequence[int] | None = None
+) -> dict:
     """Return everything besides the weights that moves a score, as plain JSON values.
 
     Args:
         denoiser: The network.
         config: What is measured.
-        told: Of a residual score, the step of the schedule that the network is told.
+        told: Of a residual score, the steps of the schedule that the network is told, one a seed.
     """
-    first = told or 0
-    levels = denoiser.sigmas(config.schedule_steps)[first : first + config.steps].tolist()
-    residual = {} if told is None else {"score": "residual", "told": told}
+    levels = denoiser.sigmas(config.schedule_steps).tolist()
+    levels = levels[: config.steps] if told is None else [levels[step] for step in told]
+    residual = {} if told is None else {"score": "residual", "told": list(told)}
     return residual | {
         "parametrization": denoiser.parametrization,
         "latent_shape": list(denoiser.latent_shape),
@@ -79,7 +81,7 @@ class Calibration:
     controls_sha256: str
     """Of the prompts as a JSON list."""
     control_scores: tuple[tuple[float, ...], ...]
-    """[control seed], mean over steps, L2 norm in latent units."""
+    """[control seed], mean over steps: L2 norm in latent units; of a residual 1 where ordinary."""
     false_positive_rate: float
     """Highest share of ordinary prompts that may be flagged, in expectation, 0..1."""
     threshold: float
@@ -147,7 +149,7 @@ class Calibration:
 
         Args:
             differences: D of the same controls, as `control_differences` returns it.
-            settings: From `settings_of`, with the step that the network was told.
+            settings: From `settings_of`, with the steps that the network was told.
         """
         count = directions_for(differences.shape[1])
         basis, scores = fit_controls(differences, count, settings["told"])
@@ -222,7 +224,7 @@ class Calibration:
 
     @property
     def seed_scores(self) -> Float[Tensor, " control seed"]:
-        """Return the controls' scores per seed (L2 norm, mean over steps), float64."""
+        """Return `control_scores` as float64."""
         return torch.tensor(self.control_scores, dtype=torch.float64)
 
     @property
@@ -370,7 +372,7 @@ class Calibration:
         )
 
     def to_values(self) -> dict[str, Any]:
-        """Return the calibration as JSON values; of a basis its step and the sha256 of its file."""
+        """Return the calibration as JSON values; of a basis its steps and its file's sha256."""
         return self._values(hashlib.sha256(self._bases()).hexdigest())
 
     def _values(self, sha256: str) -> dict[str, Any]:
@@ -378,7 +380,7 @@ class Calibration:
         for name in BESIDE:
             values[name] = values[name] and values[name]._values(sha256)
         values["second"] = self.second and asdict(self.second)
-        values["basis"] = self.basis and {"step": self.basis.step, "sha256": sha256}
+        values["basis"] = self.basis and {"steps": list(self.basis.steps), "sha256": sha256}
         return values
 
     def _bases(self) -> bytes:
@@ -410,14 +412,9 @@ class Calibration:
         except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
             raise CalibrationError(f"{path} is not a calibration: {error}. {AGAIN}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
-        if version == 1:  # before there were residuals
-            values |= {"residual": None, "basis": None, "schema_version": 2}
-        if version in (1, 2):  # before there was a second stage
-            for each in filter(None, (values, values["residual"])):
-                each |= {"second": None, "schema_version": 3}
-        if version in (1, 2, 3):  # before sampled images were judged by residuals
-            for each in filter(None, (values, values.get("residual"))):
-                each |= {"observed": None, "schema_version": SCHEMA_VERSION}
+        if version == 1:  # of magnitudes alone; versions between were never released
+            values |= {name: None for name in ("basis", "second", "family_cosine", *BESIDE)}
+            values["schema_version"] = SCHEMA_VERSION
         elif version != SCHEMA_VERSION:
             raise CalibrationError(
                 f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
@@ -431,7 +428,6 @@ class Calibration:
     def _from_values(
         cls, values: dict[str, Any], path: Path, bases: Mapping[str, Tensor], prefix: str = ""
     ) -> "Calibration":
-        values = {"family_cosine": None} | values  # of files from before there were families
         names = {field.name for field in fields(cls)}
         if wrong := sorted(names ^ values.keys()):
             raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {AGAIN}")
@@ -444,7 +440,7 @@ class Calibration:
             second = {k: tuple(v) if isinstance(v, list) else v for k, v in second.items()}
             values["second"] = SecondStage(**second)
         if (known := values["basis"]) is not None:
-            values["basis"] = ControlBasis.from_tensors(bases, known["step"], prefix)
+            values["basis"] = ControlBasis.from_tensors(bases, known["steps"], prefix)
         calibration = cls(**values)
         scores = calibration.seed_scores.nanmean(1)
         expected = threshold_of(scores, calibration.false_positive_rate)

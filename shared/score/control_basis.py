@@ -3,7 +3,16 @@
 Wen et al. (ICLR 2024) measure |D|, all that a prompt adds to the prediction. Ordinary words add
 much as well: the name of a colour may move |D| by half without any memorization. What they add
 lies in few directions, which the D of control prompts span. Modified: measured is the part of D
-outside of them.
+outside of them, in pure noise of which the network is told that it is less noisy.
+
+At which told level memorized prompts stand out depends on the network. So starting noises take
+turns at two levels, and a residual counts in units of what controls have at the same noise:
+
+    score = exp(z / 2),  z = (log residual - median of the controls' logs) / their median deviation
+
+which is 1 for an ordinary prompt. The mean of the scores over noises is the likelihood ratio of a
+mixture, up to a constant factor of each: that z is raised by a fixed amount at one of the noises,
+whichever it is. So a level that tells nothing of a network takes little away.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +22,13 @@ import torch
 
 from ..arrays import Float, Tensor
 
-TOLD = 0.28
-"""Share of the schedule that is behind where the network is told to be, while it reads pure noise:
-timestep 701 of 1000, nearer to a decision about the image than the first."""
+TOLD = (0.28, 0.9)
+"""Shares of the schedule that are behind where the network is told to be, while it reads pure
+noise: timesteps 701 and 81 of 1000. Starting noises take turns."""
+DEVIATION = 1e-3
+"""Least deviation of logarithms that counts: controls that are all alike would make any number."""
+GREATEST = 60.0
+"""Logarithm of the greatest score: float32 ends at 88."""
 FOLDS = 10
 """Parts of the controls; each part is scored by the directions of the others."""
 CONTROLS_A_DIRECTION = 6
@@ -30,32 +43,41 @@ def directions_for(controls: int) -> int:
     return max(1, min(MOST_DIRECTIONS, controls // CONTROLS_A_DIRECTION))
 
 
-def told_step(schedule_steps: int) -> int:
-    """Return the step of a schedule whose level the network is told."""
-    return round(TOLD * schedule_steps)
+def told_steps(seeds: int, schedule_steps: int) -> tuple[int, ...]:
+    """Return the step of a schedule whose level the network is told, one a starting noise."""
+    return tuple(round(TOLD[seed % len(TOLD)] * schedule_steps) for seed in range(seeds))
+
+
+TENSORS = ("mean", "directions", "median", "deviation")
+"""Of a basis, by their names in a file."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlBasis:
-    """What ordinary prompts add to the prediction, at given starting noises and one noise level."""
+    """What ordinary prompts add to the prediction, at given starting noises and noise levels."""
 
-    step: int
-    """Which noise level of the schedule, from 0: the network is told it and reads pure noise."""
+    steps: tuple[int, ...]
+    """[seed] Which noise level of the schedule, from 0: the network is told it and reads pure
+    noise."""
     mean: Float[Tensor, " seed element"]
     """Mean D of the controls, float32."""
     directions: Float[Tensor, " seed direction element"]
     """Orthonormal rows: the leading right singular vectors of the controls' D about its mean."""
+    median: Float[Tensor, " seed"]
+    """Of the logarithms of the controls' residuals, float64."""
+    deviation: Float[Tensor, " seed"]
+    """Their median distance from it, above 0, float64."""
 
     @classmethod
     def fit(
-        cls, differences: Float[Tensor, " seed control element"], count: int, step: int
+        cls, differences: Float[Tensor, " seed control element"], count: int, steps: Sequence[int]
     ) -> "ControlBasis":
-        """Return the basis that controls span.
+        """Return the basis that controls span, whose scores are the residuals as they are.
 
         Args:
             differences: D of every control at every starting noise.
             count: Directions, below the number of controls.
-            step: Where the differences were measured.
+            steps: Where the differences were measured, one a starting noise.
         """
         means, directions = [], []
         for rows in differences:
@@ -70,21 +92,34 @@ class ControlBasis:
             inverse = torch.where(scales > floor, scales.clamp(min=0).rsqrt(), 0.0)
             means.append(mean.float())
             directions.append(((leading * inverse).T @ rows).float())
-        return cls(step=step, mean=torch.stack(means), directions=torch.stack(directions))
+        return cls(
+            steps=tuple(steps), mean=torch.stack(means), directions=torch.stack(directions),
+            median=torch.zeros(len(means), dtype=torch.float64),
+            deviation=torch.full((len(means),), 0.5, dtype=torch.float64),
+        )  # fmt: skip
+
+    def in_units_of(self, residuals: Float[Tensor, " control seed"]) -> "ControlBasis":
+        """Return the basis whose scores are in units of what the controls have.
+
+        Args:
+            residuals: From `cross_fitted`.
+        """
+        logs = residuals.log()
+        median = logs.median(0).values
+        deviation = (logs - median).abs().median(0).values.clamp_min(DEVIATION)
+        return replace(self, median=median, deviation=deviation)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Return mean and directions as a safetensors file holds them, their names prefixed."""
-        named = {"mean": self.mean, "directions": self.directions}
+        named = {name: getattr(self, name) for name in TENSORS}
         return {prefix + name: tensor.contiguous() for name, tensor in named.items()}
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], step: int, prefix: str = ""
+        cls, tensors: Mapping[str, Tensor], steps: Sequence[int], prefix: str = ""
     ) -> "ControlBasis":
         """Return what `tensors` was made from."""
-        return cls(
-            step=step, mean=tensors[prefix + "mean"], directions=tensors[prefix + "directions"]
-        )
+        return cls(steps=tuple(steps), **{name: tensors[prefix + name] for name in TENSORS})
 
     def to(self, device: torch.device) -> "ControlBasis":
         """Return the basis on another device."""
@@ -112,6 +147,19 @@ class ControlBasis:
     ) -> Float[Tensor, " row"]:
         """Return the L2 norm of `outside` (latent units, >= 0); the arguments are the same."""
         return torch.linalg.vector_norm(self.outside(differences, seeds), dim=1)
+
+    def scores(
+        self, residuals: Float[Tensor, " row"], seeds: Sequence[int]
+    ) -> Float[Tensor, " row"]:
+        """Return residuals as scores (>= 0; 1 where they are the controls' median), float64.
+
+        Args:
+            residuals: From `residual`, on the CPU.
+            seeds: As for `outside`.
+        """
+        index = list(seeds)
+        z = (residuals.double().log() - self.median[index]) / self.deviation[index]
+        return (z / 2).clamp_max(GREATEST).exp()
 
 
 def folds(number: int) -> tuple[Tensor, ...]:
@@ -142,7 +190,7 @@ def held_out(
         number = differences.shape[1]
         kept = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
         kept[held] = False
-        yield held, ControlBasis.fit(differences[:, kept], count, step=0)
+        yield held, ControlBasis.fit(differences[:, kept], count, [0] * len(differences))
 
 
 def cross_fitted(
@@ -171,21 +219,23 @@ def ordinary(scores: Float[Tensor, " control seed"]) -> Tensor:
     Args:
         scores: Residuals from `cross_fitted`.
     """
-    logs = scores.mean(1).log()
+    logs = scores.log().mean(1)  # a mean of residuals would be that of the level with large ones
     median = logs.median()
     return logs <= median + OUTLYING * (logs - median).abs().median()
 
 
 def fit_controls(
-    differences: Float[Tensor, " seed control element"], count: int, step: int
+    differences: Float[Tensor, " seed control element"], count: int, steps: Sequence[int]
 ) -> tuple[ControlBasis, Float[Tensor, " control seed"]]:
     """Return the basis that the ordinary controls span, and all controls' cross-fitted scores.
 
     Args:
         differences: D of every control at every starting noise.
         count: Directions.
-        step: Where the differences were measured.
+        steps: Where the differences were measured, one a starting noise.
     """
     spanning = ordinary(cross_fitted(differences, count))
-    scores = cross_fitted(differences, count, spanning)
-    return ControlBasis.fit(differences[:, spanning], count, step), scores
+    residuals = cross_fitted(differences, count, spanning)
+    basis = ControlBasis.fit(differences[:, spanning], count, steps).in_units_of(residuals)
+    scores = [basis.scores(own, [seed] * len(own)) for seed, own in enumerate(residuals.T)]
+    return basis, torch.stack(scores, dim=1)

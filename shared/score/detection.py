@@ -32,21 +32,22 @@ class Detection:
 
     prompts: tuple[str, ...]
     traces: Float[Tensor, " prompt seed step"]
-    """|D|, L2 norm, float64 on the CPU; NaN for seeds a sequential run did not draw."""
+    """|D|, L2 norm in latent units, or of one step the score that a `ControlBasis` gives (1 for an
+    ordinary prompt), float64 on the CPU; NaN for seeds a sequential run did not draw."""
     latent_elements: int
     """Number of elements of one latent."""
     config: DetectionConfig
     seed_levels: Float[Tensor, " seed"] | None = None
-    """Mean score of the controls at each seed; levels the scores where seeds were not drawn."""
+    """Median score of the controls at each seed; levels the scores where seeds were not drawn."""
 
     @property
     def scores(self) -> Float[Tensor, " prompt"]:
-        """Return the mean |D| over seeds and steps (L2 norm, latent units, >= 0)."""
+        """Return the means of `traces` over seeds and steps (>= 0)."""
         return mean_over_seeds(self.traces.mean(2), self.seed_levels)
 
     @property
     def scores_per_element(self) -> Float[Tensor, " prompt"]:
-        """Return the scores as root mean square, which does not move with resolution."""
+        """Return magnitudes as root mean square, which does not move with resolution."""
         return per_element(self.scores, (self.latent_elements,))
 
     @property
@@ -82,7 +83,7 @@ def detect(
     on_difference: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Detection:
-    """Score prompts by the mean magnitude of the text-conditional prediction.
+    """Score prompts by the magnitude of the text-conditional prediction, or outside of a basis.
 
     A score depends on its prompt alone, to float tolerance: not on batch size, order or the others.
     Forward rows for one step: prompts * seeds + seeds. Only the traces of all prompts are held.
@@ -91,7 +92,7 @@ def detect(
         denoiser: The network.
         prompts: Any strings; kept in order, duplicates included.
         config: What to measure.
-        basis: Of the controls, at the config's seeds: the scores are residuals outside of it.
+        basis: Of the controls, at the config's seeds: the scores are those that it gives.
         known: Traces [seed step] by index, of an interrupted run. Batches are cut as if nothing was
             known, so that the rest comes out bit for bit as in a run that was not interrupted.
         on_result: Called once per prompt that was not known, with its index and trace [seed step].
@@ -104,7 +105,8 @@ def detect(
     """
     config, known = config or DetectionConfig(), known or {}
     trajectory, seeds = Trajectory(denoiser, config, basis), len(config.seeds)
-    at_once = max(1, trajectory.rows // seeds)
+    # As many prompts as fill a pass of each told level.
+    at_once = max(1, trajectory.rows * len(set(trajectory.told)) // seeds)
     chunk = at_once * math.ceil(ENCODED_AT_ONCE / at_once)
     traces = torch.full((len(prompts), seeds, config.steps), torch.nan, dtype=torch.float64)
     for start in range(0, len(prompts), chunk):
@@ -138,19 +140,20 @@ def control_differences(
     denoiser: Denoiser,
     prompts: Sequence[str],
     config: DetectionConfig,
-    step: int,
+    told: Sequence[int],
     *,
     known: Mapping[int, Tensor] | None = None,
     on_result: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, " seed prompt element"]:
-    """Return D of prompts at one told level, float32 on the CPU: what a `ControlBasis` is made of.
+    """Return D of prompts at told levels, float32 on the CPU: what a `ControlBasis` is made of.
 
     Args:
         denoiser: The network.
         prompts: The controls, or prompts whose D is looked at outside of theirs.
         config: Gives the seeds.
-        step: Of the schedule; the network is told its level and reads pure noise.
+        told: Steps of the schedule, one a seed: the network is told its level and reads pure
+            noise.
         known: D [seed element] by index, of an interrupted run.
         on_result: Called once per prompt that was not known, with its index and D [seed element].
         progress: Called with the number of prompts finished since the last call.
@@ -158,7 +161,7 @@ def control_differences(
     Raises:
         PredictionError: A prediction is NaN or infinite; names the prompt.
     """
-    trajectory, known = Trajectory(denoiser, config, step=step), known or {}
+    trajectory, known = Trajectory(denoiser, config, told=told), known or {}
     seeds, elements = len(config.seeds), math.prod(denoiser.latent_shape)
     result = torch.empty(seeds, len(prompts), elements)
     for start in range(0, len(prompts), ENCODED_AT_ONCE):

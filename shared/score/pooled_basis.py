@@ -35,7 +35,7 @@ def pooled(
     count, products = directions_for(differences.shape[1]), inner_products(differences)
     spanning = ordinary(pooled_cross_fitted(products, count))
     rows = differences[:, spanning].flatten(0, 1)
-    basis = ControlBasis.fit(rows[None], count, step=0)
+    basis = ControlBasis.fit(rows[None], count, [0])
     return basis, pooled_cross_fitted(products, count, spanning)
 
 

@@ -35,7 +35,7 @@ class SettlingRule:
     """When a verdict needs no further seed."""
 
     threshold: float
-    """Scores above it are flagged (L2, latent units)."""
+    """Scores above it are flagged."""
     spread: float
     """q: how far, in units of s_k, the final mean may lie from the estimate, on a log scale."""
     seeds: int
@@ -49,7 +49,7 @@ class SettlingRule:
         if not 0 <= error <= 1:
             raise ValueError(f"`error` must be between 0 and 1, got {error}.")
         number, seeds = control_scores.shape
-        levels, farthest = control_scores.mean(0), torch.zeros(number, dtype=torch.float64)
+        levels, farthest = control_scores.median(0).values, torch.zeros(number, dtype=torch.float64)
         for drawn in range(1, seeds):
             partial = control_scores.clone()
             partial[:, drawn:] = torch.nan
@@ -117,7 +117,7 @@ def detect_sequentially(
         )
     rule = SettlingRule.from_controls(controls, calibration.threshold, error)
     trajectory = Trajectory(denoiser, config, calibration.basis)
-    known, levels = known or {}, controls.mean(0)
+    known, levels = known or {}, controls.median(0).values
     chunk = max(64, min(256, 4 * trajectory.rows))
     shape = (len(prompts), len(config.seeds), config.steps)
     traces = torch.full(shape, torch.nan, dtype=torch.float64)

@@ -84,15 +84,16 @@ class Trajectory:
     @torch.inference_mode()
     def __init__(
         self, denoiser: Denoiser, config: DetectionConfig, basis: ControlBasis | None = None,
-        *, step: int = 0,
+        *, told: Sequence[int] | None = None,
     ):  # fmt: skip
         """Prepare what all prompts share.
 
         Args:
             denoiser: The network.
             config: Seeds and steps.
-            basis: Of the same seeds; scores are residuals outside of it then, of its own step.
-            step: Where the trajectory begins, at pure noise; which level the network is told.
+            basis: Of the same seeds; prompts are scored by it then, at its own steps.
+            told: Where the trajectories begin, at pure noise: which step's level the network is
+                told, one a seed. None for the first step.
         """
         if basis is not None and (config.steps > 1 or len(config.seeds) > len(basis.mean)):
             raise ValueError(
@@ -107,14 +108,19 @@ class Trajectory:
             )
         self.denoiser, self.config = denoiser, config
         self.basis = None if basis is None else basis.to(denoiser.device)
-        step = step if basis is None else basis.step
+        told = told or (basis.steps if basis else [0] * len(config.seeds))
+        self.told = tuple(told[: len(config.seeds)])
         self.rows = config.batch_size or automatic_rows(denoiser)
         # A network that guides itself samples along its own prediction.
         self.cond_scale = 1.0 if denoiser.guidance_distilled else config.cond_scale
-        self.sigmas = denoiser.sigmas(config.schedule_steps)[step:]
-        self.noise = denoiser.initial_noise(config.seeds, self.sigmas[0])
+        self.sigmas = denoiser.sigmas(config.schedule_steps)
         self.empty = denoiser.unconditional()
-        self.x0_uncond = self._in_batches(len(self.noise), self._unconditional)
+        noise = [
+            denoiser.initial_noise([seed], self.sigmas[step])
+            for seed, step in zip(config.seeds, self.told, strict=True)
+        ]
+        self.noise = torch.cat(noise)
+        self.x0_uncond = self._in_batches([*range(len(self.noise))], self._unconditional)
         if not self.x0_uncond.isfinite().all():
             raise not_finite("The prediction for the empty prompt", denoiser)
 
@@ -123,7 +129,7 @@ class Trajectory:
         self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int],
         seeds: Sequence[int], differences: list[Tensor] | None = None,
     ) -> Float[Tensor, " row step"]:  # fmt: skip
-        """Return |D| per step, or its residual outside the basis, float64 on the CPU.
+        """Return |D| per step, or the score that the basis gives, float64 on the CPU.
 
         Args:
             texts: Prompts.
@@ -131,12 +137,14 @@ class Trajectory:
             prompts: Index into `texts`, one a row.
             seeds: Index into the config's seeds, one a row.
             differences: Takes D of the first step as well, [row element] float32 on the CPU, as
-                many tensors as there are batches; of the same forward passes.
+                many tensors as there are batches; of the same forward passes. Without a basis.
 
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
-        return self._rows(texts, cond, prompts, seeds, partial(self._traces, kept=differences))
+        rows = self._rows(texts, cond, prompts, seeds, partial(self._traces, kept=differences))
+        rows = rows.double()
+        return rows if self.basis is None else self.basis.scores(rows[:, 0], seeds)[:, None]
 
     @torch.inference_mode()
     def differences(
@@ -149,39 +157,53 @@ class Trajectory:
         self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int],
         seeds: Sequence[int], measure: Callable[[Conditioning, list[int]], Tensor],
     ) -> Tensor:  # fmt: skip
-        rows = self._in_batches(
-            len(prompts), lambda batch: measure(cond[prompts[batch]], list(seeds[batch]))
-        )
+        def of_batch(batch: list[int]) -> Tensor:
+            return measure(cond[[prompts[i] for i in batch]], [seeds[i] for i in batch])
+
+        rows = self._in_batches(seeds, of_batch)
         if not (finite := rows.isfinite().all(1)).all():
             text = texts[prompts[int((~finite).nonzero()[0])]]
             raise not_finite(f"The prediction for the prompt {text[:200]!r}", self.denoiser)
         return rows
 
-    def _in_batches(self, number: int, compute: Callable[[slice], Tensor]) -> Tensor:
-        """Return `compute` of all rows; out of GPU memory, batches are halved for good."""
-        parts, start = [], 0
-        while start < number:
-            batch = slice(start, min(start + self.rows, number))
-            try:
-                parts.append(compute(batch))
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                self.rows = max(1, (batch.stop - start) // 2)
-                torch.cuda.empty_cache()
-                log.warning("out of GPU memory: going on with batches of %d", self.rows)
-            else:
-                start = batch.stop
-        return torch.cat(parts)
+    def _in_batches(self, seeds: Sequence[int], compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """Return `compute` of all rows, of batches whose rows are told the same level.
 
-    def _unconditional(self, batch: slice) -> Tensor:
-        x = self.noise[batch]
-        return self.denoiser.denoise(x, self.sigmas[0], self.empty[[0] * len(x)])
+        Out of GPU memory, batches are halved for good.
+
+        Args:
+            seeds: Of each row.
+            compute: From the indices of some rows to a result for each.
+        """
+        parts, order = [], []
+        for step in sorted(set(self.told)):
+            waiting = [row for row, seed in enumerate(seeds) if self.told[seed] == step]
+            while waiting:
+                batch = waiting[: self.rows]
+                try:
+                    parts.append(compute(batch))
+                except torch.cuda.OutOfMemoryError:
+                    if self.rows == 1:
+                        raise
+                    self.rows = max(1, len(batch) // 2)
+                    torch.cuda.empty_cache()
+                    log.warning("out of GPU memory: going on with batches of %d", self.rows)
+                else:
+                    order += batch
+                    waiting = waiting[len(batch) :]
+        found = torch.cat(parts)
+        return found[torch.tensor(order, device=found.device).argsort()]
+
+    def _unconditional(self, seeds: list[int]) -> Tensor:
+        x = self.noise[seeds]
+        sigma = self.sigmas[self.told[seeds[0]]]
+        return self.denoiser.denoise(x, sigma, self.empty[[0] * len(x)])
 
     def _traces(self, cond: Conditioning, seeds: list[int], kept: list[Tensor] | None) -> Tensor:
         x, x0_uncond, norms = self.noise[seeds], self.x0_uncond[seeds], []
+        start = self.told[seeds[0]]
         for step in range(self.config.steps):
-            sigma = self.sigmas[step]
+            sigma = self.sigmas[start + step]
             if step > 0:
                 x0_uncond = self.denoiser.denoise(x, sigma, self.empty[[0] * len(x)])
             x0_cond = self.denoiser.denoise(x, sigma, cond)
@@ -190,17 +212,18 @@ class Trajectory:
             else:
                 norms.append(self.basis.residual(text_noise(x0_uncond, x0_cond, sigma), seeds))
             if step + 1 < self.config.steps:
-                sigma_next = self.sigmas[step + 1]
+                sigma_next = self.sigmas[start + step + 1]
                 x = guided_step(x, x0_uncond, x0_cond, sigma, sigma_next, self.cond_scale)
             if step == 0 and kept is not None:
                 first = text_noise(x0_uncond, x0_cond, sigma).flatten(1).float().cpu()
         if kept is not None:  # at the end: a batch that ran out of memory on its way comes again
             kept.append(first)
-        return torch.stack(norms, 1).to("cpu", torch.float64)
+        return torch.stack(norms, 1).cpu()
 
     def _differences(self, cond: Conditioning, seeds: list[int]) -> Tensor:
-        x0_cond = self.denoiser.denoise(self.noise[seeds], self.sigmas[0], cond)
-        return text_noise(self.x0_uncond[seeds], x0_cond, self.sigmas[0]).flatten(1).float().cpu()
+        sigma = self.sigmas[self.told[seeds[0]]]
+        x0_cond = self.denoiser.denoise(self.noise[seeds], sigma, cond)
+        return text_noise(self.x0_uncond[seeds], x0_cond, sigma).flatten(1).float().cpu()
 
 
 @torch.inference_mode()

@@ -107,8 +107,8 @@ def make_entry(
     return AuditEntry(
         index=index, prompt=prompt, sources=(text or "captions.txt:1",), count=1 + (index == 1),
         cut=text if index == 0 else "", group=group, score=score,
-        score_per_element=score / math.sqrt(math.prod(SHAPE)),
-        trace=tuple(map(tuple, trace.tolist())), magnitude=score, collapse=None, p_value=p_value,
+        trace=tuple(map(tuple, trace.tolist())), magnitude=score,
+        magnitude_per_element=score / math.sqrt(math.prod(SHAPE)), collapse=None, p_value=p_value,
         q_value=min(1.0, 4 * p_value),
         memorized=memorized, near=None, explanation=explanation, images=images,
         map=save_picture(folder, f"{index}-map.png", picture(index, 9))

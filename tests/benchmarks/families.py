@@ -46,7 +46,7 @@ def measure_families(
     chosen = sorted({*flagged, *(i for i, c in enumerate(captions) if c.group == "verbatim")})
     one_seed = DetectionConfig(seeds=config.seeds[:1], schedule_steps=config.schedule_steps)
     differences = control_differences(
-        denoiser, [texts[i] for i in chosen], one_seed, judge.basis.step
+        denoiser, [texts[i] for i in chosen], one_seed, judge.basis.steps[:1]
     )[0]
     every = related_pairs(
         differences, [*combinations(range(len(chosen)), 2)], judge.basis, judge.family_cosine

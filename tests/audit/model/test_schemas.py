@@ -72,7 +72,7 @@ def test_lines_with_neighbours_and_hostile_words_fit_too(fake, tmp_path):
     [
         (["schema_version"], 1), (["index"], "0"), (["prompt"], None), (["sources"], []),
         (["count"], 0), (["cut"], None), (["group"], "unheard of"), (["score"], "5.1"),
-        (["score"], None), (["score_per_element"], -1.0), (["trace", 0, 0], "5.1"),
+        (["score"], None), (["magnitude_per_element"], -1.0), (["trace", 0, 0], "5.1"),
         (["trace", 0, 0], -1.0), (["p_value"], 0), (["q_value"], 1.5), (["memorized"], 1),
         (["near", "index"], -1), (["near", "overlap"], 0.4), (["near", "cosine"], 1.5),
         (["near"], True),

@@ -16,7 +16,7 @@ from unmemorize.shared.files.storage import replace_atomically
 from unmemorize.shared.models.calibrate import calibrate
 from unmemorize.shared.score.calibration import Calibration
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import fit_controls, told_step
+from unmemorize.shared.score.control_basis import fit_controls, told_steps
 from unmemorize.shared.score.denoiser import Denoiser
 from unmemorize.shared.score.detection import Progress, control_differences
 
@@ -62,9 +62,9 @@ class Case:
         return self.work / name
 
     @property
-    def told(self) -> int:
-        """Return the shipped step of the schedule to tell the network."""
-        return told_step(self.config.schedule_steps)
+    def told(self) -> tuple[int, ...]:
+        """Return the shipped steps of the schedule to tell the network, one a seed."""
+        return told_steps(len(self.config.seeds), self.config.schedule_steps)
 
     def step(self, share: float) -> int:
         """Return the step before which so much of the schedule lies."""
@@ -80,9 +80,15 @@ class Case:
         prompts = self.groups.texts if texts is None else texts
 
         def compute(denoiser: Denoiser, progress: Progress) -> Tensor:
-            return control_differences(denoiser, prompts, self.config, step, progress=progress)
+            told = [step] * len(self.config.seeds)
+            return control_differences(denoiser, prompts, self.config, told, progress=progress)
 
         return self.kept(f"told-{step:02d}", prompts, compute)
+
+    def shipped(self, texts: Sequence[str] | None = None) -> Tensor:
+        """Return D [seed caption element] at the shipped levels; `texts` as of `differences`."""
+        rows = [self.differences(step, texts)[seed] for seed, step in enumerate(self.told)]
+        return torch.stack(rows)
 
     def kept(
         self, name: str, texts: Sequence[str], compute: Callable[[Denoiser, Progress], Tensor]
@@ -117,21 +123,19 @@ def magnitudes(differences: Tensor, controls: Sequence[int]) -> list[Draw]:
 
 
 def residuals(differences: Tensor, controls: Tensor, count: int) -> list[Draw]:
-    """Return the residual outside the controls per seed, as detection and calibration have it.
+    """Return the score outside the controls per seed, as detection and calibration have it.
 
     Args:
         differences: Of captions, [seed caption element].
         controls: D of the controls, [seed control element].
         count: Directions.
     """
-    basis, fitted = fit_controls(controls, count, step=0)
-    return [
-        Draw(
-            torch.cat([basis.residual(part, [seed] * len(part)) for part in rows.split(ROWS)]),
-            own,
-        )
-        for seed, (rows, own) in enumerate(zip(differences, fitted.T, strict=True))
-    ]  # fmt: skip
+    basis, fitted = fit_controls(controls, count, [0] * len(controls))
+    draws = []
+    for seed, (rows, own) in enumerate(zip(differences, fitted.T, strict=True)):
+        norms = [basis.residual(part, [seed] * len(part)) for part in rows.split(ROWS)]
+        draws.append(Draw(basis.scores(torch.cat(norms), [seed] * len(rows)), own))
+    return draws
 
 
 def over_seeds(by_seed: Sequence[Draw], count: int) -> list[Draw]:

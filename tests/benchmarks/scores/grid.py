@@ -15,12 +15,14 @@ from .case import Case, magnitudes, over_seeds, residuals
 from .groups import Groups, foreign_controls
 from .ranking import measured
 
-SHARES = (0.0, 0.1, 0.2, TOLD, 0.4, 0.6, 0.9)
+SHARES = (0.0, 0.1, 0.2, 0.4, 0.6, *TOLD)
 """Of the schedule that is behind where the network is told to be, while it reads pure noise."""
 DIRECTIONS = (1, 4, 8, 16, 32, 64)
 CONTROLS = (20, 50, 100, 200, 400)
 SETS = 5
 """Of controls, drawn by chance from those there are, for each number below theirs."""
+SHIPPED = "shipped"
+"""Where the starting noises take turns at the shipped levels."""
 DTYPES = ("bfloat16", "float16")
 """Of the network; everything else is measured in float32."""
 
@@ -31,16 +33,17 @@ def measure_grid(case: Case) -> Figures:
     """Print and return the figures of all settings, which their keys say.
 
     `told_28.directions_16.seeds_1`: the network was told the level behind 28 % of the schedule, 16
-    directions were taken out, one seed. `same_controls_50.shipped`: 50 controls of the model's own
+    directions were taken out, one seed. `shipped.directions_16.seeds_2`: the shipped levels in
+    turns. `same_controls_50.shipped`: 50 controls of the model's own
     domain with as many directions as are shipped for them, at the shipped level and seeds.
     """
     start, groups = f"grid.detection.{case.model.name}", case.groups
     print(f"\n{case.model.name}: AUC, TPR at 1 % false, false positives calibrated at 1 %")
     found = by_level(case, start)
-    own = case.differences(case.told)
+    own = case.shipped()
     found |= by_controls(own, own[:, groups.controls], groups, f"{start}.same_controls")
     for domain, texts in foreign_controls(case.model).items():
-        controls = case.differences(case.told, texts)
+        controls = case.shipped(texts)
         found |= by_controls(own, controls, groups, f"{start}.{domain}_controls")
     return found | by_dtype(case, start)
 
@@ -48,16 +51,16 @@ def measure_grid(case: Case) -> Figures:
 def by_level(case: Case, start: str) -> Figures:
     """Return the figures by told level, number of directions and of seeds."""
     found, groups, seeds = {}, case.groups, len(case.config.seeds)
-    levels = {f"told_{100 * share:.0f}": share for share in SHARES}
+    levels = {f"told_{100 * share:.0f}": share for share in SHARES} | {SHIPPED: None}
     counts = {f"directions_{count}": count for count in usable(len(groups.controls))}
     for level, share in levels.items():
-        differences = case.differences(case.step(share))
+        differences = case.shipped() if share is None else case.differences(case.step(share))
         controls = differences[:, groups.controls]
         by_method = {"magnitude": magnitudes(differences, groups.controls)} | {
             name: residuals(differences, controls, count) for name, count in counts.items()
         }
         for method, by_seed in by_method.items():
-            for drawn in range(1, seeds + 1) if share == TOLD else (1, seeds):
+            for drawn in range(1, seeds + 1) if level == SHIPPED else (1, seeds):
                 draws = over_seeds(by_seed, drawn)
                 found |= evaluated(draws, groups, f"{start}.{level}.{method}.seeds_{drawn}")
     for drawn in range(1, seeds + 1):
@@ -102,7 +105,7 @@ def by_dtype(case: Case, start: str) -> Figures:
     for dtype in DTYPES:
         narrow = replace(case, subject=Subject(case.model.model, dtype=dtype))
         try:
-            first, told = narrow.differences(0), narrow.differences(case.told)
+            first, told = narrow.differences(0), narrow.shipped()
         except (RuntimeError, PredictionError) as error:  # what a processor lacks, or overflows
             print(f"{case.model.name} in {dtype}: {str(error).splitlines()[0]}")
             continue

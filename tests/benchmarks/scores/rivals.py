@@ -6,7 +6,7 @@ import torch
 from figures import Figure, plain
 from torch import Tensor
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import ControlBasis, directions_for
+from unmemorize.shared.score.control_basis import TOLD, ControlBasis, directions_for
 from unmemorize.shared.score.denoiser import Conditioning, Denoiser
 from unmemorize.shared.score.detection import Progress, detect
 from unmemorize.shared.score.metrics import text_noise
@@ -17,7 +17,7 @@ from .ranking import Draw, ranked
 
 TRAJECTORY = DetectionConfig(seeds=(0,), steps=20, schedule_steps=20)
 FIRST_STEPS = 5
-LEVELS = {"two_levels": (0.2, 0.4), "four_levels": (0.0, 0.1, 0.2, 0.4)}
+LEVELS = {"two_levels": TOLD, "three_levels": (0.0, *TOLD), "four_levels": (0.0, 0.1, 0.2, 0.4)}
 """Told levels that are looked at together, as shares of the schedule."""
 NUDGE = 0.01
 """Of the starting noise's own length: how far sharpness moves it."""
@@ -49,20 +49,23 @@ def from_differences(case: Case) -> Rivals:
         rows = case.differences(step)
         return rows, rows[:, case.groups.controls]
 
-    shipped = differences(case.told)
-    single = residuals(*shipped, count)
-    outside, inside = apart(*shipped, count)
+    outside, inside = apart(*differences(case.step(TOLD[0])), count)
     weighted = [Draw(scores) for scores in outside.norm(dim=2) / inside.norm(dim=2).sqrt()]
-    rivals: Rivals = {f"residual_seeds_{n}": (n, over_seeds(single, n)) for n in (1, 2)}
+    shipped = case.shipped()
+    shipped = residuals(shipped, shipped[:, case.groups.controls], count)
+    rivals: Rivals = {f"shipped_seeds_{n}": (n, over_seeds(shipped, n)) for n in (1, 2)}
     rivals |= {f"weighted_seeds_{n}": (n, over_seeds(weighted, n)) for n in (1, 2, len(weighted))}
     products = (outside[::2] * outside[1::2]).sum(2)
     rivals["two_seeds_multiplied"] = (2, [Draw(scores) for scores in products])
     levels = {
-        share: standardised(residuals(*differences(case.step(share)), count))
+        share: residuals(*differences(case.step(share)), count)
         for share in sorted({share for shares in LEVELS.values() for share in shares})
     }
-    for name, shares in LEVELS.items():
-        together = torch.stack([levels[share] for share in shares])
+    for share in TOLD:
+        name = f"told_{100 * share:.0f}_seeds"
+        rivals |= {f"{name}_{n}": (n, over_seeds(levels[share], n)) for n in (1, 2)}
+    for name, shares in LEVELS.items():  # of one and the same seed
+        together = torch.stack([torch.stack([d.scores for d in levels[s]]).log() for s in shares])
         rivals[f"{name}_mean"] = (len(shares), [Draw(scores) for scores in together.mean(0)])
         rivals[f"{name}_maximum"] = (len(shares), [Draw(scores) for scores in together.amax(0)])
     return rivals
@@ -76,17 +79,10 @@ def apart(differences: Tensor, controls: Tensor, count: int) -> tuple[Tensor, Te
         controls: [seed control element].
         count: Directions.
     """
-    basis = ControlBasis.fit(controls, count, step=0)
+    basis = ControlBasis.fit(controls, count, [0] * len(controls))
     rows = differences - basis.mean[:, None]
     inside = rows @ basis.directions.mT @ basis.directions
     return rows - inside, inside
-
-
-def standardised(by_seed: Sequence[Draw]) -> Tensor:
-    """Return scores [seed caption] as deviations from the controls' mean, in their deviations."""
-    return torch.stack(
-        [(draw.scores - draw.controls.mean()) / draw.controls.std() for draw in by_seed]
-    )
 
 
 def from_other_inputs(case: Case) -> Rivals:

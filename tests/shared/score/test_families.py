@@ -1,6 +1,7 @@
 """Families of captions: who is related, how often unrelated ones pass, and who is the member."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def ordinary(count: int, seed: int) -> torch.Tensor:
 
 def wide_basis() -> ControlBasis:
     """A basis that computes in float64 and spans all words."""
-    basis = ControlBasis.fit(ordinary(120, 0)[None], 20, step=0)
-    return ControlBasis(step=0, mean=basis.mean.double(), directions=basis.directions.double())
+    basis = ControlBasis.fit(ordinary(120, 0)[None], 20, [0])
+    return replace(basis, mean=basis.mean.double(), directions=basis.directions.double())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_unrelated_prompts_exceed_the_limit_at_its_rate(controls):
     first, second = torch.triu_indices(300, 300, offset=1)
     for draw in range(12):
         fitted = ordinary(controls, 10 * draw)
-        basis = ControlBasis.fit(fitted[None], count, step=0)
+        basis = ControlBasis.fit(fitted[None], count, [0])
 
         def cosines(differences: torch.Tensor, basis: ControlBasis = basis) -> torch.Tensor:
             outside = basis.outside(differences, [0] * len(differences))
@@ -120,7 +121,7 @@ def test_pairs_of_controls_are_seen_in_a_basis_that_neither_made():
     for i, j in itertools.combinations(range(60), 2):
         if i % 10 == j % 10:
             others = [k for k in range(60) if k % 10 != i % 10]
-            basis = ControlBasis.fit(controls[None, others], count, step=0)
+            basis = ControlBasis.fit(controls[None, others], count, [0])
             a, b = basis.outside(controls[[i, j]], [0, 0]).double()
             cosines.append(float(a @ b / a.norm() / b.norm()))
     place = -(-(len(cosines) + 1) * 99 // 100)
