@@ -20,9 +20,9 @@ from .trajectory import guided_step, not_finite
 SEEDS = (0, 1, 2)
 STEPS = 10
 COND_SCALE = 5.0
-SHARE = 0.15
+SHARE = 0.1
 """Share of ordinary prompts that are sampled."""
-CONTROLS = 26
+CONTROLS = 39
 """That a second stage needs: three of them are sampled, and say what collapses vary by."""
 
 

@@ -15,7 +15,7 @@ mixture, up to a constant factor of each: that z is raised by a fixed amount at 
 whichever it is. So a level that tells nothing of a network takes little away.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,8 @@ def told_steps(seeds: int, schedule_steps: int) -> tuple[int, ...]:
     return tuple(round(TOLD[seed % len(TOLD)] * schedule_steps) for seed in range(seeds))
 
 
+WIDENED = 8192
+"""Elements that are taken to float64 at a time."""
 TENSORS = ("mean", "directions", "median", "deviation")
 """Of a basis, by their names in a file."""
 
@@ -172,44 +174,60 @@ def folds(number: int) -> tuple[Tensor, ...]:
     return torch.arange(number).tensor_split(min(FOLDS, number))
 
 
-def held_out(
-    differences: Float[Tensor, " seed control element"],
-    count: int,
-    parts: Sequence[Tensor],
-    spanning: Tensor | None = None,
-) -> Iterator[tuple[Tensor, ControlBasis]]:
-    """Yield parts of the controls, each with a basis that the others made.
+def inner_products(differences: Float[Tensor, " row element"]) -> Float[Tensor, " row row"]:
+    """Return the inner product of each D with each other, float64."""
+    products = torch.zeros(len(differences), len(differences), dtype=torch.float64)
+    for part in differences.split(WIDENED, dim=1):
+        wide = part.double()
+        products += wide @ wide.T
+    return products
+
+
+def residuals_of(
+    products: Float[Tensor, " row row"], made: Tensor, scored: Tensor, count: int
+) -> Float[Tensor, " scored"]:
+    """Return what `ControlBasis.residual` would, from inner products alone, float64.
 
     Args:
-        differences: D of every control at every starting noise.
+        products: From `inner_products`.
+        made: Which rows make the basis, bool [row].
+        scored: Indices of the rows that are scored.
         count: Directions.
-        parts: Indices of controls.
-        spanning: Which controls may make a basis, bool [control]; None for all.
     """
-    for held in parts:
-        number = differences.shape[1]
-        kept = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
-        kept[held] = False
-        yield held, ControlBasis.fit(differences[:, kept], count, [0] * len(differences))
+    within, across = products[made][:, made], products[scored][:, made]
+    mean = within.mean(0)  # inner products with the mean, and of the mean with itself:
+    square = mean.mean()
+    values, vectors = torch.linalg.eigh(within - mean - mean[:, None] + square)
+    leading, scales = vectors[:, -count:], values[-count:]
+    floor = torch.finfo(torch.float64).eps * len(within) * values[-1].clamp(min=0)
+    inverse = torch.where(scales > floor, scales.clamp(min=0).rsqrt(), 0.0)
+    centred = across - across.mean(1, keepdim=True) - mean + square
+    inside = centred @ leading * inverse
+    norms = products.diagonal()[scored] - 2 * across.mean(1) + square
+    return (norms - inside.square().sum(1)).clamp(min=0).sqrt()
 
 
 def cross_fitted(
-    differences: Float[Tensor, " seed control element"], count: int, spanning: Tensor | None = None
+    products: Float[Tensor, " seed control control"], count: int, spanning: Tensor | None = None
 ) -> Float[Tensor, " control seed"]:
     """Return each control's residual by a basis that it did not make, float64.
 
     In a basis that they span themselves controls score too low, and a threshold from such scores
-    flags .08 to .13 of ordinary prompts where .01 is asked for.
+    flags .08 to .13 of ordinary prompts where .01 is asked for. All that is needed of the D is
+    their inner products, whose number does not grow with the size of the latents.
 
     Args:
-        differences: D of every control at every starting noise.
+        products: From `inner_products`, one matrix a starting noise.
         count: Directions.
-        spanning: As for `held_out`.
+        spanning: Which controls may make a basis, bool [control]; None for all.
     """
-    scores = torch.zeros(differences.shape[1], len(differences), dtype=torch.float64)
-    for held, basis in held_out(differences, count, folds(differences.shape[1]), spanning):
-        for seed, rows in enumerate(differences):
-            scores[held, seed] = basis.residual(rows[held], [seed] * len(held)).double()
+    seeds, number = products.shape[:2]
+    scores = torch.zeros(number, seeds, dtype=torch.float64)
+    for held in folds(number):
+        others = torch.ones(number, dtype=torch.bool) if spanning is None else spanning.clone()
+        others[held] = False
+        for seed in range(seeds):
+            scores[held, seed] = residuals_of(products[seed], others, held, count)
     return scores
 
 
@@ -234,8 +252,9 @@ def fit_controls(
         count: Directions.
         steps: Where the differences were measured, one a starting noise.
     """
-    spanning = ordinary(cross_fitted(differences, count))
-    residuals = cross_fitted(differences, count, spanning)
+    products = torch.stack([inner_products(rows) for rows in differences])
+    spanning = ordinary(cross_fitted(products, count))
+    residuals = cross_fitted(products, count, spanning)
     basis = ControlBasis.fit(differences[:, spanning], count, steps).in_units_of(residuals)
     scores = [basis.scores(own, [seed] * len(own)) for seed, own in enumerate(residuals.T)]
     return basis, torch.stack(scores, dim=1)

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..arrays import Float, Tensor
-from .control_basis import FOLDS, ControlBasis, held_out
+from .control_basis import FOLDS, ControlBasis
 from .rates import controls_needed, upper_bound
 
 HALF = 0.5
@@ -69,13 +69,12 @@ def cosine_limit(differences: Float[Tensor, " control element"], count: int) -> 
     Returns:
         An order statistic of the pairs' cosines; None with fewer controls than `CONTROLS`.
     """
-    cosines = []
-    spread = [
-        torch.arange(fold, len(differences), FOLDS) for fold in range(min(FOLDS, len(differences)))
-    ]
-    for held, basis in held_out(differences[None], count, spread):
-        unit = normalize(basis.outside(differences[held], [0] * len(held)).double(), dim=1)
-        first, second = torch.triu_indices(len(held), len(held), offset=1)
+    cosines, fold = [], torch.arange(len(differences)) % FOLDS
+    for held in fold.unique():
+        rows = differences[fold == held]
+        basis = ControlBasis.fit(differences[None, fold != held], count, [0])
+        unit = normalize(basis.outside(rows, [0] * len(rows)).double(), dim=1)
+        first, second = torch.triu_indices(len(rows), len(rows), offset=1)
         cosines.append((unit @ unit.T)[first, second])
     pairs = torch.cat(cosines)
     return upper_bound(pairs, PAIR_RATE) if len(pairs) >= controls_needed(PAIR_RATE) else None

@@ -21,7 +21,7 @@ from models import MODELS, chosen_models
 from scores.case import WORK, Case, magnitudes, residuals
 from scores.generations import reproduced
 from scores.grid import measure_grid
-from scores.ranking import Draw, flagged, ranked
+from scores.ranking import Draw, flagged, measured, ranked
 from scores.rivals import measure_rivals
 from scores.speed import measure_audit, measure_memory, measure_observer, measure_speed
 from scores.stages import measure_two_stage
@@ -44,9 +44,12 @@ def measure_accuracy(case: Case) -> Figures:
     come_back, found = reproduced(case), {}
     for key, part in ((f"detection.{name}", case.calibration.judge),
                       (f"rivals.detection.{name}.magnitude", case.calibration)):  # fmt: skip
-        scores = detect(denoiser, groups.texts, case.config, basis=part.basis).scores
-        draws = [Draw(scores, part.seed_scores.mean(1))]
+        traces = detect(denoiser, groups.texts, case.config, basis=part.basis).traces[..., 0]
+        draws = [Draw(traces.mean(1), part.seed_scores.mean(1))]
         grid = f"grid.{key.removeprefix('rivals.')}"
+        few = [Draw(traces[:, :2].mean(1), part.seed_scores[:, :2].mean(1))]
+        figures = measured(few, groups.planted, groups.negatives)
+        found |= {f"{grid}.two_seeds.{figure}": value for figure, value in figures.items()}
         ranks = {key: groups.planted, f"{grid}.reproduced": come_back,
                  f"{grid}.template": groups.template}  # fmt: skip
         rates = {f"{key}.false_positive_rate": groups.negatives, f"{grid}.recall": groups.planted,

@@ -19,6 +19,7 @@ from unmemorize.shared.score.control_basis import (
     cross_fitted,
     directions_for,
     fit_controls,
+    inner_products,
     ordinary,
 )
 from unmemorize.shared.score.detection import control_differences, detect
@@ -30,6 +31,10 @@ TOLD = (2, 5)
 
 def rows(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def products_of(differences: torch.Tensor) -> torch.Tensor:
+    return torch.stack([inner_products(one) for one in differences])
 
 
 def test_the_residual_is_what_lies_outside_the_leading_singular_vectors():
@@ -68,7 +73,7 @@ def test_a_control_is_scored_by_the_others():
     """A lone direction is no control's excuse for itself, and the slow way gives the same."""
     differences = rows(0, 1, 40, 60)
     differences[0, 7, 3] += 50
-    scores = cross_fitted(differences, 3)
+    scores = cross_fitted(products_of(differences), 3)
     own = ControlBasis.fit(differences, 3, TOLD).residual(differences[0], [0] * 40)
     assert scores[7, 0] > 45 > 20 > own[7]
     others = [i for i in range(40) if i not in range(4, 8)]
@@ -92,7 +97,7 @@ def test_calibrated_false_positives_stay_at_their_rate(controls):
         count = directions_for(controls)
         basis = ControlBasis.fit(fitted, count, TOLD)
         scores = basis.residual(fresh, [0] * len(fresh)).double()
-        threshold = threshold_of(cross_fitted(fitted, count)[:, 0], 0.05)
+        threshold = threshold_of(cross_fitted(products_of(fitted), count)[:, 0], 0.05)
         rates.append((scores > threshold).double().mean().item())
         own = basis.residual(fitted[0], [0] * controls).double().quantile(0.95)
         naive.append((scores > own).double().mean().item())
@@ -130,11 +135,12 @@ def test_scores_are_those_of_a_slow_reference_at_the_told_levels():
     toy, texts, controls = ToyDenoiser(torch.float64), prompts(6), prompts(20)[6:]
     differences = control_differences(toy, controls, CONFIG, TOLD)
     basis, fitted = fit_controls(differences, 3, TOLD)
+    products = products_of(differences)
     scores = detect(toy, texts, CONFIG, basis=basis)
     for k, (seed, step) in enumerate(zip(CONFIG.seeds, TOLD, strict=True)):
         sigma = toy.sigmas(6)[step]
         x = toy.initial_noise([seed], sigma)  # pure noise at a level where it never occurs
-        logs = cross_fitted(differences, 3, ordinary(cross_fitted(differences, 3)))[:, k].log()
+        logs = cross_fitted(products, 3, ordinary(cross_fitted(products, 3)))[:, k].log()
         median = logs.sort().values[6]  # of 14 the lower one
         deviation = (logs - median).abs().sort().values[6]
         for i, text in enumerate(texts):
@@ -240,11 +246,11 @@ def test_a_control_near_a_memorized_prompt_does_not_hide_it():
     image = 5 * torch.randn(60, generator=generator)
     controls[:, 17] += image
     hidden = ControlBasis.fit(controls, 10, TOLD).residual(image[None], [0])
-    spanning = ordinary(cross_fitted(controls, 10))
+    spanning = ordinary(cross_fitted(products_of(controls), 10))
     assert spanning.logical_not().nonzero().flatten().tolist() == [17]
     found = ControlBasis.fit(controls[:, spanning], 10, TOLD).residual(image[None], [0])
     assert found > 10 * hidden
-    scores = cross_fitted(controls, 10, spanning)
+    scores = cross_fitted(products_of(controls), 10, spanning)
     assert (
         scores[17].min() > 10 * scores[torch.arange(120) != 17].max()
     )  # it is scored all the same

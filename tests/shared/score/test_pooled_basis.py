@@ -6,11 +6,15 @@ import torch
 from toy import ToyDenoiser, prompts
 from unmemorize.shared.score.calibration import Calibration, CalibrationError, settings_of
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.control_basis import ControlBasis, directions_for, folds
+from unmemorize.shared.score.control_basis import (
+    ControlBasis,
+    directions_for,
+    folds,
+    inner_products,
+)
 from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.pooled_basis import (
     POOLED_SEEDS,
-    inner_products,
     pooled,
     pooled_cross_fitted,
 )
@@ -32,6 +36,11 @@ def slow_residual(fitted: np.ndarray, row: np.ndarray, count: int) -> float:
     return np.linalg.norm(rest - rest @ vectors.T @ vectors)
 
 
+def products_of(differences: torch.Tensor) -> torch.Tensor:
+    seeds, number = differences.shape[:2]
+    return inner_products(differences.flatten(0, 1)).view(seeds, number, seeds, number)
+
+
 def others_of(differences: torch.Tensor, control: int, seed: int) -> torch.Tensor:
     """The D of all other folds at all other seeds, as rows."""
     (own,) = (held for held in folds(differences.shape[1]) if control in held)
@@ -42,7 +51,7 @@ def others_of(differences: torch.Tensor, control: int, seed: int) -> torch.Tenso
 
 def test_the_cross_fit_by_inner_products_is_the_slow_one_row_by_row():
     differences = 5 + rows(0, 3, 24, 40) * torch.linspace(3, 0.1, 40)
-    scores = pooled_cross_fitted(inner_products(differences), 4)
+    scores = pooled_cross_fitted(products_of(differences), 4)
     for control in range(24):
         for seed in range(3):
             fitted = others_of(differences, control, seed).numpy()
@@ -53,16 +62,16 @@ def test_the_cross_fit_by_inner_products_is_the_slow_one_row_by_row():
 def test_a_control_is_scored_by_no_basis_that_it_made():
     """Its own D, at whatever seed, moves the bases of others alone."""
     differences = rows(1, 3, 24, 40)
-    before = pooled_cross_fitted(inner_products(differences), 3)
+    before = pooled_cross_fitted(products_of(differences), 3)
     moved = differences.clone()
     moved[[1, 2], 7] += 100 * rows(2, 40)  # the same control at other seeds
-    after = pooled_cross_fitted(inner_products(moved), 3)
+    after = pooled_cross_fitted(products_of(moved), 3)
     assert after[7, 0].item() == pytest.approx(before[7, 0].item(), rel=1e-9)
     assert after[12, 0].item() != pytest.approx(before[12, 0].item(), rel=1e-5)  # that basis moved
     moved = differences.clone()
     moved[0] *= 3
     moved[0, 7] = differences[0, 7]  # the same noise, other controls
-    after = pooled_cross_fitted(inner_products(moved), 3)
+    after = pooled_cross_fitted(products_of(moved), 3)
     assert after[7, 0].item() == pytest.approx(before[7, 0].item(), rel=1e-9)
 
 
