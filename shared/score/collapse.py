@@ -88,17 +88,18 @@ class SecondStage:
 
         Raises:
             NotEnoughControls: They are fewer than `CONTROLS`.
-            ValueError: More than that share is to be flagged.
+            ValueError: As many are to be flagged.
         """
         if len(control_scores) < CONTROLS:
             raise NotEnoughControls(
                 f"a second stage needs at least {CONTROLS} controls, found {len(control_scores)}. "
                 "Add controls, or leave --collapse out."
             )
-        if rate > SHARE:
+        ranks = torch.arange(len(control_scores), dtype=torch.float64)
+        if upper_bound(ranks, rate) <= upper_bound(ranks, SHARE):
             raise ValueError(
-                f"The second stage samples {SHARE:.0%} of ordinary prompts and cannot flag "
-                f"{rate:.0%} of them: lower --false-positive-rate, or leave --collapse out."
+                f"The second stage samples {SHARE:.0%} of ordinary prompts and must flag fewer, "
+                f"got a rate of {rate:.0%}: lower --false-positive-rate, or leave --collapse out."
             )
         return upper_bound(control_scores, SHARE)
 

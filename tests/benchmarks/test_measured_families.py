@@ -30,8 +30,9 @@ def calibrated() -> Calibration:
         detect(denoiser, [*controls], CONFIG), model="", settings=settings_of(denoiser, CONFIG),
         name="", false_positive_rate=0.05,
     )  # fmt: skip
-    differences = control_differences(denoiser, [*controls], CONFIG, 2)
-    return magnitudes.with_residual(differences, settings_of(denoiser, CONFIG, 2))
+    told = [2] * len(CONFIG.seeds)
+    differences = control_differences(denoiser, [*controls], CONFIG, told)
+    return magnitudes.with_residual(differences, settings_of(denoiser, CONFIG, told))
 
 
 def test_near_captions_count_when_they_are_grouped_with_their_own_member():

@@ -106,7 +106,9 @@ def test_a_run_from_the_calibrated_level_is_judged_by_its_residual(comfy):
     assert run["memorized"] is True
 
     def differences(prompts: list, seeds: tuple) -> torch.Tensor:
-        return control_differences(denoiser(), prompts, DetectionConfig(seeds=seeds), 0)
+        return control_differences(
+            denoiser(), prompts, DetectionConfig(seeds=seeds), [0] * len(seeds)
+        )
 
     basis, scores = pooled(differences(CONTROLS, (0, 1)))
     expected = basis.residual(differences([PROMPT], (1,))[0], [0]).item()

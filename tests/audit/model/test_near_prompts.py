@@ -24,7 +24,7 @@ from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import control_differences, detect
 
 CONFIG = DetectionConfig(seeds=(3, 4), schedule_steps=5)
-STEP = 2
+TOLD = (2, 4)
 
 FOX, HEN = noise(1)[0], noise(2)[0]
 ADDED = {
@@ -48,8 +48,8 @@ def judge() -> Calibration:
         detect(denoiser, [*controls], CONFIG), model="", settings=settings_of(denoiser, CONFIG),
         name="", false_positive_rate=0.05,
     )  # fmt: skip
-    differences = control_differences(denoiser, [*controls], CONFIG, STEP)
-    return magnitudes.with_residual(differences, settings_of(denoiser, CONFIG, STEP)).judge
+    differences = control_differences(denoiser, [*controls], CONFIG, TOLD)
+    return magnitudes.with_residual(differences, settings_of(denoiser, CONFIG, TOLD)).judge
 
 
 @pytest.fixture

@@ -108,9 +108,9 @@ def test_stopping_early_gives_the_same_verdicts_with_fewer_rows(result, config, 
 
 def test_suspicious_prompts_are_judged_by_their_collapse(config, captions, work, tmp_path):
     controls = tmp_path / "controls.txt"
-    controls.write_text("\n".join(captions["held_out"][:30]), encoding="utf-8")
+    controls.write_text("\n".join(captions["held_out"][:45]), encoding="utf-8")
     settings = dataclasses.replace(
-        config, controls=str(controls), false_positive_rate=0.1, output=tmp_path / "a",
+        config, controls=str(controls), false_positive_rate=0.05, output=tmp_path / "a",
         images_per_prompt=0, explain=0, collapse=True,
     )  # fmt: skip
     done = run_audit(settings)
@@ -173,7 +173,7 @@ def test_training_images_beside_captions_are_compared(config, captions, work, tm
     assert any("not enough" in caveat for caveat in second.summary["caveats"])
     assert (tmp_path / "b" / nearest.path).is_file()
     controls = tmp_path / "controls.txt"
-    controls.write_text("\n".join(captions["held_out"][:30]), encoding="utf-8")
+    controls.write_text("\n".join(captions["held_out"][:45]), encoding="utf-8")
     third = run_audit(dataclasses.replace(first, controls=str(controls), output=tmp_path / "c"))
     verdicts = {e.index: e.images[0].nearest.copied for e in third.entries}
     assert verdicts == {0: None, 1: True, 2: None}  # three images: a copy of any is unknown

@@ -157,7 +157,7 @@ def measure_memory(case: Case) -> Figures:
 
 
 def measure_observer(case: Case) -> Figures:
-    """Return what watching ordinary sampling costs, and whether the images stay the same."""
+    """Return what judging ordinary sampling costs, and whether the images stay the same."""
     pipeline = case.subject.denoiser.pipeline
 
     def sample() -> torch.Tensor:
@@ -167,6 +167,7 @@ def measure_observer(case: Case) -> Figures:
             output_type="latent",
         ).images  # fmt: skip
 
+    calibration = case.calibration
     pipeline.set_progress_bar_config(disable=True)
     images: dict[bool, list[torch.Tensor]] = {False: [sample()], True: []}
     ratios = []
@@ -174,7 +175,7 @@ def measure_observer(case: Case) -> Figures:
         times = {}
         # Plain first, then watched first: a drift of the machine's speed falls on both alike.
         for watched in (run % 2 == 1, run % 2 == 0):
-            with observe(pipeline) if watched else nullcontext():
+            with observe(pipeline, calibration) if watched else nullcontext():
                 times[watched] = seconds(lambda to=images[watched]: to.append(sample()))
         ratios.append(times[True] / times[False])
     identical = [torch.equal(images[False][0], image) for image in images[True]]

@@ -30,7 +30,7 @@ def test_own_controls_are_scored_with_the_config(model):
         name="given prompts",
         false_positive_rate=0.2,
     )
-    told = 14  # of 50
+    told = [14]  # of 50
     differences = control_differences(model, PROMPTS, CONFIG, told)
     assert found == made.with_residual(differences, settings_of(model, CONFIG, told))
     assert not found.differences(model.fingerprint, settings_of(model, CONFIG))
@@ -42,7 +42,7 @@ def test_two_seeds_judge_images_from_the_same_forward_passes(model):
     found = calibrate(model, PROMPTS, two, false_positive_rate=0.2)
     hook.remove()
     assert sum(rows) == 2 * (len(two.seeds) * len(PROMPTS) + len(two.seeds))  # at two levels
-    first = control_differences(model, PROMPTS, two, 0)
+    first = control_differences(model, PROMPTS, two, [0, 0])
     basis, scores = pooled(first)
     torch.testing.assert_close(found.observed.basis.mean, basis.mean, rtol=1e-3, atol=1e-5)
     highest = scores.amax(1)
