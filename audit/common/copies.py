@@ -1,8 +1,9 @@
 """Which generated images are copies of training images: two questions, two rules.
 
 *Is it a copy of its caption's own image?* When that image is the nearest one and lies nearer than
-a fixed part of the `OWN_QUANTILE` quantile of what *other* prompts' generations reach to that
-very image. The quantile is the image's own yardstick: everything is near to a pale image.
+a fixed part of the `OWN_QUANTILE` quantile of what *other* prompts' generations reach to it, or to
+whichever of the caption's images is nearest to each if there are several. The quantile is the
+caption's own yardstick: everything is near to a pale image, and more is near to one of twelve.
 
 *Is it a copy of any training image?* The more images are compared, the nearer the nearest lies by
 chance, but not in relation to the second nearest. Where training images lie around a generation in
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ...shared.arrays import Float
 
-OWN_QUANTILE = 0.1
+OWN_QUANTILE = 0.05
 OTHERS = 20
 """Other prompts whose generations a verdict needs, at least."""
 RATE = 0.01
@@ -66,8 +67,8 @@ class Verdict:
     is_own: bool
     """The nearest image belongs to the generation's caption, or is alike to one that does."""
     own_ratio: float | None
-    """Distance to the caption's own image over the quantile of the other prompts' generations;
-    None without an own image or without enough others."""
+    """Distance to the caption's nearest own image over the quantile of the other prompts'
+    generations; None without an own image or without enough others."""
     copied: bool | None
     """A copy of its own image or of any; None when the rule that should tell cannot."""
 
@@ -172,7 +173,7 @@ def ratio_limit(dimension: float, spacings: int, rate: float) -> float:
 
 
 class _Yardstick:
-    """How near generations come to an image that none of them means."""
+    """How near generations come to a caption's images if they mean none of them."""
 
     def __init__(
         self, distances: Tensor, prompts: Sequence[str], training: TrainingImages,
@@ -186,17 +187,21 @@ class _Yardstick:
     def quantile(self, index: int) -> float | None:
         """Return the `OWN_QUANTILE` quantile for an image; None with too few other prompts.
 
-        Left out are the prompts to which the image or one that counts as it belongs, and
-        generations that copy it for another prompt.
+        It is taken over distances to the nearest image of the same caption. Left out are the
+        prompts to which the image or one that counts as it belongs, and generations that copy it
+        for another prompt.
         """
         if index not in self._known:
             same = self.training.same(index)
             owners = {self.training.captions[i] for i in same}
+            own = self.training.own[self.training.captions[index]]
             rows = [row for row, prompt in enumerate(self.prompts)
                     if prompt not in owners and self.taken[row] not in same]  # fmt: skip
             enough = len({self.prompts[row] for row in rows}) >= OTHERS
             self._known[index] = (
-                self.distances[rows, index].quantile(OWN_QUANTILE).item() if enough else None
+                self.distances[rows][:, own].amin(1).quantile(OWN_QUANTILE).item()
+                if enough
+                else None
             )
         return self._known[index]
 

@@ -46,7 +46,7 @@ PIXELS = Features(
     name=f"pixels: 1 minus the root mean square difference of {SIDE} x {SIDE} thumbnails",
     rows=thumbnails,
     similarity=lambda distance: 1 - distance / (3 * SIDE**2) ** 0.5,
-    bounds=Bounds(own_factor=0.45, ratio=0.5),
+    bounds=Bounds(own_factor=0.5, ratio=0.5),
 )
 
 
@@ -62,5 +62,5 @@ def sscd_features() -> Features:
         name="SSCD (distilled): cosine of the embeddings",
         rows=Sscd().embed,
         similarity=lambda distance: 1 - distance**2 / 2,  # of unit vectors
-        bounds=Bounds(own_factor=0.75, ratio=0.9),  # distances differ little in many dimensions
+        bounds=Bounds(own_factor=0.8, ratio=0.9),  # distances differ little in many dimensions
     )

@@ -42,7 +42,7 @@ class NearestImage:
     ratio: float
     """Distance over that of the next training image; small: this one alone is meant."""
     own_ratio: float | None
-    """Distance to the prompt's own training image over the 10 % quantile of what other prompts'
+    """Distance to the prompt's own training image over the 5 % quantile of what other prompts'
     images reach to it; None without an own one, or when too few others were drawn."""
     is_own: bool
     """The nearest training image belongs to the prompt that was sampled."""

@@ -19,7 +19,7 @@ from unmemorize.audit.common.copies import (
 from unmemorize.shared.score.rates import clopper_pearson
 
 DIMENSIONS = 8
-BOUNDS = Bounds(own_factor=0.45, ratio=0.5)
+BOUNDS = Bounds(own_factor=0.5, ratio=0.5)
 
 
 def judge(generated, asked, training, bounds=BOUNDS):
@@ -204,7 +204,7 @@ def test_one_in_a_hundred_is_called_a_copy_of_any_whatever_their_number(
     dimensions,
     spread,
 ):
-    theory_alone = Bounds(own_factor=0.45, ratio=1.0)
+    theory_alone = Bounds(own_factor=0.5, ratio=1.0)
     generator = torch.Generator().manual_seed(dimensions)
     make = torch.rand if spread == "cube" else torch.randn
     wrong = count = 0

@@ -87,8 +87,14 @@ class Case:
 
     def shipped(self, texts: Sequence[str] | None = None) -> Tensor:
         """Return D [seed caption element] at the shipped levels; `texts` as of `differences`."""
-        rows = [self.differences(step, texts)[seed] for seed, step in enumerate(self.told)]
-        return torch.stack(rows)
+        if texts is None:  # other seeds at these levels are wanted as well
+            rows = [self.differences(step)[seed] for seed, step in enumerate(self.told)]
+            return torch.stack(rows)
+
+        def compute(denoiser: Denoiser, progress: Progress) -> Tensor:
+            return control_differences(denoiser, texts, self.config, self.told, progress=progress)
+
+        return self.kept("told-in-turns", texts, compute)
 
     def kept(
         self, name: str, texts: Sequence[str], compute: Callable[[Denoiser, Progress], Tensor]

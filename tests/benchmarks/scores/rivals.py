@@ -17,7 +17,7 @@ from .ranking import Draw, ranked
 
 TRAJECTORY = DetectionConfig(seeds=(0,), steps=20, schedule_steps=20)
 FIRST_STEPS = 5
-LEVELS = {"two_levels": TOLD, "three_levels": (0.0, *TOLD), "four_levels": (0.0, 0.1, 0.2, 0.4)}
+LEVELS = {"two_levels": TOLD, "three_levels": (0.0, *TOLD), "four_levels": (0.0, 0.28, 0.6, 0.9)}
 """Told levels that are looked at together, as shares of the schedule."""
 NUDGE = 0.01
 """Of the starting noise's own length: how far sharpness moves it."""

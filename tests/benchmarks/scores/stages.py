@@ -22,8 +22,8 @@ BELOW = 1e6
 def measure_two_stage(case: Case) -> dict[str, Figure]:
     """Return the figures of the shipped score with its second stage, and what they cost.
 
-    `suspicious`: share of negatives that are sampled. `forwards`: rows a caption on average over
-    all but the controls, at all seeds of the first stage. `collapse_alone`: how well the second
+    `suspicious`: share of negatives that are sampled. `forwards`: rows a negative on average, at
+    all seeds of the first stage. `collapse_alone`: how well the second
     measure alone tells the sampled ones apart.
     """
     groups, key = case.groups, f"detection_two_stage.{case.model.name}"
@@ -40,7 +40,8 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
     of_controls = torch.full_like(own, torch.nan)
     of_controls[sampled] = measured
     draw = Draw(ranks(both, scores, collapses), ranks(both, own, of_controls))
-    sampled_share = len(chosen) / len(tried)
+    suspicious = [i in {*chosen} for i in groups.negatives]
+    rows = len(case.config.seeds) + sum(suspicious) / len(suspicious) * FORWARDS
     found = {
         f"{key}.{name}": figure
         for name, figure in ranked([draw], groups.planted, groups.negatives).items()
@@ -48,8 +49,8 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
     found |= {
         f"{key}.false_positive_rate": flagged([draw], groups.negatives),
         f"{key}.recall": flagged([draw], groups.planted),
-        f"{key}.forwards": plain(len(case.config.seeds) + sampled_share * FORWARDS, len(tried)),
-        f"grid.{key}.suspicious": share_of([i in {*chosen} for i in groups.negatives]),
+        f"{key}.forwards": plain(rows, len(suspicious)),
+        f"grid.{key}.suspicious": share_of(suspicious),
         f"grid.{key}.planted_suspicious": share_of([i in {*chosen} for i in groups.planted]),
     }  # fmt: skip
     planted, others = ([i for i in of if i in {*chosen}]
