@@ -77,6 +77,7 @@ def score_prompts(
         rows = verdicts(measured, judge)
         near: Mapping[int, NearPrompt] = {}
         if judge:
+            caveat = " ".join(filter(None, (caveat, judge.unlike([r["score"] for r in rows]))))
             related = relate(
                 subject, facts, prompts,
                 {index: row["score"] for index, row in enumerate(rows) if row["memorized"]},

@@ -149,7 +149,7 @@ def score(work: Work) -> Scored:
     return Scored(
         facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
         flags=tuple(judge.flags(scores, measured.sampled).tolist()),
-        caveats=(*facts.caveats, *([caveat] if caveat else [])),
+        caveats=(*facts.caveats, *filter(None, (caveat, judge.unlike(scores)))),
     )  # fmt: skip
 
 

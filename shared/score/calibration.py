@@ -29,6 +29,10 @@ from .rates import clopper_pearson, threshold_of
 SCHEMA_VERSION = 5
 AGAIN = "Make a new one with `unmemorize calibrate`."
 OBSERVED = "observed."
+HIGH = 0.05
+"""Share of controls that score as high as prompts of another kind commonly do."""
+FEWEST = 10
+"""Prompts whose middle one says something of their kind."""
 BESIDE = {"residual": "", "observed": OBSERVED}
 """Calibrations beside that of magnitudes, and what their tensors' names begin with in the file."""
 
@@ -306,6 +310,25 @@ class Calibration:
         if collapses is None:
             return scores > self.threshold
         return self._evidence(scores, collapses) > self.require_second().threshold
+
+    def unlike(self, scores: Tensor | Sequence[float]) -> str:
+        """Return a caveat where prompts score as if they were of another kind than the controls.
+
+        Args:
+            scores: Of all prompts that were asked about.
+
+        Returns:
+            "" where the middle one scores like the controls, and of fewer prompts than `FEWEST`.
+        """
+        scores = torch.as_tensor(scores, dtype=torch.float64)
+        if len(scores) < FEWEST or scores.median() <= self.sorted_scores.quantile(1 - HIGH):
+            return ""
+        return (
+            f"More than half of the prompts score above {1 - HIGH:.0%} of the controls. Either "
+            "most of them are memorized, or the controls are of another kind, and then the rate of "
+            "false alarms does not hold: take controls that are written like the prompts and that "
+            "the model has not memorized."
+        )
 
     def _evidence(self, scores: Tensor, collapses: Sequence[float]) -> Tensor:
         measured = torch.as_tensor(collapses, dtype=torch.float64)

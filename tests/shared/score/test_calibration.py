@@ -263,3 +263,12 @@ def test_threshold_of_the_first_seeds_is_that_of_a_calibration_of_them(seed, dra
 def test_threshold_of_seeds_that_were_not_drawn(seeds):
     with pytest.raises(ValueError, match="`seeds` must be between 1 and 2, the seeds of"):
         calibrate(normal(120, 2)).threshold_for(seeds)
+
+
+def test_prompts_of_another_kind_than_the_controls_are_told():
+    made = calibrate(normal(199, 1))
+    high = made.sorted_scores[-5].item()
+    assert "controls are of another kind" in made.unlike([high] * 8 + [0.0] * 7)
+    assert made.unlike([high] * 7 + [0.0] * 8) == ""  # a memorized half
+    assert made.unlike([high] * 9) == ""  # too few to say
+    assert made.unlike(made.sorted_scores) == ""
