@@ -55,7 +55,9 @@ def _update(total: Any, value: Any) -> None:
         total.update(str(getattr(value, "__qualname__", value)).encode())
 
 
-def settings(denoiser: ModelDenoiser, config: DetectionConfig, told: int | None = None) -> dict:
+def settings(
+    denoiser: ModelDenoiser, config: DetectionConfig, told: Sequence[int] | None = None
+) -> dict:
     """Return what moves a score besides the weights: the negative is whatever is connected."""
     negative = digest(denoiser.unconditional().embeddings)[:16]
     return settings_of(denoiser, config, told) | {"negative": negative}
