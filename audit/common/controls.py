@@ -71,7 +71,7 @@ def calibrate_controls(
         judge = calibration.judge
         suspicious = judge.suspicious(judge.seed_scores.nanmean(1))
         calibration = calibration.with_second(measure_collapses(
-            subject, prompts, suspicious, journal, job_key=job_key, bars=bars,
+            subject, facts, prompts, suspicious, journal, job_key=job_key, bars=bars,
             phase="controls, collapse",
         ))  # fmt: skip
     return calibration

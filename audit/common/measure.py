@@ -13,7 +13,7 @@ from ...shared.arrays import Float, Tensor
 from ...shared.files.storage import Journal
 from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
-from ...shared.score.collapse import collapse
+from ...shared.score.collapse import SEEDS, collapses
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import ControlBasis
 from ...shared.score.denoiser import Conditioning, Denoiser
@@ -213,7 +213,7 @@ def measure_judged(
     )  # fmt: skip
     if judge and collapse:
         found = measure_collapses(
-            subject, prompts, judge.suspicious(measured.detection.scores), journal,
+            subject, facts, prompts, judge.suspicious(measured.detection.scores), journal,
             job_key=job_key, bars=bars, phase="collapse",
         )  # fmt: skip
         collapses = tuple(found.get(index) for index in range(len(prompts)))
@@ -229,6 +229,7 @@ def measure_judged(
 
 def measure_collapses(
     subject: Subject,
+    facts: Facts,
     prompts: Sequence[str],
     suspicious: Sequence[int],
     journal: Journal,
@@ -237,10 +238,11 @@ def measure_collapses(
     bars: Bars,
     phase: str,
 ) -> dict[int, float]:
-    """Return the collapse of suspicious prompts by index; each is stored as soon as it is finished.
+    """Return the collapse of suspicious prompts by index; each batch is stored when it is finished.
 
     Args:
         subject: The model; not loaded when the journal knows them all.
+        facts: Of the same job.
         prompts: All of them, distinct.
         suspicious: Which of them are sampled.
         journal: Of this phase.
@@ -248,11 +250,22 @@ def measure_collapses(
         bars: Makes the progress bar, which counts prompts.
         phase: Label of the bar.
     """
-    return complete(
-        journal, {index: content_key(job_key, "collapse", prompts[index]) for index in suspicious},
-        lambda index: collapse(subject.denoiser, prompts[index]),
-        bars=bars, phase=phase, unit="prompt",
+    together = max(1, facts.rows // len(SEEDS))
+    texts = {
+        tuple(batch): [prompts[index] for index in batch]
+        for start in range(0, len(suspicious), together)
+        if (batch := suspicious[start : start + together])
+    }
+    found = complete(
+        journal, {batch: content_key(job_key, "collapse", texts[batch]) for batch in texts},
+        lambda batch: collapses(subject.denoiser, texts[batch]),
+        bars=bars, phase=phase, unit="prompt", size=len,
     )  # fmt: skip
+    return {
+        index: value
+        for batch, values in found.items()
+        for index, value in zip(batch, values, strict=True)
+    }
 
 
 def measure_differences(

@@ -39,24 +39,32 @@ def collapse_of(latents: Float[Tensor, " seed *latent height width"]) -> float:
 
 
 @torch.inference_mode()
-def collapse(denoiser: Denoiser, prompt: str) -> float:
-    """Return `collapse_of` what a prompt is sampled to from all `SEEDS`.
+def collapses(denoiser: Denoiser, prompts: Sequence[str]) -> list[float]:
+    """Return `collapse_of` what each prompt is sampled to from all `SEEDS`.
+
+    Args:
+        denoiser: The network.
+        prompts: As many as one pass holds, each in `SEEDS` rows.
 
     Raises:
         PredictionError: A prediction is NaN or infinite; names the prompt.
     """
-    sigmas = denoiser.sigmas(STEPS)
+    sigmas, seeds = denoiser.sigmas(STEPS), len(SEEDS)
     x = denoiser.initial_noise(SEEDS, sigmas[0])
-    rows = [0] * len(x)
-    cond, empty = denoiser.encode([prompt])[rows], denoiser.unconditional()[rows]
+    x = x.repeat(len(prompts), *[1] * (x.ndim - 1))
+    cond = denoiser.encode(prompts)[[i for i in range(len(prompts)) for _ in SEEDS]]
+    empty = denoiser.unconditional()[[0] * len(x)]
     cond_scale = 1.0 if denoiser.guidance_distilled else COND_SCALE
     for sigma, sigma_next in pairwise(sigmas):
         x0_cond = denoiser.denoise(x, sigma, cond)
         x0_uncond = x0_cond if cond_scale == 1.0 else denoiser.denoise(x, sigma, empty)
         x = guided_step(x, x0_uncond, x0_cond, sigma, sigma_next, cond_scale)
-    if not x.isfinite().all():
-        raise not_finite(f"The latent sampled for the prompt {prompt[:200]!r}", denoiser)
-    return collapse_of(x)
+    found = []
+    for prompt, own in zip(prompts, x.cpu().split(seeds), strict=True):
+        if not own.isfinite().all():
+            raise not_finite(f"The latent sampled for the prompt {prompt[:200]!r}", denoiser)
+        found.append(collapse_of(own))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

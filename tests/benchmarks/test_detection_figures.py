@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from toy import ToyDenoiser, prompts
 from unmemorize import demo
 from unmemorize.shared.score.calibration import Calibration, settings_of
-from unmemorize.shared.score.collapse import collapse
+from unmemorize.shared.score.collapse import collapses
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.control_basis import directions_for
 from unmemorize.shared.score.denoiser import Conditioning
@@ -236,7 +236,9 @@ def test_the_pair_of_stages_flags_what_the_calibration_flags(case, calibration):
 
     def sampled(texts, scores):
         chosen = {*calibration.judge.suspicious(scores)}
-        return [collapse(toy, text) if i in chosen else math.nan for i, text in enumerate(texts)]
+        return [
+            collapses(toy, [text])[0] if i in chosen else math.nan for i, text in enumerate(texts)
+        ]
 
     own = calibration.judge.seed_scores.mean(1)
     of_controls = enumerate(sampled(groups.of(groups.controls), own))

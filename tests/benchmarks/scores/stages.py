@@ -6,7 +6,7 @@ import torch
 from figures import Figure, plain, share_of
 from torch import Tensor
 from unmemorize.shared.score.calibration import Calibration
-from unmemorize.shared.score.collapse import SEEDS, STEPS, collapse
+from unmemorize.shared.score.collapse import SEEDS, STEPS, collapses
 from unmemorize.shared.score.denoiser import Denoiser
 from unmemorize.shared.score.detection import Progress, detect
 
@@ -15,6 +15,8 @@ from .ranking import Draw, flagged, ranked
 
 FORWARDS = len(SEEDS) * STEPS * 2
 """Rows that sampling one prompt costs, with and without the prompt."""
+TOGETHER = 10
+"""Captions that are sampled in one batch."""
 BELOW = 1e6
 """What prompts that are not sampled rank lower by: more than any evidence."""
 
@@ -72,10 +74,10 @@ def collapses_of(case: Case, captions: Sequence[int]) -> Tensor:
     texts = case.groups.of(list(captions))
 
     def compute(denoiser: Denoiser, progress: Progress) -> Tensor:
-        values = []
-        for text in texts:
-            values.append(collapse(denoiser, text))
-            progress(1)
+        values: list[float] = []
+        for start in range(0, len(texts), TOGETHER):
+            values += collapses(denoiser, texts[start : start + TOGETHER])
+            progress(len(texts[start : start + TOGETHER]))
         return torch.tensor(values, dtype=torch.float64)
 
     return case.kept(f"collapse-{len(SEEDS)}-{STEPS}", texts, compute)

@@ -9,7 +9,7 @@ import torch
 from toy import ToyDenoiser, prompts
 from unmemorize.shared.score import collapse as stage
 from unmemorize.shared.score.calibration import Calibration, CalibrationError
-from unmemorize.shared.score.collapse import CONTROLS, SHARE, collapse, collapse_of
+from unmemorize.shared.score.collapse import CONTROLS, SHARE, collapse_of, collapses
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import Detection
 from unmemorize.shared.score.rates import NotEnoughControls
@@ -54,26 +54,29 @@ class Remembering(ToyDenoiser):
 
 def test_seeds_of_a_memorized_prompt_collapse_and_others_do_not():
     toy = Remembering()
-    others = [collapse(toy, prompt) for prompt in prompts(12) if prompt]
-    assert collapse(toy, "memorized") > 10 * max(others)
+    others = [prompt for prompt in prompts(12) if prompt]
+    found = collapses(toy, [*others, "memorized"])
+    assert found[-1] > 10 * max(found[:-1])
+    alone = [collapses(toy, [prompt])[0] for prompt in others]
+    assert found[:-1] == pytest.approx(alone, rel=1e-3)
 
 
 def test_it_costs_two_passes_a_step_and_a_network_that_guides_itself_one():
     toy = ToyDenoiser()
-    collapse(toy, "a prompt")
-    assert toy.rows == [len(stage.SEEDS)] * 2 * stage.STEPS
+    collapses(toy, ["a prompt", "another"])
+    assert toy.rows == [2 * len(stage.SEEDS)] * 2 * stage.STEPS
     toy.rows, toy.guidance_distilled = [], True
-    collapse(toy, "a prompt")
+    collapses(toy, ["a prompt"])
     assert toy.rows == [len(stage.SEEDS)] * stage.STEPS
 
 
 def test_a_latent_that_is_not_finite_names_its_prompt():
     class Broken(ToyDenoiser):
         def denoise(self, x, sigma, cond):
-            return super().denoise(x, sigma, cond) / 0
+            return torch.cat([super().denoise(x, sigma, cond)[:-1], x[-1:] / 0])
 
     with pytest.raises(PredictionError, match="a broken prompt"):
-        collapse(Broken(), "a broken prompt")
+        collapses(Broken(), ["a prompt", "a broken prompt"])
 
 
 def world(number, seed):
