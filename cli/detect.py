@@ -66,13 +66,15 @@ def detect(options: DetectOptions) -> None:
             sequential=options.fast, collapse=options.collapse, output=options.output, bars=bar,
         )  # fmt: skip
     if options.as_json:
-        print_json({"schema_version": 1, "results": rows})
+        print_json({"schema_version": 2, "results": rows})
     else:
         print_table(*_table(rows))
         if options.calibration is None:
             typer.echo(NO_VERDICTS, err=True)
         else:
             typer.echo(_verdict(rows))
+            if caveat := rows[0]["caveat"]:
+                typer.echo(f"Caveat: {caveat}")
     found = any(row["memorized"] for row in rows)
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
 

@@ -64,7 +64,9 @@ class Calibrate(io.ComfyNode):
         )
         if calibration.residual:
             threshold = calibration.judge.threshold
-            report += f" Prompts are judged by their residual, threshold {threshold:.4g}."
+            report += (
+                f" Prompts are judged by their residual, threshold {threshold:.4g} (1: ordinary)."
+            )
         if calibration.observed:
             threshold = calibration.observed.threshold
             report += (

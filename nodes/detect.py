@@ -85,7 +85,7 @@ class DetectMemorization(io.ComfyNode):
                 f"Flagged above {judge.threshold:.4g}, at most {judge.false_positive_rate:.3g} "
                 f"of ordinary prompts ({len(judge.control_scores)} controls, {judge.controls})."
             )
-            notes = [about, *filter(None, [caveat])]
+            notes = [about, *filter(None, [caveat, judge.unlike(l2)])]
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]
         report = "\n".join([*ranked, *notes])
         return io.NodeOutput(report, l2, per_element, p_values, flags, ui={"text": [report]})

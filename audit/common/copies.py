@@ -188,18 +188,18 @@ class _Yardstick:
         """Return the `OWN_QUANTILE` quantile for an image; None with too few other prompts.
 
         It is taken over distances to the nearest image of the same caption. Left out are the
-        prompts to which the image or one that counts as it belongs, and generations that copy it
-        for another prompt.
+        prompts to which one of these images, or one that counts as one of them, belongs, and
+        generations that copy one for another prompt.
         """
         if index not in self._known:
-            same = self.training.same(index)
-            owners = {self.training.captions[i] for i in same}
             own = self.training.own[self.training.captions[index]]
+            same = set[int]().union(*map(self.training.same, own))
+            owners = {self.training.captions[i] for i in same}
             rows = [row for row, prompt in enumerate(self.prompts)
                     if prompt not in owners and self.taken[row] not in same]  # fmt: skip
             enough = len({self.prompts[row] for row in rows}) >= OTHERS
             self._known[index] = (
-                self.distances[rows][:, own].amin(1).quantile(OWN_QUANTILE).item()
+                self.distances[:, own][rows].amin(1).quantile(OWN_QUANTILE).item()
                 if enough
                 else None
             )

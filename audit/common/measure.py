@@ -170,7 +170,7 @@ def measure(
             traces=torch.stack([_trace(journal.get(key)) for key in keys]),
             latent_elements=math.prod(facts.info.latent_shape),
             config=config,
-            seed_levels=sequentially.seed_scores.mean(0) if sequentially else None,
+            seed_levels=sequentially.seed_scores.median(0).values if sequentially else None,
         ),
         cuts=tuple(journal.get(key)["cut"] for key in keys),
     )
@@ -258,7 +258,7 @@ def measure_collapses(
     }
     found = complete(
         journal, {batch: content_key(job_key, "collapse", texts[batch]) for batch in texts},
-        lambda batch: collapses(subject.denoiser, texts[batch]),
+        lambda batch: _collapses(subject.denoiser, texts[batch]),
         bars=bars, phase=phase, unit="prompt", size=len,
     )  # fmt: skip
     return {
@@ -266,6 +266,18 @@ def measure_collapses(
         for batch, values in found.items()
         for index, value in zip(batch, values, strict=True)
     }
+
+
+def _collapses(denoiser: Denoiser, texts: Sequence[str]) -> list[float]:
+    """Return the collapses of prompts; out of GPU memory, of one half after the other."""
+    try:
+        return collapses(denoiser, texts)
+    except torch.cuda.OutOfMemoryError:
+        if len(texts) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(texts) // 2
+    return _collapses(denoiser, texts[:half]) + _collapses(denoiser, texts[half:])
 
 
 def measure_differences(

@@ -46,7 +46,7 @@ PIXELS = Features(
     name=f"pixels: 1 minus the root mean square difference of {SIDE} x {SIDE} thumbnails",
     rows=thumbnails,
     similarity=lambda distance: 1 - distance / (3 * SIDE**2) ** 0.5,
-    bounds=Bounds(own_factor=0.5, ratio=0.5),
+    bounds=Bounds(own_factor=0.5, ratio=0.55),
 )
 
 

@@ -93,7 +93,7 @@ class MitigationEntry:
     index: int
     prompt: str
     score: float
-    """Mean L2 norm of the text-conditional noise, latent units, before anything is done."""
+    """As its calibration scores, before anything is done."""
     memorized: bool
     """`score` is above the calibrated threshold."""
     trials: tuple[Trial, ...]

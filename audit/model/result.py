@@ -42,8 +42,9 @@ class NearestImage:
     ratio: float
     """Distance over that of the next training image; small: this one alone is meant."""
     own_ratio: float | None
-    """Distance to the prompt's own training image over the 5 % quantile of what other prompts'
-    images reach to it; None without an own one, or when too few others were drawn."""
+    """Distance to the nearest of the prompt's own training images over the 5 % quantile of what
+    other prompts' images reach to the nearest of them; None without an own one, or when too few
+    others were drawn."""
     is_own: bool
     """The nearest training image belongs to the prompt that was sampled."""
     copied: bool | None

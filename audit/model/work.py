@@ -158,7 +158,7 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
     detection = measured.detection
     scores, none = detection.scores, [None] * len(detection.prompts)
     sampled = measured.sampled
-    magnitudes = scores if measured.magnitudes is None else torch.tensor(measured.magnitudes)
+    magnitudes = torch.tensor(measured.magnitudes) if measured.magnitudes else scores
     columns = {
         "prompt": detection.prompts,
         "cut": measured.cuts,

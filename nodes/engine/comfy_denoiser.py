@@ -1,5 +1,6 @@
 """A MODEL of ComfyUI with CONDITIONINGs as a `Denoiser`, and the noise levels it is measured at."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class ModelDenoiser:
 
         Raises:
             comfy.model_management.InterruptProcessingException: The user pressed Cancel.
+            ValueError: A conditioning's time range leaves this level out.
         """
         parts, start = [], 0
         for source, rows in groupby(cond.sources):
@@ -149,6 +151,16 @@ class ModelDenoiser:
             part = slice(start, start + len(list(rows)))
             level = torch.full((part.stop - start,), float(sigma), device=x.device)
             conds = self._with_embeddings(source, cond.embeddings[part])
+            if not any(
+                each.get("timestep_end", 0.0)
+                <= float(sigma)
+                <= each.get("timestep_start", math.inf)
+                for each in conds
+            ):  # ComfyUI would return zeros, and they would count as what the text adds
+                raise ValueError(
+                    "A conditioning is switched off at a noise level that is measured: connect it "
+                    "without Conditioning Set Timestep Range."
+                )
             (x0,) = comfy.samplers.calc_cond_batch(
                 self.network, [conds], x[part], level, self._options
             )

@@ -44,7 +44,7 @@ class Gate:
 
     @property
     def threshold(self) -> float | None:
-        """Return what the scores of prompts are compared with (L2 norm, latent units)."""
+        """Return what the scores of prompts are compared with , as its calibration scores."""
         if self.calibration is None:
             return None
         return self.calibration.judge.threshold_for(self.seeds)
@@ -88,7 +88,7 @@ class Decision:
     fired: bool
     """The method acts."""
     score: float | None
-    """Of the prompt, L2 norm in latent units; None without a calibration."""
+    """Of the prompt, as the calibration scores; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class GuardedImage:
     fired: bool
     """The method acted on this image."""
     threshold: float | None
-    """Of the gate (L2 norm, latent units); None without a calibration."""
+    """Of the gate; None without a calibration."""
     score_before: float | None
     """Of the prompt, as the gate scores it; None without a calibration."""
     score_after: float | None = None

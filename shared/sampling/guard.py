@@ -57,7 +57,7 @@ def guard(
     method: Method | str = DEFAULT,
     calibration: Calibration | None = None,
     gate: str = "calibrated",
-    seeds: int = 1,
+    seeds: int | None = None,
     seed: int = 0,
     model: str | None = None,
     force: bool = False,
@@ -77,7 +77,8 @@ def guard(
         calibration: Of this model, LoRA included; its threshold decides.
         gate: "calibrated" acts on prompts that score above the threshold, "always" on all,
             "never" on none.
-        seeds: Starting noises to score a prompt with, the first of the calibration's.
+        seeds: Starting noises to score a prompt with, the first of the calibration's; None takes
+            one of each level that the network is told.
         seed: Of what the method draws, the same in every run.
         model: Sha256 of the weights, to be compared with that of the calibration; None takes the
             caller's word that they belong together.
@@ -88,6 +89,9 @@ def guard(
         CalibrationMismatch: The calibration was made under other conditions.
         GuidanceIsOff: On sampling without guidance when that is what the method acts on.
     """
+    if seeds is None:
+        told = calibration.judge.settings.get("told", ()) if calibration else ()
+        seeds = max(1, len(set(told)))
     guarding = PipelineGuard(
         pipeline,
         make_method(method) if isinstance(method, str) else method,

@@ -107,7 +107,7 @@ class SecondStage:
         if upper_bound(ranks, rate) <= upper_bound(ranks, SHARE):
             raise ValueError(
                 f"The second stage samples {SHARE:.0%} of ordinary prompts and must flag fewer, "
-                f"got a rate of {rate:.0%}: lower --false-positive-rate, or leave --collapse out."
+                f"got a rate of {rate:.1%}: lower --false-positive-rate, or leave --collapse out."
             )
         return upper_bound(control_scores, SHARE)
 

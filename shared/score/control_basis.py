@@ -27,6 +27,8 @@ TOLD = (0.28, 0.9)
 noise: timesteps 701 and 81 of 1000. Starting noises take turns."""
 DEVIATION = 1e-3
 """Least deviation of logarithms that counts: controls that are all alike would make any number."""
+TINY = 1e-30
+"""Least residual that counts: 0 has no logarithm."""
 GREATEST = 60.0
 """Logarithm of the greatest score: float32 ends at 88."""
 FOLDS = 10
@@ -45,7 +47,8 @@ def directions_for(controls: int) -> int:
 
 def told_steps(seeds: int, schedule_steps: int) -> tuple[int, ...]:
     """Return the step of a schedule whose level the network is told, one a starting noise."""
-    return tuple(round(TOLD[seed % len(TOLD)] * schedule_steps) for seed in range(seeds))
+    last = schedule_steps - 1
+    return tuple(min(last, round(TOLD[seed % len(TOLD)] * schedule_steps)) for seed in range(seeds))
 
 
 WIDENED = 8192
@@ -106,13 +109,13 @@ class ControlBasis:
         Args:
             residuals: From `cross_fitted`.
         """
-        logs = residuals.log()
+        logs = residuals.clamp_min(TINY).log()
         median = logs.median(0).values
         deviation = (logs - median).abs().median(0).values.clamp_min(DEVIATION)
         return replace(self, median=median, deviation=deviation)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return mean and directions as a safetensors file holds them, their names prefixed."""
+        """Return the tensors as a safetensors file holds them, their names prefixed."""
         named = {name: getattr(self, name) for name in TENSORS}
         return {prefix + name: tensor.contiguous() for name, tensor in named.items()}
 
@@ -160,7 +163,8 @@ class ControlBasis:
             seeds: As for `outside`.
         """
         index = list(seeds)
-        z = (residuals.double().log() - self.median[index]) / self.deviation[index]
+        logs = residuals.double().clamp_min(TINY).log()
+        z = (logs - self.median[index]) / self.deviation[index]
         return (z / 2).clamp_max(GREATEST).exp()
 
 
@@ -237,7 +241,11 @@ def ordinary(scores: Float[Tensor, " control seed"]) -> Tensor:
     Args:
         scores: Residuals from `cross_fitted`.
     """
-    logs = scores.log().mean(1)  # a mean of residuals would be that of the level with large ones
+    # In units of each noise: a level with large residuals, or with scattered ones, counts no more.
+    logs = scores.clamp_min(TINY).log()
+    median = logs.median(0).values
+    spread = (logs - median).abs().median(0).values.clamp_min(DEVIATION)
+    logs = ((logs - median) / spread).mean(1)
     median = logs.median()
     return logs <= median + OUTLYING * (logs - median).abs().median()
 

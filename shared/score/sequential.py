@@ -7,13 +7,13 @@ k. Its order statistic of rank ceil((n + 1) * (1 - error)) is q, and a prompt wi
 k seeds is settled
 
     flagged      when  e * exp(-q * s_k) >  threshold   (the lowest final mean would be flagged),
-    not flagged  when  e * exp(+q * s_k) <= threshold   (the highest would not).
+    not flagged  when  e * exp(+q * s_k) <= threshold   (the highest would not), and e is usual.
 
 By exchangeability, a prompt like the controls leaves its band at any k, and can therefore end with
 another verdict than all its seeds would have given, with probability at most `error`; s_k shapes
-the band and need not be right for that. For memorized prompts the ratio, being free of scale, is
-assumed to vary no more than on controls; measure that, it is not guaranteed. An error of 0 draws
-every seed, and a larger error never draws more.
+the band and need not be right for that. Memorized prompts vary more: one noise level may tell all.
+So a prompt whose estimate is higher than that of 95 % of the controls is never settled as not
+flagged. An error of 0 draws every seed, and a larger error never draws more.
 """
 
 import math
@@ -29,6 +29,9 @@ from .denoiser import Denoiser
 from .detection import Detection, OnResult, Progress, emit, mean_over_seeds
 from .trajectory import Trajectory, encode
 
+UNUSUAL = 0.05
+"""Share of controls whose estimate is so high that a prompt with it is not settled as ordinary."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettlingRule:
@@ -40,6 +43,8 @@ class SettlingRule:
     """q: how far, in units of s_k, the final mean may lie from the estimate, on a log scale."""
     seeds: int
     """S: how many there are to draw."""
+    usual: tuple[float, ...]
+    """[k - 1] Estimates after k seeds that all but `UNUSUAL` of the controls stay below."""
 
     @classmethod
     def from_controls(
@@ -50,16 +55,19 @@ class SettlingRule:
             raise ValueError(f"`error` must be between 0 and 1, got {error}.")
         number, seeds = control_scores.shape
         levels, farthest = control_scores.median(0).values, torch.zeros(number, dtype=torch.float64)
+        usual: list[float] = []
         for drawn in range(1, seeds):
             partial = control_scores.clone()
             partial[:, drawn:] = torch.nan
-            ratio = control_scores.mean(1) / mean_over_seeds(partial, levels)
+            estimates = mean_over_seeds(partial, levels)
+            usual.append(estimates.quantile(1 - UNUSUAL).item())
+            ratio = control_scores.mean(1) / estimates
             # A control that scores 0 tells nothing of its ratio: it stands at the far end.
             distance = (ratio.log().abs() / _shape(drawn, seeds)).nan_to_num(torch.inf)
             farthest = farthest.maximum(distance)
         rank = max(1, math.ceil((number + 1) * (1 - error)))
         spread = farthest.sort().values[rank - 1].item() if rank <= number else math.inf
-        return cls(threshold=threshold, spread=spread, seeds=seeds)
+        return cls(threshold=threshold, spread=spread, seeds=seeds, usual=tuple(usual))
 
     def settled(self, estimates: Float[Tensor, " prompt"], drawn: int) -> Tensor:
         """Return which prompts need no further seed after `drawn` of them, bool [prompt]."""
@@ -68,7 +76,9 @@ class SettlingRule:
         if self.spread == math.inf:
             return torch.zeros_like(estimates, dtype=torch.bool)
         factor = math.exp(self.spread * _shape(drawn, self.seeds))
-        return (estimates / factor > self.threshold) | (estimates * factor <= self.threshold)
+        ordinary = estimates <= self.usual[drawn - 1]
+        not_flagged = ordinary & (estimates * factor <= self.threshold)
+        return (estimates / factor > self.threshold) | not_flagged
 
 
 def _shape(drawn: int, seeds: int) -> float:

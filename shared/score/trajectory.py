@@ -93,8 +93,10 @@ class Trajectory:
             config: Seeds and steps.
             basis: Of the same seeds; prompts are scored by it then, at its own steps.
             told: Where the trajectories begin, at pure noise: which step's level the network is
-                told, one a seed. None for the first step.
+                told, one a seed. None for those of the basis, else the first step.
         """
+        if basis is not None and told is not None:
+            raise ValueError("A basis has its own steps: give it or `told`.")
         if basis is not None and (config.steps > 1 or len(config.seeds) > len(basis.mean)):
             raise ValueError(
                 f"A basis of {len(basis.mean)} seeds scores one step at these seeds, got "
@@ -142,6 +144,8 @@ class Trajectory:
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
+        if differences is not None and len(set(self.told)) > 1:
+            raise ValueError("`differences` come in the order of batches: of one level alone.")
         rows = self._rows(texts, cond, prompts, seeds, partial(self._traces, kept=differences))
         rows = rows.double()
         return rows if self.basis is None else self.basis.scores(rows[:, 0], seeds)[:, None]

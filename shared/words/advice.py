@@ -28,7 +28,7 @@ class Candidate:
     """With the edits, the rest as typed."""
     edits: tuple[Edit, ...]
     score_before: float
-    """L2 norm, latent units, mean over seeds and steps."""
+    """Mean over seeds and steps, as the threshold's calibration scores."""
     score_after: float
     under_threshold: bool
     """Whether the prompt would no longer be flagged."""
@@ -62,7 +62,7 @@ class Advice:
 
     prompt: str
     score: float
-    """Of the prompt as typed (L2 norm, latent units)."""
+    """Of the prompt as typed."""
     threshold: float
     """Scores above it are flagged."""
     candidates: tuple[Candidate, ...]

@@ -19,7 +19,7 @@ from unmemorize.audit.common.copies import (
 from unmemorize.shared.score.rates import clopper_pearson
 
 DIMENSIONS = 8
-BOUNDS = Bounds(own_factor=0.5, ratio=0.5)
+BOUNDS = Bounds(own_factor=0.5, ratio=0.55)
 
 
 def judge(generated, asked, training, bounds=BOUNDS):
@@ -184,6 +184,35 @@ def test_an_image_all_others_come_near_to_is_judged_by_its_own_yardstick(scene):
     judged = judge(torch.cat([generated, usual, copy]), asked, training)
     assert called(judged)[-2:] == [False, True]
     assert judged.verdicts[-2].distance > judged.verdicts[-1].distance
+
+
+def test_of_several_own_images_one_is_near_by_chance():
+    """A caption with 30 images: what other prompts reach counts to the nearest of them as well."""
+    generator = torch.Generator().manual_seed(0)
+    own, rest = torch.rand(30, 2, generator=generator), 5 + points(60, dimensions=2)
+    training = TrainingImages(torch.cat([own, rest]), [*["many"] * 30, *prompts(60, "caption")])
+    asked = [*["many"] * 40, *prompts(40)]
+    generated = torch.cat([torch.rand(40, 2, generator=generator),
+                           torch.rand(40, 2, generator=generator)])  # fmt: skip
+    judged = judge(generated, asked, training, Bounds(own_factor=0.5, ratio=1e-9))
+    assert sum(called(judged)[:40]) <= 4
+    single = torch.cdist(generated[40:], own).quantile(OWN_QUANTILE, dim=0)
+    nearest = torch.cdist(generated[:40], own).min(1)
+    alone = nearest.values < 0.5 * single[nearest.indices]
+    assert alone.sum() > 10  # by each image's yardstick alone
+    copy = judge(torch.cat([own[:1] + 1e-4, generated[40:]]), ["many", *prompts(40)], training)
+    assert called(copy)[0]
+
+
+def test_another_image_of_the_caption_that_others_own_as_well_hides_no_copy(scene):
+    images, captions, generated, asked = scene
+    twice = TrainingImages(
+        torch.cat([images, images[40:41], near(images[40:41], 0.001)]),
+        [*captions, captions[0], "saved again"],
+    )
+    back = near(images[40:41].repeat(10, 1), 0.01, seed=11)
+    judged = judge(torch.cat([generated, back]), [*asked, *["saved again"] * 10], twice)
+    assert judged.verdicts[0].own_ratio < BOUNDS.own_factor
 
 
 def test_captions_mixed_up_at_random_own_nothing():

@@ -151,7 +151,7 @@ def test_both_stages_together_flag_ordinary_prompts_at_the_rate():
 def test_a_share_of_controls_is_sampled_and_more_cannot_be_flagged():
     made = calibrated(world(399, 3), 0.01)
     assert len(made.second.control_evidence) == 399 - math.ceil(400 * (1 - SHARE))
-    with pytest.raises(ValueError, match="got a rate of 20%"):
+    with pytest.raises(ValueError, match="got a rate of 20"):
         calibrated(world(99, 3), 0.2)
     assert len(calibrated(world(CONTROLS, 3), 0.05).second.control_evidence) == 3
     with pytest.raises(NotEnoughControls, match="at least 39 controls, found 38"):

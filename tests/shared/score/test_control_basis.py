@@ -177,6 +177,25 @@ def test_a_level_that_tells_nothing_takes_little_away():
         assert (measure(fresh) > threshold).double().mean() < 0.02
 
 
+def test_controls_that_add_nothing_at_a_level_break_no_score():
+    differences = rows(0, 2, 40, 30)
+    for silent in (range(40), range(30)):
+        differences[1, silent] = 0
+        basis, fitted = fit_controls(differences, 3, TOLD)
+        assert fitted.isfinite().all()
+        residual = basis.residual(rows(1, 2, 30), [0, 1])
+        assert basis.scores(residual, [0, 1]).isfinite().all()
+
+
+def test_a_control_that_stands_out_at_one_level_alone_spans_no_direction():
+    scores = torch.randn(120, 2, generator=torch.Generator().manual_seed(0)).double()
+    scores = (scores * torch.tensor([0.3, 0.1])).exp()
+    scores[17, 1] *= torch.tensor(12 * 0.1).exp()
+    out = ordinary(scores).logical_not().nonzero().flatten().tolist()
+    assert 17 in out
+    assert len(out) < 4
+
+
 def test_any_residual_is_a_finite_score():
     basis = ControlBasis.fit(rows(0, 1, 20, 30), 2, [0]).in_units_of(torch.full((20, 1), 2.0))
     assert basis.scores(torch.tensor([0.0, 2.0]), [0, 0]).tolist() == pytest.approx(

@@ -104,7 +104,7 @@ def test_the_band_shrinks_with_the_error(number, seeds, seed, errors):
 
 
 def test_a_prompt_is_settled_when_its_whole_band_lies_on_one_side():
-    rule = SettlingRule(threshold=10.0, spread=0.4, seeds=4)
+    rule = SettlingRule(threshold=10.0, spread=0.4, seeds=4, usual=(99.0,) * 3)
     for drawn, half in ((1, 0.4 * 0.75**0.5), (2, 0.4 * 0.5), (3, 0.4 * (1 / 12) ** 0.5)):
         ends = [10 * math.exp(side * half) for side in (-1, 1)]
         estimates = torch.tensor([0, 0.999 * ends[0], 1.001 * ends[0], 10, 0.999 * ends[1],
@@ -174,3 +174,19 @@ def test_an_interrupted_run_continues_bit_for_bit(toy, calibration):
 def test_another_number_of_seeds_is_refused(toy, calibration):
     with pytest.raises(ValueError, match=r"4 seeds and this run 2.*\[0, 1\]"):
         detect_sequentially(toy, ["a"], DetectionConfig(seeds=(0, 1)), calibration)
+
+
+def test_a_prompt_that_is_unusual_at_the_first_seed_is_drawn_on():
+    """Memorized prompts tell more at the second seed than controls do, whose band is narrow."""
+    scores = scores_of(399, 4, 0.05, 0)
+    scores[:4] *= 20  # controls near memorized prompts raise the threshold
+    threshold = scores.mean(1).sort().values[-4].item()
+    rule = SettlingRule.from_controls(scores, threshold, 0.02)
+    levels = scores.median(0).values
+    memorized = levels * torch.tensor([3.5, 200.0, 3.5, 200.0])
+    drawn = draws(memorized[None], rule, levels)
+    assert mean_over_seeds(drawn, levels) > threshold
+    low = rule.threshold / math.exp(rule.spread) > 3.5 * levels.mean()
+    assert low  # the band alone would have settled it as not flagged
+    ordinary = draws(scores[4:], rule, levels)
+    assert (~ordinary.isnan()).sum(1).double().mean() < 1.3
