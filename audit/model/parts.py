@@ -12,7 +12,9 @@ from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.images import save_png
 from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
+from ...shared.score.collapse import SecondStage
 from ...shared.score.config import DetectionConfig
+from ...shared.score.rates import require_controls
 from ...shared.words.explanation import Method, explain
 from ..common.controls import calibrate_controls
 from ..common.job import content_key
@@ -131,6 +133,9 @@ def make_calibration(
     """Score controls and write a calibration; return what it says."""
     score = measured_score(score, config)
     name, prompts = read_controls(controls, is_demo=subject.is_demo)
+    require_controls(len(prompts), rate)
+    if collapse:
+        SecondStage.require_controls(len(prompts), rate)
     with _kept(subject, config, output, (prompts, rate)) as (journal, key):
         facts = subject.facts(journal, config)
         folder = journal.path.with_suffix(".controls")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...shared.score.calibration import Calibration, prompts_sha256, settings_of
+from ...shared.score.collapse import SecondStage
 from ...shared.score.metrics import per_element
-from ...shared.score.rates import NotEnoughControls, controls_needed
+from ...shared.score.rates import require_controls
 from ..common.controls import calibrate_controls
 from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, Measured, measure_judged
@@ -100,13 +101,10 @@ def open_work(
 
     def check() -> None:
         """Load the model, and see that the calibration or the controls can carry a verdict."""
-        needed = controls_needed(config.false_positive_rate)
-        if calibration is None and len(inputs.controls) < needed:
-            raise NotEnoughControls(
-                "not enough controls for this claim: a false-positive rate of "
-                f"{config.false_positive_rate} needs at least {needed} different controls, got "
-                f"{len(inputs.controls)}. Add controls, or choose a higher --false-positive-rate."
-            )
+        if calibration is None:
+            require_controls(len(inputs.controls), config.false_positive_rate)
+            if config.collapse:
+                SecondStage.require_controls(len(inputs.controls), config.false_positive_rate)
         denoiser = subject.denoiser
         if calibration is not None:
             judge = calibration.judge

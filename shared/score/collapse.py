@@ -91,24 +91,32 @@ class SecondStage:
     """Sampled prompts with more evidence are flagged."""
 
     @staticmethod
-    def suspicion_of(control_scores: Float[Tensor, " control"], rate: float) -> float:
-        """Return the score above which prompts are sampled: `SHARE` of ordinary ones.
+    def require_controls(number: int, rate: float) -> None:
+        """Make sure that so many controls make a second stage that can flag a rate.
 
         Raises:
             NotEnoughControls: They are fewer than `CONTROLS`.
-            ValueError: As many are to be flagged.
+            ValueError: As many are to be flagged as are sampled.
         """
-        if len(control_scores) < CONTROLS:
+        if number < CONTROLS:
             raise NotEnoughControls(
-                f"a second stage needs at least {CONTROLS} controls, found {len(control_scores)}. "
+                f"a second stage needs at least {CONTROLS} controls, found {number}. "
                 "Add controls, or leave --collapse out."
             )
-        ranks = torch.arange(len(control_scores), dtype=torch.float64)
+        ranks = torch.arange(number, dtype=torch.float64)
         if upper_bound(ranks, rate) <= upper_bound(ranks, SHARE):
             raise ValueError(
                 f"The second stage samples {SHARE:.0%} of ordinary prompts and must flag fewer, "
                 f"got a rate of {rate:.1%}: lower --false-positive-rate, or leave --collapse out."
             )
+
+    @staticmethod
+    def suspicion_of(control_scores: Float[Tensor, " control"], rate: float) -> float:
+        """Return the score above which prompts are sampled: `SHARE` of ordinary ones.
+
+        Errors as of `require_controls`.
+        """
+        SecondStage.require_controls(len(control_scores), rate)
         return upper_bound(control_scores, SHARE)
 
     @classmethod

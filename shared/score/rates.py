@@ -33,20 +33,24 @@ def _exact(rate: float) -> Fraction:
     return Fraction(repr(float(rate)))  # .01 as written: 100 * .01 must be 1
 
 
-def threshold_of(scores: Float[Tensor, " control"], false_positive_rate: float) -> float:
-    """Return `upper_bound` of the controls' scores, if they are enough for it.
+def require_controls(number: int, false_positive_rate: float) -> None:
+    """Make sure that so many controls can support a rate.
 
     Raises:
-        NotEnoughControls: The number of controls cannot support the rate.
+        NotEnoughControls: They cannot.
         ValueError: The rate is out of range.
     """
-    n = len(scores)
-    if n < controls_needed(false_positive_rate):
+    if number < controls_needed(false_positive_rate):
         raise NotEnoughControls(
             f"not enough controls for this claim: a false-positive rate of {false_positive_rate} "
-            f"needs at least {controls_needed(false_positive_rate)} controls, found {n}. "
-            "Add controls, or allow a higher rate with --false-positive-rate."
+            f"needs at least {controls_needed(false_positive_rate)} different controls, found "
+            f"{number}. Add controls, or allow a higher rate with --false-positive-rate."
         )
+
+
+def threshold_of(scores: Float[Tensor, " control"], false_positive_rate: float) -> float:
+    """Return `upper_bound` of the controls' scores; errors as of `require_controls`."""
+    require_controls(len(scores), false_positive_rate)
     return upper_bound(scores, false_positive_rate)
 
 

@@ -6,6 +6,9 @@ import shutil
 import pytest
 from unmemorize import demo
 from unmemorize.audit.common.job import FolderTaken
+from unmemorize.audit.common.measure import silent
+from unmemorize.audit.common.subject import Subject
+from unmemorize.audit.model.parts import make_calibration
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.files.prompts import PromptError
 from unmemorize.shared.files.storage import StorageError
@@ -77,3 +80,18 @@ def test_what_cannot_work_claims_no_folder(result, config, tmp_path, work):
         run_audit(dataclasses.replace(config, false_positive_rate=0.01, output=output))
     assert not output.exists()
     assert work["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "collapse", "message"),
+    [(0.01, False, "at least 99 different controls, found 30"),
+     (0.1, True, "a second stage needs at least 39 controls, found 30")],
+)  # fmt: skip
+def test_too_few_controls_are_told_before_a_model_is_loaded(tmp_path, rate, collapse, message):
+    (tmp_path / "controls.txt").write_text("\n".join(f"a prompt {i}" for i in range(30)), "utf-8")
+    with pytest.raises(NotEnoughControls, match=message):
+        make_calibration(
+            Subject(str(tmp_path / "no model")), controls=str(tmp_path / "controls.txt"),
+            config=DetectionConfig(), rate=rate, score=None, collapse=collapse,
+            output=tmp_path / "c.json", bars=silent,
+        )  # fmt: skip
