@@ -228,8 +228,8 @@ def _flagged(result: "AuditResult") -> Table:
     """Return the highest flagged prompts, those near a memorized one behind it."""
     rows = []
     for entry in result.families[:SHOWN]:
-        words = [each.word for each in entry.explanation.occlusions[:2]
-                 if each.score_after < each.score_before] if entry.explanation else []  # fmt: skip
+        known = entry.explanation
+        words = [each.word for each in known.occlusions[:2]] if known else []
         rows.append([
             f"{entry.score:.4g}", f"{entry.p_value:.2g}", "near" if entry.near else "memorized",
             entry.group or "-", entry.prompt[:200], ", ".join(bare(word) for word in words),

@@ -68,7 +68,7 @@ def _table(row: Mapping[str, Any]) -> Table:
     values = row["significance"]
     order = sorted(range(len(values)), key=lambda i: (values[i] is None, -(values[i] or 0)))
     left_out = {occlusion["index"]: occlusion for occlusion in row["occlusions"]}
-    measured = "magnitude falls by" if row["method"] == "leave_out" else "gradient"
+    measured = "prediction changes by" if row["method"] == "leave_out" else "gradient"
     return row["prompt"][:LONGEST], ["word", measured, "magnitude without it"], [
         [row["words"][i], "not measured" if values[i] is None else f"{values[i]:.4g}",
          f"{left_out[i]['score_after']:.4g} (of {left_out[i]['score_before']:.4g})"

@@ -86,9 +86,8 @@ def redraw(
 
 
 def _strongest(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what was stored of the words whose absence lowers the score most."""
-    falling = [each for each in values["occlusions"] if each["score_after"] < each["score_before"]]
-    return falling[:REDRAWN]
+    """Return what was stored of the words whose absence changes the prediction most."""
+    return values["occlusions"][:REDRAWN]
 
 
 def _outcome(before: NearestImage, after: NearestImage) -> Outcome:

@@ -91,10 +91,10 @@ class WordSignificance:
     words: tuple[str, ...]
     """As typed, in order."""
     significance: tuple[float | None, ...]
-    """Per word, how far the magnitude falls without it (L2, latent units; below 0 where it rises);
-    None for words that were not left out."""
+    """Per word, how far the prediction changes without it (L2, latent units, >= 0); None for words
+    that were not left out."""
     occlusions: tuple[OccludedWord, ...]
-    """Of each word that was left out, strongest fall first."""
+    """Of each word that was left out, greatest change of the prediction first."""
     suggestions: tuple[str, ...]
     """Sentences: without X the magnitude falls from a to b."""
     notes: tuple[str, ...] = ()

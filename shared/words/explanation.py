@@ -33,15 +33,15 @@ class Explanation:
     words: tuple[str, ...]
     """As typed."""
     significance: tuple[float, ...]
-    """Per word. `leave_out`: how far the magnitude falls without it (L2 norm, latent units; below 0
-    where it rises; NaN for words that were not tried). Gradients: their L2 norm over the word's
-    tokens (>= 0). 0 for words that the text encoder did not read."""
+    """Per word, >= 0. `leave_out`: how far the prediction changes without it (L2 norm, latent
+    units; NaN for words that were not tried). Gradients: their L2 norm over the word's tokens. 0
+    for words that the text encoder did not read."""
     tokens: tuple[Token, ...] = ()
     """What `token_significance` belongs to; start, end and padding included."""
     token_significance: tuple[float, ...] = ()
     """Per token, of the gradient methods."""
     occlusions: tuple[Occlusion, ...]
-    """Of the words that were left out, greatest fall of the score first."""
+    """Of the words that were left out, greatest change of the prediction first."""
     difference_map: Float[Tensor, " *place"]
     """log(1 + D squared summed over channels) at the first seed and step, on the CPU."""
     notes: tuple[str, ...] = ()
@@ -135,11 +135,11 @@ def _by_leaving_out(
                 "text encoder, to choose among them.",
             )
     occlusions = leave_out(denoiser, prompt, words, shortened(prompt, words, chosen), config)
-    falls = {occlusion.index: occlusion.fall for occlusion in occlusions}
+    changes = {occlusion.index: occlusion.change for occlusion in occlusions}
     not_tried = {index: math.nan for index in read}
     return Explanation(
         prompt=prompt, words=words, occlusions=occlusions, notes=notes,
-        significance=tuple((not_tried | falls).get(index, 0.0) for index in range(len(words))),
+        significance=tuple((not_tried | changes).get(index, 0.0) for index in range(len(words))),
         difference_map=_first_map(denoiser, cond, config) if heat is None else heat,
     )  # fmt: skip
 

@@ -1,11 +1,15 @@
-"""What the magnitude of a prompt becomes when one word is left out.
+"""What becomes of a prediction when one word of the prompt is left out.
 
-The magnitude |D| ranks words better than the residual outside what control prompts add, and needs
-no controls; so the scores here are magnitudes, whatever a calibration judges by.
+Words are ranked by the change of D, |D - D'|, D' without the word: all that the word does to the
+prediction. By how far the magnitude falls, |D| - |D'|, is a worse order: another word may take over
+what a word did, in another direction, and the magnitude stays. Neither needs controls.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ..score.config import DetectionConfig
 from ..score.denoiser import Denoiser
@@ -22,8 +26,10 @@ class Occlusion:
     """Which word of the prompt, from 0."""
     prompt: str
     """The prompt without it, the rest as typed."""
+    change: float
+    """|D - D'| at the first step, mean over seeds (L2 norm, latent units, >= 0)."""
     score_before: float
-    """L2 norm, latent units, mean over seeds and steps."""
+    """Magnitude: L2 norm, latent units, mean over seeds and steps."""
     score_after: float
 
     @property
@@ -79,7 +85,7 @@ def leave_out(
         config: Seeds and steps.
 
     Returns:
-        Greatest fall of the score first.
+        Greatest change first.
 
     Raises:
         PredictionError: A prediction is NaN or infinite; names the prompt.
@@ -87,12 +93,21 @@ def leave_out(
     if not shorter:
         return ()
     texts = list(dict.fromkeys([prompt, *shorter.values()]))  # either "very" of "very very" is one
-    scores = dict(zip(texts, detect(denoiser, texts, config).scores.tolist(), strict=True))
+    added: dict[int, Tensor] = {}
+    found = detect(denoiser, texts, config, on_difference=added.__setitem__)
+    scores = dict(zip(texts, found.scores.tolist(), strict=True))
+    differences = {text: added[place] for place, text in enumerate(texts)}
+
+    def change(text: str) -> float:
+        """Return |D - D'| of the prompt without a word."""
+        apart = torch.linalg.vector_norm(differences[prompt] - differences[text], dim=1)
+        return apart.mean().item()
+
     occlusions = [
         Occlusion(
-            word=words[index], index=index, prompt=text, score_before=scores[prompt],
-            score_after=scores[text],
+            word=words[index], index=index, prompt=text, change=change(text),
+            score_before=scores[prompt], score_after=scores[text],
         )
         for index, text in shorter.items()
     ]  # fmt: skip
-    return tuple(sorted(occlusions, key=lambda occlusion: occlusion.score_after))
+    return tuple(sorted(occlusions, key=lambda occlusion: -occlusion.change))

@@ -27,8 +27,8 @@ def test_leaving_out_every_word_is_the_default(toy):
     assert found.words == tuple(prompt.split())
     assert sorted(o.index for o in found.occlusions) == list(range(5))
     for o in found.occlusions:
-        assert found.significance[o.index] == o.fall
-    assert [o.index for o in found.occlusions if o.fall > 0] == list(found.ranked)
+        assert found.significance[o.index] == o.change
+    assert [o.index for o in found.occlusions] == list(found.ranked)
     falling = [o for o in found.occlusions if o.fall > 0]
     assert found.suggestions == tuple(map(str, falling[:3]))
     assert found.notes == found.token_significance == ()
@@ -41,7 +41,7 @@ def test_one_seed_is_the_default(toy):
 
 
 def test_only_words_that_lower_the_score_are_suggested():
-    base = {"index": 0, "prompt": "", "score_before": 2.0}
+    base = {"index": 0, "prompt": "", "score_before": 2.0, "change": 1.0}
     falls = Occlusion(word="fox", score_after=1.23456, **base)
     rises = Occlusion(word="cat", score_after=2.5, **base)
     explanation = Explanation(

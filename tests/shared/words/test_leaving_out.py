@@ -41,9 +41,41 @@ def test_each_word_is_scored_as_its_shortened_prompt_alone(toy, steps):
             ]
             assert score == pytest.approx(sum(alone) / 2, rel=1e-12)
         assert o.fall == o.score_before - o.score_after
-    after = [o.score_after for o in found]
-    assert after == sorted(after)
+    changes = [o.change for o in found]
+    assert changes == sorted(changes, reverse=True)
     assert max(o.fall for o in found) - min(o.fall for o in found) > 1e-3  # not trivial
+
+
+def test_the_change_is_that_of_the_prediction_with_and_without_the_word(toy):
+    sigma = toy.sigmas(CONFIG.schedule_steps)[0]
+    for o in all_left_out(toy, PROMPT):
+        apart = []
+        for seed in CONFIG.seeds:
+            x = toy.initial_noise([seed], sigma)
+            with torch.no_grad():
+                whole, rest = (toy.denoise(x, sigma, toy.encode([t])) for t in (PROMPT, o.prompt))
+            apart.append(((whole - rest) / sigma).norm().item())
+        assert o.change == pytest.approx(sum(apart) / 2, rel=1e-5)
+
+
+def test_a_word_that_turns_the_prediction_counts_though_the_magnitude_stays():
+    class Turning(ToyDenoiser):
+        """One word moves the prediction along one axis, none or another word along another."""
+
+        def encode(self, texts):
+            cond = super().encode(texts)
+            along = [[float("red" in t), float("red" not in t and t != "")] for t in texts]
+            return replace(cond, pooled=torch.tensor(along).double())
+
+        def denoise(self, x, sigma, cond):
+            moved = torch.zeros_like(x)
+            moved[:, 0, 0, :2] = cond.pooled.to(x)
+            return moved
+
+    found = all_left_out(Turning(torch.float64), "a red boat")
+    assert found[0].word == "red"
+    assert found[0].fall == pytest.approx(0)
+    assert found[0].change > 0 == found[1].change
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
