@@ -57,7 +57,7 @@ def guard(
     method: Method | str = DEFAULT,
     calibration: Calibration | None = None,
     gate: str = "calibrated",
-    seeds: int | None = None,
+    seeds: int = 1,
     seed: int = 0,
     model: str | None = None,
     force: bool = False,
@@ -77,8 +77,8 @@ def guard(
         calibration: Of this model, LoRA included; its threshold decides.
         gate: "calibrated" acts on prompts that score above the threshold, "always" on all,
             "never" on none.
-        seeds: Starting noises to score a prompt with, the first of the calibration's; None takes
-            one of each level that the network is told.
+        seeds: Starting noises to score a prompt with, the first of the calibration's. Two take one
+            of each level that the network is told: more prompts are found, at twice the cost.
         seed: Of what the method draws, the same in every run.
         model: Sha256 of the weights, to be compared with that of the calibration; None takes the
             caller's word that they belong together.
@@ -89,9 +89,6 @@ def guard(
         CalibrationMismatch: The calibration was made under other conditions.
         GuidanceIsOff: On sampling without guidance when that is what the method acts on.
     """
-    if seeds is None:
-        told = calibration.judge.settings.get("told", ()) if calibration else ()
-        seeds = max(1, len(set(told)))
     guarding = PipelineGuard(
         pipeline,
         make_method(method) if isinstance(method, str) else method,
