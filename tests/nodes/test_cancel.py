@@ -78,8 +78,8 @@ def test_calibrate_goes_on_where_it_stopped(comfy):
     done = comfy.call(cancel, "calibrate", 4, inputs)
     assert done["cancelled"] == {"result": None, "passes": 4}
     # The empty prompt once more; of the controls the first two, which filled a batch, are known.
-    # Then all of them and the empty prompt at the level of the residual.
-    residual = 1 + len(CONTROLS)
+    # Then all of them and the empty prompt for the residual, at each seed's own told level.
+    residual = inputs["seeds"] * (1 + len(CONTROLS))
     assert done["after"]["passes"] == 1 + len(CONTROLS) - 2 + residual
     whole = comfy.call(cancel, "calibrate", 1000, dict(inputs, name="whole"))
     assert whole["cancelled"]["passes"] == 1 + len(CONTROLS) + residual
