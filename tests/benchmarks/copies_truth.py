@@ -82,6 +82,20 @@ def seeds_that_come_back(model: BenchModel, generations: Generations) -> dict[st
     return found
 
 
+def draw_planted(case: Case, texts: Sequence[str]) -> list[bool]:
+    """Return which captions draw one and the same repeated training image from all seeds."""
+    captions = case.model.captions()
+    repeated = [c.text for c in captions if c.group in ("verbatim", "template")]
+    planted = patterns(np.concatenate([case.model.training_images(text) for text in repeated]))
+    least, found = least_correlation(case.model), []
+    for text in texts:
+        images = [read_image(path) for path in drawn(case, [text]).values()]
+        small = [np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images]
+        alike = (patterns(np.stack(small)) @ planted.T).amin(0)
+        found.append(alike.max().item() > least)
+    return found
+
+
 def generations_of(
     case: Case, texts: Sequence[str], seeds: Sequence[int], copied: bool | None
 ) -> Generations:

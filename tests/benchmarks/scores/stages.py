@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from copies_truth import draw_planted
 from figures import Figure, plain, share_of
 from torch import Tensor
 from unmemorize.shared.score.calibration import Calibration
@@ -25,8 +26,9 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
     """Return the figures of the shipped score with its second stage, and what they cost.
 
     `suspicious`: share of negatives that are sampled. `forwards`: rows a negative on average, at
-    all seeds of the first stage. `collapse_alone`: how well the second
-    measure alone tells the sampled ones apart.
+    all seeds of the first stage. `collapse_alone`: how well the second measure alone tells the
+    sampled ones apart. `draw_planted`: which of the negatives that are flagged, and of those that
+    are sampled and not flagged, draw a repeated training image, that of another caption.
     """
     groups, key = case.groups, f"detection_two_stage.{case.model.name}"
     judge = case.calibration.judge
@@ -55,6 +57,13 @@ def measure_two_stage(case: Case) -> dict[str, Figure]:
         f"grid.{key}.suspicious": share_of(suspicious),
         f"grid.{key}.planted_suspicious": share_of([i in {*chosen} for i in groups.planted]),
     }  # fmt: skip
+    threshold, rank = both.require_second().threshold, ranks(both, scores, collapses)
+    sampled_negatives = [i for i in groups.negatives if i in {*chosen}]
+    for name, flags in (("flagged", True), ("not_flagged", False)):
+        some = [i for i in sampled_negatives if (rank[i].item() > threshold) is flags]
+        if some:
+            drawing = draw_planted(case, groups.of(some))
+            found[f"grid.{key}.draw_planted.{name}"] = share_of(drawing)
     planted, others = ([i for i in of if i in {*chosen}]
                        for of in (groups.planted, groups.negatives))  # fmt: skip
     if planted and others:
