@@ -15,6 +15,7 @@ import torch
 from ..arrays import Float, Tensor
 from .denoiser import Denoiser
 from .rates import NotEnoughControls, upper_bound
+from .robust import median_and_deviation
 from .trajectory import guided_step, not_finite
 
 SEEDS = (0, 1, 2)
@@ -158,7 +159,5 @@ class SecondStage:
 
 
 def _scale(values: Float[Tensor, " value"]) -> tuple[float, float]:
-    """Return the median and the median distance from it, which outliers do not move."""
-    median = values.median()
-    spread = (values - median).abs().median().clamp_min(torch.finfo(torch.float32).eps)
-    return median.item(), spread.item()
+    median, deviation = median_and_deviation(values, torch.finfo(torch.float32).eps)
+    return median.item(), deviation.item()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..arrays import Float, Tensor
+from .robust import median_and_deviation
 
 TOLD = (0.28, 0.9)
 """Shares of the schedule that are behind where the network is told to be, while it reads pure
@@ -110,8 +111,7 @@ class ControlBasis:
             residuals: From `cross_fitted`.
         """
         logs = residuals.clamp_min(TINY).log()
-        median = logs.median(0).values
-        deviation = (logs - median).abs().median(0).values.clamp_min(DEVIATION)
+        median, deviation = median_and_deviation(logs, DEVIATION)
         return replace(self, median=median, deviation=deviation)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -243,11 +243,10 @@ def ordinary(scores: Float[Tensor, " control seed"]) -> Tensor:
     """
     # In units of each noise: a level with large residuals, or with scattered ones, counts no more.
     logs = scores.clamp_min(TINY).log()
-    median = logs.median(0).values
-    spread = (logs - median).abs().median(0).values.clamp_min(DEVIATION)
-    logs = ((logs - median) / spread).mean(1)
-    median = logs.median()
-    return logs <= median + OUTLYING * (logs - median).abs().median()
+    median, deviation = median_and_deviation(logs, DEVIATION)
+    logs = ((logs - median) / deviation).mean(1)
+    median, deviation = median_and_deviation(logs)
+    return logs <= median + OUTLYING * deviation
 
 
 def fit_controls(
