@@ -13,6 +13,8 @@ from torch import Tensor
 from ..models.families import Family, StableDiffusion, family_of
 from ..patching import Function, patched
 
+ENCODERS = ("", "_2", "_3")
+"""What the names of arguments end in that hold a text for each text encoder."""
 _FOLLOWED: ContextVar[bool] = ContextVar("followed", default=True)
 
 
@@ -33,7 +35,7 @@ class Texts:
     prompts: tuple[str, ...]
     """As given; empty when embeddings were given instead."""
     negatives: tuple[str, ...]
-    """As given; empty when none were."""
+    """As given, those for further text encoders after the first's; empty when none were."""
     negatives_are: str
     """What guidance moves away from: "empty prompt", "zeros", "prompts" or "embeddings"."""
     separate: bool
@@ -125,17 +127,18 @@ class Follower:
 
     def _texts(self) -> Texts:
         first = self._encoded[0] if self._encoded else {}
-        negative = first.get("negative_prompt")
+        of_encoders = [first.get(f"negative_prompt{number}") for number in ENCODERS]
         embedded = first.get("negative_prompt_embeds") is not None
         # Flux encodes a second time for the negative prompt, and calls the network twice a step.
         separate = self.family.guidance_distilled and len(self._encoded) > 1
         if separate:
-            negative = self._encoded[1].get("prompt")
+            of_encoders = [self._encoded[1].get(f"prompt{number}") for number in ENCODERS]
             embedded = self._encoded[1].get("prompt_embeds") is not None
         self._encoded = []
-        zeros = bool(self.pipeline.config.get("force_zeros_for_empty_prompt"))
-        default = "zeros" if zeros and negative is None else "empty prompt"
-        negatives = _as_tuple(negative)
+        default = "empty prompt"
+        if of_encoders[0] is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            of_encoders, default = [], "zeros"  # whatever the other encoders were given
+        negatives = sum(map(_as_tuple, of_encoders), ())
         return Texts(
             prompts=_as_tuple(first.get("prompt")),
             negatives=negatives,

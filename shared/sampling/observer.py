@@ -35,7 +35,7 @@ class ObservedRun:
     prompts: tuple[str, ...]
     """As given; empty when embeddings were given instead."""
     negatives: tuple[str, ...]
-    """As given; empty when none were."""
+    """As given, those for further text encoders after the first's; empty when none were."""
     negatives_are: str
     """What guidance moved away from: "empty prompt", "zeros", "prompts" or "embeddings"."""
     measurable: bool = False

@@ -147,6 +147,37 @@ def test_negatives_are_recorded_because_they_decide_the_score(name):
     assert not torch.allclose(plain.l2, negative.l2, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "encoder"), [("sdxl", "_2"), ("sd3", "_2"), ("sd3", "_3"), ("flux", "_2")]
+)
+def test_a_negative_for_another_text_encoder_is_seen(name, encoder):
+    """It decides the score like the first one: what the controls were measured with is another."""
+    pipeline = tiny.PIPELINES[name]()
+    if name == "sdxl":
+        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    calibration = calibration_of(pipeline)
+    empty = (TRUE_GUIDANCE if name == "flux" else {}) | {"negative_prompt": ["", ""]}
+    plain = run_observed(pipeline, calibration, **empty)
+    assert plain.residual is not None
+    other = no_verdict(
+        pipeline, calibration, "moved away from prompts",
+        **empty | {f"negative_prompt{encoder}": ["a sea", "a sea"]},
+    )  # fmt: skip
+    assert other.negatives[-2:] == ("a sea", "a sea")
+    assert not other.comparable
+    assert not torch.allclose(plain.l2, other.l2, rtol=1e-4)
+
+
+def test_zeros_stay_zeros_whatever_the_second_encoder_was_given():
+    """As SDXL's pipeline does it: without a first negative prompt it does not read the second."""
+    pipeline = tiny.stable_diffusion_xl()
+    calibration = calibration_of(pipeline)
+    plain = run_observed(pipeline, calibration)
+    other = run_observed(pipeline, calibration, negative_prompt_2=["a sea", "a sea"])
+    assert other.negatives_are == "zeros"
+    assert torch.equal(plain.residual, other.residual)
+
+
 def test_negative_embeddings_are_recorded():
     pipeline = tiny.stable_diffusion()
     embeddings = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
