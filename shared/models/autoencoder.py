@@ -23,7 +23,9 @@ def encode(vae: Any, images: Float[Tensor, "row 3 height width"]) -> Tensor:
     """Return the most likely clean latents [row channel height width] of images in 0..1."""
     with _safe_dtype(vae):
         factor, shift = _scale(vae)
-        latents = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        found = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1, return_dict=False)[0]
+        # A variational autoencoder gives a distribution, `AutoencoderTiny` the latents themselves.
+        latents = found if isinstance(found, torch.Tensor) else found.mode()
         return (latents - shift).float() * factor
 
 

@@ -100,6 +100,17 @@ def _autoencoder(channels: int = 4, **settings: Any) -> Any:
     )  # fmt: skip
 
 
+def tiny_autoencoder() -> Any:
+    """Return a real AutoencoderTiny, of the same factor as the others here."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3,
+    ).eval()  # fmt: skip
+
+
 def _scheduler(prediction_type: str = "epsilon", **settings: Any) -> Any:
     from diffusers import DDIMScheduler
 

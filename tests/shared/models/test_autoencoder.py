@@ -39,6 +39,15 @@ def test_what_is_read_is_the_mode_less_its_mean_in_units_of_its_deviation(vae, i
     torch.testing.assert_close(decode(vae, latents), (plain / 2 + 0.5).clamp(0, 1))
 
 
+def test_the_tiny_autoencoder_gives_its_latents_as_they_are(images):
+    vae = tiny.tiny_autoencoder()
+    latents = encode(vae, images)
+    torch.testing.assert_close(latents, vae.encode(images * 2 - 1).latents)
+    assert latents.shape == (2, 4, 8, 8)
+    plain = vae.decode(latents, return_dict=False)[0]
+    torch.testing.assert_close(decode(vae, latents), (plain / 2 + 0.5).clamp(0, 1))
+
+
 def test_half_precision_that_overflows_is_avoided_and_put_back(vae, images):
     vae.register_to_config(force_upcast=True)
     expected = encode(vae, images)
