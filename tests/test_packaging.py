@@ -174,7 +174,8 @@ def test_the_clone_is_found_by_what_pip_noted(tmp_path, monkeypatch):
 def test_what_messages_say_to_type_is_what_pip_takes(extra, root, project):
     command, *words = shlex.split(dependencies.install_line(extra))
     assert command == "pip"
-    assert words[-1] == f"{root}[{extra}]"
+    # Or pip would put a copy beside the clone that runs.
+    assert words == ["install", "--editable", f"{root}[{extra}]"]
     assert extra in project["project"]["optional-dependencies"]
     run([*PIP, words[0], "--dry-run", *OFFLINE, str(root)])
 
