@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..shared.training.concept.concept import Concept
+from ..shared.training.concept.concept import parse_concepts
 from ..shared.training.filter.filter import Action
 from ..shared.training.settings import FilterSettings, ProjectionSettings, ProtectionSettings
 
 PREFIXES = ("project_", "mem_filter")
 """How all of the names begin."""
-ARROW = "->"
-"""Between a concept's names and its neutral word."""
 ALONE = ("project_layers", "project_regions")
 """Of the projection, what goes without the concept's names."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -191,25 +189,6 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
         raise
     except ValueError as error:
         raise OptionError(f"{error} (from {', '.join(f'--{name}' for name in given)})") from error
-
-
-def parse_concepts(text: str) -> tuple[Concept, ...]:
-    """Return the concepts of "name, synonym -> neutral word; ...".
-
-    Raises:
-        OptionError: A concept has no name or no neutral word.
-    """
-    concepts = []
-    for part in filter(str.strip, text.split(";")):
-        names, arrow, neutral = part.partition(ARROW)
-        if not arrow or not neutral.strip():
-            raise OptionError(
-                f"{part.strip()!r} has no neutral word: what the same sentence would say of any "
-                f'other such thing. Type: --project_concepts "{names.strip()} -> a character"'
-            )
-        listed = tuple(name.strip() for name in names.split(",") if name.strip())
-        concepts.append(Concept(names=listed, neutral=neutral.strip()))
-    return tuple(concepts)
 
 
 def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..common.options import OutputFile, takes_options
+from ..common.options import Model, OutputFile, takes_options
 from ..common.terminal import answering, bar, print_json, print_table
 from .answers import document, lines
 from .layers import latents_of
@@ -23,9 +23,19 @@ if TYPE_CHECKING:
 class BuildOptions(ConceptOptions):
     """Of `unmemorize concept build`."""
 
+    model: Model  # named here, so that it comes before the other argument
+    concepts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            help="As --project_concepts of the trainers takes them, in place of --name, --synonym "
+            'and --neutral: "mickey mouse, mickey -> a character"; several joined by a semicolon.',
+            show_default=False,
+        ),
+    ] = None
     neutral: Annotated[
-        str, typer.Option(help="Word for any such thing, as `a character`; the closer the better.")
-    ]
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Word for any such thing, as `a character`; the closer the better."),
+    ] = None
     name: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--name", help="What the concept is called."),
@@ -72,29 +82,22 @@ def build(options: BuildOptions) -> None:
     lies outside of it or too much of other text inside.
     """
     with answering(options):
-        from ...shared.training.concept.concept import Concept, load_templates
         from ...shared.training.concept.fitting import fit_subspace
-        from ...shared.training.concept.learnt_word import WORD
         from ...shared.training.concept.subspace import ConceptSubspace
         from ...shared.training.concept.text_states import pipeline_text_path
         from ...shared.training.examination import concepts_of
 
-        templates = prompts_in([options.templates]) if options.templates else load_templates()
-        names = (*(options.name or ()), *(options.synonym or ()))
-        concept = Concept(
-            names=(*names, WORD) if options.images else names, neutral=options.neutral,
-            templates=tuple(templates),
-        )  # fmt: skip
-        joined = [
+        first, *joined = _named(options)
+        joined += [
             concept
             for path in options.also or ()
             for concept in concepts_of(ConceptSubspace.load(path).provenance)
         ]
         retained = retained_captions(options.model, options.captions)
         denoiser = options.denoiser
-        with _learnt_word(denoiser, options, concept) as provenance:
+        with _learnt_word(denoiser, options, first) as provenance:
             subspace = fit_subspace(
-                pipeline_text_path(denoiser), [concept, *joined], retained,
+                pipeline_text_path(denoiser), [first, *joined], retained,
                 energy=options.energy, cap=options.cap, force=options.force,
             )  # fmt: skip
         subspace = replace(subspace, provenance={**subspace.provenance, **provenance})
@@ -103,6 +106,25 @@ def build(options: BuildOptions) -> None:
         print_json(document(subspace) | {"output": str(options.output)})
     else:
         print_table(f"Concept written to {options.output}", ["what", "value"], lines(subspace))
+
+
+def _named(options: BuildOptions) -> "list[Concept]":
+    """Return the concepts that were named; with images the first has the learnt word as well."""
+    from ...shared.training.concept.concept import Concept, load_templates, parse_concepts
+    from ...shared.training.concept.learnt_word import WORD
+
+    templates = prompts_in([options.templates]) if options.templates else load_templates()
+    names, neutral, others = [*(options.name or ()), *(options.synonym or ())], options.neutral, []
+    if options.concepts:
+        if names or neutral:
+            raise ValueError("Name concepts in one text, or by --name and --neutral, not both.")
+        if not (parsed := parse_concepts(options.concepts, templates)):
+            raise ValueError('No concept is named. Type: "mickey mouse -> a character"')
+        first, *others = parsed
+        names, neutral = [*first.names], first.neutral
+    if options.images:
+        names.append(WORD)
+    return [Concept(names=tuple(names), neutral=neutral or "", templates=tuple(templates)), *others]
 
 
 @contextmanager

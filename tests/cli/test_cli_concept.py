@@ -71,6 +71,16 @@ def test_a_concept_is_built_shown_and_tested(unmemorize, tmp_path):
     assert len(concepts_of(ConceptSubspace.load(tmp_path / "two.safetensors").provenance)) == 2
 
 
+def test_a_concept_is_named_as_for_a_trainer(unmemorize):
+    """The text that README shows for --project_concepts; the same file as by options."""
+    _, by_options, _ = build(unmemorize, "--force")
+    text = "bear, teddy bear -> animal"
+    rest = ("--templates", "templates.txt", "--captions", "captions.txt", "--device", "cpu")
+    code, by_text, err = unmemorize("build", "demo", text, *rest, "--json", "--force")
+    assert code == 0, err
+    assert by_text == by_options
+
+
 @pytest.mark.parametrize("command", ["show", "test"])
 def test_tables_hold_the_same(unmemorize, command):
     build(unmemorize, "--force")
@@ -126,9 +136,12 @@ def test_files_that_cannot_be_used_are_named(unmemorize, tmp_path):
         (["--name", "bear", "--neutral", "Bear"], "must differ from every name"),
         (["--name", "bear", "--neutral", "animal", "--energy", "0"], "`energy`"),
         (["--name", "bear", "--neutral", "animal", "--templates", "captions.txt"], "{} once"),
+        (["bear"], "no neutral word"),
+        ([" ; "], "No concept is named"),
+        (["bear -> animal", "--neutral", "animal"], "not both"),
     ],
 )
 def test_nonsense_is_refused(unmemorize, options, message):
     code, _, err = unmemorize("build", "demo", *options)
-    assert code == 1
+    assert code == 2
     assert message in err

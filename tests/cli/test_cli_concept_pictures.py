@@ -79,9 +79,9 @@ def test_a_concept_is_built_from_pictures_alone(unmemorize):
     assert code == 1
     assert "learnt from images" in refused["error"]["message"]
     code, refused = unmemorize("build", "demo", *common)
-    assert code == 1
+    assert code == 2
     assert "at least one name" in refused["error"]["message"]
     Path("empty").mkdir()
     code, refused = unmemorize("build", "demo", "--images", "empty", *common)
-    assert code == 1
+    assert code == 2
     assert "holds no images" in refused["error"]["message"]

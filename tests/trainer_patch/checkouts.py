@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.training.concept.concept import parse_concepts
 from unmemorize.shared.training.concept.fitting import fit_subspace
 from unmemorize.shared.training.concept.text_states import text_path_of
-from unmemorize.trainer_patch.options import parse_concepts
 
 CAPTIONS = ("postage stamp, sushi", "playing card, foggy", "a red house", "museum poster, tram")
 CONCEPT = "sushi, sushi roll -> bread"

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from unmemorize.shared.training.concept.concept import Concept
+from unmemorize.shared.training.concept.concept import Concept, parse_concepts
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.settings import (
     FilterSettings,
@@ -16,7 +16,6 @@ from unmemorize.trainer_patch.options import (
     NAMES,
     OptionError,
     add_options,
-    parse_concepts,
     refuse_unknown,
     settings_from,
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 from ...models.tokens import split_words
 
 TEMPLATES = Path(__file__).parent / "templates.txt"
+ARROW = "->"
+"""Between a concept's names and its neutral word."""
 PLACE = "{}"
 """Where a template takes the name."""
 HOLDOUT = 4
@@ -85,6 +87,30 @@ class Concept:
         twin = " ".join([*words[: named.start], *neutral, *words[named.stop :]])
         other = range(named.start, named.start + len(neutral))
         return PromptPair(prompt=prompt, twin=twin, subject=named, twin_subject=other)
+
+
+def parse_concepts(text: str, templates: Sequence[str] | None = None) -> tuple[Concept, ...]:
+    """Return the concepts of "name, synonym -> neutral word; ...".
+
+    Args:
+        text: As a user types it.
+        templates: Of all concepts; None takes the bundled ones.
+
+    Raises:
+        ValueError: A concept has no name or no neutral word.
+    """
+    concepts = []
+    for part in filter(str.strip, text.split(";")):
+        names, _, neutral = part.partition(ARROW)
+        if not neutral.strip():
+            raise ValueError(
+                f"{part.strip()!r} has no neutral word: what the same sentence would say of any "
+                f'other such thing. Type: "{names.strip()} {ARROW} a character"'
+            )
+        listed = tuple(name.strip() for name in names.split(",") if name.strip())
+        sentences = load_templates() if templates is None else tuple(templates)
+        concepts.append(Concept(names=listed, neutral=neutral.strip(), templates=sentences))
+    return tuple(concepts)
 
 
 def named_words(names: Sequence[str], text: str) -> range | None:

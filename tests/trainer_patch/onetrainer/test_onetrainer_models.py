@@ -11,13 +11,13 @@ from checkouts import CAPTIONS
 from onetrainer_lora import largest_share, same_tensors, told
 from safetensors.torch import load_file, save_file
 from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.training.concept.concept import parse_concepts
 from unmemorize.shared.training.concept.fitting import fit_subspace
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.concept.text_states import encoders_of, text_path_of
 from unmemorize.shared.training.layers.fitting import layers_without_text
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
-from unmemorize.trainer_patch.options import parse_concepts
 
 pytestmark = pytest.mark.slow
 CONCEPT = "cat, red cat -> dog"
