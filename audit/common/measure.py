@@ -132,7 +132,7 @@ def measure(
         config: What to measure.
         journal: Of this phase.
         job_key: Stands for model and settings in the keys.
-        bars: Makes the progress bar, which counts prompts.
+        bars: Makes the progress bar, which counts prompts, or sequentially their seeds.
         phase: Label of the bar.
         basis: Scores are residuals outside of it.
         sequentially: Draw only the seeds that a verdict by this calibration needs.
@@ -143,16 +143,22 @@ def measure(
     config = replace(config, batch_size=facts.rows)
     kept = range(len(prompts)) if differences is None else differences.numbers()
     known = {i: _trace(journal.get(keys[i])) for i in kept if keys[i] in journal}
-    with closing(bars(phase, len(prompts), len(known), "prompt")) as bar:
+    # Sequentially all prompts of a chunk are finished at the same time, so their seeds are counted.
+    total, initial, unit = len(prompts), len(known), "prompt"
+    if sequentially is not None:
+        total, unit = total * len(config.seeds), "seed"
+        initial = total if len(known) == len(prompts) else 0
+    with closing(bars(phase, total, initial, unit)) as bar:
         if len(known) < len(prompts):
             watched, pending = _CutWatch(subject.denoiser), dict[str, Any]()
 
-            def store(_: int = 0) -> None:
+            def store(drawn: int = 0) -> None:
                 done = dict(pending)
                 if done:
                     journal.put_all(done)
                     pending.clear()
-                    bar.update(len(done))
+                if counted := len(done) if sequentially is None else drawn:
+                    bar.update(counted)
 
             def on_result(index: int, trace: Tensor) -> None:
                 cut = watched.cuts.get(prompts[index], "")

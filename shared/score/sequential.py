@@ -110,7 +110,8 @@ def detect_sequentially(
             all seeds would have given it.
         known: Traces by index, as for `detect`.
         on_result: As for `detect`; traces are NaN at seeds that were not drawn.
-        progress: As for `detect`.
+        progress: Called with the number of seeds that are drawn or no longer needed since the last
+            call, of as many as prompts times seeds; after each forward pass.
 
     Returns:
         Traces with NaN for seeds not drawn; `scores` estimates the mean over all seeds.
@@ -135,10 +136,10 @@ def detect_sequentially(
         indices = range(start, min(start + chunk, len(prompts)))
         if not all(i in known for i in indices):
             texts = prompts[start : start + chunk]
-            traces[start : start + chunk] = _draw(trajectory, texts, rule, levels)
+            traces[start : start + chunk] = _draw(trajectory, texts, rule, levels, progress)
+        elif progress is not None:
+            progress(len(indices) * len(config.seeds))
         emit(indices, traces, known, on_result)
-        if progress is not None:
-            progress(len(indices))
     return Detection(
         prompts=tuple(prompts),
         traces=traces,
@@ -149,16 +150,24 @@ def detect_sequentially(
 
 
 def _draw(
-    trajectory: Trajectory, texts: Sequence[str], rule: SettlingRule, levels: Tensor
-) -> Float[Tensor, " prompt seed step"]:
+    trajectory: Trajectory, texts: Sequence[str], rule: SettlingRule, levels: Tensor,
+    progress: Progress | None,
+) -> Float[Tensor, " prompt seed step"]:  # fmt: skip
     """Return the traces of one chunk, seed after seed, dropping what is settled."""
     seeds, steps = len(trajectory.config.seeds), trajectory.config.steps
     traces = torch.full((len(texts), seeds, steps), torch.nan, dtype=torch.float64)
     cond, unsettled = encode(trajectory.denoiser, texts), list(range(len(texts)))
     for seed in range(seeds):
-        traces[unsettled, seed] = trajectory.traces(texts, cond, unsettled, [seed] * len(unsettled))
+        waiting = unsettled
+        while waiting:
+            batch, waiting = waiting[: trajectory.rows], waiting[trajectory.rows :]
+            traces[batch, seed] = trajectory.traces(texts, cond, batch, [seed] * len(batch))
+            if progress is not None:
+                progress(len(batch))
         estimates = mean_over_seeds(traces[unsettled].mean(2), levels)
         settled = rule.settled(estimates, seed + 1).tolist()
+        if progress is not None:
+            progress(sum(settled) * (seeds - seed - 1))
         unsettled = [i for i, done in zip(unsettled, settled, strict=True) if not done]
         if not unsettled:
             break

@@ -1,6 +1,7 @@
 """The sequential mode: agreement with full detection, monotonicity, and its error on controls."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_drawn_seeds_are_those_of_full_detection_and_stop_as_the_rule_says(toy, 
     torch.testing.assert_close(found.traces.mean(2), expected, **CLOSE, equal_nan=True)
     assert found.seeds_drawn.double().mean() < 3
     assert not found.scores.isnan().any()
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02, 0.5])
+def test_progress_counts_every_seed_once_as_it_is_drawn(toy, calibration, error):
+    """Drawn, or no longer needed; a forward pass at a time, so that a bar moves within a chunk."""
+    counts, texts = [], prompts(150, seed=2)
+    config = replace(CONFIG, batch_size=4)
+    found = detect_sequentially(
+        toy, texts, config, calibration, error=error, progress=counts.append
+    )
+    assert sum(counts) == len(texts) * len(CONFIG.seeds)
+    assert len(counts) >= found.seeds_drawn.sum() / 4
 
 
 def test_forwards_are_those_of_the_seeds_drawn(calibration):
