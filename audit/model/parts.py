@@ -79,7 +79,9 @@ def score_prompts(
         rows = verdicts(measured, judge)
         near: Mapping[int, NearPrompt] = {}
         if judge:
-            caveat = " ".join(filter(None, (caveat, judge.unlike([r["score"] for r in rows]))))
+            scores = measured.detection.scores
+            told = judge.unlike(scores), judge.coarse(scores, measured.sampled)
+            caveat = " ".join(filter(None, (caveat, *told)))
             related = relate(
                 subject, facts, prompts,
                 {index: row["score"] for index, row in enumerate(rows) if row["memorized"]},

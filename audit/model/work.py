@@ -147,7 +147,10 @@ def score(work: Work) -> Scored:
     return Scored(
         facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
         flags=tuple(judge.flags(scores, measured.sampled).tolist()),
-        caveats=(*facts.caveats, *filter(None, (caveat, judge.unlike(scores)))),
+        caveats=(
+            *facts.caveats,
+            *filter(None, (caveat, judge.unlike(scores), judge.coarse(scores, measured.sampled))),
+        ),
     )  # fmt: skip
 
 

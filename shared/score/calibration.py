@@ -33,6 +33,8 @@ HIGH = 0.05
 """Share of controls that score as high as prompts of another kind commonly do."""
 FEWEST = 10
 """Prompts whose middle one says something of their kind."""
+RESOLVED = 0.05
+"""q-value that controls should be enough for."""
 BESIDE = {"residual": "", "observed": OBSERVED}
 """Calibrations beside that of magnitudes, and what their tensors' names begin with in the file."""
 
@@ -298,6 +300,27 @@ class Calibration:
         if len(p_values) == 0:
             return p_values
         return torch.from_numpy(false_discovery_control(p_values.numpy(), method="bh"))
+
+    def coarse(
+        self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None
+    ) -> str:
+        """Return a caveat where `adjusted` is above `RESOLVED` for want of controls, "" elsewhere.
+
+        No p-value is below 1 / (controls + 1). Of m prompts of which k alone have that least one,
+        q is at least m / k times as much. Arguments as of `p_values`.
+        """
+        p_values = self.p_values(scores, collapses)
+        prompts, controls = len(p_values), len(self.control_scores)
+        highest = int((p_values * (controls + 1) < 1.5).sum())
+        if highest == 0 or (least := self.adjusted(scores, collapses).min().item()) <= RESOLVED:
+            return ""
+        needed = math.ceil(prompts / (highest * RESOLVED)) - 1
+        return (
+            f"No q-value is below {least:.2g}: {controls} controls give no p-value below "
+            f"{1 / (controls + 1):.2g}, q is corrected over {prompts} prompts, and {highest} of "
+            f"them {'scores' if highest == 1 else 'score'} above all controls. {needed} controls "
+            f"would resolve {RESOLVED:g}. Verdicts do not depend on q."
+        )
 
     def flags(
         self, scores: Tensor | Sequence[float], collapses: Sequence[float] | None = None

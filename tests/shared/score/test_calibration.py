@@ -136,6 +136,25 @@ def test_adjusted_matches_a_slow_benjamini_hochberg(seed, count):
     assert calibration.adjusted(scores).tolist() == pytest.approx(slow)
 
 
+def test_q_values_that_cannot_be_small_are_said_to_be_so():
+    scores = torch.tensor([*[0.5] * 58, 9.0, 9.0])
+
+    def least(controls: int) -> tuple[float, str]:
+        calibration = calibrate(torch.linspace(0, 1, controls)[:, None], 0.05)
+        return calibration.adjusted(scores).min().item(), calibration.coarse(scores)
+
+    q, told = least(100)
+    assert q == pytest.approx(60 / (2 * 101))
+    assert f"No q-value is below {q:.2g}" in told
+    assert "2 of them score above all controls. 599 controls would resolve 0.05" in told
+    assert least(598)[0] > 0.05
+    assert "599 controls" in least(598)[1]
+    assert least(599) == (pytest.approx(0.05), "")
+    high = calibrate(torch.linspace(0, 10, 100)[:, None], 0.05)
+    assert high.adjusted(scores).min() > 0.05
+    assert high.coarse(scores) == ""  # no floor keeps q up: controls score as high
+
+
 def test_interval_is_that_of_the_controls_above_the_threshold():
     calibration = calibrate(normal(250, 2))
     above = int((calibration.sorted_scores > calibration.threshold).sum())
