@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that help and usage errors come at once.
 """
 
+import os
 from typing import Annotated
 
 import typer
@@ -52,6 +53,9 @@ def _options_of_all(
 
 def main() -> None:
     """Run the command line; also where Ctrl-C comes before a command has started."""
+    # Threads that wait spin by default, and beside another busy process spinning is what they do
+    # most of the time. OpenMP reads this when torch is imported, which only a command does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:
