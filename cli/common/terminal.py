@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ...shared.wording import visible
 if TYPE_CHECKING:
     from .options import AnswerOptions
 
-NOTHING_FOUND, FAILED, FOUND, INTERRUPTED = 0, 1, 3, 130
+NOTHING_FOUND, FAILED, WRONG_USAGE, FOUND, INTERRUPTED = 0, 1, 2, 3, 130
 SHOWN = 20
 """Rows of a table of results."""
 LONGEST = 300
@@ -72,6 +73,21 @@ def explain_error(error: BaseException) -> str:
             "Add --debug for the place where it happened.")  # fmt: skip
 
 
+def exit_code_of(error: Exception) -> int:
+    """Return 2 where the command line has to change, 1 where something else has to.
+
+    A value that cannot be meant is a plain `ValueError` of this package, wherever it is noticed.
+    Files, models and calibrations that cannot be used have errors of their own, and libraries that
+    raise a `ValueError` do not speak of the command line.
+    """
+    if type(error) is not ValueError:
+        # Too few controls are refused for the rate that was asked for. Named, so as not to load it.
+        return WRONG_USAGE if type(error).__name__ == "NotEnoughControls" else FAILED
+    *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+    own = raised_in.f_globals["__name__"].split(".")[0] == PACKAGE
+    return WRONG_USAGE if own else FAILED
+
+
 @contextlib.contextmanager
 def answering(options: "AnswerOptions", *, resumes: bool = False) -> Iterator[None]:
     """Run a command: its errors become one paragraph and exit codes, never a traceback.
@@ -104,7 +120,7 @@ def answering(options: "AnswerOptions", *, resumes: bool = False) -> Iterator[No
         if options.debug:
             raise
         _fail(one_paragraph(explain_error(error)), type(error).__name__, as_json=options.as_json)
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(exit_code_of(error)) from None
     finally:
         package.removeHandler(handler)
 

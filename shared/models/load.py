@@ -77,14 +77,14 @@ def usable_device(device: str | None) -> str:
     """Return a device by its name in torch; None is CUDA where there is one, else the CPU.
 
     Raises:
-        ModelError: There is no such device here.
+        ValueError: There is no such device here.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # torch raises either, by how it was built
-        raise ModelError(
+        raise ValueError(
             f"The device {device} cannot be used: {str(error).splitlines()[0]}. Leave the device "
             "out for the best that is here, or name cpu."
         ) from error
