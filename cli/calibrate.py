@@ -1,9 +1,12 @@
 """`unmemorize calibrate`: the threshold that follows from ordinary prompts on this very model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from ..audit.common.wording import between, number, percent
 from .common.options import (
+    CALIBRATION,
     AnswerOptions,
     AuditConfig,
     Collapse,
@@ -23,7 +26,7 @@ class CalibrateOptions(AnswerOptions, ModelOptions, DetectionOptions):
     """Of `unmemorize calibrate`."""
 
     controls: Controls = AuditConfig.controls
-    output: OutputFile = Path("calibration.json")
+    output: OutputFile = CALIBRATION
     false_positive_rate: Rate = AuditConfig.false_positive_rate
     score: Score = AuditConfig.score
     collapse: Collapse = AuditConfig.collapse
@@ -47,4 +50,23 @@ def calibrate(options: CalibrateOptions) -> None:
         print_json(made | {"output": str(options.output)})
     else:
         title = f"Calibration written to {options.output}"
-        print_table(title, ["what", "value"], list(made.items()))
+        print_table(title, ["what", "value"], list(_lines(made).items()))
+
+
+def _lines(made: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a calibration says, numbers rounded as on the pages."""
+    lines = {
+        "score": made["score"],
+        "controls": f"{made['n']}, {made['controls']}",
+        "threshold": number(made["threshold"]),
+        "false positives": f"{percent(made['false_positive_rate'])} allowed; of the controls "
+        f"themselves {between(*made['interval'])} (95 % interval)",
+    }
+    if second := made["second_stage"]:
+        lines["second stage"] = (
+            f"{second['sampled']} controls sampled, those above {number(second['suspicion'])}; "
+            f"threshold {number(second['threshold'])}"
+        )
+    observed = made["observed_threshold"]
+    lines["threshold of sampled images"] = "none" if observed is None else number(observed)
+    return lines | {"model": made["model"]}

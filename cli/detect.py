@@ -1,7 +1,8 @@
 """`unmemorize detect`: scores of prompts, and verdicts with a calibration."""
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -10,6 +11,7 @@ import typer
 from ..audit.common.wording import near_ones
 from ..shared.wording import counted
 from .common.options import (
+    CALIBRATION,
     AnswerOptions,
     CalibrationFile,
     Collapse,
@@ -33,8 +35,12 @@ from .common.terminal import (
 )
 
 NO_VERDICTS = (
-    "No verdicts: a threshold comes from ordinary prompts on this very model. Make one with "
-    "`unmemorize calibrate MODEL`, then add --calibration calibration.json."
+    "No verdicts, and no telling what is high: a threshold comes from ordinary prompts on this "
+    "very model and these settings. Type: {}, then this command again with --calibration {}"
+)
+OF_THE_DEMO = (
+    "No prompts were named: these are all captions that an audit of the bundled model looks at. "
+    "Type: unmemorize detect {} --prompt TEXT, or --prompts FILE, for your own."
 )
 
 
@@ -68,20 +74,39 @@ def detect(options: DetectOptions) -> None:
     if options.as_json:
         print_json({"schema_version": 2, "results": rows})
     else:
-        print_table(*_table(rows))
-        if options.calibration is None:
-            typer.echo(NO_VERDICTS, err=True)
-        else:
+        print_table(*_table(rows, judged=options.calibration is not None))
+        if options.calibration is not None:
             typer.echo(_verdict(rows))
             if caveat := rows[0]["caveat"]:
                 typer.echo(f"Caveat: {caveat}")
+    if options.calibration is None:
+        typer.echo(NO_VERDICTS.format(_calibrate_line(options), CALIBRATION), err=True)
+    if not (options.prompts or options.prompt):
+        typer.echo(OF_THE_DEMO.format(options.model), err=True)
     found = any(row["memorized"] for row in rows)
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _calibrate_line(options: DetectOptions) -> str:
+    """Return what to type for a calibration that fits these options."""
+    words = ["unmemorize", "calibrate"]
+    for kind in (ModelOptions, DetectionOptions):
+        for field in fields(kind):
+            value = getattr(options, field.name)
+            if field.name == "model":
+                words.append(str(value))
+            elif value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], *, judged: bool) -> Table:
     sampled = any(row["collapse"] is not None for row in rows)
-    columns = ["score", "magnitude", *["collapse"] * sampled, "p", "memorized", "prompt"]
+    columns = [
+        "score",
+        *["magnitude", *["collapse"] * sampled, "p", "memorized"] * judged,
+        "prompt",
+    ]
     measure = (
         "Residual outside of the controls (1: ordinary)" if rows[0]["measure"] == "residual"
         else "Magnitude (L2, latent units)"
@@ -96,8 +121,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         return -rows[member]["score"], member, bool(near), -rows[index]["score"]
 
     return title, columns, [
-        [f"{r['score']:.4g}", f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled,
-         _cell(r["p_value"]), "near" if r["near"] else _cell(r["memorized"]), r["prompt"][:LONGEST]]
+        [f"{r['score']:.4g}",
+         *[f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled, _cell(r["p_value"]),
+           "near" if r["near"] else _cell(r["memorized"])] * judged,
+         r["prompt"][:LONGEST]]
         for r in map(rows.__getitem__, sorted(range(len(rows)), key=place))
     ]  # fmt: skip
 

