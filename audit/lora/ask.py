@@ -71,8 +71,10 @@ def ask(material: Material, work: Work) -> Plan:
         work.notify(warning)
     paths, count = [training.path_of(i) for i in training.images], len(training.trained)
     features = work.embed(work.features, paths, "training images")
-    limit = duplicate_threshold(ImageFiles(paths[:count]), work.encoder.embed)
-    duplicates = find_duplicates(features[:count], [i.sha256 for i in training.trained], limit)
+    files = ImageFiles(paths[:count])
+    limit = duplicate_threshold(files, work.encoder.embed)
+    hashes = [image.sha256 for image in training.trained]
+    duplicates = find_duplicates(features[:count], hashes, limit, files)
     if duplicates:
         again = sum(len(group.images) for group in duplicates)
         work.notify(f"{again} training images are near-duplicates of each other.")

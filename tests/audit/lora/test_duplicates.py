@@ -1,11 +1,12 @@
 """Near-duplicates: planted ones are found, unrelated pictures are not, chains are told."""
 
 import hashlib
+import io
 
 import pytest
 import torch
 from needs import need_package, need_sscd
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd
 from unmemorize.audit.lora.neighbours import duplicate_threshold, find_duplicates
@@ -73,6 +74,51 @@ def test_rows_and_hashes_must_match():
         find_duplicates(at(0, 1), keys("a"), 0.9)
 
 
+def edits(image: Image.Image) -> list[Image.Image]:
+    """Return copies as they come about: compressed, resized, cropped at one side, mirrored."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=60)
+    width, height = image.size
+    return [
+        Image.open(file), image.resize((100, 90)), ImageOps.mirror(image), image.convert("L"),
+        ImageEnhance.Contrast(image).enhance(1.2),
+        image.crop((round(0.08 * width), 0, width, round(0.92 * height))),
+    ]  # fmt: skip
+
+
+def in_one_layout() -> list[Image.Image]:
+    """Return drawings of the demo that share a frame and a ground, and nothing else."""
+    captions = [c.text for c in demo.captions() if c.group == "template"]
+    return [demo.training_image(text).convert("RGB") for text in captions if "stamp" in text]
+
+
+def of_photographs() -> list[Image.Image]:
+    sample = need_package("sklearn.datasets").load_sample_images().images
+    boxes = [(x, y, x + 213, y + 213) for x in (0, 213, 426) for y in (0, 213)]
+    return [Image.fromarray(image).crop(box) for image in sample for box in boxes]
+
+
+@pytest.mark.parametrize("pictures", [in_one_layout, of_photographs])
+def test_copies_are_linked_and_a_shared_layout_is_not(pictures):
+    """With a cosine that links everything: what the pictures themselves say."""
+    originals = pictures()
+    images = [*originals, *edits(originals[0])]
+    rows = torch.nn.functional.normalize(torch.ones(len(images), 2))
+    (group,) = find_duplicates(rows, keys(*map(str, range(len(images)))), 0.9, images)
+    assert group.images == (0, *range(len(originals), len(images)))
+
+
+def test_drawings_in_one_layout_are_no_near_duplicates():
+    """By SSCD three of them are: nearer than an image is to its own light edits."""
+    need_sscd()
+    art, encoder = in_one_layout(), Sscd()
+    everything = [demo.training_image(c.text) for c in demo.captions() if c.group == "template"]
+    threshold = duplicate_threshold([image.convert("RGB") for image in everything], encoder.embed)
+    rows, names = encoder.embed(art), keys(*map(str, range(len(art))))
+    assert find_duplicates(rows, names, threshold)
+    assert find_duplicates(rows, names, threshold, art) == ()
+
+
 def test_planted_duplicates_on_flat_art_are_found_and_nothing_else():
     """The literature's .5 would tie unrelated drawings together here."""
     need_sscd()
@@ -86,7 +132,7 @@ def test_planted_duplicates_on_flat_art_are_found_and_nothing_else():
     encoder = Sscd()
     threshold = duplicate_threshold(art, encoder.embed)
     rows, names = encoder.embed([*art, *planted]), map(str, range(len(art) + 3))
-    groups = find_duplicates(rows, keys(*names), threshold)
+    groups = find_duplicates(rows, keys(*names), threshold, [*art, *planted])
     pairs = {(0, len(art)), (1, len(art) + 1), (2, len(art) + 2)}
     assert {group.images for group in groups} == pairs
     assert len(slow_groups(rows[: len(art)], keys(*map(str, range(len(art)))), 0.5)) > 0
