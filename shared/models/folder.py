@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,29 @@ LEFT_OUT = ("text_encoder_3", "tokenizer_3")
 PURPOSE = "Running a diffusion model"
 
 
+def _meant(folder: Path, files: Sequence[str]) -> str:
+    """Return what a folder without model_index.json may be, and what to give in its place."""
+    if "adapter_config.json" in files:
+        lora = folder / "adapter_model.safetensors"
+        return f"It holds a LoRA: give the model that it was trained on, and --lora {lora}."
+    inside = sorted(folder.glob("*/model_index.json"))
+    for model in (*inside[:1], folder.parent / "model_index.json"):
+        if model.is_file():
+            return f"Did you mean {model.parent}?"
+    checkpoints = [name for name in files if name.endswith(".safetensors")]
+    if checkpoints:
+        return f"Did you mean {folder / checkpoints[0]}?"
+    return "Give a diffusers folder, a .safetensors checkpoint, or a hub id of the form owner/name."
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """Return model_index.json, or say what the folder is instead."""
     path = folder / "model_index.json"
     if not path.is_file():
-        files = sorted(p.name for p in folder.iterdir())
-        checkpoints = [name for name in files if name.endswith(".safetensors")]
-        hint = f" Did you mean {folder / checkpoints[0]}?" if checkpoints else ""
+        files = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         raise ModelError(
-            f"{folder} is not a diffusers model: model_index.json is missing; found "
-            f"{name_some(files) or 'nothing'}.{hint}"
+            f"{folder} is not a diffusers model: expected model_index.json and a folder for each "
+            f"part in it, found {name_some(files) or 'nothing'}. {_meant(folder, files)}"
         )
     try:
         index = json.loads(path.read_text("utf-8"))

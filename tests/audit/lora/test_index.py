@@ -55,5 +55,5 @@ def test_an_empty_index_is_refused():
 
 def test_without_faiss_it_says_what_to_type(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    with pytest.raises(ImportError, match=r'pip install "[^"]+\[sscd\]"'):
+    with pytest.raises(ImportError, match=r'pip install --editable "[^"]+\[sscd\]"'):
         Index(units(3))

@@ -214,7 +214,7 @@ def test_a_hub_id_is_asked_of_the_hub_and_failure_is_told(monkeypatch, folder):
 
 
 def test_folders_that_are_no_models(folder, tmp_path):
-    with pytest.raises(ModelError, match=r"model_index\.json is missing"):
+    with pytest.raises(ModelError, match=r"expected model_index\.json.* Did you mean .*\?"):
         load_denoiser(folder / "unet")
     index = json.loads((folder / "model_index.json").read_text())
     for change_to, says in (
@@ -334,7 +334,7 @@ def test_training_leftovers_in_a_single_file_are_no_fault(checkpoint, saved):
 
 def test_missing_packages_say_what_to_type(monkeypatch):
     assert require("json", purpose="Reading", extra="models") is json
-    says = r'Flying needs the package `no_wings`.* pip install "[^"]+\[air\]"'
+    says = r'Flying needs the package `no_wings`.* pip install --editable "[^"]+\[air\]"'
     with pytest.raises(ImportError, match=says):
         require("no_wings.feather", purpose="Flying", extra="air")
     assert has("json")
@@ -346,3 +346,26 @@ def test_the_adapter_imports_nothing_heavy(loaded_after):
     names = ("models.load", "models.lora.attach", "sampling.observer")
     modules = loaded_after("\n".join(f"import unmemorize.shared.{name}" for name in names))
     assert not {"diffusers", "transformers", "peft", "PIL"} & modules
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "says"),
+    [
+        (["b/unet/config.json", "b/model_index.json"], ".", "Did you mean {}/b?"),
+        (["b/unet/config.json", "b/model_index.json"], "b/unet", "Did you mean {}/b?"),
+        (["sd.safetensors"], ".", "Did you mean {}/sd.safetensors?"),
+        (["adapter_config.json", "adapter_model.safetensors"], ".",
+         "--lora {}/adapter_model.safetensors"),
+        ([".git/x", "1.png", "1.txt"], ".", "found 1.png, 1.txt. Give a diffusers folder"),
+        ([], ".", "expected model_index.json and a folder for each part in it, found nothing"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_says_what_was_found_and_what_is_meant(
+    tmp_path, files, given, says
+):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError) as error:
+        load_denoiser(tmp_path / given, device="cpu")
+    assert says.format(tmp_path) in str(error.value)
