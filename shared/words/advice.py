@@ -15,9 +15,7 @@ from ..score.denoiser import Denoiser
 from ..score.detection import Progress, detect
 from .edits import Edit, Kind, Plan, apply, core, move_parts
 from .explanation import Explanation, explain
-
-NEUTRAL = ("thing", "scene")
-"""Stand-ins where the caller names none: they mean little, which is the point."""
+from .phrases import is_function_word, without_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Candidate:
 
     @property
     def size(self) -> int:
-        """Return how many words were dropped, replaced or moved."""
+        """Return how many words were dropped, replaced or moved, those along with them aside."""
         return len(self.words)
 
     def __str__(self) -> str:
@@ -101,10 +99,11 @@ def advise(
 ) -> Advice:
     """Search the smallest edits that bring the score of a prompt to `threshold` or below.
 
-    Edits are dropping, replacing or moving one of the `top` words to the end, and moving whole
-    comma-separated parts. All of one size are scored in one run of `detect`; sizes grow until one
-    has a success. Of two and more words, those go first whose single effects add up to most. Moved
-    parts of more than `largest` words come last.
+    Edits are dropping or replacing one of the `top` words that mean something, and moving whole
+    comma-separated parts. With a word go the function words that need it: what is offered stays a
+    phrase, as far as `phrases` can tell. All edits of one size are scored in one run of `detect`;
+    sizes grow until one has a success. Of two and more words, those go first whose single effects
+    add up to most. Moved parts of more than `largest` words come last.
 
     Args:
         denoiser: The network.
@@ -115,7 +114,8 @@ def advise(
         explanation: Of this prompt, when it is there already; otherwise its words are left out in
             turn, with the config's first seed.
         replacements: Stand-ins by word, in any case, without punctuation, e.g. {"Mona": ["a"]};
-            words not in it are not replaced. None offers `NEUTRAL` for every word.
+            words not in it are not replaced, and None replaces none: which words can stand for
+            another is not known.
         budget: Edited prompts that are scored, at most.
         top: How many of the most significant words are touched.
         largest: Words touched at the same time, at most, moved parts aside.
@@ -167,11 +167,22 @@ class _Search:
         plans: list[tuple[Edit, ...]] = [(edit,) for edit in edits]
         for size in range(1, largest + 1):
             fitting = [plan for plan in parts if len(plan[0][0].indices) == size]
-            texts = [(plan, apply(self.prompt, self.words, plan)) for plan in plans]
+            texts = [(plan, self._edited(plan)) for plan in plans]
             if self._try([*fitting, *texts], keep=kept):
                 return
             plans = self._longer(size)
         self._try(late, keep=0)
+
+    def _edited(self, edits: Sequence[Edit]) -> str:
+        """Return the prompt with words replaced and dropped."""
+        replaced = [edit for edit in edits if edit.kind == "replace"]
+        words = list(self.words)
+        for edit in replaced:
+            (index,), (word,) = edit.indices, edit.words
+            first, last = core(word)
+            words[index] = word[:first] + edit.to + word[last:]
+        gone = {edit.indices[0] for edit in edits if edit.kind == "drop"}
+        return without_words(apply(self.prompt, self.words, replaced), words, gone)
 
     def _try(self, plans: Sequence[Plan], *, keep: int) -> bool:
         """Score the new among `plans` in one run; return whether anything is under the threshold.
@@ -212,12 +223,12 @@ def _word_edits(
     """Return all edits of one of the `top` words, those of the most significant word first."""
     by_word = {word.casefold(): texts for word, texts in (replacements or {}).items()}
     edits = []
-    for index in explanation.ranked[:top]:
+    meant = [i for i in explanation.ranked if not is_function_word(explanation.words[i])]
+    for index in meant[:top]:
         word = explanation.words[index]
         first, last = core(word)
-        texts = NEUTRAL if replacements is None else by_word.get(word[first:last].casefold(), ())
+        texts = by_word.get(word[first:last].casefold(), ())
         changes: list[tuple[Kind, str]] = [("drop", ""), *(("replace", text) for text in texts)]
-        changes.append(("reorder", "end"))
         edits += [Edit(kind=kind, indices=(index,), words=(word,), to=to) for kind, to in changes]
     return edits
 

@@ -11,7 +11,7 @@ from toy import ToyDenoiser
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.denoiser import Conditioning, Denoiser, Token
 from unmemorize.shared.score.detection import detect
-from unmemorize.shared.words.advice import NEUTRAL, Advice, advise
+from unmemorize.shared.words.advice import Advice, advise
 from unmemorize.shared.words.explanation import explain
 
 CONFIG = DetectionConfig(seeds=(0, 2), schedule_steps=5)
@@ -94,7 +94,7 @@ def test_the_threshold_itself_is_not_above_it(network):
 
 def test_two_words_where_one_is_not_enough(network):
     advice = advise(network, PROMPT, 6.0, CONFIG, replacements={})
-    assert advice.best.prompt == " in an old museum"
+    assert advice.best.prompt == " an old museum"  # not "in", which lost what it stood behind
     assert advice.best.words == ("mona", "lisa")
     assert advice.best.score_after == pytest.approx(5)
     sizes = [found.size for found in advice.candidates]
@@ -106,17 +106,17 @@ def test_two_words_where_one_is_not_enough(network):
 
 
 def test_the_most_promising_pair_goes_first(network):
-    advice = advise(network, PROMPT, 6.0, CONFIG, replacements={}, budget=8)
-    assert [found.size for found in advice.candidates] == [1] * 7 + [2]
+    advice = advise(network, PROMPT, 6.0, CONFIG, replacements={}, budget=5)
+    assert [found.size for found in advice.candidates] == [1] * 4 + [2]
     assert advice.best.words == ("mona", "lisa")
 
 
 def test_nothing_is_found_and_said_so(network):
-    advice = advise(network, PROMPT, 0.5, CONFIG, budget=20)
+    advice = advise(network, PROMPT, 0.5, CONFIG, budget=7)
     assert advice.best is None
-    assert len(advice.candidates) == 20
+    assert len(advice.candidates) == 7
     assert str(advice).startswith(
-        "None of the 20 edits tried brings the score to the threshold, 0.5. The lowest: drop “mona”"
+        "None of the 7 edits tried brings the score to the threshold, 0.5. The lowest: drop “mona”"
     )
     none = advise(network, "in an", -1.0, CONFIG)  # words without any significance
     assert none.candidates == ()
@@ -131,16 +131,33 @@ def test_a_prompt_under_the_threshold_is_left_alone(network):
 
 
 def test_a_prompt_of_one_word_is_not_emptied(network):
-    advice = advise(network, "mona", 1.0, CONFIG)
-    assert [found.prompt for found in advice.candidates] == list(NEUTRAL)
+    assert advise(network, "mona", 1.0, CONFIG).candidates == ()
+    advice = advise(network, "mona", 1.0, CONFIG, replacements={"Mona": ["woman"]})
+    assert [found.prompt for found in advice.candidates] == ["woman"]
     assert advice.best.kind == "replace"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "offered"),
+    [
+        ("man bowing on teal", {"man bowing", "man on teal", "bowing on teal"}),
+        (
+            "mona on teal, a cat",
+            {"mona, a cat", "teal, a cat", "mona on teal", "a cat, mona on teal"},
+        ),
+    ],
+)
+def test_what_is_offered_is_a_phrase(prompt, offered):
+    """No "man bowing on thing", no "man bowing on", no "bowing on teal man"."""
+    network = Weighted(dict.fromkeys(("man", "bowing", "teal", "mona", "cat", "on", "a"), 3.0))
+    advice = advise(network, prompt, 0.1, CONFIG, largest=1)
+    assert {found.prompt for found in advice.candidates} == offered
 
 
 def test_where_a_word_stands_can_be_enough():
     network = Weighted({"mona": 5, "cat": 1}, first=2)
     advice = advise(network, "mona, cat snow", 7.5, CONFIG, replacements={})
     kinds = {found.prompt: found.kind for found in advice.candidates if found.under_threshold}
-    assert kinds["cat snow mona,"] == "reorder"
     assert kinds["cat snow, mona"] == "reorder"  # as a part, with its comma in place
 
 
@@ -159,7 +176,10 @@ def test_replacements_keep_punctuation_and_case_of_the_rest():
 
 def test_few_runs_no_duplicates_and_never_above_the_budget(network):
     counts = []
-    advice = advise(network, PROMPT, 0.1, CONFIG, budget=30, progress=counts.append)
+    others = {word: ["one", "two"] for word in PROMPT.split()}
+    advice = advise(
+        network, PROMPT, 0.1, CONFIG, budget=30, replacements=others, progress=counts.append
+    )
     prompts = [found.prompt for found in advice.candidates]
     assert len(prompts) == 30
     assert len({tuple(text.split()) for text in [PROMPT, *prompts]}) == 31
@@ -218,10 +238,10 @@ def test_the_smallest_drop_is_that_of_brute_force(weights, share):
 
 def test_every_score_is_that_of_a_separate_detection():
     toy = ToyDenoiser()
-    prompt = "old red lighthouse, near snow"
+    prompt = "old red lighthouse, thick snow, one night"
     before = detect(toy, [prompt], CONFIG).scores.item()
     advice = advise(toy, prompt, 0.8 * before, CONFIG, budget=12)
-    assert len(advice.candidates) >= 8
+    assert len(advice.candidates) >= 7
     for found in advice.candidates:
         after = detect(toy, [found.prompt], CONFIG).scores.item()
         assert found.score_after == pytest.approx(after, rel=1e-5)
@@ -234,16 +254,16 @@ def test_long_parts_come_last_and_are_tried_all_the_same():
     prompt, settings = "mona b c, in an old museum", {"replacements": {}, "top": 1, "largest": 1}
     easy = Weighted({"mona": 5, "b": 1, "c": 1}, first=3)
     advice = advise(easy, prompt, 8.5, CONFIG, **settings)
-    assert [found.size for found in advice.candidates] == [1, 1]  # dropping "mona" is enough
+    assert [found.size for found in advice.candidates] == [1]  # dropping "mona" is enough
     stubborn = Weighted({"mona": 5, "b": 5, "c": 5}, first=3)
     advice = advise(stubborn, prompt, 16.0, CONFIG, budget=4, **settings)
-    assert [found.size for found in advice.candidates] == [1, 1, 3]
+    assert [found.size for found in advice.candidates] == [1, 3]
     assert advice.best.prompt == "in an old museum, mona b c"
     assert advice.best.edits[0].part
     # A part of the budget is theirs.
     settings |= {"top": 3, "budget": 6}
     advice = advise(stubborn, prompt, 16.0, CONFIG, **settings)
-    assert [found.size for found in advice.candidates] == [1] * 5 + [3]
+    assert [found.size for found in advice.candidates] == [1] * 3 + [3]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +283,9 @@ def test_wrong_arguments_are_refused(network, change, message):
 
 
 def test_kinds_of_several_edits():
-    mixed = advise(Weighted({"a": 3.0, "b": 3.0}), "a b c", 1.0, CONFIG, top=2)
+    network, others = Weighted({"x": 3.0, "y": 3.0}), {"x": ["z"], "y": ["z"]}
+    mixed = advise(network, "x y c", -1.0, CONFIG, top=2, replacements=others)
     kinds = {found.kind for found in mixed.candidates if found.size == 2}
-    assert {"drop", "mixed"} <= kinds <= {"drop", "replace", "reorder", "mixed"}
+    assert kinds == {"drop", "replace", "mixed"}
+    assert "z c" in {found.prompt for found in mixed.candidates if found.kind == "mixed"}
     assert isinstance(mixed, Advice)
