@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..shared.drawing.heatmap import prompt_heatmap_png
 from ..shared.words.explanation import Method
+from ..shared.words.leaving_out import TELLING
 from .engine.explaining import Explained, explain_prompt, mask_of
 from .inputs import config_of, schema, seed_inputs, to_image
 
@@ -84,8 +85,8 @@ def _report(explained: Explained, most: int) -> str:
     lines = [] if edited is None else [f"{str(edited)[0].upper()}{str(edited)[1:]}."]
     if explanation.occlusions:
         lines.append(f"Magnitude: {explanation.occlusions[0].score_before:.4g} (L2).")
-        falling = [str(o) for o in explanation.occlusions if o.fall > 0]
-        lines += falling[:most] if falling else ["Leaving a word out does not lower it."]
+        falling = [str(o) for o in explanation.occlusions if o.telling]
+        lines += falling[:most] or [f"Leaving a word out does not lower it by {TELLING:.0%}."]
     if explanation.method == "encoder_gradient" and explanation.ranked:
         strongest = explanation.words[explanation.ranked[0]]
         lines.append(f"The gradient at the text encoder's output is largest at “{strongest}”.")

@@ -49,8 +49,8 @@ class Explanation:
 
     @property
     def suggestions(self) -> tuple[str, ...]:
-        """Return what leaving the strongest words out does, where that lowers the score."""
-        return tuple(str(o) for o in self.occlusions if o.fall > 0)[:SUGGESTED]
+        """Return what leaving the strongest words out does, where that clearly lowers the score."""
+        return tuple(str(o) for o in self.occlusions if o.telling)[:SUGGESTED]
 
     @property
     def ranked(self) -> tuple[int, ...]:

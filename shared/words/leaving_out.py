@@ -16,6 +16,11 @@ from ..score.denoiser import Denoiser
 from ..score.detection import detect
 from ..wording import bare
 
+TELLING = 0.1
+"""Share of the magnitude that a word's fall must be to be told in a sentence. Compared with other
+starting noises: of 206 words of 28 captions of each bundled model, a smaller fall at one noise was
+a rise at another in 10 % of the cases, a larger one in 1 %."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Occlusion:
@@ -36,6 +41,11 @@ class Occlusion:
     def fall(self) -> float:
         """Return how far the magnitude falls without the word (L2, latent units; < 0: it rises)."""
         return self.score_before - self.score_after
+
+    @property
+    def telling(self) -> bool:
+        """Return whether the magnitude falls by more than another starting noise could undo."""
+        return self.fall >= TELLING * self.score_before > 0
 
     def __str__(self) -> str:
         return (
