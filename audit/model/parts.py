@@ -14,6 +14,7 @@ from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.collapse import SecondStage
 from ...shared.score.config import DetectionConfig
+from ...shared.score.control_basis import require_direction
 from ...shared.score.rates import require_controls
 from ...shared.words.explanation import Method, explain
 from ..common.controls import calibrate_controls
@@ -136,6 +137,8 @@ def make_calibration(
     score = measured_score(score, config)
     name, prompts = read_controls(controls, is_demo=subject.is_demo)
     require_controls(len(prompts), rate)
+    if score == "residual":
+        require_direction(len(prompts))
     if collapse:
         SecondStage.require_controls(len(prompts), rate)
     with _kept(subject, config, output, (prompts, rate)) as (journal, key):

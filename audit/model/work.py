@@ -10,6 +10,7 @@ import torch
 
 from ...shared.score.calibration import Calibration, prompts_sha256, settings_of
 from ...shared.score.collapse import SecondStage
+from ...shared.score.control_basis import require_direction
 from ...shared.score.metrics import per_element
 from ...shared.score.rates import require_controls
 from ..common.controls import calibrate_controls
@@ -103,6 +104,8 @@ def open_work(
         """Load the model, and see that the calibration or the controls can carry a verdict."""
         if calibration is None:
             require_controls(len(inputs.controls), config.false_positive_rate)
+            if measured_score(config.score, config.detection) == "residual":
+                require_direction(len(inputs.controls))
             if config.collapse:
                 SecondStage.require_controls(len(inputs.controls), config.false_positive_rate)
         denoiser = subject.denoiser

@@ -19,7 +19,7 @@ from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
 from .collapse import SecondStage
 from .config import DetectionConfig
-from .control_basis import ControlBasis, directions_for, fit_controls
+from .control_basis import ControlBasis, directions_for, fit_controls, require_direction
 from .denoiser import Denoiser
 from .detection import Detection
 from .families import cosine_limit
@@ -156,7 +156,11 @@ class Calibration:
         Args:
             differences: D of the same controls, as `control_differences` returns it.
             settings: From `settings_of`, with the steps that the network was told.
+
+        Raises:
+            NotEnoughControls: They carry no direction.
         """
+        require_direction(differences.shape[1])
         count = directions_for(differences.shape[1])
         basis, scores = fit_controls(differences, count, settings["told"])
         residual = replace(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..arrays import Float, Tensor
+from .rates import NotEnoughControls
 from .robust import median_and_deviation
 
 TOLD = (0.28, 0.9)
@@ -44,6 +45,19 @@ direction: one that is near a memorized prompt would hide it, since its D points
 def directions_for(controls: int) -> int:
     """Return how many directions so many controls carry."""
     return max(1, min(MOST_DIRECTIONS, controls // CONTROLS_A_DIRECTION))
+
+
+def require_direction(controls: int) -> None:
+    """Make sure that so many controls carry a direction.
+
+    Raises:
+        NotEnoughControls: They do not.
+    """
+    if controls < CONTROLS_A_DIRECTION:
+        raise NotEnoughControls(
+            f"a residual score needs at least {CONTROLS_A_DIRECTION} controls, found {controls}. "
+            "Add controls, or take --score magnitude."
+        )
 
 
 def told_steps(seeds: int, schedule_steps: int) -> tuple[int, ...]:

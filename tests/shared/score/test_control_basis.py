@@ -21,9 +21,10 @@ from unmemorize.shared.score.control_basis import (
     fit_controls,
     inner_products,
     ordinary,
+    require_direction,
 )
 from unmemorize.shared.score.detection import control_differences, detect
-from unmemorize.shared.score.rates import threshold_of
+from unmemorize.shared.score.rates import NotEnoughControls, threshold_of
 
 CONFIG = DetectionConfig(seeds=(0, 1), schedule_steps=6)
 TOLD = (2, 5)
@@ -303,3 +304,9 @@ def test_steps_and_seeds_that_a_basis_does_not_have_are_refused():
     for config in (DetectionConfig(seeds=(0, 1, 2)), DetectionConfig(seeds=(0,), steps=2)):
         with pytest.raises(ValueError, match="A basis of 2 seeds"):
             detect(toy, ["a"], config, basis=basis)
+
+
+def test_fewer_controls_than_a_direction_takes_are_refused():
+    require_direction(6)
+    with pytest.raises(NotEnoughControls, match=r"at least 6 controls, found 5.*--score magnitude"):
+        require_direction(5)
