@@ -25,13 +25,13 @@ from .common.options import (
 )
 from .common.terminal import (
     FOUND,
-    LONGEST,
     NOTHING_FOUND,
     Table,
     answering,
     bar,
     print_json,
     print_table,
+    shortened,
 )
 
 NO_VERDICTS = (
@@ -124,7 +124,7 @@ def _table(rows: Sequence[Mapping[str, Any]], *, judged: bool) -> Table:
         [f"{r['score']:.4g}",
          *[f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled, _cell(r["p_value"]),
            "near" if r["near"] else _cell(r["memorized"])] * judged,
-         r["prompt"][:LONGEST]]
+         shortened(r["prompt"])]
         for r in map(rows.__getitem__, sorted(range(len(rows)), key=place))
     ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .common.options import AnswerOptions, ModelOptions, Prompts, Seeds, Steps, Texts, takes_options
-from .common.terminal import LONGEST, Table, answering, bar, print_json, print_table
+from .common.terminal import Table, answering, bar, print_json, print_table, shortened
 
 
 class Methods(str, Enum):
@@ -69,7 +69,7 @@ def _table(row: Mapping[str, Any]) -> Table:
     order = sorted(range(len(values)), key=lambda i: (values[i] is None, -(values[i] or 0)))
     left_out = {occlusion["index"]: occlusion for occlusion in row["occlusions"]}
     measured = "prediction changes by" if row["method"] == "leave_out" else "gradient"
-    return row["prompt"][:LONGEST], ["word", measured, "magnitude without it"], [
+    return shortened(row["prompt"]), ["word", measured, "magnitude without it"], [
         [row["words"][i], "not measured" if values[i] is None else f"{values[i]:.4g}",
          f"{left_out[i]['score_after']:.4g} (of {left_out[i]['score_before']:.4g})"
          if i in left_out else ""]

@@ -48,6 +48,11 @@ def one_paragraph(text: str) -> str:
     return visible(text.replace("\n", " "))
 
 
+def shortened(prompt: str) -> str:
+    """Return a prompt as tables show it, cut with a sign where it is longer than `LONGEST`."""
+    return prompt if len(prompt) <= LONGEST else f"{prompt[:LONGEST]}…"
+
+
 def bar(description: str, total: int, initial: int, unit: str) -> Any:
     """Return a progress bar on stderr with rate and remaining time."""
     # Where nobody watches, a line every ten seconds is enough.

@@ -347,6 +347,9 @@ def test_without_a_calibration_detect_says_what_to_type_for_one(monkeypatch):
     assert "unmemorize calibrate demo --device cpu --seeds 2, then" in done.stderr
     assert "--calibration calibration.json" in done.stderr
     assert "memorized" not in done.stdout  # no column of dashes
+    assert "a cat…" not in done.stdout
+    row["prompt"] = "a cat " * 100
+    assert "…" in run(*asked, "--prompt", row["prompt"]).stdout  # what is cut is seen to be
     assert "were named" not in done.stderr
     done = run(*asked, "--json")
     assert json.loads(done.stdout)["results"] == [row]
