@@ -65,10 +65,10 @@ def concepts_of(provenance: Mapping[str, Any]) -> tuple[Concept, ...]:
     """Return the concepts that a subspace was built from.
 
     Raises:
-        ValueError: The provenance names none: the subspace was not built from words alone.
+        ModelError: The provenance names none: the subspace was not built from words alone.
     """
     if "learnt" in provenance:
-        raise ValueError(
+        raise ModelError(
             "The subspace was learnt from images, and the word for them is known only while it "
             "is built: build it again."
         )
@@ -79,7 +79,7 @@ def concepts_of(provenance: Mapping[str, Any]) -> tuple[Concept, ...]:
             for each in provenance["concepts"]
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise ModelError(
             "The subspace does not say from which names it was built; build it again."
         ) from error
 
