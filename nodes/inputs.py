@@ -81,7 +81,7 @@ def config_of(seeds: int, steps: int) -> DetectionConfig:
 
 
 def gate_of(choice: str, calibration: Calibration | None) -> Gate:
-    """Return the gate that the widget chose; it scores prompts at all the calibration's seeds.
+    """Return the gate that the widget chose.
 
     Raises:
         ValueError: It would have nothing to decide by.
@@ -91,8 +91,7 @@ def gate_of(choice: str, calibration: Calibration | None) -> Gate:
             "The gate auto needs a calibration to decide by: connect one (nodes Calibrate or Load "
             "Calibration), or set the gate to always."
         )
-    seeds = 1 if calibration is None else len(calibration.settings["seeds"])
-    return Gate(mode=GATES[choice], calibration=calibration, seeds=seeds)
+    return Gate(mode=GATES[choice], calibration=calibration)
 
 
 def target_inputs(**settings: Any) -> list:

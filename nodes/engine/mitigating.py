@@ -107,7 +107,9 @@ def mitigate_prompt(
 
 def gate_rows(gate: Gate) -> int:
     """Return how many rows the network computes to score one prompt for a gate."""
-    return 0 if gate.calibration is None else 2 * gate.seeds * gate.config.steps
+    if gate.calibration is None:
+        return 0
+    return 2 * len(gate.config.seeds) * gate.config.steps
 
 
 def applied_gate(

@@ -1,8 +1,9 @@
 """Whether a method acts on a prompt: decided by a calibrated score, or ordered.
 
-The gate scores a prompt as the calibration scored its controls: from the calibration's own seeds,
-at its own noise levels. The first step of the run itself would cost nothing, but schedulers start
-at different noise levels and scores move with them; a threshold holds where it was calibrated.
+The gate scores a prompt as the calibration scored its controls: from all of the calibration's own
+seeds, at its own noise levels. So it opens for the prompts that an audit flags, and for no others.
+The first step of the run itself would cost nothing, but schedulers start at different noise levels
+and scores move with them; a threshold holds where it was calibrated.
 """
 
 import hashlib
@@ -26,10 +27,8 @@ class Gate:
     mode: str = "calibrated"
     """On prompts that score above the threshold, on every prompt, or on none."""
     calibration: Calibration | None = None
-    """Of the model at hand; with it, scores are recorded in every mode."""
-    seeds: int = 1
-    """Starting noises to score a prompt with, the first of the calibration's; the threshold is that
-    of the controls at the same seeds. Each costs one network row per prompt and calibrated step."""
+    """Of the model at hand; with it, scores are recorded in every mode. A prompt costs one network
+    row per seed and step that it was calibrated with."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -39,15 +38,11 @@ class Gate:
                 "A calibrated gate needs a calibration: make one for this model with `unmemorize "
                 "calibrate` and give it as `calibration`, or set the gate to 'always'."
             )
-        if self.calibration is not None:
-            self.calibration.judge.threshold_for(self.seeds)
 
     @property
     def threshold(self) -> float | None:
-        """Return what the scores of prompts are compared with , as its calibration scores."""
-        if self.calibration is None:
-            return None
-        return self.calibration.judge.threshold_for(self.seeds)
+        """Return what the scores of prompts are compared with; None without a calibration."""
+        return None if self.calibration is None else self.calibration.judge.threshold
 
     @property
     def config(self) -> DetectionConfig:
@@ -151,10 +146,9 @@ class AppliedGate:
         keys = [_content(cond, row) for row in range(len(cond))]
         new = {key: row for row, key in enumerate(keys) if key not in self._scores}
         if new:
-            rows, seeds = list(new.values()), self.gate.seeds
+            rows, config = list(new.values()), self.gate.config
+            seeds = len(config.seeds)
             if self._trajectory is None:
-                config = self.gate.config
-                config = replace(config, seeds=config.seeds[:seeds])
                 basis = self.gate.calibration.judge.basis
                 self._trajectory = Trajectory(self.denoiser, config, basis)
             texts = prompts or ["given as embeddings"] * len(cond)

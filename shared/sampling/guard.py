@@ -57,7 +57,6 @@ def guard(
     method: Method | str = DEFAULT,
     calibration: Calibration | None = None,
     gate: str = "calibrated",
-    seeds: int = 1,
     seed: int = 0,
     model: str | None = None,
     force: bool = False,
@@ -65,9 +64,10 @@ def guard(
     """Mitigate calls of `pipeline` inside the block, image by image, where the gate says so.
 
     Images on which the method does not act are bit-identical to those of the same call without a
-    guard. The prompts of a run are scored before its first step, at the calibration's size whatever
-    that of the run, at a cost of `seeds` network rows per prompt that was not seen before; weights,
-    LoRA and their strength must stay as they are inside the block. Afterwards the pipeline carries
+    guard. The prompts of a run are scored before its first step, as an audit scores them: at the
+    calibration's size whatever that of the run, at a cost of one network row per seed of the
+    calibration and prompt that was not seen before; weights, LoRA and their strength must stay as
+    they are inside the block. Afterwards the pipeline carries
     no trace, also when something fails.
 
     Args:
@@ -77,8 +77,6 @@ def guard(
         calibration: Of this model, LoRA included; its threshold decides.
         gate: "calibrated" acts on prompts that score above the threshold, "always" on all,
             "never" on none.
-        seeds: Starting noises to score a prompt with, the first of the calibration's. Two take one
-            of each level that the network is told: more prompts are found, at twice the cost.
         seed: Of what the method draws, the same in every run.
         model: Sha256 of the weights, to be compared with that of the calibration; None takes the
             caller's word that they belong together.
@@ -92,7 +90,7 @@ def guard(
     guarding = PipelineGuard(
         pipeline,
         make_method(method) if isinstance(method, str) else method,
-        Gate(mode=gate, calibration=calibration, seeds=seeds),
+        Gate(mode=gate, calibration=calibration),
         seed,
         model,
         force,

@@ -1,4 +1,4 @@
-"""The gate decides as detection would, once per prompt, at the threshold of its own seeds."""
+"""The gate decides as detection would, once per prompt, at all seeds of the calibration."""
 
 from dataclasses import replace
 
@@ -8,8 +8,9 @@ import toy
 from unmemorize.shared.mitigation.gate import AppliedGate, Decision, Gate
 from unmemorize.shared.score.calibration import Calibration, CalibrationMismatch, settings_of
 from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.control_basis import told_steps
 from unmemorize.shared.score.denoiser import concatenate
-from unmemorize.shared.score.detection import detect
+from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.trajectory import PredictionError
 
 SEEDS = (3, 5, 8)
@@ -38,13 +39,12 @@ def calibration(denoiser):
     return calibrate(denoiser)
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_decisions_are_those_of_detection(denoiser, seeds, steps):
+def test_decisions_are_those_of_detection(denoiser, steps):
     calibration = calibrate(denoiser, steps=steps, cond_scale=4.0)
-    applied = AppliedGate(Gate(calibration=calibration, seeds=seeds), denoiser)
+    applied = AppliedGate(Gate(calibration=calibration), denoiser)
     decisions = applied.decide(denoiser.encode(CONTROLS + PROMPTS))
-    config = DetectionConfig(seeds=SEEDS[:seeds], steps=steps, cond_scale=4.0)
+    config = DetectionConfig(seeds=SEEDS, steps=steps, cond_scale=4.0)
     scores = detect(denoiser, CONTROLS + PROMPTS, config).scores
     found = torch.tensor([decision.score for decision in decisions], dtype=torch.float64)
     torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-7)
@@ -53,32 +53,47 @@ def test_decisions_are_those_of_detection(denoiser, seeds, steps):
     assert [decision.fired for decision in decisions] == (found > applied.gate.threshold).tolist()
     # The control at the threshold may fall on either side: other batches, other last digits.
     assert sum(decision.fired for decision in decisions[: len(CONTROLS)]) in (2, 3)
-    if seeds == len(SEEDS):
-        expected = calibration.flags(found).tolist()
-        assert [decision.fired for decision in decisions] == expected
+    assert [decision.fired for decision in decisions] == calibration.flags(found).tolist()
+
+
+def test_the_gate_opens_for_what_the_residual_verdict_flags_and_for_nothing_else(denoiser):
+    told, config = told_steps(len(SEEDS), 50), DetectionConfig(seeds=SEEDS)
+    differences = control_differences(denoiser, CONTROLS, config, told)
+    calibration = calibrate(denoiser).with_residual(
+        differences, settings_of(denoiser, config, told)
+    )
+    prompts = CONTROLS + PROMPTS
+    verdict = detect(denoiser, prompts, config, basis=calibration.judge.basis)
+    flags = calibration.judge.flags(verdict.scores).tolist()
+    assert {True, False} == set(flags)  # the case is not trivial
+    decisions = AppliedGate(Gate(calibration=calibration), denoiser).decide(
+        denoiser.encode(prompts)
+    )
+    assert [decision.fired for decision in decisions] == flags
+    found = torch.tensor([decision.score for decision in decisions], dtype=torch.float64)
+    torch.testing.assert_close(found, verdict.scores, rtol=1e-4, atol=1e-6)
 
 
 def test_the_threshold_of_the_controls_fires_only_above_itself(denoiser, calibration):
     gate = Gate(calibration=calibration)
-    at = calibration.seed_scores[:, 0].tolist().index(gate.threshold)
+    means = calibration.seed_scores.mean(1)
+    at = means.tolist().index(gate.threshold)
     applied = AppliedGate(gate, denoiser)
     cond = denoiser.encode(CONTROLS)
     applied.scores(cond)
-    applied._scores = {
-        key: calibration.seed_scores[i, 0].item() for i, key in enumerate(applied._scores)
-    }
+    applied._scores = {key: means[i].item() for i, key in enumerate(applied._scores)}
     fired = [decision.fired for decision in applied.decide(cond)]
     assert not fired[at]
     assert sum(fired) == 2
 
 
 def test_nothing_is_computed_twice(denoiser, calibration):
-    applied = AppliedGate(Gate(calibration=calibration, seeds=2), denoiser)
+    applied, seeds = AppliedGate(Gate(calibration=calibration), denoiser), len(SEEDS)
     cond = denoiser.encode(PROMPTS)
     denoiser.rows.clear()
     denoiser.encoded.clear()
     applied.decide(cond[[0, 1, 0, 0, 1]])
-    assert denoiser.rows == [2, 2 * 2]  # the empty prompt, then two prompts, at two seeds
+    assert denoiser.rows == [seeds, 2 * seeds]  # the empty prompt, then two prompts
     assert denoiser.encoded == [1]
     denoiser.rows.clear()
     first = applied.decide(cond[[0]])
@@ -86,7 +101,7 @@ def test_nothing_is_computed_twice(denoiser, calibration):
     assert denoiser.rows == []
     assert again[1] == first[0]
     applied.decide(cond)
-    assert denoiser.rows == [2 * 2]  # only what is new
+    assert denoiser.rows == [2 * seeds]  # only what is new
     assert denoiser.encoded == [1]
 
 
@@ -99,11 +114,11 @@ def test_what_counts_is_the_whole_row(denoiser, calibration):
     changed = cond.embeddings.clone()
     changed[0, -1, -1] += 1e-3
     other = applied.scores(replace(cond, embeddings=changed))
-    assert denoiser.rows == [1]
+    assert denoiser.rows == [len(SEEDS)]
     assert other != scores
     for pooled in (torch.zeros(1, 3), torch.ones(1, 3)):
         applied.scores(replace(cond, pooled=pooled))
-    assert denoiser.rows == [1, 1, 1]
+    assert denoiser.rows == [len(SEEDS)] * 3
 
 
 def test_always_and_never(denoiser, calibration):
@@ -128,11 +143,6 @@ def test_settings_that_make_no_sense():
         Gate()
     with pytest.raises(ValueError, match="one of calibrated, always, never, got 'sometimes'"):
         Gate(mode="sometimes")
-
-
-def test_more_seeds_than_the_calibration_has(calibration):
-    with pytest.raises(ValueError, match=r"`seeds` must be between 1 and 3.*got 4"):
-        Gate(calibration=calibration, seeds=4)
 
 
 def test_the_calibration_must_fit(denoiser, calibration):

@@ -41,7 +41,7 @@ def sd1():
     return tiny.stable_diffusion()
 
 
-def test_a_shut_gate_changes_no_bit_and_costs_a_row_per_prompt(pipeline):
+def test_a_shut_gate_changes_no_bit_and_costs_a_row_per_prompt_and_seed(pipeline):
     calls = Calls(network_of(pipeline))
     plain, without = run(pipeline), calls.taken()
     method, calibration = unguided(), calibrated(pipeline, False)
@@ -51,19 +51,20 @@ def test_a_shut_gate_changes_no_bit_and_costs_a_row_per_prompt(pipeline):
         second, again = run(pipeline), calls.taken()
     assert torch.equal(plain, first)
     assert torch.equal(plain, second)
-    assert sorted(probed) == sorted([1, 2, *without])  # the empty prompt once, then both prompts
+    # The empty prompt once, then both prompts, at both seeds.
+    assert sorted(probed) == sorted([2, 4, *without])
     assert again == without
     assert method.starts == []
     expected = detect(
         PipelineDenoiser(pipeline),
         PROMPTS,
-        DetectionConfig(seeds=tuple(calibration.settings["seeds"][:1])),
+        DetectionConfig(seeds=tuple(calibration.settings["seeds"])),
     )
     for guarded in record.runs:
         assert [image.prompt for image in guarded.images] == PROMPTS
         assert [image.fired for image in guarded.images] == [False, False]
         assert [image.method for image in guarded.images] == [None, None]
-        assert {image.threshold for image in guarded.images} == {calibration.threshold_for(1)}
+        assert {image.threshold for image in guarded.images} == {calibration.threshold}
         scores = torch.tensor([image.score_before for image in guarded.images])
         torch.testing.assert_close(scores.double(), expected.scores, rtol=1e-4, atol=1e-6)
 
@@ -88,7 +89,7 @@ def test_never_does_nothing_and_always_acts_without_a_calibration(pipeline):
 def test_other_embeddings_give_the_images_of_the_other_prompts(pipeline):
     expected, plain = run(pipeline, OTHERS), run(pipeline)
     calibration = calibrated(pipeline, True)
-    with guard(pipeline, method=rewording(), calibration=calibration, seeds=2) as record:
+    with guard(pipeline, method=rewording(), calibration=calibration) as record:
         assert torch.equal(run(pipeline), expected)
     assert not torch.equal(plain, expected)
     config = DetectionConfig(seeds=tuple(calibration.settings["seeds"]))
@@ -140,7 +141,8 @@ def test_several_images_per_prompt_are_probed_once(pipeline):
     plain, without = run(pipeline, prompts, **kwargs), calls.taken()
     with guard(pipeline, method=unguided(), calibration=calibration) as record:
         found = run(pipeline, prompts, **kwargs)
-    assert sorted(calls.taken()) == sorted([1, 2, 2, *without])  # the last for Start.x0_uncond
+    # Two seeds of the empty prompt and of two prompts, and two images for Start.x0_uncond.
+    assert sorted(calls.taken()) == sorted([2, 4, 2, *without])
     assert torch.equal(found[:2], plain[:2])
     assert ((found[2:] - plain[2:]).flatten(1).abs().amax(1) > 1e-3).all()
     assert [image.prompt for image in record.runs[0].images] == [
