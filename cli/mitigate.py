@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..shared.score.config import DetectionConfig
 from .common.options import (
     AnswerOptions,
     AuditConfig,
@@ -33,8 +34,8 @@ class MitigateOptions(AnswerOptions, ModelOptions):
     method: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="embedding, delayed_guidance, …; repeatable; `all` compares all. "
-            "Default: embedding."
+            help="reword, ordinary, embedding, delayed_guidance, …; repeatable; `all` compares "
+            "all. Default: reword."
         ),
     ] = None
     gate: Annotated[
@@ -50,6 +51,17 @@ class MitigateOptions(AnswerOptions, ModelOptions):
             "optimised embeddings: are they still in the model?",
         ),
     ] = False
+    training: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Folder of training images: all images are compared with them, and the method "
+            "`neighbour` keeps away from them and from the captions beside them. Default: those "
+            "beside the prompts."
+        ),
+    ] = None
+    guidance_scale: Annotated[float, typer.Option(help="Guidance of all images; 1 is none.")] = (
+        DetectionConfig.cond_scale
+    )
     controls: Controls = AuditConfig.controls
     calibration: CalibrationFile = None
     force: Force = False
@@ -69,11 +81,14 @@ def mitigate(options: MitigateOptions) -> None:
         from ..audit.model.mitigation import run_mitigation
         from ..audit.model.mitigation_result import MitigationConfig
 
-        given = settings_in(options, AuditConfig) | {"prompts": tuple(options.prompts or ())}
+        given = settings_in(options, AuditConfig) | {
+            "prompts": tuple(options.prompts or ()),
+            "detection": DetectionConfig(cond_scale=options.guidance_scale),
+        }
         config = MitigationConfig(
             audit=AuditConfig(**given), texts=tuple(options.prompt or ()),
             methods=tuple(options.method or ()), gate=options.gate, images=options.images,
-            advise=options.advice, probe=options.probe,
+            advise=options.advice, probe=options.probe, training=options.training,
         )  # fmt: skip
         result = run_mitigation(config, bar)
     if options.as_json:

@@ -12,6 +12,7 @@ from ..shared.mitigation.method import Method
 from ..shared.score.calibration import Calibration
 from .engine.damped_attention import ComfyAttractionRepulsion
 from .engine.guarding import guard
+from .engine.neighbours import FolderNeighbours
 from .engine.watching import watch
 from .inputs import (
     GATES,
@@ -41,6 +42,7 @@ class MemorizationGuard(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True),
                 CalibrationSocket.Input("calibration", optional=True),
                 io.Boolean.Input("force", default=False, optional=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[io.Model.Output("guarded"), RecordSocket.Output("record")],
         )
@@ -54,11 +56,12 @@ class MemorizationGuard(io.ComfyNode):
         negative: list | None = None,
         calibration: Calibration | None = None,
         force: bool = False,
+        vae: Any = None,
         **parameters: Any,
     ) -> io.NodeOutput:
         if gate == "never":
             return io.NodeOutput(*watch(model))
-        chosen = chosen_method(method, parameters)
+        chosen = chosen_method(method, parameters, vae)
         guarded = guard(model, chosen, gate_of(gate, calibration), empty=negative, force=force)
         return io.NodeOutput(*guarded)
 
@@ -79,17 +82,22 @@ def method_inputs() -> list:
     return [io.Combo.Input("method", options=[*inputs]), *every.values()]
 
 
-def chosen_method(method: str | Mapping[str, Any], others: Mapping[str, Any]) -> Method:
+def chosen_method(
+    method: str | Mapping[str, Any], others: Mapping[str, Any], vae: Any = None
+) -> Method:
     """Return the method that the widgets choose.
 
     Args:
         method: The combo's value: its name, or with its parameters as `DynamicCombo` gives them.
         others: Parameters of all methods by prefixed name, where there is no such combo.
+        vae: VAE that is connected, for the method that encodes images.
     """
     if isinstance(method, str):
         flat = {name.removeprefix("method."): value for name, value in others.items()}
         method = flat | {"method": method}
     make, parameters = METHODS[method["method"]]
+    if make is _training_images:
+        make = partial(make, vae)
     own = {parameter.id: method.get(parameter.id) for parameter in parameters()}
     # A parameter that an API prompt leaves out is absent or None, by version.
     return make(**{key: value for key, value in own.items() if value is not None})
@@ -114,6 +122,18 @@ def _initial_noise(
 ) -> Method:
     target = target_of(target_from, target_quantile, target_norm)
     return InitialNoise(iterations=iterations, learning_rate=learning_rate, **target)
+
+
+def _training_images(
+    vae: Any, folder: str = "", despecification: float = 6.5, repulsion: float = 0.5
+) -> Method:
+    if vae is None:
+        raise ValueError(
+            "The method training images of Memorization Guard encodes the images of a folder: "
+            "connect the model's VAE."
+        )
+    settings = {"despecification": despecification, "repulsion": repulsion}
+    return FolderNeighbours(folder=folder, vae=vae, settings=settings)
 
 
 def _delay_inputs() -> list:
@@ -188,11 +208,31 @@ def _noise_inputs() -> list:
     ]  # fmt: skip
 
 
+def _training_inputs() -> list:
+    return [
+        io.String.Input(
+            "folder", default="", optional=True,
+            tooltip="Folder of training images, absolute or below ComfyUI's input folder, with all "
+            "below it. Captions beside them are not used here; unmemorize mitigate uses them.",
+        ),
+        Number(
+            "despecification", default=6.5, min=0.0, max=100.0, step=0.1,
+            tooltip="How far cfg is reduced: this number times the similarity to the nearest "
+            "training image, 0 to 100, at most down to 1.",
+        ),
+        Number(
+            "repulsion", default=0.5, min=0.0, max=10.0, step=0.05,
+            tooltip="How far away from that image, 0 to 10 as a share of the predicted image.",
+        ),
+    ]  # fmt: skip
+
+
 METHODS: dict[str, tuple[Callable[..., Method], Callable[[], list]]] = {
     "delayed guidance": (partial(DelayedGuidance, mode="dynamic"), _delay_inputs),
     "static delay": (partial(DelayedGuidance, mode="static"), _delay_inputs),
     "opposite guidance": (_opposite, _opposite_inputs),
     "attention": (ComfyAttractionRepulsion, _attention_inputs),
     "initial noise": (_initial_noise, _noise_inputs),
+    "training images": (_training_images, _training_inputs),
 }
 """By the name in the combo: what makes the method, and the parameters that this takes, by id."""

@@ -1,6 +1,7 @@
 """What several nodes have in common: their schema, their inputs, and what these say."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,13 +95,13 @@ def gate_of(choice: str, calibration: Calibration | None) -> Gate:
     return Gate(mode=GATES[choice], calibration=calibration)
 
 
-def target_inputs(**settings: Any) -> list:
+def target_inputs(targets: Sequence[str] = TARGETS, **settings: Any) -> list:
     """Return the inputs of the score at which a search may stop; `settings` go to each."""
     return [
         io.Combo.Input(
             "target_from",
-            options=list(TARGETS),
-            default=TARGETS[0],
+            options=list(targets),
+            default=targets[0],
             tooltip="Where the score to stop at comes from: target_quantile of the calibration's "
             "controls, or target_norm.",
             **settings,

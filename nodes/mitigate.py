@@ -6,10 +6,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..shared.mitigation.embedding import EmbeddingOptimisation
+from ..shared.mitigation.ordinary import OrdinaryEmbedding
 from ..shared.score.calibration import Calibration
 from .engine.mitigating import MitigatedPrompt, mitigate_prompt
-from .inputs import GATES, CalibrationSocket, gate_of, schema, target_inputs, target_of
+from .inputs import GATES, TARGETS, CalibrationSocket, gate_of, schema, target_inputs, target_of
 
+RESIDUAL = "residual"
 OFF = "Off: the gate is set to never, nothing was measured."
 
 
@@ -30,11 +32,16 @@ class MitigateMemorization(io.ComfyNode):
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True
                 ),
                 io.Combo.Input("gate", options=list(GATES), default="auto"),
-                *target_inputs(),
+                *target_inputs((RESIDUAL, *TARGETS)),
                 io.Float.Input(
-                    "learning_rate", default=0.05, min=0.0001, max=1.0, step=0.001, round=0.0001
+                    "learning_rate",
+                    default=OrdinaryEmbedding.learning_rate,
+                    min=0.0001,
+                    max=1.0,
+                    step=0.001,
+                    round=0.0001,
                 ),
-                io.Int.Input("iterations", default=10, min=0, max=500),
+                io.Int.Input("iterations", default=OrdinaryEmbedding.iterations, min=0, max=500),
                 CalibrationSocket.Input("calibration", optional=True),
                 io.Boolean.Input("force", default=False, optional=True),
             ],
@@ -67,18 +74,28 @@ class MitigateMemorization(io.ComfyNode):
         """Decide, and search where the gate lets the prompt through."""
         if gate == "never":
             return io.NodeOutput(positive, OFF, False, math.nan, math.nan)
-        target = target_of(target_from, target_quantile, target_norm)
-        method = EmbeddingOptimisation(learning_rate=learning_rate, iterations=iterations, **target)
+        steps = {"learning_rate": learning_rate, "iterations": iterations}
+        method: EmbeddingOptimisation | OrdinaryEmbedding
+        if target_from == RESIDUAL:
+            method = OrdinaryEmbedding(**steps)
+        else:
+            target = target_of(target_from, target_quantile, target_norm)
+            method = EmbeddingOptimisation(**steps, **target)
         chosen = gate_of(gate, calibration)
         result = mitigate_prompt(
             model, positive, negative, latent, seed, method=method, gate=chosen, force=force
         )
-        before, after = result.optimised.before, result.optimised.after
-        acted = bool(result.optimised.iterations.any())
+        before, after = _measured(result)
         report = _report(result, chosen.threshold)
-        return io.NodeOutput(
-            result.positive, report, acted, float(before.max()), float(after.max())
-        )
+        return io.NodeOutput(result.positive, report, result.acted, before, after)
+
+
+def _measured(result: MitigatedPrompt) -> tuple[float, float]:
+    """Return what the search lowered, before and after: the highest magnitude, or the score."""
+    if result.optimised is not None:
+        return float(result.optimised.before.max()), float(result.optimised.after.max())
+    before = math.nan if result.decision.score is None else result.decision.score
+    return before, before if result.score_after is None else result.score_after
 
 
 def _report(result: MitigatedPrompt, threshold: float | None) -> str:
@@ -89,16 +106,17 @@ def _report(result: MitigatedPrompt, threshold: float | None) -> str:
     )
     if not result.decision.fired:
         lines = [f"Not changed{measured}."]
-    elif not search.iterations.any():
+    elif not result.acted:
         lines = [f"Not changed, already at its target{measured}."]
     else:
-        lines = [f"Changed{measured}."]
-    images = zip(
-        search.before.tolist(), search.after.tolist(), search.iterations.tolist(), strict=True
-    )
-    for number, (before, after, steps) in enumerate(images, 1):
-        came = f" to {after:.4g} in {steps} steps" if steps else ""
-        lines.append(f"image {number}: magnitude at its own noise {before:.4g}{came}")
+        lines = [f"Changed{''.join(f': {each}' for each in result.changes[:1])}{measured}."]
+    if search is not None:
+        images = zip(
+            search.before.tolist(), search.after.tolist(), search.iterations.tolist(), strict=True
+        )
+        for number, (before, after, steps) in enumerate(images, 1):
+            came = f" to {after:.4g} in {steps} steps" if steps else ""
+            lines.append(f"image {number}: magnitude at its own noise {before:.4g}{came}")
     if (after := result.score_after) is not None:
         lines.append(f"The changed prompt scores {after:.4g} at the gate's own noises.")
         if threshold is not None and after > threshold:

@@ -25,7 +25,9 @@ MAY_IMPORT = {  # room: the other rooms, and the outsiders that stay forbidden e
 }
 MAY_IMPORT_INSIDE = {  # folder: the folders of the same room; every other folder imports freely
     "shared/score": {"shared", "shared/files", "shared/score"},
-    "shared/mitigation": {"shared", "shared/files", "shared/score", "shared/mitigation"},
+    "shared/mitigation": {
+        "shared", "shared/files", "shared/score", "shared/words", "shared/mitigation",
+    },
     "audit/common": {"audit/common"},
     "audit/model": {"audit/common", "audit/model"},
     "audit/lora": {"audit/common", "audit/lora"},

@@ -11,17 +11,19 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 from ...shared.files.storage import write_text
 from ...shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
+from ...shared.mitigation.method import Method
 from ...shared.sampling.guard import guard
 from ...shared.score.calibration import Calibration
 from ...shared.words.advice import advise
 from ..common.job import content_key
 from ..common.measure import Bars, complete, silent
 from ..common.result import dumps
-from .comparison import Comparer, comparer_of
+from .comparison import Comparer, Known
 from .images import all_exist, draw_others, sample
 from .inputs import read_inputs
 from .mitigation_page import render_mitigation, write_sheets
@@ -36,6 +38,7 @@ from .mitigation_result import (
     Trial,
     summarize,
 )
+from .mitigation_training import has_training_images, keep_away, known_training, read_training
 from .residual_probe import probe_prompt
 from .result import GeneratedImage, NearestImage
 from .work import Scored, Work, open_work, score
@@ -62,14 +65,25 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         CalibrationMismatch: The given calibration is for another model or setting.
         NotEnoughControls: The controls cannot support the false-positive rate.
     """
-    config = replace(config, methods=chosen_methods(config.methods))
     inputs = read_inputs(config.audit, config.texts, DEMO_PROMPTS)
+    training = has_training_images(config, inputs)
+    config = replace(config, methods=chosen_methods(config.methods, training=training))
     deciding = {name: getattr(config, name) for name in ("gate", "images", "advise", "probe")}
     more = {"work": "mitigation", "methods": list(config.methods), **deciding}
+    if config.training is not None:
+        read = read_training(config.training)
+        more["training"] = [
+            [caption, str(path), path.stat().st_size]
+            for caption, paths in zip(read.prompts, read.images, strict=True)
+            for path in paths
+        ]
     with open_work(config.audit, inputs, bars, more) as work:
         scored = score(work)
-        trials = _sample(work, config, scored.calibration)
-        comparer = comparer_of(work)
+        known = known_training(config, inputs.prompts, work.bars)
+        trials = _sample(work, config, scored.calibration, known)
+        comparer = None
+        if known is not None and len(known.thumbnails) > 1:
+            comparer = Comparer(known, work.job.folder, work.bars)
         others, told = _others(work, trials) if comparer else ([], [])
         trials = _with_nearest(inputs.prompts.prompts, trials, comparer, others)
         rewordings = _reword(work, scored) if config.advise else {}
@@ -84,34 +98,54 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         )  # fmt: skip
         result = MitigationResult(
             config=config, calibration=scored.calibration, entries=entries,
-            summary=summarize(config, scored, entries, told), folder=work.job.folder,
+            summary=summarize(config, scored, entries, told, len(known.captions) if known else 0),
+            folder=work.job.folder,
         )  # fmt: skip
         _write(result)
     return result
 
 
-def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods to compare: the default for none, every one that needs nothing for "all".
+def chosen_methods(names: Sequence[str], *, training: bool = False) -> tuple[str, ...]:
+    """Return the methods to compare: the default for none, every possible one for "all".
+
+    Args:
+        names: Of `METHODS`, or "all".
+        training: Training images are known, which `neighbour` needs.
 
     Raises:
-        ValueError: There is no method of that name, or it needs what a command line cannot give.
+        ValueError: There is no method of that name, or no training images for it.
     """
     if "all" in names:
-        return tuple(name for name in METHODS if name != NearestNeighbour.name)
+        return tuple(name for name in METHODS if training or name != NearestNeighbour.name)
     for name in names:
-        make_method(name)
+        if name != NearestNeighbour.name:
+            make_method(name)
+        elif not training:
+            raise ValueError(
+                f"The method {name!r} keeps away from training images, and none are known: give "
+                "their folder with --training."
+            )
     return tuple(dict.fromkeys(names)) or (DEFAULT,)
 
 
 def _sample(
-    work: Work, config: MitigationConfig, calibration: Calibration
+    work: Work, config: MitigationConfig, calibration: Calibration, known: Known | None
 ) -> list[tuple[Trial, ...]]:
     """Sample every prompt with every method; each trial is stored as soon as it is finished."""
     prompts, methods = work.inputs.prompts.prompts, (UNMITIGATED, *config.methods)
 
+    @cache
+    def made(name: str) -> Method:
+        if name != NearestNeighbour.name:
+            return make_method(name)
+        if known is None:
+            raise ValueError(f"None of the training images for {name!r} can be read.")
+        return keep_away(known, work.subject.denoiser)
+
     def trial(place: tuple[int, str]) -> dict[str, Any]:
         index, method = place
-        return asdict(_trial(work, config, index, method, calibration))
+        acting = None if method == UNMITIGATED else made(method)
+        return asdict(_trial(work, config, index, acting, calibration))
 
     stored = complete(
         work.job.journal("trials"),
@@ -128,13 +162,15 @@ def _sample(
 
 
 def _trial(
-    work: Work, config: MitigationConfig, index: int, method: str, calibration: Calibration
-) -> Trial:
+    work: Work, config: MitigationConfig, index: int, acting: Method | None,
+    calibration: Calibration,
+) -> Trial:  # fmt: skip
     denoiser = work.subject.denoiser
-    sampling = nullcontext()
-    if method != UNMITIGATED:
+    method, sampling = UNMITIGATED, nullcontext()
+    if acting is not None:
+        method = acting.name
         sampling = guard(
-            denoiser.pipeline, method=make_method(method), calibration=calibration,
+            denoiser.pipeline, method=acting, calibration=calibration,
             gate=config.gate, force=work.config.force,
         )  # fmt: skip
     paths = {seed: f"images/{index:05d}-{method}-seed{seed}.png" for seed in range(config.images)}
@@ -147,6 +183,7 @@ def _trial(
     after = [image.score_after for image in guarded if image.score_after is not None]
     return Trial(
         method=method, acted=any(image.fired for image in guarded), seconds=seconds,
+        change=guarded[0].change if guarded else "",
         score_after=statistics.mean(after) if after else None,
         images=tuple(GeneratedImage(path=path, seed=seed, nearest=None)
                      for seed, path in paths.items()),

@@ -30,6 +30,8 @@ def render_mitigation(result: MitigationResult, folder: Path) -> str:
         model=result.summary["model"],
         demo=result.config.audit.model in demo.BUNDLED,
         headline=headline(result),
+        opened=_opened(result),
+        seeds=len(result.calibration.judge.settings.get("seeds", ())),
         cards=[_card(entry, result, embed) for entry in result.entries],
         methods=_methods(result),
         probed=any(entry.residual for entry in result.entries),
@@ -41,6 +43,13 @@ def headline(result: MitigationResult) -> str:
     flagged = result.summary["memorized"]
     prompts = counted(len(result.entries), "prompt", "prompts")
     return f"{flagged or 'None'} of {prompts} scored above the threshold"
+
+
+def _opened(result: MitigationResult) -> list[dict[str, Any]]:
+    """Return the prompts that the gate opened for, highest score first."""
+    entries = [entry for entry in result.entries if any(trial.acted for trial in entry.trials)]
+    entries.sort(key=lambda entry: (-entry.score, entry.index))
+    return [{"prompt": entry.prompt, "score": entry.score} for entry in entries]
 
 
 def _methods(result: MitigationResult) -> list[dict[str, Any]]:
@@ -80,17 +89,19 @@ def _card(entry: MitigationEntry, result: MitigationResult, embed: Embedder) -> 
         "memorized": entry.memorized,
         "ratio": number(entry.score / result.calibration.judge.threshold, 2),
         "rewordings": entry.rewordings,
-        "truth": _truth(entry, embed),
-        "rows": [_row(trial, result.calibration.judge.threshold, embed) for trial in entry.trials],
+        "rows": [_row(trial, entry, result.calibration.judge.threshold, embed)
+                 for trial in entry.trials],
         "residual": _residual(entry, embed),
-    }
+    }  # fmt: skip
 
 
-def _row(trial: Trial, threshold: float, embed: Embedder) -> dict[str, Any]:
+def _row(trial: Trial, entry: MitigationEntry, threshold: float, embed: Embedder) -> dict[str, Any]:
     return {
         "method": _title(trial.method),
         "acted": trial.acted,
         "plain": trial.method == UNMITIGATED,
+        "change": trial.change,
+        "nearest": _nearest(trial, embed) if trial.acted or trial is entry.trials[0] else None,
         "score_after": trial.score_after,
         "still_above": trial.score_after is not None and trial.score_after > threshold,
         **_copies(image.nearest.copied for image in trial.images if image.nearest),
@@ -133,13 +144,17 @@ def _copies(copied: Iterable[bool | None]) -> dict[str, Any]:
     return {"copies": f"{sum(known)} of {len(known)} copied" if known else "", "hot": any(known)}
 
 
-def _truth(entry: MitigationEntry, embed: Embedder) -> dict[str, Any] | None:
-    """Return the training image that sampling as usual came nearest to, if any is known."""
-    nearest = [image.nearest for image in entry.trials[0].images if image.nearest]
+def _nearest(trial: Trial, embed: Embedder) -> dict[str, Any] | None:
+    """Return the training image that one of the images came nearest to, if any is known."""
+    nearest = [image.nearest for image in trial.images if image.nearest]
     if not nearest:
         return None
-    best = min(nearest, key=lambda one: (not one.is_own, one.ratio))
-    return {"uri": embed(best.path), "caption": best.caption, "own": best.is_own}
+    # What stands out most; a copy of another image than the prompt's own counts as much.
+    best = min(nearest, key=lambda one: (not one.copied, one.ratio))
+    return {
+        "uri": embed(best.path), "caption": best.caption, "own": best.is_own,
+        "similarity": number(best.similarity, 2),
+    }  # fmt: skip
 
 
 def write_sheets(result: MitigationResult, folder: Path) -> None:

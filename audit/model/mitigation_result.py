@@ -14,7 +14,7 @@ from .work import Scored
 
 UNMITIGATED = "none"
 """Stands for sampling as usual, with which every method is compared."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of summary.json and the lines of results.jsonl."""
 
 
@@ -36,6 +36,9 @@ class MitigationConfig:
     """Also search for the smallest edits that bring the score under the threshold."""
     probe: bool = False
     """Also run the residual probe on prompts above the threshold whose training image is known."""
+    training: Path | None = None
+    """Folder of training images that all images are compared with and that `neighbour` keeps away
+    from; None for those beside the prompts, and for the demo's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class Trial:
     """Name of the method, `none` for sampling as usual."""
     acted: bool
     """The gate let the method act."""
+    change: str
+    """What the method put in the prompt's place, for people; "" where it says nothing of it."""
     score_after: float | None
     """Score of the conditioning that was sampled with; None where the method leaves it alone."""
     seconds: float
@@ -123,6 +128,7 @@ def summarize(
     scored: Scored,
     entries: Sequence[MitigationEntry],
     told: Sequence[str] = (),
+    compared: int = 0,
 ) -> dict[str, Any]:
     """Return summary.json: per method, how many prompts it acted on, its time, and the copies left.
 
@@ -131,6 +137,7 @@ def summarize(
         scored: The prompts with their scores.
         entries: The prompts with what each method made of them.
         told: About how copies were told, for people.
+        compared: Training images that every image was compared with.
     """
     methods = {}
     for number, way in enumerate((UNMITIGATED, *config.methods)):
@@ -149,8 +156,10 @@ def summarize(
         "memorized": sum(entry.memorized for entry in entries),
         "gate": config.gate,
         "images": config.images,
+        "score": scored.calibration.judge.settings.get("score", "magnitude"),
         "threshold": scored.calibration.judge.threshold,
         "methods": methods,
+        "training_images": compared,
         "settings": settings(config.audit),
         "caveats": [*scored.caveats, *told],
         "versions": versions(),

@@ -27,6 +27,7 @@ from .damped_attention import ComfyTwoForces
 from .measuring import live_progress
 from .mitigating import PROMPT, applied_gate, gate_rows, start_of
 from .model_identity import weights_sha256
+from .neighbours import FolderNeighbours
 from .watching import begins_at_noise, places, watch
 
 log = logging.getLogger(__name__)
@@ -68,15 +69,18 @@ def guard(
         force: Use a calibration that does not fit.
     """
     run: GuardedSampling | None = None
+    acting = method
     decided: tuple[GuardedImage, ...] = ()
     weights = ""
     guarded, record = watch(model, guarded=lambda: decided)
 
     def on_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal decided, weights
+        nonlocal acting, decided, weights
         guider, decided = executor.class_obj, ()
         if empty:
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
+        if isinstance(method, FolderNeighbours):  # its VAE is loaded before the model
+            acting = method.at(guider.model_patcher, tuple(args[0].shape[1:]))
         if gate.calibration is not None:
             weights = weights_sha256(guider.model_patcher)
         return executor(*args, **kwargs)
@@ -92,7 +96,7 @@ def guard(
         **kwargs: Any,
     ) -> Tensor:
         nonlocal run, decided
-        run = GuardedSampling(guider, method, empty=EMPTY if empty else "negative")
+        run = GuardedSampling(guider, acting, empty=EMPTY if empty else "negative")
         try:
             options = extra_args["model_options"]
             noise = run.start(gate, sigmas, options, noise, weights=weights, force=force)
@@ -168,7 +172,7 @@ class GuardedSampling:
         (decision,) = applied.decide(denoiser.encode([PROMPT]))
         if decision.fired:
             with denoiser.with_gradients() as ours:
-                start = start_of(ours, gate, noise)
+                start = start_of(ours, applied, noise)
                 self.mitigation = self.method.start(start)
                 noise = _noise_of(self.mitigation, start, noise)
         self.images = self._record(decision, gate, len(noise))

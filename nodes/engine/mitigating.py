@@ -16,6 +16,7 @@ from ...shared.mitigation.embedding import EmbeddingOptimisation
 from ...shared.mitigation.gate import AppliedGate, Decision, Gate
 from ...shared.mitigation.method import Start
 from ...shared.mitigation.optimisation import Optimised
+from ...shared.mitigation.ordinary import OrdinaryEmbedding
 from .comfy_denoiser import ModelDenoiser, Prompt
 from .measuring import caveat_of, with_denoiser
 from .model_identity import settings, weights_sha256
@@ -36,12 +37,23 @@ class MitigatedPrompt:
     positive: list
     """CONDITIONING; the very one that came in where nothing was changed."""
     decision: Decision
-    optimised: Optimised
-    """The search, one embedding per image of the batch."""
+    optimised: Optimised | None
+    """The search by magnitude, one embedding per image of the batch; None of one by residual."""
+    changes: tuple[str, ...]
+    """What was changed, for people, one per image; of the search by residual alone."""
     score_after: float | None
     """At the gate's noises, mean over the embeddings of the batch; None if nothing was changed."""
     caveat: str
     """Why the calibration does not fit, "" where it does."""
+
+    @property
+    def acted(self) -> bool:
+        """Return whether the prompt was changed."""
+        return (
+            self.score_after is not None
+            if self.optimised is None
+            else bool(self.optimised.iterations.any())
+        )
 
 
 def mitigate_prompt(
@@ -51,7 +63,7 @@ def mitigate_prompt(
     latent: Mapping[str, Any],
     seed: int,
     *,
-    method: EmbeddingOptimisation,
+    method: EmbeddingOptimisation | OrdinaryEmbedding,
     gate: Gate,
     force: bool,
 ) -> MitigatedPrompt:
@@ -63,7 +75,7 @@ def mitigate_prompt(
         negative: CONDITIONING that scores are measured against.
         latent: LATENT that the sampler will get; each image of its batch gets its own embedding.
         seed: Of the sampler: the search is at the very noise that sampling begins with.
-        method: How to search.
+        method: How to search; by magnitude it also measures where the gate is shut.
         gate: Whether to search.
         force: Use a calibration that does not fit.
 
@@ -85,23 +97,28 @@ def mitigate_prompt(
         (decision,) = applied.decide(cond)
         like = torch.zeros(images, *denoiser.latent_shape)
         noise = comfy.sample.prepare_noise(like, seed, latent.get("batch_index"))
+        by_residual = isinstance(method, OrdinaryEmbedding)
         # With no steps to make it only measures.
-        chosen = method if decision.fired else replace(method, iterations=0, target=0.0)
+        still = {"iterations": 0} if by_residual else {"iterations": 0, "target": 0.0}
+        chosen = method if decision.fired else replace(method, **still)
         with denoiser.with_gradients() as ours:
-            optimised = chosen.start(start_of(ours, gate, noise))
-        changed = bool(optimised.iterations.any())
-        scores = applied.scores(optimised.cond) if changed else None
-        embeddings = optimised.cond.embeddings.to(text)
+            found = chosen.start(start_of(ours, applied, noise))
+        assert found.cond is not None  # both searches give embeddings
+        changed = not torch.equal(found.cond.embeddings, cond.embeddings[[0] * images])
+        scores = applied.scores(found.cond) if changed else None
+        embeddings = found.cond.embeddings.to(text)
         return MitigatedPrompt(
             positive=[[embeddings, further], *others] if changed else positive,
             decision=decision,
-            optimised=optimised,
+            optimised=found if isinstance(found, Optimised) else None,
+            changes=found.changes if changed else (),
             score_after=sum(scores) / len(scores) if scores else None,
             caveat=caveat,
         )
 
     prompts = {PROMPT: Prompt(entries=positive)}
-    rows = gate_rows(gate) * (1 + images) + images * (2 + method.iterations)
+    searched = len(gate.config.seeds) if isinstance(method, OrdinaryEmbedding) else images
+    rows = gate_rows(gate) * (1 + images) + images + searched * (1 + method.iterations)
     return with_denoiser(model, prompts, negative, latent, work, forward_rows=rows)
 
 
@@ -134,14 +151,17 @@ def applied_gate(
     return AppliedGate(gate, denoiser), caveat
 
 
-def start_of(denoiser: ModelDenoiser, gate: Gate, noise: Float[Tensor, " image *latent"]) -> Start:
+def start_of(
+    denoiser: ModelDenoiser, applied: AppliedGate, noise: Float[Tensor, " image *latent"]
+) -> Start:
     """Return a sampling run before its first step, at the first level that the gate measures at.
 
     Args:
         denoiser: With the prompt under the name `PROMPT`, and with gradients.
-        gate: Its calibration may give a target.
+        applied: After its decision; its calibration may give a target.
         noise: Of unit variance.
     """
+    gate, noises = applied.gate, applied.noises()
     rows, sigma = [0] * len(noise), denoiser.sigmas(gate.config.schedule_steps)[0]
     x = noise.to(denoiser.device) * denoiser.noise_scale(sigma)
     with torch.no_grad():
@@ -155,4 +175,5 @@ def start_of(denoiser: ModelDenoiser, gate: Gate, noise: Float[Tensor, " image *
         generator=torch.Generator("cpu").manual_seed(0),
         calibration=gate.calibration,
         network=denoiser.network.diffusion_model,
+        noises=noises and replace(noises, denoiser=denoiser),
     )

@@ -1,4 +1,4 @@
-"""Every published way of mitigating while sampling, behind one interface."""
+"""Every way of mitigating while sampling, the published ones among them, behind one interface."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -9,11 +9,15 @@ from .embedding import EmbeddingOptimisation
 from .initial_noise import InitialNoise
 from .method import Method
 from .neighbour import NearestNeighbour
+from .ordinary import OrdinaryEmbedding
 from .random_words import RandomInsertion
+from .reword import Reword
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Reword,
+        OrdinaryEmbedding,
         EmbeddingOptimisation,
         DelayedGuidance,
         InitialNoise,
@@ -23,7 +27,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 """By the name that users give."""
-DEFAULT = EmbeddingOptimisation.name
+DEFAULT = Reword.name
 """What acts where nobody chose."""
 
 

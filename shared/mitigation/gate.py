@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..arrays import Float, Tensor
 from ..score.calibration import Calibration, settings_of
 from ..score.config import DetectionConfig
+from ..score.control_basis import ControlBasis
 from ..score.denoiser import Conditioning, Denoiser
 from ..score.trajectory import Trajectory
 
@@ -108,6 +110,26 @@ class GuardedImage:
     """|D| at the noise the method put in its place, with the conditioning of the run."""
     method: str | None = None
     """Name of the method; None when it did not act."""
+    change: str = ""
+    """What the method put in the prompt's place, for people; "" where it says nothing of it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredNoises:
+    """Where a residual scores prompts: its starting noises, and the levels that are told."""
+
+    denoiser: Denoiser
+    """The network at the calibration's size."""
+    basis: ControlBasis
+    """Of the controls, on the network's device."""
+    told: tuple[int, ...]
+    """[seed] Step of the schedule; noises of one step share a pass."""
+    sigmas: Float[Tensor, " seed"]
+    """Levels that the network is told."""
+    x: Float[Tensor, " seed *latent"]
+    """Pure noise."""
+    x0_uncond: Float[Tensor, " seed *latent"]
+    """Predicted from the empty prompt."""
 
 
 class AppliedGate:
@@ -146,17 +168,44 @@ class AppliedGate:
         keys = [_content(cond, row) for row in range(len(cond))]
         new = {key: row for row, key in enumerate(keys) if key not in self._scores}
         if new:
-            rows, config = list(new.values()), self.gate.config
-            seeds = len(config.seeds)
-            if self._trajectory is None:
-                basis = self.gate.calibration.judge.basis
-                self._trajectory = Trajectory(self.denoiser, config, basis)
+            rows, seeds = list(new.values()), len(self.gate.config.seeds)
             texts = prompts or ["given as embeddings"] * len(cond)
             every = [row for row in rows for _ in range(seeds)]
-            traces = self._trajectory.traces(texts, cond, every, [*range(seeds)] * len(rows))
+            traces = self._prepared(self.gate.calibration).traces(
+                texts, cond, every, [*range(seeds)] * len(rows)
+            )
             means = traces.mean(1).view(len(rows), seeds).mean(1)
             self._scores.update(zip(new, means.tolist(), strict=True))
         return tuple(self._scores[key] for key in keys)
+
+    def noises(self) -> ScoredNoises | None:
+        """Return where prompts are scored, in tensors that autograd accepts; None of magnitudes.
+
+        Called outside inference mode. It computes nothing if a prompt was scored before.
+        """
+        calibration = self.gate.calibration
+        if calibration is None or calibration.judge.basis is None:
+            return None
+        prepared = self._prepared(calibration)
+        assert prepared.basis is not None  # the calibration's
+        basis = replace(
+            prepared.basis,
+            mean=prepared.basis.mean.clone(), directions=prepared.basis.directions.clone(),
+        )  # fmt: skip
+        return ScoredNoises(
+            denoiser=self.denoiser,
+            basis=basis,
+            told=prepared.told,
+            sigmas=prepared.sigmas[list(prepared.told)].clone(),
+            x=prepared.noise.clone(),
+            x0_uncond=prepared.x0_uncond.clone(),
+        )
+
+    def _prepared(self, calibration: Calibration) -> Trajectory:
+        """Return what all scores share, computed with the first."""
+        if self._trajectory is None:
+            self._trajectory = Trajectory(self.denoiser, self.gate.config, calibration.judge.basis)
+        return self._trajectory
 
 
 def _content(cond: Conditioning, row: int) -> bytes:

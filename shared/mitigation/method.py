@@ -5,7 +5,7 @@ the guided prediction. It knows a `Denoiser` and tensors, never a host; the host
 images whose prompts the gate let through.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning, Denoiser
+from .gate import ScoredNoises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class Start:
     """Of this model; None when the gate needs none."""
     network: nn.Module | None = None
     """For methods that change attention; None where a host cannot hand it out."""
+    noises: ScoredNoises | None = None
+    """Where the calibration scores prompts; None where it does so by magnitudes."""
+    score: Callable[[Conditioning], Sequence[float] | None] | None = None
+    """Of rows, as the gate scores them; None without a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,9 @@ class Step:
     """1.0 is no guidance."""
     magnitude: Tensor
     """[image] |D|, L2 norm in the units of the score."""
-    predict: Callable[[], Tensor]
-    """One more pass of the conditional rows at this x, [image *latent]."""
+    predict: Callable[..., Tensor]
+    """One more pass of the conditional rows at this x, [image *latent]; given a `Conditioning` of
+    the run's denoiser, one row per image, from that in the prompts' place."""
     to_x0: Callable[[Tensor], Tensor]
     """From a prediction at this x to the clean latents it stands for."""
     from_x0: Callable[[Tensor], Tensor]
@@ -78,7 +84,15 @@ class Step:
 class Mitigation:
     """What a method does to one run; the base class changes nothing."""
 
-    def __init__(self, *, cond: Conditioning | None = None, x: Tensor | None = None):
+    def __init__(
+        self,
+        *,
+        cond: Conditioning | None = None,
+        x: Tensor | None = None,
+        changes: tuple[str, ...] = (),
+    ):
+        self.changes = changes
+        """What stands in a prompt's place, for people, one per image; none for nothing to say."""
         self.cond = cond
         """Replaces the conditioning of the whole run, one row per image; None keeps it."""
         self.x = x

@@ -4,7 +4,7 @@ AMG (anti-memorization guidance), Chen, Liu and Xu, CVPR 2024, arXiv:2404.00922.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..arrays import Float, Tensor, widened
+from ..score.denoiser import Conditioning, Denoiser, concatenate
 from .method import Method, Mitigation, Start, Step
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +42,10 @@ class NearestNeighbour(Method):
     latents: Tensor
     """[image *latent] the training images as the autoencoder encodes them, in the scale that the
     network works in; all of them are kept on its device."""
+    captions: tuple[str, ...] = ()
+    """One per image, "" where it is not known; none for none. Guidance also goes away from the
+    caption of the image that is too near (paper: caption deduplication, G_dup), which takes one
+    more pass. Needs a host that encodes text."""
     similarity: Similarity = cosine
     """What near means."""
     bound_start: float = 0.5
@@ -51,6 +56,10 @@ class NearestNeighbour(Method):
     despecification: float = 6.5
     """c_1, at least 0: guidance is reduced by c_1 times the similarity, at most to 1.0 (paper,
     Eq. 13; it gives no value; 6.5 undoes all of 7.5 at similarity 1)."""
+    deduplication: float = 6.5
+    """c_2, at least 0: how far guidance goes away from the neighbour's caption, c_2 times the
+    similarity, at most what the reduction by c_1 has left above 1.0 (paper, Eqs. 15 and 16; it
+    gives no value)."""
     repulsion: float = 0.5
     """c_3, at least 0: length of the step away, as a share of the norm of the predicted latents
     (paper, Eq. 17, in other units; it gives no value)."""
@@ -66,7 +75,12 @@ class NearestNeighbour(Method):
         for name in ("bound_start", "bound_end"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
-        for name in ("despecification", "repulsion"):
+        if self.captions and len(self.captions) != len(self.latents):
+            raise ValueError(
+                f"`captions` must hold one per image, {len(self.latents)}, or none, got "
+                f"{len(self.captions)}."
+            )
+        for name in ("despecification", "deduplication", "repulsion"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
@@ -85,46 +99,67 @@ class NearestNeighbour(Method):
                 f"The training latents have shape {tuple(self.latents.shape[1:])}, the run's "
                 f"{tuple(start.x.shape[1:])}: encode the images at the resolution of the run."
             )
-        return KeepAway(self, start.x.device)
+        return KeepAway(self, start.denoiser, start.x.device)
 
 
 class KeepAway(Mitigation):
     """The training images on the device of one run."""
 
-    def __init__(self, settings: NearestNeighbour, device: torch.device):
+    def __init__(self, settings: NearestNeighbour, denoiser: Denoiser, device: torch.device):
         super().__init__()
-        self.settings = settings
+        self.settings, self.denoiser = settings, denoiser
+        self._captions: dict[str, Conditioning] = {}  # as they come near
         with torch.inference_mode(False):  # a copy that autograd accepts
             self.latents = settings.latents.detach().to(device, copy=True)
 
     def guide(self, step: Step) -> Tensor | None:
         """Return the prediction of images that come too near; None when none does."""
         settings = self.settings
-        if settings.despecification == 0 and settings.repulsion == 0:
+        if not (settings.despecification or settings.repulsion or self._deduplicates):
             return None
         guided = step.guided()
-        near = self._nearest(widened(step.to_x0(guided)))
+        near, images = self._nearest(widened(step.to_x0(guided)))
         too_near = near > settings.bound(step.percent)
         if not too_near.any():
             return None
         column = [-1, *[1] * (guided.ndim - 1)]
         # Eqs. 13 and 14: s_1 = max(min(c_1 sigma_t, s_0 - 1), 0), minus s_1 D.
         most = max(step.cond_scale - 1, 0.0)
-        scale = step.cond_scale - (settings.despecification * near).clamp(0, most)
-        milder = step.uncond + scale.to(guided.dtype).view(column) * (step.cond - step.uncond)
+        less = (settings.despecification * near).clamp(0, most)
+        scale = (step.cond_scale - less).to(guided.dtype).view(column)
+        milder = step.uncond + scale * (step.cond - step.uncond)
+        if self._deduplicates:
+            # Eqs. 15 and 16: s_2 = max(min(c_2 sigma_t, s_0 - s_1 - 1), 0), minus s_2 D of its
+            # caption.
+            away = (settings.deduplication * near).clamp(min=0).minimum(most - less)
+            captions = [settings.captions[image] for image in images.tolist()]
+            away = away * torch.tensor([bool(text) for text in captions], device=away.device)
+            theirs = step.predict(self._encoded(captions)) - step.uncond
+            milder = milder - away.to(guided.dtype).view(column) * theirs
         if settings.repulsion > 0:
             milder = step.from_x0(self._away(widened(step.to_x0(milder)))).to(guided.dtype)
         return torch.where(too_near.view(column), milder, guided)
 
-    def _nearest(self, x0: Tensor) -> Tensor:
-        """Return the similarity of each image with its nearest training image, [image]."""
-        return self.settings.similarity(x0, self.latents.to(x0.dtype)).amax(1)
+    @property
+    def _deduplicates(self) -> bool:
+        return self.settings.deduplication > 0 and any(self.settings.captions)
+
+    def _encoded(self, captions: Sequence[str]) -> Conditioning:
+        """Return captions as the network reads them, each encoded once."""
+        for text in captions:
+            if text not in self._captions:
+                self._captions[text] = self.denoiser.encode([text])
+        return concatenate([self._captions[text] for text in captions])
+
+    def _nearest(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the similarity of each image with its nearest training image, and which it is."""
+        return self.settings.similarity(x0, self.latents.to(x0.dtype)).max(1)
 
     def _away(self, x0: Tensor) -> Tensor:
         """Return clean latents moved down the gradient of the similarity (Eq. 17, modified)."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x0.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._nearest(leaf).sum(), leaf)
+            (gradient,) = torch.autograd.grad(self._nearest(leaf)[0].sum(), leaf)
         length = self.settings.repulsion * x0.flatten(1).norm(dim=1)
         direction = normalize(gradient.flatten(1), dim=1).view_as(x0)
         return x0 - length.view(-1, *[1] * (x0.ndim - 1)) * direction

@@ -202,6 +202,7 @@ class PipelineGuard(Follower):
             prompts=prompts,
             seed=self.seed,
             calibration=calibration,
+            gate=self.applied,
         )
         with unfollowed():
             return self._measure(run.mitigation, start, prompts)
@@ -214,6 +215,8 @@ class PipelineGuard(Follower):
         cond = mitigation.cond or start.cond
         if mitigation.cond is not None and (scores := self.applied.scores(cond, prompts)):
             measured = [{"score_after": score} for score in scores]
+        for fields, change in zip(measured, mitigation.changes, strict=False):
+            fields["change"] = change
         if mitigation.x is not None:
             x, empty = mitigation.x.detach(), self.empty[[0] * len(start.cond)]
             before = _magnitude(start, start.x0_uncond, start.x, start.cond)

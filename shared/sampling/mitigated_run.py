@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..mitigation.gate import AppliedGate
 from ..mitigation.method import Method, Mitigation, Start, Step
 from ..models.adapter import PipelineDenoiser
 from ..patching import patched
@@ -57,6 +58,7 @@ class MitigatedRun:
         prompts: tuple[str, ...],
         seed: int,
         calibration: Calibration | None,
+        gate: AppliedGate,
     ) -> Start:
         """Let the method act on the first call, and return the start that it was given.
 
@@ -81,6 +83,8 @@ class MitigatedRun:
                 prompts=prompts,
                 calibration=calibration,
                 network=self.family.network,
+                noises=gate.noises(),
+                score=gate.scores if calibration is not None else None,
             )
             with torch.enable_grad():
                 self.mitigation = method.start(start)
@@ -162,9 +166,7 @@ class MitigatedRun:
                 uncond=uncond,
                 cond_scale=self._cond_scale(),
                 magnitude=text_noise_norm(cond, uncond) * unit,
-                predict=lambda: self.family.unpack(
-                    prediction_of(network(*call.args, **call.kwargs))
-                ),
+                predict=lambda cond=None: self._predict(network, call, cond),
                 to_x0=lambda prediction: x0_from_output(
                     parametrization, x, sigma, prediction.float()
                 ),
@@ -177,6 +179,14 @@ class MitigatedRun:
             if guided.shape != cond.shape:
                 raise ValueError(_misfit("a guided prediction", guided, cond))
             return self.family.pack(guided)
+
+    def _predict(
+        self, network: Callable[..., Any], call: NetworkCall, cond: Conditioning | None
+    ) -> Tensor:
+        """Return one more prediction for the rows of `call`, from other text if it is given."""
+        if cond is not None:
+            call = call.with_conditioning(range(len(call.latents)), cond)
+        return self.family.unpack(prediction_of(network(*call.args, **call.kwargs)))
 
     def _at(self, call: NetworkCall) -> tuple[int | None, int | None]:
         """Return where the rows of the prompts and of the negatives begin; None: not in there."""

@@ -7,6 +7,7 @@ from comfyui import newest, node, pack
 from demo_side import denoiser
 from mitigated_prompts import calibrated, memorized, ordinary, sampler
 from test_cancel import demo
+from unmemorize import demo as demo_images
 from unmemorize.shared.mitigation.attention import cross_attention, damped
 from unmemorize.shared.mitigation.initial_noise import InitialNoise
 from unmemorize.shared.mitigation.method import Start
@@ -310,3 +311,43 @@ def test_a_calibration_of_another_negative_is_refused(comfy):
     assert "negative: calibrated" in refused.error
     graph["guard"]["inputs"]["negative"] = ["empty", 0]
     comfy.run(graph, keep={"latent": ["sampler", 0]})
+
+
+def beside_a_folder(folder: str, vae: bool, prompt: str) -> dict:
+    """Sample the demo with and without the guard away from a folder; return both latents."""
+    import nodes as comfyui_nodes
+
+    with torch.inference_mode():
+        load = pack("nodes.load_demo").LoadDemoModel.execute().result
+        model, clip, autoencoder = load[:3]
+        encode = pack("nodes.engine.measuring").encoded
+        positive, negative = (encode(clip, text) for text in (prompt, ""))
+        result = (
+            pack("nodes.guard")
+            .MemorizationGuard.execute(
+                model=model, gate="always", vae=autoencoder if vae else None,
+                method={"method": "training images", "folder": folder},
+            ).result
+        )  # fmt: skip
+        sampled = [
+            comfyui_nodes.common_ksampler(
+                each, seed=1, steps=STEPS, cfg=CFG, sampler_name="euler", scheduler="normal",
+                positive=positive, negative=negative,
+                latent={"samples": torch.zeros(1, 4, 16, 16)},
+            )[0]["samples"]
+            for each in (model, result[0])
+        ]  # fmt: skip
+    return {"plain": sampled[0], "guarded": sampled[1]}
+
+
+@newest
+def test_a_folder_of_training_images_is_kept_away_from(comfy, tmp_path):
+    with pytest.raises(AssertionError, match="There is no folder"):
+        comfy.call(beside_a_folder, str(tmp_path / "absent"), True, "")
+    with pytest.raises(AssertionError, match="holds no images"):
+        comfy.call(beside_a_folder, str(tmp_path), True, "")
+    with pytest.raises(AssertionError, match="connect the model's VAE"):
+        comfy.call(beside_a_folder, str(tmp_path), False, "")
+    demo_images.training_image(memorized()).save(tmp_path / "one.png")
+    found = comfy.call(beside_a_folder, str(tmp_path), True, memorized())
+    assert np.abs(found["guarded"] - found["plain"]).max() > 0.1

@@ -61,6 +61,21 @@ def test_only_what_the_gate_lets_through_is_changed_and_falls_to_the_target(comf
     assert np.abs(np.subtract(*changed)).max() > 0.1
 
 
+def test_by_residual_the_score_falls_and_the_rest_stays(comfy):
+    graph = calibrated()
+    changes = {"target_from": "residual", "learning_rate": 0.1, "iterations": 20}
+    for name in ("memorized", "ordinary"):
+        graph[f"mitigate {name}"] = mitigate(name, **changes)
+    keep = {output: ["mitigate memorized", i] for i, output in enumerate(OUTPUTS)}
+    run = comfy.run(graph, keep=keep | {"shut": ["mitigate ordinary", 2]})
+    assert run["shut"] is False
+    assert run["acted"] is True
+    judge = Calibration.load(comfy.base / "models" / "unmemorize" / "demo.json").judge
+    assert run["after"] < judge.threshold < run["before"]
+    assert run["report"].startswith("Changed: the embedding in ")
+    assert f"scores {run['after']:.4g} at the gate's own noises" in run["report"]
+
+
 def executed(kind: str, batch: int, prompt: str, changes: dict) -> dict:
     """Run the node on the demo or a toy network; return its outputs and what it left alone."""
     from tiny_networks import tiny_conditioning, tiny_model

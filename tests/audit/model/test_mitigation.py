@@ -23,7 +23,7 @@ def mitigation(config, captions, tmp_path_factory) -> MitigationConfig:
             false_positive_rate=0.08,
         ),
         texts=(captions["verbatim"][0], captions["held_out"][12], MARKUP),
-        methods=("embedding", "random_words"),
+        methods=(DEFAULT, "random_words"),
         images=1,
     )
 
@@ -49,10 +49,9 @@ def test_acts_above_the_threshold_and_leaves_the_rest_bit_by_bit(done):
             assert (difference.getbbox() is not None) == trial.acted
         # The gate decides as the verdict does.
         assert {trial.acted for trial in entry.trials[1:]} == {entry.memorized}
-    embedding = memorized.trials[1]
-    assert done.calibration.judge.threshold < memorized.score
-    # The method lowers the magnitude; the residual, by which the gate judges, falls with it.
-    assert embedding.score_after < 0.7 * memorized.score
+    default = memorized.trials[1]
+    assert default.score_after <= done.calibration.judge.threshold < memorized.score
+    assert default.change
 
 
 def test_rewordings_are_verified_and_only_for_what_is_above(done):
@@ -67,8 +66,8 @@ def test_everything_is_written_and_escaped(done):
     folder, summary = done.folder, done.summary
     assert len(lines(folder)) == len(done.entries)
     assert json.loads((folder / "summary.json").read_text("utf-8")) == finite(summary)
-    assert set(summary["methods"]) == {UNMITIGATED, "embedding", "random_words"}
-    assert 1 <= summary["methods"]["embedding"]["acted_on"] <= 2
+    assert set(summary["methods"]) == {UNMITIGATED, DEFAULT, "random_words"}
+    assert 1 <= summary["methods"][DEFAULT]["acted_on"] <= 2
     page = (folder / "mitigation.html").read_text("utf-8")
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -100,7 +99,9 @@ def test_methods_by_name():
     assert chosen_methods(()) == (DEFAULT,)
     assert chosen_methods(("random_words", "random_words")) == ("random_words",)
     assert set(chosen_methods(("all",))) == set(METHODS) - {"neighbour"}
+    assert set(chosen_methods(("all",), training=True)) == set(METHODS)
+    assert chosen_methods(("neighbour",), training=True) == ("neighbour",)
     with pytest.raises(ValueError, match="There is no method 'none'"):
         chosen_methods(("none",))
-    with pytest.raises(ValueError, match="needs latents"):
+    with pytest.raises(ValueError, match="give their folder with --training"):
         chosen_methods(("neighbour",))

@@ -16,7 +16,7 @@ from unmemorize.audit.model.mitigation_result import (
     Search,
     Trial,
 )
-from unmemorize.audit.model.result import GeneratedImage
+from unmemorize.audit.model.result import GeneratedImage, NearestImage
 from unmemorize.shared.score.calibration import Calibration
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
@@ -40,6 +40,7 @@ def result(tmp_path):
             index=index, prompt=prompt, score=3.0 - 2 * index, memorized=index == 0,
             trials=tuple(
                 Trial(method=way, acted=way != UNMITIGATED and index == 0, score_after=None,
+                      change=f'{HOSTILE} dropped' if index == 0 and way != UNMITIGATED else '',
                       seconds=1.0 + number, images=images)
                 for number, way in enumerate((UNMITIGATED, *METHODS))
             ),
@@ -63,7 +64,8 @@ def result(tmp_path):
         config=MitigationConfig(audit=AuditConfig(model="models/mine"), methods=METHODS),
         calibration=calibration, entries=entries, folder=tmp_path,
         summary={"schema_version": 1, "model": model, "prompts": 2, "memorized": 1,
-                 "gate": "calibrated", "images": 2, "threshold": 2.0, "methods": methods,
+                 "gate": "calibrated", "images": 2, "score": "residual", "threshold": 2.0,
+                 "methods": methods, "training_images": 40,
                  "settings": {}, "caveats": [HOSTILE], "versions": {}},
     )  # fmt: skip
 
@@ -114,3 +116,29 @@ def test_a_prompt_that_is_still_above_the_threshold_is_marked(result, after, sai
     changed = dataclasses.replace(result, entries=entries)
     page = render_mitigation(changed, result.folder)
     assert page.count("still above the threshold") == said
+
+
+def test_it_tells_what_was_acted_on_by_which_score_and_what_became_of_it(result):
+    first, second = result.entries
+
+    def seen(trial, similarity, copied):
+        nearest = NearestImage(
+            path="images/1.png", caption="a caption of another", similarity=similarity, ratio=0.2,
+            own_ratio=None, is_own=False, copied=copied,
+        )  # fmt: skip
+        images = tuple(dataclasses.replace(image, nearest=nearest) for image in trial.images)
+        return dataclasses.replace(trial, images=images)
+
+    plain, acted, rest = first.trials
+    acted = dataclasses.replace(acted, score_after=1.25, change="drop “owl”: “on dots”")
+    trials = (seen(plain, 0.97, True), seen(acted, 0.61, False), rest)
+    entries = (dataclasses.replace(first, trials=trials), second)
+    page = render_mitigation(dataclasses.replace(result, entries=entries), result.folder)
+    assert "The gate opened for 1 of 2" in page
+    assert "by the residual score" in page
+    assert "above the threshold 2" in page
+    assert "score 3 before, <b>1.25</b> after" in page
+    assert "drop “owl”: “on dots”" in page
+    assert page.count("nearest of 40 training images") == 2  # before and after
+    assert page.index("0.97") < page.index("0.61")
+    assert page.count("a caption of another") == 2

@@ -27,7 +27,9 @@ def test_settings_arrive():
 
 
 def test_unknown_names_and_settings_are_listed():
-    with pytest.raises(ValueError, match=r"no method 'magic'; choose one of embedding, delayed_"):
+    with pytest.raises(
+        ValueError, match=r"no method 'magic'; choose one of reword, ordinary, embedding"
+    ):
         make_method("magic")
     with pytest.raises(ValueError, match=r"'attention' has no setting beta, gamma; it has alpha,"):
         make_method("attention", gamma=1.0, beta=1.0)

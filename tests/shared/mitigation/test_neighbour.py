@@ -1,6 +1,7 @@
 """Keeping away from training images: when it acts, how far it goes, whom it leaves alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def near(step, image: int, noise: float = 0.5) -> torch.Tensor:
 
 
 def guide(step, latents=LATENTS, **settings):
-    return KeepAway(NearestNeighbour(latents=latents, **settings), CPU).guide(step)
+    method = NearestNeighbour(latents=latents, **settings)
+    return KeepAway(method, wide_toy(), CPU).guide(step)
 
 
 def test_cosine_is_the_slow_one():
@@ -76,6 +78,35 @@ def test_guidance_is_reduced_as_in_equation_13():
     for c1, reduced in ((2.0, 2 * s), (50.0, 6.5)):
         found = guide(step, latents, despecification=c1, repulsion=0.0)
         torch.testing.assert_close(found[1], step.guided(7.5 - reduced)[1])
+
+
+def test_guidance_leaves_the_neighbours_caption_as_in_equation_15():
+    step, denoiser = step_of(), wide_toy()
+    latents, asked = near(step, 1), []
+    s = similarity(step, step.guided(), latents)[1].item()
+    theirs = seeded(3, 4, 8, 8, seed=50)
+
+    def predict(cond):
+        asked.append(cond.embeddings)
+        return theirs
+
+    step = replace(step, predict=predict)
+    captions = (*("far",) * 5, "near")
+    for c2, less in ((1.0, s), (50.0, 6.5 - 2 * s)):
+        method = NearestNeighbour(
+            latents=latents, captions=captions, despecification=2.0, deduplication=c2, repulsion=0.0
+        )
+        found = KeepAway(method, denoiser, CPU).guide(step)
+        # Eqs. 13 to 16 at once; guidance never falls below 1.
+        expected = step.guided(7.5 - 2 * s)[1] - less * (theirs - step.uncond)[1]
+        torch.testing.assert_close(found[1], expected)
+        assert torch.equal(found[[0, 2]], step.guided()[[0, 2]])
+        torch.testing.assert_close(asked[-1][[1]], denoiser.encode(["near"]).embeddings)
+    unknown = replace(method, captions=("far",) * 5 + ("",))
+    found = KeepAway(unknown, denoiser, CPU).guide(step)
+    torch.testing.assert_close(found[1], step.guided(7.5 - 2 * s)[1])
+    with pytest.raises(ValueError, match=r"`captions` must hold one per image, 6, or none, got 2"):
+        NearestNeighbour(latents=latents, captions=("one", "two"))
 
 
 def test_without_guidance_there_is_nothing_to_reduce():

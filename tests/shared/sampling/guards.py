@@ -137,7 +137,10 @@ def rewording() -> Scripted:
     def begin(start: Start) -> Mitigation:
         # All are encoded together, as the pipeline would: the bits depend on the batch.
         cond = start.denoiser.encode(OTHERS)
-        return Mitigation(cond=cond[[PROMPTS.index(prompt) for prompt in start.prompts]])
+        return Mitigation(
+            cond=cond[[PROMPTS.index(prompt) for prompt in start.prompts]],
+            changes=tuple(f"now {REWORDED[prompt]}" for prompt in start.prompts),
+        )
 
     return Scripted(begin)
 

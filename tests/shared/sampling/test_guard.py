@@ -98,6 +98,7 @@ def test_other_embeddings_give_the_images_of_the_other_prompts(pipeline):
     found = [i.score_before for i in images] + [i.score_after for i in images]
     torch.testing.assert_close(torch.tensor(found).double(), scores, rtol=1e-4, atol=1e-6)
     assert images[0].noise_before is None
+    assert [image.change for image in images] == [f"now {prompt}" for prompt in OTHERS]
     torch.testing.assert_close(run(pipeline), plain, rtol=0, atol=0)
 
 

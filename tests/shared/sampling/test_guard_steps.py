@@ -189,10 +189,12 @@ def test_the_start_does_not_depend_on_the_scheduler(spacing):
 
 def test_what_a_step_says(pipeline):
     """Against the denoiser, and against what an observer measures."""
-    method, predicted = Scripted(), []
+    method, predicted, from_empty = Scripted(), [], []
+    nothing = PipelineDenoiser(pipeline).unconditional()[[0, 0]]
 
     def guide(step):
         predicted.append(step.predict())
+        from_empty.append(step.predict(nothing))
 
     method.guide = guide
     with observe(pipeline) as record, guard(pipeline, method=method, gate="always"):
@@ -209,6 +211,7 @@ def test_what_a_step_says(pipeline):
     for step, sigma, prediction in zip(steps, sigmas, predicted, strict=False):
         x = step.x * denoiser.schedule.latent_scale(float(sigma))
         torch.testing.assert_close(prediction, step.cond, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(from_empty[step.index], step.uncond, rtol=1e-3, atol=1e-5)
         if denoiser.guidance_distilled:
             denoiser.family.guidance_embedding = 3.5  # what `run` gives
         with torch.no_grad():

@@ -1,0 +1,94 @@
+"""One word is changed where one does it, in the order that leaving out gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scored import calibrated, scored_start
+from toy import ToyDenoiser
+from unmemorize.shared.mitigation import make_method
+from unmemorize.shared.mitigation.ordinary import OrdinaryEmbedding
+from unmemorize.shared.mitigation.reword import Reword
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.words.leaving_out import leave_out
+from unmemorize.shared.words.phrases import change_word
+
+PROMPTS = ("strawberry lighthouse, old cat", "red cat")
+QUICK = OrdinaryEmbedding(iterations=2)
+
+
+@pytest.fixture(scope="module")
+def start():
+    denoiser = ToyDenoiser()
+    return scored_start(denoiser, PROMPTS, calibrated(denoiser))
+
+
+def ranked(start, prompt: str) -> list[str]:
+    """Return the prompt with each of its words changed, greatest change of D first."""
+    words = prompt.split()
+    plans = {i: plan[1] for i in range(len(words)) if (plan := change_word(prompt, words, i))}
+    seeds = tuple(start.calibration.settings["seeds"][:1])
+    found = leave_out(start.denoiser, prompt, words, plans, DetectionConfig(seeds=seeds))
+    return [each.prompt for each in found]
+
+
+def at_threshold(start, below: set[str]):
+    """Return the run with scores that are under the threshold for some prompts alone."""
+    threshold = start.calibration.judge.threshold
+    rows = start.denoiser.encode(sorted(below)).embeddings if below else torch.empty(0)
+    asked = []
+
+    def score(cond):
+        asked.append(cond.embeddings)
+        known = [any(torch.equal(row, other) for other in rows) for row in cond.embeddings]
+        return tuple(threshold if one else 2 * threshold for one in known)
+
+    return replace(start, score=score), asked
+
+
+def test_the_strongest_word_that_does_it_is_changed(start):
+    first, second, *_ = ranked(start, PROMPTS[0])
+    for below, expected, tries in (({first, second}, first, 1), ({second}, second, 2)):
+        run, asked = at_threshold(start, below)
+        found = Reword(otherwise=QUICK).start(run)
+        assert torch.equal(
+            found.cond.embeddings[0], start.denoiser.encode([expected]).embeddings[0]
+        )
+        assert expected in found.changes[0]
+        assert len(asked) >= tries
+        # The other prompt has no word that does it.
+        assert "embedding" in found.changes[1]
+        assert torch.equal(
+            found.cond.embeddings[1], QUICK.start(start).cond.embeddings[1]
+        )  # as if it were alone
+
+
+def test_no_more_words_are_tried_than_asked_for(start):
+    last = ranked(start, PROMPTS[0])[2]
+    run, _ = at_threshold(start, {last})
+    assert last in Reword(tried=3, otherwise=QUICK).start(run).changes[0]
+    assert "embedding" in Reword(tried=2, otherwise=QUICK).start(run).changes[0]
+
+
+def test_embeddings_and_other_lengths_are_optimised(start):
+    run, _ = at_threshold(start, set(ranked(start, PROMPTS[0])))
+    given = Reword(otherwise=QUICK).start(replace(run, prompts=()))
+    assert all("embedding" in change for change in given.changes)
+    shorter = replace(run, cond=replace(run.cond, embeddings=run.cond.embeddings[:, :8]))
+    found = Reword(otherwise=QUICK).start(shorter)
+    assert found.cond.embeddings.shape == shorter.cond.embeddings.shape
+    assert all("embedding" in change for change in found.changes)
+
+
+def test_a_calibration_of_magnitudes_is_enough(start):
+    calibration = calibrated(start.denoiser, residual=False)
+    run = scored_start(start.denoiser, PROMPTS, calibration)
+    run = replace(run, score=lambda cond: (calibration.threshold * 2,) * len(cond))
+    found = Reword().start(run)
+    alone = make_method("embedding").start(run)
+    torch.testing.assert_close(found.cond.embeddings, alone.cond.embeddings)
+
+
+def test_settings():
+    with pytest.raises(ValueError, match="`tried` must be at least 0, got -1"):
+        Reword(tried=-1)
