@@ -140,6 +140,7 @@ class AppliedGate:
         self.sigma = denoiser.sigmas(gate.config.schedule_steps)[0]
         """Noise level of the first measured step."""
         self._trajectory: Trajectory | None = None
+        self._noises: ScoredNoises | None = None
         self._scores: dict[bytes, float] = {}
 
     def decide(self, cond: Conditioning, prompts: Sequence[str] = ()) -> tuple[Decision, ...]:
@@ -165,7 +166,7 @@ class AppliedGate:
         """Return the score of each row, as the calibration scores; None if not calibrated."""
         if self.gate.calibration is None:
             return None
-        keys = [_content(cond, row) for row in range(len(cond))]
+        keys = [content_of(cond, row) for row in range(len(cond))]
         new = {key: row for row, key in enumerate(keys) if key not in self._scores}
         if new:
             rows, seeds = list(new.values()), len(self.gate.config.seeds)
@@ -186,20 +187,22 @@ class AppliedGate:
         calibration = self.gate.calibration
         if calibration is None or calibration.judge.basis is None:
             return None
-        prepared = self._prepared(calibration)
-        assert prepared.basis is not None  # the calibration's
-        basis = replace(
-            prepared.basis,
-            mean=prepared.basis.mean.clone(), directions=prepared.basis.directions.clone(),
-        )  # fmt: skip
-        return ScoredNoises(
-            denoiser=self.denoiser,
-            basis=basis,
-            told=prepared.told,
-            sigmas=prepared.sigmas[list(prepared.told)].clone(),
-            x=prepared.noise.clone(),
-            x0_uncond=prepared.x0_uncond.clone(),
-        )
+        if self._noises is None:
+            prepared = self._prepared(calibration)
+            assert prepared.basis is not None  # the calibration's
+            basis = replace(
+                prepared.basis,
+                mean=_normal(prepared.basis.mean), directions=_normal(prepared.basis.directions),
+            )  # fmt: skip
+            self._noises = ScoredNoises(
+                denoiser=self.denoiser,
+                basis=basis,
+                told=prepared.told,
+                sigmas=_normal(prepared.sigmas[list(prepared.told)]),
+                x=_normal(prepared.noise),
+                x0_uncond=_normal(prepared.x0_uncond),
+            )
+        return self._noises
 
     def _prepared(self, calibration: Calibration) -> Trajectory:
         """Return what all scores share, computed with the first."""
@@ -208,7 +211,12 @@ class AppliedGate:
         return self._trajectory
 
 
-def _content(cond: Conditioning, row: int) -> bytes:
+def _normal(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd may save."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def content_of(cond: Conditioning, row: int) -> bytes:
     """Return what tells one row's values from another's."""
     digest = hashlib.sha256()
     for tensor in (cond.embeddings, cond.pooled):

@@ -19,7 +19,7 @@ from ..score.metrics import text_noise
 from ..score.trajectory import gradient_rows, loss_scale, not_finite
 from ..wording import counted
 from .constants import Constants
-from .gate import ScoredNoises
+from .gate import ScoredNoises, content_of
 from .method import Method, Mitigation, Start
 from .optimisation import check_descent, gradients
 
@@ -72,7 +72,7 @@ class OrdinaryEmbedding(Method):
         with gradients(start.network, checkpointing=self.checkpointing):
             cond, rows, steps = start.cond.detached(), [], []
             for row in range(len(cond)):
-                key = cond.embeddings[row].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                key = content_of(cond, row)
                 if key not in found:
                     found[key] = _Search(self, start, start.noises, cond[[row]]).run()
                 rows.append(found[key][0])

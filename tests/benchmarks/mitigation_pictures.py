@@ -148,8 +148,13 @@ class Critic:
         self.texts = list(dict.fromkeys([*some[:COMPARED], *(one.caption for one in others)]))
         self.real: dict[str, Tensor] = {}  # [drawing dimension] by caption
         self.known = torch.stack([self.drawings(text) for text in self.texts], dim=1)
-        contrast, detail = zip(*(_faintness(image) for _, image in self.others), strict=True)
-        self.least = float(np.quantile(contrast, FAINT)), float(np.quantile(detail, FAINT))
+        self.least = self.least_of(self.others)
+
+    @staticmethod
+    def least_of(others: Sequence[tuple[str, Image.Image]]) -> tuple[float, float]:
+        """Return the contrast and the detail that all but `FAINT` of other images have."""
+        contrast, detail = zip(*(_faintness(image) for _, image in others), strict=True)
+        return float(np.quantile(contrast, FAINT)), float(np.quantile(detail, FAINT))
 
     def drawings(self, caption: str) -> Tensor:
         """Return real drawings of a caption as SSCD sees them, unit vectors."""
