@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from figures import Figure, command_of, plain, record
-from mitigation_pictures import NONE, WAYS, Critic, Studio
+from mitigation_pictures import NONE, SEEDS, WAYS, Critic, Studio
 from models import MODELS, chosen_models
 from scores.case import WORK, Case
 from tqdm.auto import tqdm
@@ -45,7 +45,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Figure]:
     asked = {name: chosen.sample(texts, min(args.captions, len(texts)))
              for name, texts in asked.items() if texts}  # fmt: skip
     more = [text for text in groups.of(groups.negatives) if text not in asked["learnt"]]
-    others = [studio.draw(NONE, text) for text in tqdm(more[:OTHERS], "other prompts")]
+    others = [studio.draw(NONE, text, SEEDS[:1]) for text in tqdm(more[:OTHERS], "other prompts")]
     critic, found = Critic(case, others, args.art), {}
     start = f"mitigation.{case.model.name}"
     found[f"{start}.others.quality"] = plain(critic.quality(others), len(others))
@@ -53,7 +53,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Figure]:
     print(f"\n{case.model.name:<20}{'':<10}" + "".join(f"{name:>12}" for name in columns))
     for group, texts in asked.items():
         usual = [studio.draw(NONE, text) for text in tqdm(texts, f"{group}: {NONE}", leave=False)]
-        for way in args.ways:
+        for way in args.ways if group != "learnt" else (NONE, DEFAULT):
             bar = tqdm(texts, f"{group}: {way}", leave=False)
             line = critic.figures([studio.draw(way, text) for text in bar], usual)
             for name in (way, "default") if way == DEFAULT else (way,):

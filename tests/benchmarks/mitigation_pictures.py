@@ -103,11 +103,11 @@ class Studio:
         settings: dict[str, Any] = dict(VARIANTS.get(way, {"method": way}))
         return None if way == NONE else make_method(settings.pop("method"), **settings)
 
-    def draw(self, way: str, caption: str) -> Drawn:
+    def draw(self, way: str, caption: str, seeds: Sequence[int] = SEEDS) -> Drawn:
         """Return the pictures of a caption, from the folder when they are there."""
         name = hashlib.sha256(caption.encode()).hexdigest()[:16]
-        key, method = f"{way}/{caption}", self.method(way)
-        paths = [self.folder / f"{way}-{name}-{seed}.png" for seed in SEEDS]
+        key, method = f"{way}/{len(seeds)}/{caption}", self.method(way)
+        paths = [self.folder / f"{way}-{name}-{seed}.png" for seed in seeds]
         if key not in self.journal or not all(path.exists() for path in paths):
             denoiser, sampling = self.case.subject.denoiser, nullcontext()
             if method is not None:
@@ -116,7 +116,7 @@ class Studio:
             clock = time.process_time if denoiser.device.type == "cpu" else time.perf_counter
             with sampling as record:
                 start = clock()
-                images = denoiser.generate([caption] * len(SEEDS), SEEDS, STEPS, COND_SCALE)
+                images = denoiser.generate([caption] * len(seeds), seeds, STEPS, COND_SCALE)
                 seconds = clock() - start
             for path, image in zip(paths, images, strict=True):
                 save_png(image, path)
