@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..arrays import Tensor
-from ..score.denoiser import Conditioning
+from ..score.denoiser import Conditioning, concatenate
 from ..score.metrics import text_noise
 from ..score.trajectory import gradient_rows, loss_scale, not_finite
 from ..wording import counted
@@ -29,8 +29,8 @@ class OrdinaryEmbedding(Method):
     """Minimise the residual of the prompt's embedding, and change what ordinary words add little.
 
     All images of a prompt get one embedding: what is minimised is the prompt's own score, at the
-    calibration's noises and size, whatever those of the run. Pooled text, which SDXL reads beside
-    the embedding, is not changed.
+    calibration's noises and size, whatever those of the run. Pooled text is moved along where the
+    host hands it out: networks of Stable Diffusion 3's class read much of a prompt from it.
     """
 
     name: ClassVar[str] = "ordinary"
@@ -68,7 +68,7 @@ class OrdinaryEmbedding(Method):
                 f"The method {self.name!r} lowers the residual, and no calibration judges by it: "
                 "make one with `unmemorize calibrate`, or take the method 'embedding'."
             )
-        found: dict[bytes, tuple[Tensor, int]] = {}
+        found: dict[bytes, tuple[Conditioning, int]] = {}
         with gradients(start.network, checkpointing=self.checkpointing):
             cond, rows, steps = start.cond.detached(), [], []
             for row in range(len(cond)):
@@ -77,8 +77,9 @@ class OrdinaryEmbedding(Method):
                     found[key] = _Search(self, start, start.noises, cond[[row]]).run()
                 rows.append(found[key][0])
                 steps.append(found[key][1])
+        moved = concatenate(rows)
         return Mitigation(
-            cond=replace(cond, embeddings=torch.cat(rows)),
+            cond=replace(cond, embeddings=moved.embeddings, pooled=moved.pooled),
             changes=tuple(f"the embedding in {counted(n, 'step', 'steps')}" for n in steps),
         )
 
@@ -90,10 +91,12 @@ class _Search:
         self, settings: OrdinaryEmbedding, start: Start, noises: ScoredNoises, cond: Conditioning
     ):
         self.settings, self.noises, self.cond = settings, noises, cond
-        self.dtype = cond.embeddings.dtype
-        # The leaf is wide, so that its gradient is; the network gets its own dtype.
-        wide = torch.promote_types(self.dtype, torch.float32)
-        self.leaf = cond.embeddings[:, 1:].to(wide).clone().requires_grad_()
+        # The leaves are wide, so that their gradients are; the network gets its own dtype.
+        moved = [cond.embeddings[:, 1:], *([] if cond.pooled is None else [cond.pooled])]
+        self.leaves = [
+            each.to(torch.promote_types(each.dtype, torch.float32)).clone().requires_grad_()
+            for each in moved
+        ]
         size = settings.batch_size or gradient_rows(noises.denoiser)
         self.batches = list(_batches(noises.told, size))
         network = None if settings.checkpointing else start.network
@@ -101,40 +104,49 @@ class _Search:
         self.held: dict[int, Tensor] = {}
         """By batch, what the prompt adds inside the controls' subspace before anything changes."""
 
-    def run(self) -> tuple[Tensor, int]:
-        """Return the embedding [1 token width] with the least excess, and the steps it took."""
-        optimizer = torch.optim.AdamW([self.leaf], lr=self.settings.learning_rate)
-        least, best, steps = math.inf, self.leaf.detach().clone(), 0
+    def run(self) -> tuple[Conditioning, int]:
+        """Return the prompt, one row, with the least excess, and the steps it took."""
+        optimizer = torch.optim.AdamW(self.leaves, lr=self.settings.learning_rate)
+        least, best, steps = math.inf, self._moved(), 0
         for iteration in range(self.settings.iterations + 1):
             moving = iteration < self.settings.iterations
-            excess, gradient = self._measure(moving)
-            if not (math.isfinite(excess) and gradient.isfinite().all()):
+            excess, gradients = self._measure(moving)
+            if not (math.isfinite(excess) and all(each.isfinite().all() for each in gradients)):
                 steps_done = counted(iteration, "optimizer step", "optimizer steps")
                 raise not_finite(f"The residual after {steps_done}", self.noises.denoiser)
             if excess < least:
-                least, best, steps = excess, self.leaf.detach().clone(), iteration
+                least, best, steps = excess, self._moved().detached(), iteration
             if not moving or excess == 0:
                 break
-            self.leaf.grad = gradient
+            for leaf, gradient in zip(self.leaves, gradients, strict=True):
+                leaf.grad = gradient
             optimizer.step()
-        return self._whole(best), steps
+        return best, steps
 
-    def _whole(self, rest: Tensor) -> Tensor:
-        return torch.cat([self.cond.embeddings[:, :1], rest.to(self.dtype)], dim=1)
+    def _moved(self) -> Conditioning:
+        """Return the prompt as the leaves have it; the first token stays."""
+        rest, *pooled = self.leaves
+        given = self.cond.embeddings
+        return replace(
+            self.cond,
+            embeddings=torch.cat([given[:, :1], rest.to(given.dtype)], dim=1),
+            pooled=pooled[0].to(self.cond.pooled) if pooled else None,
+        )
 
-    def _measure(self, moving: bool) -> tuple[float, Tensor]:
-        """Return the mean excess over all noises, and the gradient of the loss."""
-        total, gradient = 0.0, torch.zeros_like(self.leaf)
-        scale = loss_scale(self.noises.denoiser) / len(self.noises.told)
+    def _measure(self, moving: bool) -> tuple[float, list[Tensor]]:
+        """Return the mean excess over all noises, and the gradients of the loss."""
+        total, gradients = 0.0, [torch.zeros_like(leaf) for leaf in self.leaves]
+        scale = loss_scale(self.noises.denoiser)
         for batch in range(len(self.batches)):
             with torch.set_grad_enabled(moving):
                 excess, change = self._of_batch(batch)
             total += float(excess.detach().sum()) / len(self.noises.told)
             if moving:
                 loss = scale * (excess + self.settings.hold * change).sum()
-                (part,) = torch.autograd.grad(loss, self.leaf)
-                gradient += part / loss_scale(self.noises.denoiser)
-        return total, gradient
+                parts = torch.autograd.grad(loss / len(self.noises.told), self.leaves)
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient += part / scale
+        return total, gradients
 
     def _of_batch(self, batch: int) -> tuple[Tensor, Tensor]:
         """Return [seed] how far residuals exceed the controls' median, and the change inside.
@@ -142,12 +154,9 @@ class _Search:
         Both in units of that median.
         """
         noises, seeds = self.noises, self.batches[batch]
-        sigma, repeated = noises.sigmas[seeds[0]], self.cond[[0] * len(seeds)]
-        embeddings = self._whole(self.leaf).expand(len(seeds), -1, -1)
+        sigma, cond = noises.sigmas[seeds[0]], self._moved()[[0] * len(seeds)]
         with self.constants[batch].of(batch):
-            x0 = noises.denoiser.denoise(
-                noises.x[seeds], sigma, replace(repeated, embeddings=embeddings)
-            )
+            x0 = noises.denoiser.denoise(noises.x[seeds], sigma, cond)
         added = text_noise(noises.x0_uncond[seeds], x0, sigma).flatten(1)
         outside = noises.basis.outside(added, seeds)
         inside = added - outside

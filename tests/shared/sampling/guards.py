@@ -1,6 +1,7 @@
 """Small methods, calibrations and calls for the tests of the guard."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from unmemorize.shared.mitigation.method import Method, Mitigation, Start, Step
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig
-from unmemorize.shared.score.detection import detect
+from unmemorize.shared.score.control_basis import ControlBasis, told_steps
+from unmemorize.shared.score.detection import control_differences, detect
 
 PROMPTS = ["a red cat", "tall tree"]
+CONTROLS = ["sea", "a mat on the tree", "dog and cat", "green"]
 OTHERS = ["a green dog", "sea on the mat"]
 REWORDED = dict(zip(PROMPTS, OTHERS, strict=True))
 STEPS = 3
@@ -68,6 +71,31 @@ def parted(pipeline: Any, fires: Sequence[bool]) -> tuple[list[str], Calibration
         if (high > 1.02 * low).all():  # at both seeds, and clear in half precision
             prompts = PROMPTS if leads == fires[0] else PROMPTS[::-1]
             return prompts, calibrated_at(denoiser, config, ((high + low) / 2).tolist())
+    raise AssertionError("no seeds tell the prompts apart")
+
+
+def parted_by_residual(pipeline: Any, fires: Sequence[bool]) -> tuple[list[str], Calibration]:
+    """Return what `parted` does, of a calibration that judges by the residual.
+
+    Both prompts' residuals are far above those of its controls.
+    """
+    denoiser = PipelineDenoiser(pipeline)
+    for first in range(20):
+        config = DetectionConfig(seeds=(first, first + 20))
+        told = told_steps(2, config.schedule_steps)
+        differences = control_differences(denoiser, CONTROLS, config, told)
+        basis = ControlBasis.fit(differences, 1, told)
+        scores = detect(denoiser, PROMPTS, config, basis=basis).traces.mean(2)
+        leads = bool(scores[0, 0] > scores[1, 0])
+        high, low = scores if leads else scores.flip(0)
+        if (high > 1.05 * low).all():
+            basis = basis.in_units_of((0.1 * low)[None] * torch.tensor([[0.8], [1.0], [1.2]]))
+            prompts = PROMPTS if leads == fires[0] else PROMPTS[::-1]
+            levels = detect(denoiser, PROMPTS, config, basis=basis).scores
+            judge = calibrated_at(denoiser, config, [float(levels.mean())] * 2)
+            settings = settings_of(denoiser, config, told)
+            judge = replace(judge, settings=settings, basis=basis)
+            return prompts, replace(calibrated_at(denoiser, config, [1.0, 1.0]), residual=judge)
     raise AssertionError("no seeds tell the prompts apart")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from guards import parted, run, scale_of, trace_of
+from guards import parted, parted_by_residual, run, scale_of, trace_of
 from unmemorize.shared.mitigation import METHODS, make_method
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.sampling.guard import guard
@@ -13,10 +13,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 SETTINGS = {
     "embedding": {"target": 0.0, "iterations": 2},
     "initial_noise": {"target": 0.0, "iterations": 2},
-    "neighbour": {"bound_start": -1.0, "bound_end": -1.0},
+    "ordinary": {"iterations": 2},
+    "neighbour": {"bound_start": -1.0, "bound_end": -1.0, "captions": ("a green dog",)},
 }
 """That make them act, and quickly; "neighbour" also gets an image."""
-REPLACES_COND = ("embedding", "random_words")
+REPLACES_COND = ("reword", "ordinary", "embedding", "random_words")
 
 
 @pytest.fixture(params=tiny.PIPELINES, scope="module")
@@ -38,7 +39,8 @@ def test_there_are_settings_for_methods_only():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_acts_on_what_fired_and_leaves_no_trace(pipeline, name):
-    prompts, calibration = parted(pipeline, [False, True])
+    part = parted_by_residual if name == "ordinary" else parted
+    prompts, calibration = part(pipeline, [False, True])
     before, plain = trace_of(pipeline), run(pipeline, prompts)
     if name == "attention" and not hasattr(pipeline, "unet"):
         with (
@@ -67,7 +69,8 @@ def test_a_method_acts_on_what_fired_and_leaves_no_trace(pipeline, name):
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.needs_guidance])
 def test_methods_that_need_no_guidance_work_without(pipeline, name):
-    prompts, calibration = parted(pipeline, [True, False])
+    part = parted_by_residual if name == "ordinary" else parted
+    prompts, calibration = part(pipeline, [True, False])
     off = {scale_of(pipeline): 1.0}
     plain = run(pipeline, prompts, **off)
     with guard(pipeline, method=method_for(pipeline, name), calibration=calibration):
