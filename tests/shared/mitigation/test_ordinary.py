@@ -9,6 +9,19 @@ from toy import ToyDenoiser
 from unmemorize.shared.mitigation.ordinary import OrdinaryEmbedding
 from unmemorize.shared.score.trajectory import PredictionError
 
+
+class PooledToy(ToyDenoiser):
+    """Reads a summary of the prompt beside its embeddings."""
+
+    def encode(self, prompts):
+        cond = super().encode(prompts)
+        return replace(cond, pooled=3 * cond.embeddings.mean(1))
+
+    def denoise(self, x, sigma, cond):
+        read = cond.embeddings + cond.pooled[:, None]
+        return super().denoise(x, sigma, replace(cond, embeddings=read))
+
+
 PROMPTS = ("strawberry under umbrella", "red cat")
 
 
@@ -72,6 +85,14 @@ def test_the_score_falls_and_the_first_token_stays(start):
     assert before[0] > start.calibration.judge.threshold > after[0]
     assert torch.equal(found.cond.embeddings[:, 0], start.cond.embeddings[:, 0])
     assert all(change.startswith("the embedding in ") for change in found.changes)
+
+
+def test_pooled_text_moves_along():
+    denoiser = PooledToy(positions=6)
+    start = scored_start(denoiser, PROMPTS, calibrated(denoiser))
+    found = OrdinaryEmbedding(iterations=4).start(start).cond
+    assert ((found.pooled - start.cond.pooled).abs().amax(1) > 0.01).all()
+    assert all(a < b for a, b in zip(start.score(found), start.score(start.cond), strict=True))
 
 
 def test_what_ordinary_words_add_is_held(start):
