@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, concatenate
+from ..wording import bare
 from ..words.edits import Plan
 from ..words.leaving_out import leave_out
 from ..words.phrases import change_word
@@ -60,7 +61,8 @@ class Reword(Method):
             if plan is not None:
                 (edit,), prompt = plan
                 conds[row] = _like(start.denoiser.encode([prompt]), conds[row])
-                changes[row] = f"{edit}: “{prompt}”"
+                shown = replace(edit, words=tuple(map(bare, edit.words)))
+                changes[row] = f"{shown}: “{prompt}”"
         if left:
             method = BY_MAGNITUDE if start.noises is None else self.otherwise
             other = method.start(_only(start, left))

@@ -38,7 +38,7 @@ from unmemorize.shared.score.rates import clopper_pearson
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = {"bootstrap": [0], "copies": [0, 1], "detection": [0, 1, 2, 3], "lora_audit": [0],
-         "mitigation": [0, 1], "trainers": [0, 1, 2], "words": [0]}  # fmt: skip
+         "mitigation": [0, 1, 2, 3], "trainers": [0, 1, 2], "words": [0]}  # fmt: skip
 """By benchmark, of what it scores, draws or trains."""
 BOOTSTRAPS = 2000
 KEY = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)+")

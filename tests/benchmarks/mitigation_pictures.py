@@ -32,7 +32,7 @@ from unmemorize.shared.score.calibration import Calibration
 
 NONE = "none"
 STEPS, COND_SCALE = 30, 7.5
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 DRAWINGS = ("noto", "twemoji")
 """Vendors whose drawings show a caption of the demo without being the training image."""
 GROUND = "#808080"
