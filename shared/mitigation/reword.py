@@ -1,4 +1,4 @@
-"""One word of the prompt changed, where one word does it; the embedding moved where none does.
+"""One word of the prompt left out, where one word does it; the embedding moved where none does.
 
 Which words matter is measured by leaving them out: the change of the prediction, |D - D'|, ranks
 them as the image follows them. The prompt stays as it was but for that word, and what is sampled is
@@ -12,9 +12,8 @@ from typing import ClassVar
 from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, concatenate
 from ..wording import bare
-from ..words.edits import Plan
-from ..words.leaving_out import leave_out
-from ..words.phrases import change_word
+from ..words.leaving_out import Occlusion, leave_out
+from ..words.phrases import is_function_word, without_words
 from .embedding import EmbeddingOptimisation
 from .method import Method, Mitigation, Start
 from .ordinary import OrdinaryEmbedding
@@ -25,18 +24,18 @@ BY_MAGNITUDE = EmbeddingOptimisation()
 
 @dataclass(frozen=True, kw_only=True)
 class Reword(Method):
-    """Change the word that moves the prediction most, if the prompt then scores as ordinary ones.
+    """Leave out the word that moves the prediction most, if the prompt then scores as usual.
 
-    A word is dropped, or something stands for it, so that a phrase remains (`change_word`). Where
-    no single word brings the score to the calibration's threshold or below, and where the host has
-    embeddings instead of prompts, the embedding is optimised: by the residual where the calibration
-    judges by it, else by the magnitude.
+    What remains is a phrase (`without_words`). Where no single word brings the score to the
+    calibration's threshold or below, and where the host has embeddings instead of prompts, the
+    embedding is optimised: by the residual where the calibration judges by it, else by the
+    magnitude.
     """
 
     name: ClassVar[str] = "reword"
 
     tried: int = 3
-    """Words that are changed in turn, strongest first, at least 0."""
+    """Words that are left out in turn, strongest first, at least 0."""
     otherwise: Method = BY_RESIDUAL
     """What acts where no word does it and the calibration judges by the residual."""
 
@@ -45,24 +44,22 @@ class Reword(Method):
             raise ValueError(f"`tried` must be at least 0, got {self.tried}.")
 
     def start(self, start: Start) -> Mitigation:
-        """Return the conditioning of changed prompts and moved embeddings.
+        """Return the conditioning of shorter prompts and moved embeddings.
 
-        A prompt costs one row per word and per seed of the calibration and word that is tried.
+        A prompt costs one row per word, and one per seed of the calibration for each that is tried.
 
         Raises:
             ValueError: There is no calibration.
             PredictionError: A prediction or gradient is not finite.
         """
         found = {prompt: self._reworded(start, prompt) for prompt in dict.fromkeys(start.prompts)}
-        plans = [found.get(prompt) for prompt in start.prompts] or [None] * len(start.cond)
-        left = [row for row, plan in enumerate(plans) if plan is None]
-        conds, changes = [start.cond[[row]] for row in range(len(plans))], [""] * len(plans)
-        for row, plan in enumerate(plans):
-            if plan is not None:
-                (edit,), prompt = plan
-                conds[row] = _like(start.denoiser.encode([prompt]), conds[row])
-                shown = replace(edit, words=tuple(map(bare, edit.words)))
-                changes[row] = f"{shown}: “{prompt}”"
+        shorter = [found.get(prompt) for prompt in start.prompts] or [None] * len(start.cond)
+        left = [row for row, without in enumerate(shorter) if without is None]
+        conds, changes = [start.cond[[row]] for row in range(len(shorter))], [""] * len(shorter)
+        for row, without in enumerate(shorter):
+            if without is not None:
+                conds[row] = _like(start.denoiser.encode([without.prompt]), conds[row])
+                changes[row] = f"without “{bare(without.word)}”: “{without.prompt}”"
         if left:
             method = BY_MAGNITUDE if start.noises is None else self.otherwise
             other = method.start(_only(start, left))
@@ -72,21 +69,25 @@ class Reword(Method):
                 changes[row] = other.changes[place] if other.changes else "the embedding"
         return Mitigation(cond=concatenate(conds), changes=tuple(changes))
 
-    def _reworded(self, start: Start, prompt: str) -> Plan | None:
-        """Return the first change of a word that brings the score down, None if none does."""
+    def _reworded(self, start: Start, prompt: str) -> Occlusion | None:
+        """Return the strongest word without which the score is down, None if there is none."""
         if start.score is None or start.calibration is None:
             return None
         words = start.denoiser.encode([prompt]).words[0]
-        plans = {i: plan for i in range(len(words)) if (plan := change_word(prompt, words, i))}
+        shorter = {
+            index: without_words(prompt, words, {index})
+            for index, word in enumerate(words)
+            if not is_function_word(word)
+        }
+        shorter = {index: text for index, text in shorter.items() if text.strip()}
         config = DetectionConfig(seeds=tuple(start.calibration.settings["seeds"][:1]))
-        changed = {index: plan[1] for index, plan in plans.items()}
-        for left_out in leave_out(start.denoiser, prompt, words, changed, config)[: self.tried]:
+        for left_out in leave_out(start.denoiser, prompt, words, shorter, config)[: self.tried]:
             cond = start.denoiser.encode([left_out.prompt])
             if cond.embeddings.shape[1:] != start.cond.embeddings.shape[1:]:
                 return None  # the host encodes to another length: it has no place for these
             scores = start.score(cond)
             if scores is not None and scores[0] <= start.calibration.judge.threshold:
-                return plans[left_out.index]
+                return left_out
         return None
 
 

@@ -1,4 +1,4 @@
-"""One word is changed where one does it, in the order that leaving out gives."""
+"""One word is left out where one does it, in the order of what leaving out changes."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from unmemorize.shared.mitigation.ordinary import OrdinaryEmbedding
 from unmemorize.shared.mitigation.reword import Reword
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.words.leaving_out import leave_out
-from unmemorize.shared.words.phrases import change_word
+from unmemorize.shared.words.phrases import without_words
 
 PROMPTS = ("strawberry lighthouse, old cat", "red cat")
 QUICK = OrdinaryEmbedding(iterations=2)
@@ -24,11 +24,11 @@ def start():
 
 
 def ranked(start, prompt: str) -> list[str]:
-    """Return the prompt with each of its words changed, greatest change of D first."""
+    """Return the prompt without each of its words, greatest change of D first."""
     words = prompt.split()
-    plans = {i: plan[1] for i in range(len(words)) if (plan := change_word(prompt, words, i))}
+    shorter = {index: without_words(prompt, words, {index}) for index in range(len(words))}
     seeds = tuple(start.calibration.settings["seeds"][:1])
-    found = leave_out(start.denoiser, prompt, words, plans, DetectionConfig(seeds=seeds))
+    found = leave_out(start.denoiser, prompt, words, shorter, DetectionConfig(seeds=seeds))
     return [each.prompt for each in found]
 
 
@@ -46,7 +46,7 @@ def at_threshold(start, below: set[str]):
     return replace(start, score=score), asked
 
 
-def test_the_strongest_word_that_does_it_is_changed(start):
+def test_the_strongest_word_that_does_it_is_left_out(start):
     first, second, *_ = ranked(start, PROMPTS[0])
     for below, expected, tries in (({first, second}, first, 1), ({second}, second, 2)):
         run, asked = at_threshold(start, below)
