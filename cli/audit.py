@@ -93,6 +93,10 @@ class OfLora:
         Optional[float],  # noqa: UP045
         typer.Option(min=0, max=0.9, help="Share of --images that was not trained on."),
     ] = None
+    instance_prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The words that images without a caption were trained with."),
+    ] = None
     trigger: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="The word that was taught. Default: read from folder and LoRA."),

@@ -17,7 +17,7 @@ need the generations of at least `OTHERS` other prompts, and give no verdict wit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,10 +151,21 @@ def dimension_around(
 
     Of few images only the nearest quarter is used: farther out the density falls, and k with it.
     """
-    count = min(NEIGHBOURS, max(FEWEST, len(training.rows) // 4))
+    count = neighbours_of(len(training.rows))
+    return dimension_of(row[training.distinct(order, count)]
+                        for row, order in zip(distances, ordered, strict=True))  # fmt: skip
+
+
+def neighbours_of(images: int) -> int:
+    """Return how many distinct images around a generation k is measured from."""
+    return min(NEIGHBOURS, max(FEWEST, images // 4))
+
+
+def dimension_of(nearest: Iterable[Float[Tensor, " image"]]) -> tuple[float | None, int]:
+    """Return k as `dimension_around`, from the distances to each generation's nearest images."""
     spacings = []
-    for row, order in zip(distances, ordered, strict=True):
-        near = row[training.distinct(order, count)].double().clamp_min(TINY)
+    for row in nearest:
+        near = row.double().clamp_min(TINY)
         if len(near) < FEWEST:
             return None, 0
         spacings.append(torch.arange(2, len(near)) * (near[2:] / near[1:-1]).log())

@@ -4,21 +4,26 @@ Every question is asked twice from the same noise, with the LoRA and without it.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
+from ...shared.files.prompts import PromptError
 from .config import LoraAuditConfig
 from .neighbours import duplicate_threshold, find_duplicates
 from .read import Epoch, Material
 from .result import Asked, DuplicateGroup, LoraFacts, TrainingSet
+from .rule import Roles, count_controls
+from .verdicts import thresholds
 from .work import Work
 
 Mode = Literal["on", "off", "attack"]
 """With the LoRA, without it, or guided from the base model to the LoRA."""
 TEMPLATE = "a picture of {}"
+EPOCHS = "images/epoch-"
+"""How the paths of what saved epochs draw begin."""
 ALONE = 4
 """Times `images_per_prompt` that the trigger and the empty prompt are drawn."""
 
@@ -56,14 +61,24 @@ class Plan:
     features: Float[Tensor, " image dimension"]
     """Embeddings of the training images, held-out ones included."""
     duplicates: tuple[DuplicateGroup, ...]
+    """Among the training images, held-out ones left out."""
+    groups: tuple[frozenset[int], ...]
+    """Per image, held-out ones included, itself and its near-duplicates."""
     questions: tuple[Question, ...]
     shots: tuple[Shot, ...]
     epochs: tuple[tuple[Epoch, tuple[Shot, ...]], ...]
     """Saved epochs, each with its own images."""
+    unknown: tuple[int, ...] | None
+    """Training images whose captions hold nothing that the LoRA's header counts; None where it
+    counts no words."""
 
 
 def ask(material: Material, work: Work) -> Plan:
-    """Return what the LoRA is asked; what looks wrong is said before it is drawn for hours."""
+    """Return what the LoRA is asked; what looks wrong is said before it is drawn for hours.
+
+    Raises:
+        PromptError: There are too few images for a verdict; says what to give.
+    """
     training, config = material.training, work.config
     if caveat := left_out(training, config):
         training = replace(training, warnings=(caveat, *training.warnings))
@@ -71,11 +86,16 @@ def ask(material: Material, work: Work) -> Plan:
         work.notify(warning)
     paths, count = [training.path_of(i) for i in training.images], len(training.trained)
     features = work.embed(work.features, paths, "training images")
-    files = ImageFiles(paths[:count])
-    limit = duplicate_threshold(files, work.encoder.embed)
-    hashes = [image.sha256 for image in training.trained]
-    duplicates = find_duplicates(features[:count], hashes, limit, files)
-    if duplicates:
+    images = ImageFiles(paths)
+    limit = duplicate_threshold(ImageFiles(paths[:count]), work.encoder.embed)
+    alike = find_duplicates(features, [image.sha256 for image in training.images], limit,
+                            images)  # fmt: skip
+    groups = groups_of(alike, len(paths))
+    shots = tuple(plan_shots(training, config))
+    planned = min(count_controls(roles_of(shots, training, groups))[:count])
+    if not (limits := thresholds(planned, count, len(paths) - count)).enough:
+        raise PromptError(f"Nothing was drawn, since {limits.method}")
+    if duplicates := trained_groups(alike, count):
         again = sum(len(group.images) for group in duplicates)
         work.notify(f"{again} training images are near-duplicates of each other.")
     return Plan(
@@ -83,11 +103,49 @@ def ask(material: Material, work: Work) -> Plan:
         training=training,
         features=features,
         duplicates=duplicates,
+        groups=groups,
         questions=tuple(questions(training, config)),
-        shots=tuple(plan_shots(training, config)),
+        shots=shots,
+        unknown=material.unknown,
         epochs=tuple((epoch, shots) for number, epoch in enumerate(material.epochs)
                      if (shots := epoch_shots(number, training, config))),
     )  # fmt: skip
+
+
+def groups_of(alike: Sequence[DuplicateGroup], count: int) -> tuple[frozenset[int], ...]:
+    """Return for each of `count` images itself and its near-duplicates."""
+    known = {image: frozenset(group.images) for group in alike for image in group.images}
+    return tuple(known.get(image, frozenset([image])) for image in range(count))
+
+
+def trained_groups(alike: Sequence[DuplicateGroup], count: int) -> tuple[DuplicateGroup, ...]:
+    """Return what of the groups lies among the first `count` images, where two or more do."""
+    kept = (replace(group, images=tuple(i for i in group.images if i < count)) for group in alike)
+    return tuple(group for group in kept if len(group.images) > 1)
+
+
+def roles_of(
+    shots: Sequence[Shot], training: TrainingSet, groups: Sequence[frozenset[int]]
+) -> Roles:
+    """Return what images to be drawn were asked, and what training images are to each other.
+
+    A prompt is meant for all images with its caption, and so is the caption in other words. What
+    the attack and other epochs draw is judged, and is nobody's yardstick.
+    """
+    named: dict[str, set[int]] = {}
+    for index, image in enumerate(training.images):
+        if image.caption:
+            named.setdefault(image.caption, set()).add(index)
+    captions = [
+        shot.prompt if shot.source is None else training.images[shot.source].caption
+        for shot in shots
+    ]
+    return Roles(
+        own=[frozenset(named.get(caption, ())) for caption in captions],
+        on=[shot.mode != "off" for shot in shots],
+        plain=[shot.mode != "attack" and not shot.path.startswith(EPOCHS) for shot in shots],
+        groups=groups,
+    )
 
 
 def chosen_images(training: TrainingSet, most: int, *, held_out: bool = False) -> list[int]:
@@ -152,7 +210,7 @@ def epoch_shots(number: int, training: TrainingSet, config: LoraAuditConfig) -> 
     """Return what is drawn with a saved epoch: every caption once."""
     return tuple(
         Shot(prompt=training.images[i].caption, asked="caption", source=i, seed=place, mode="on",
-             path=f"images/epoch-{number:03d}/{i:05d}-on.png")
+             path=f"{EPOCHS}{number:03d}/{i:05d}-on.png")
         for place, i in enumerate(chosen_images(training, config.captions))
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.score.trajectory import guided_step
-from .result import Attack, Clique, Generation, Rate, Thresholds
+from .result import Attack, Clique, Generation, Rate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GUIDANCE = 5.0
 """w for a LoRA; the paper takes 3 for models that were fine-tuned as a whole."""
+AGREE = 0.8
+"""Cosine from which on two generations agree; what a clique is, its central member says."""
 SMALLEST = 3
 """Members of a clique that counts: two images may agree by chance."""
 
@@ -60,24 +62,23 @@ def as_images(pixels: Float[Tensor, "image 3 height width"]) -> "list[Image]":
 def judge_attack(
     rows: Float[Tensor, " generation dimension"],
     generations: Sequence[Generation],
-    limits: Thresholds,
     trained: int,
 ) -> Attack | None:
     """Return the cliques of the attack's generations and the training images they are.
 
-    Two generations agree, and a clique is one of the `trained` training images, above `verbatim`.
+    Two generations agree above `AGREE`; a clique is one of the `trained` training images where its
+    central member is a copy.
     """
     places = [i for i, generation in enumerate(generations) if generation.asked == "attack"]
     if not places:
         return None
-    groups = [] if limits.verbatim is None else cliques(rows[places], limits.verbatim)
     results = []
-    for members in groups:
+    for members in cliques(rows[places], AGREE):
         member = generations[places[central(rows[places], members)]]
         results.append(Clique(
             size=len(members), member=member.path, nearest=member.nearest,
             similarity=member.similarity,
-            extracted=limits.verbatim is not None and member.similarity > limits.verbatim,
+            extracted=member.mark == "verbatim",
         ))  # fmt: skip
     out = {clique.nearest for clique in results if clique.extracted}
     return Attack(generations=len(places), guidance=GUIDANCE, cliques=tuple(results),

@@ -9,7 +9,8 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,25 +19,34 @@ from ... import demo
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
 from ...shared.files.storage import StorageError, cache_folder, replace_atomically, write_text
+from ...shared.wording import counted
+from ..common.copies import Bounds
 from ..common.job import content_key
 from ..common.result import versions
 from ..common.similarity import PIXELS
 from ..common.sscd import similarity
 from ..common.subject import Subject
 from ..common.wording import percent
-from .ask import Plan
+from .ask import Plan, Shot, roles_of
 from .attack import as_images
 from .draw import Drawn
-from .neighbours import Index
-from .result import MATRIX, Generation, PositiveControl, Rate
-from .verdicts import Evidence, thresholds
+from .result import MARKS, MATRIX, Generation, PositiveControl, Rate
+from .rule import COPY, Marked, Roles, View, mark
+from .verdicts import Evidence
 from .work import Work
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
+SSCD = Bounds(own_factor=0.65, ratio=0.5)
+"""Of one subject in one pose: stricter than between unrelated images, see `common.similarity`."""
+NEAR_PIXELS, NEAR_SSCD = 0.7, 0.8
+"""Part of an image's yardstick below which a generation is nearer than controls are."""
 PLANTED, ASKED = 24, 8
-"""Planted images to compare with; of their captions, and of others, so many are prompts."""
-SEED, STEPS, COND_SCALE = 0, 20, 5.0
+"""Planted images to compare with, and of how many the captions are prompts."""
+STEPS, COND_SCALE = 20, 5.0
 AT_ONCE = 4
 ENOUGH = 0.75
 """Share of the planted images that must be found."""
@@ -44,42 +54,25 @@ ENOUGH = 0.75
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References:
-    """Training images, held-out ones included, as generations are compared with them."""
+    """Images in one kind of features, as generations are compared with them."""
 
-    rows: Float[Tensor, " image dimension"]
-    """Embeddings of the images, unit vectors."""
-    round_trips: Float[Tensor, " image dimension"]
-    """Embeddings of their round trips."""
+    rows: Float[Tensor, " image number"]
+    """Features of the images."""
+    round_trips: Float[Tensor, " image number"]
+    """Of what the autoencoder makes of them."""
+    mirrored: Float[Tensor, " image number"] | None = None
+    """Of the round trips, mirrored, for features that do not know an image again in the mirror."""
 
-    def similarities(self, generated: Float[Tensor, " row dimension"]) -> Tensor:
-        """Return [row image] cosines to the image or its round trip, whichever is nearer."""
-        return torch.maximum(
-            similarity(generated, self.rows), similarity(generated, self.round_trips)
-        )
+    def distances(self, generated: Float[Tensor, " row number"]) -> Tensor:
+        """Return [row image] distances to the image or its round trip, whichever is nearer."""
+        every = (self.rows, self.round_trips, self.mirrored)
+        near = [torch.cdist(generated, rows) for rows in every if rows is not None]
+        return torch.stack(near).amin(0)
 
-    def nearest(
-        self, generated: Float[Tensor, " row dimension"], count: int
-    ) -> tuple[list[int], list[float]]:
-        """Return the nearest of the first `count` images, and its cosine, for each row."""
-        index = Index(torch.cat([self.rows[:count], self.round_trips[:count]]))
-        cosines, places = index.search(generated)
-        return (places[:, 0] % count).tolist(), cosines[:, 0].tolist()
-
-    def peers(self, among: Sequence[int]) -> Float[Tensor, " row"]:
-        """Return how near each image of `among`, as the model would draw it, is to any other.
-
-        That is what an image of the same subject reaches without being a copy. Leave
-        near-duplicates out: a copy of one is a copy of the other.
-        """
-        chosen = torch.tensor(list(among))
-        count = len(chosen)
-        if count < 2:
-            return torch.empty(0)
-        index = Index(torch.cat([self.rows[chosen], self.round_trips[chosen]]))
-        # An image meets itself and its own round trip; the third is another's, if not before.
-        cosines, places = index.search(self.round_trips[chosen], k=3)
-        other = places % count != torch.arange(count)[:, None]
-        return cosines.where(other, torch.tensor(-torch.inf)).amax(1)
+    def view(self, generated: Float[Tensor, " row number"], bounds: Bounds, near: float) -> View:
+        """Return how far generations and images are from the images."""
+        return View(generated=self.distances(generated), images=self.distances(self.round_trips),
+                    bounds=bounds, near=near)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,10 +85,9 @@ class Compared:
     evidence: Evidence
     ceilings: Float[Tensor, " image"]
     """Cosine of each image and its round trip."""
-    peers: Float[Tensor, " control"]
-    """How near distinct training images are to each other."""
-    epochs: tuple[Tensor, ...]
-    """Per saved epoch, for each training image its most similar generation's cosine."""
+    epochs: tuple[tuple[Tensor, Tensor], ...]
+    """Per saved epoch, for each training image its most similar generation's cosine, and the mark
+    of its own words."""
     instrument: PositiveControl
 
 
@@ -103,50 +95,86 @@ def compare(plan: Plan, drawn: Drawn, work: Work) -> Compared:
     """Compare all images, and keep the matrix with the job."""
     folder, count = work.job.folder, len(plan.training.trained)
     instrument = positive_control(work)
-    references = References(rows=plan.features, round_trips=work.drawn.rows(drawn.round_trips))
-    files = [folder / shot.path for shot in plan.shots]
+    shots = [*plan.shots, *(shot for _, of_epoch in plan.epochs for shot in of_epoch)]
+    files = [folder / shot.path for shot in shots]
+    trips = work.drawn.rows(drawn.round_trips)
     rows = work.embed(work.drawn, files, "similarity")
-    matrix = references.similarities(rows)
-    with replace_atomically(folder / MATRIX) as part, part.open("wb") as file:
-        np.savez_compressed(file, matrix=matrix.numpy())
-    small, trips = (PIXELS.rows(ImageFiles(paths)) for paths in (files, drawn.round_trips))
-    on, off = ([i for i, shot in enumerate(plan.shots) if shot.mode == mode]
-               for mode in ("on", "off"))  # fmt: skip
-    evidence = Evidence(
-        matrix=matrix, layouts=1 - torch.cdist(small, trips) / small.shape[1] ** 0.5,
-        on=on, off=off, trained=count,
+    known = [plan.training.path_of(image) for image in plan.training.images]
+    pixels = pixel_references(ImageFiles(known), ImageFiles(drawn.round_trips))
+    marked = mark(
+        views_on(pixels, PIXELS.rows(ImageFiles(files)),
+                 References(rows=plan.features, round_trips=trips), rows),
+        roles_of(shots, plan.training, plan.groups),
     )  # fmt: skip
-    again = {image for group in plan.duplicates for image in group.images[1:]}
-    epochs = []
-    for _, shots in plan.epochs:
-        made = work.embed(work.drawn, [folder / shot.path for shot in shots], "similarity")
-        epochs.append(references.similarities(made).amax(0)[:count])
+    matrix = torch.maximum(similarity(rows, plan.features), similarity(rows, trips))
+    asked = slice(len(plan.shots))
+    with replace_atomically(folder / MATRIX) as part, part.open("wb") as file:
+        np.savez_compressed(file, matrix=matrix[asked].numpy(),
+                            marks=marked.marks[asked].to(torch.uint8).numpy())  # fmt: skip
+    evidence = evidence_of(plan.shots, matrix, marked, plan.groups, count)
+    epochs, start = [], len(plan.shots)
+    for _, of_epoch in plan.epochs:
+        part = slice(start, start := start + len(of_epoch))
+        epochs.append((matrix[part, :count].amax(0),
+                       (marked.marks * marked.own)[part, :count].amax(0)))  # fmt: skip
+    nearest = matrix[asked, :count].max(1)
     return Compared(
         generations=tuple(
             Generation(path=shot.path, prompt=shot.prompt, asked=shot.asked, source=shot.source,
-                       seed=shot.seed, lora=shot.mode != "off", nearest=image, similarity=cosine)
-            for shot, image, cosine in zip(
-                plan.shots, *references.nearest(rows, count), strict=True
+                       seed=shot.seed, lora=shot.mode != "off", nearest=image, similarity=cosine,
+                       mark=MARKS[int(grave)])
+            for shot, image, cosine, grave in zip(
+                plan.shots, nearest.indices.tolist(), nearest.values.tolist(),
+                marked.marks[asked, :count].amax(1), strict=True,
             )
         ),
-        rows=rows,
+        rows=rows[asked],
         evidence=evidence,
-        ceilings=(references.rows * references.round_trips).sum(1).clamp(-1, 1),
-        peers=references.peers([i for i in range(count) if i not in again]),
+        ceilings=(plan.features * trips).sum(1).clamp(-1, 1),
         epochs=tuple(epochs),
         instrument=instrument,
     )  # fmt: skip
 
 
+def views_on(
+    pixels: References, made: Float[Tensor, " row pixel"],
+    sscd: References, rows: Float[Tensor, " row dimension"],
+) -> tuple[View, View]:  # fmt: skip
+    """Return how far generations are from images: by pixels, the arrangement, then by SSCD."""
+    return pixels.view(made, PIXELS.bounds, NEAR_PIXELS), sscd.view(rows, SSCD, NEAR_SSCD)
+
+
+def evidence_of(
+    shots: Sequence[Shot], matrix: Float[Tensor, "generation image"], marked: Marked,
+    groups: Sequence[frozenset[int]], trained: int,
+) -> Evidence:  # fmt: skip
+    """Return what verdicts rest on; further generations than the shots may follow in the matrix."""
+    on, off = ([i for i, shot in enumerate(shots) if shot.mode == mode] for mode in ("on", "off"))
+    held_out = [i for i in range(trained, len(groups)) if min(groups[i]) >= trained]
+    return Evidence(matrix=matrix, marked=marked, on=on, off=off, trained=trained,
+                    held_out=held_out)  # fmt: skip
+
+
+def pixel_references(images: "Sequence[Image]", round_trips: "Sequence[Image]") -> References:
+    """Return images by their pixels; what comes back mirrored is known again."""
+    from PIL import ImageOps
+
+    mirrored = torch.cat([PIXELS.rows([ImageOps.mirror(image)]) for image in round_trips])
+    return References(rows=PIXELS.rows(images), round_trips=PIXELS.rows(round_trips),
+                      mirrored=mirrored)  # fmt: skip
+
+
 def positive_control(work: Work) -> PositiveControl:
     """Return whether the instrument works today: the demo's planted duplicates must be found.
 
-    The same features, thresholds and rule as for the LoRA, on a model of which the truth is known.
-    The same question is answered once.
+    The same features, number of seeds and rule as for the LoRA, on a model of which the truth is
+    known. The same question is answered once.
     """
     subject = Subject(demo.NAME, device=work.subject.device)
     key = content_key(subject.fingerprint, work.features.name, subject.device, subject.dtype,
-                      versions(), [PLANTED, ASKED, SEED, STEPS, COND_SCALE, ENOUGH])  # fmt: skip
+                      versions(), [PLANTED, ASKED, STEPS, COND_SCALE, ENOUGH],
+                      work.config.images_per_prompt, [NEAR_PIXELS, NEAR_SSCD],
+                      astuple(SSCD))  # fmt: skip
     path = cache_folder() / "positive-control" / f"{key}.json"
     try:
         known = json.loads(path.read_text("utf-8"))
@@ -162,30 +190,31 @@ def positive_control(work: Work) -> PositiveControl:
 
 
 def _find_planted(subject: Subject, work: Work) -> PositiveControl:
-    denoiser, embed = subject.denoiser, work.encoder.embed
-    planted, others = ([c.text for c in demo.captions() if c.group == group]
-                       for group in ("verbatim", "held_out"))  # fmt: skip
-    images = [demo.training_image(caption) for caption in planted[:PLANTED]]
+    denoiser, count = subject.denoiser, work.config.images_per_prompt
+    planted = [c.text for c in demo.captions() if c.group == "verbatim"][:PLANTED]
+    images = [demo.training_image(caption) for caption in planted]
     latents = [denoiser.encode_images([image]) for image in images]
     trips = [trip for each in latents for trip in as_images(denoiser.decode(each))]
-    references = References(rows=embed(images), round_trips=embed(trips))
-    best = []
-    with closing(work.bars("positive control", 2 * ASKED, 0, "image")) as bar:
-        for prompts in (planted, others):
-            drawn = []
-            for start in range(0, ASKED, AT_ONCE):
-                part = prompts[start : start + AT_ONCE]
-                seeds = [SEED] * len(part)
-                drawn += denoiser.generate(part, seeds, steps=STEPS, cond_scale=COND_SCALE)
-                bar.update(len(part))
-            best.append(references.similarities(embed(drawn)).amax(0))
-    limits = thresholds(best[1], torch.empty(0), references.peers(range(PLANTED)))
-    assert limits.verbatim is not None  # twice PLANTED are enough controls
-    found = Rate.of(int((best[0][:ASKED] > limits.verbatim).sum()), ASKED)
+    asked = [(place, seed) for place in range(ASKED) for seed in range(count)]
+    drawn = []
+    with closing(work.bars("positive control", len(asked), 0, "image")) as bar:
+        for start in range(0, len(asked), AT_ONCE):
+            places, seeds = zip(*asked[start : start + AT_ONCE], strict=True)
+            drawn += denoiser.generate([planted[place] for place in places], seeds, steps=STEPS,
+                                       cond_scale=COND_SCALE)  # fmt: skip
+            bar.update(len(places))
+    embed = work.encoder.embed
+    marked = mark(
+        views_on(pixel_references(images, trips), PIXELS.rows(drawn),
+                 References(rows=embed(images), round_trips=embed(trips)), embed(drawn)),
+        Roles(own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
+              plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)]),
+    )  # fmt: skip
+    found = Rate.of(int((marked.marks[:, :ASKED] == COPY).any(0).sum()), ASKED)
     works = found.count >= ENOUGH * ASKED
     detail = (
         f"Of {ASKED} images planted in the bundled demo model, {found.count} were found by the "
-        f"same features and the same rule (threshold {limits.verbatim:.2f})"
+        f"same features and the same rule, from {counted(count, 'seed', 'seeds')} each"
     )
     failed = f"; {percent(ENOUGH)} are needed. Is the installation whole? Type: unmemorize doctor"
     return PositiveControl(found=found, works=works, detail=f"{detail}{'' if works else failed}.")

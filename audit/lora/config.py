@@ -24,7 +24,8 @@ DECIDING = (
 )  # fmt: skip
 """Settings that move the result and are plain numbers."""
 OPTIONS = (
-    "reserve", "trigger", "images_per_prompt", "generation_steps", "batch_size", "revision",
+    "reserve", "instance_prompt", "trigger", "images_per_prompt", "generation_steps", "batch_size",
+    "revision",
     "resolution", "dtype",
 )  # fmt: skip
 """Settings that are options of the same name."""
@@ -49,6 +50,8 @@ class LoraAuditConfig:
     """Folder of images of the same subject that were not trained on: the strictest controls."""
     reserve: float = 0.0
     """Share of `images` that was left out of the training, 0 to 1."""
+    instance_prompt: str | None = None
+    """The words that images without a caption were trained with."""
     trigger: str | None = None
     """The word that stands for what is taught; None: read from folder and file."""
     epochs: tuple[Path, ...] = ()

@@ -18,7 +18,7 @@ from ..common.result import finite, versions
 from .result import LoraAudit, TrainingImage, TrainingSet
 
 DOCUMENT = "audit.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of audit.json; raised when a field changes its meaning or goes away."""
 TITLE = "unmemorize LoRA audit"
 DIGEST = "digest"

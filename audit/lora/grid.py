@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...shared.drawing.heatmap import LEVELS
-from .result import MATRIX, Asked, Generation, ImageVerdict, LoraAudit
+from .result import MARKS, MATRIX, Asked, Generation, ImageVerdict, LoraAudit, Mark
 
 ROWS, HELD_OUT_ROWS = 40, 10
 """At most so many images are shown, those that come nearest first."""
@@ -38,8 +38,8 @@ class Cell:
     similarity: float
     level: int
     """Strength of the colour, 0 to `LEVELS`."""
-    mark: str
-    """`verbatim` or `near` above that threshold, else empty."""
+    mark: Mark
+    """Of the generation against the image."""
 
     @property
     def text(self) -> str:
@@ -101,8 +101,14 @@ def load_matrix(audit: LoraAudit) -> np.ndarray:
     return matrix
 
 
-def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
-    """Return the similarities [generation image] as a table."""
+def load_marks(audit: LoraAudit) -> np.ndarray:
+    """Return the marks [generation image] from an audit's folder: 0 none, 1 near, 2 verbatim."""
+    with np.load(audit.folder / MATRIX, allow_pickle=False) as file:
+        return file["marks"]
+
+
+def make_grid(audit: LoraAudit, matrix: np.ndarray, marks: np.ndarray) -> Grid:
+    """Return similarities and marks [generation image] as a table."""
     columns = _columns(audit)
     rank = audit.ranked[:ROWS]
     apart = [n for n, image in enumerate(audit.training.images) if image.held_out]
@@ -119,7 +125,8 @@ def make_grid(audit: LoraAudit, matrix: np.ndarray) -> Grid:
 
     def row(image: int, verdict: ImageVerdict | None) -> Row:
         cells = (best if best is None else
-                 _cell(audit, best, twins.get(best), float(matrix[best, image]), ground)
+                 _cell(best, twins.get(best), float(matrix[best, image]), ground,
+                       MARKS[marks[best, image]])
                  for best in bests[image])  # fmt: skip
         return Row(image=image, verdict=verdict, cells=tuple(cells))
 
@@ -154,13 +161,8 @@ def _nearest(audit: LoraAudit, matrix: np.ndarray, image: int, column: Column) -
     return max(some, key=lambda n: matrix[n, image], default=None)
 
 
-def _cell(
-    audit: LoraAudit, generation: int, twin: int | None, similarity: float, ground: float
-) -> Cell:
+def _cell(generation: int, twin: int | None, similarity: float, ground: float, mark: Mark) -> Cell:
     part = (similarity - ground) / max(1 - ground, 1e-6)
-    verbatim, near = audit.thresholds.verbatim, audit.thresholds.near
-    mark = "near" if near is not None and similarity > near else ""
-    mark = "verbatim" if verbatim is not None and similarity > verbatim else mark
     return Cell(
         generation=generation, twin=twin, similarity=similarity, mark=mark,
         level=round(LEVELS * min(max(part, 0), 1)),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ...shared.arrays import Float, Tensor
 from ...shared.models.load import model_fingerprint
+from ...shared.wording import counted
 from ...shared.words.explanation import explain
 from ..common.job import content_key
 from .ask import Plan
@@ -15,10 +16,17 @@ from .compare import Compared
 from .config import settings_of
 from .draw import Drawn
 from .read import Epoch
-from .result import EpochPoint, ImageVerdict, LoraAudit, Rate, Thresholds, TrainingSet
-from .verdicts import LEVEL, fisher, weigh
+from .result import Asked, EpochPoint, Generation, ImageVerdict, LoraAudit, Rate, TrainingSet
+from .rule import COPY, NEAR
+from .verdicts import LEVEL, fisher, judge_images, summarize, thresholds
+from .words import doubt_of
 from .work import Work
 
+SAID: dict[Asked, str] = {
+    "caption": "captions", "paraphrase": "captions reworded", "trigger": "the trigger",
+    "empty": "no words",
+}  # fmt: skip
+"""What a LoRA was asked, in a headline; the attack makes no verdict."""
 EXPLAINED = 6
 """Captions at most, those of the most similar images first."""
 Words = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
@@ -28,12 +36,17 @@ Words = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit:
     """Return everything the page shows and the files hold."""
     subject, evidence, generations = work.subject, compared.evidence, compared.generations
-    limits, verdicts, headline = weigh(
-        evidence, compared.ceilings, compared.peers, compared.instrument
-    )
+    controls = evidence.marked.controls[: evidence.trained]
+    limits = thresholds(min(controls), evidence.trained, len(evidence.held_out))
+    verdicts = judge_images(evidence, compared.ceilings, enough=limits.enough)
+    headline = summarize(
+        verdicts, evidence, limits, compared.instrument,
+        asked=asked_of(generations), doubt=doubt_of(plan, drawn.scores, work),
+    )  # fmt: skip
+    near = [bool(evidence.near(v.image, lora=False).any()) for v in verdicts]
     points = tuple(
-        judge_epoch(epoch, best, evidence.off_best, limits, rise)
-        for (epoch, _), best, rise in zip(plan.epochs, compared.epochs, drawn.rises, strict=True)
+        judge_epoch(epoch, *found, verdicts, near, rise)
+        for (epoch, _), found, rise in zip(plan.epochs, compared.epochs, drawn.rises, strict=True)
     )
     audit = LoraAudit(
         model=subject.name,
@@ -47,7 +60,7 @@ def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit
         thresholds=limits,
         headline=headline,
         positive_control=compared.instrument,
-        attack=judge_attack(compared.rows, generations, limits, evidence.trained),
+        attack=judge_attack(compared.rows, generations, evidence.trained),
         epochs=points,
         best_epoch=best_epoch(points),
         words=explain_captions(verdicts, plan.training, work),
@@ -57,36 +70,43 @@ def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit
     return replace(audit, causes=find_causes(audit))
 
 
+def asked_of(generations: Sequence[Generation]) -> str:
+    """Return what was asked with the LoRA on, as in "captions and no words (40 images)"."""
+    plain = [made.asked for made in generations if made.lora and made.asked in SAID]
+    kinds = [said for asked, said in SAID.items() if asked in plain]
+    listed = ", ".join(kinds[:-1]) + (" and " if len(kinds) > 1 else "") + kinds[-1]
+    return f"{listed} ({counted(len(plain), 'image', 'images')})"
+
+
 def judge_epoch(
     epoch: Epoch,
     best: Float[Tensor, " image"],
-    control: Float[Tensor, " image"],
-    limits: Thresholds,
+    marks: Float[Tensor, " image"],
+    verdicts: Sequence[ImageVerdict],
+    near_before: Sequence[bool],
     score: float,
 ) -> EpochPoint:
     """Return the point of one epoch.
 
-    It is inside when no more images come back verbatim than controls do, and when the images that
-    are nearer than `near` are no more than chance makes of the controls (Fisher's exact test).
+    It is inside when no image comes back verbatim but those that the base model draws, and when
+    the images that come nearer than controls are no more than chance makes of those that do with
+    the LoRA off (Fisher's exact test).
 
     Args:
         epoch: The file.
         best: Per training image, its most similar generation of this epoch.
-        control: The same without a LoRA.
-        limits: Of the audit.
+        marks: Per training image, the gravest of its own words.
+        verdicts: Of the audited file.
+        near_before: Which images come nearer than controls with the LoRA off.
         score: Mean LoRA-on minus LoRA-off score of the captions.
     """
-    if limits.near is None or limits.verbatim is None:
-        copies, inside = 0, False
-    else:
-        copies = int((best > limits.verbatim).sum())
-        beyond, likely = (int((each > limits.near).sum()) for each in (best, control))
-        inside = copies <= int((control > limits.verbatim).sum()) and (
-            fisher(beyond, len(best), likely, len(control)) >= LEVEL
-        )
+    given = [v.verdict != "base" for v in verdicts]
+    copies = sum(int(grave) == COPY and own for grave, own in zip(marks, given, strict=True))
+    near, n = int((marks >= NEAR).sum()), len(best)
     return EpochPoint(
         name=epoch.path.name, epoch=epoch.number, score=score, similarity=float(best.mean()),
-        reproduced=Rate.of(copies, len(best)), inside=inside,
+        reproduced=Rate.of(copies, n),
+        inside=not copies and fisher(near, n, sum(near_before), n) >= LEVEL,
     )  # fmt: skip
 
 

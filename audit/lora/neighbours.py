@@ -1,11 +1,15 @@
 """Nearest neighbours among many images, and near-duplicates among those of a training set.
 
-Near-duplicates are what most of all makes a model give images back.
+Near-duplicates are what most of all makes a model give images back. Two things tell them. Laid over
+each other, one mirrored and cropped as the other may be, their pixels agree: so it is with what was
+saved again, shrunk or cropped a little, and not with one character in one pose. SSCD finds what was
+recoloured or cropped further. Either way no part of the two images may show something else.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +41,17 @@ UNLIKE = 0.2
 things. The demo's drawings in one repeated layout differ by .37 and more in some tile; drawings and
 parts of photographs from themselves compressed, shrunk, cropped by 8 %, brightened by a tenth or
 mirrored by .07 and less."""
+MARGINS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.24)
+"""Shares of a side that a crop may have taken off, in the corners, at the edges or all around."""
+SMALL, COARSE = 64, 16
+"""Pixels a side that images are cropped at, and compared at."""
+AGREES = 0.06
+"""Root mean square difference, of a range of 1, up to which pixels agree. Edited copies reach .05,
+images of one character in one pose come down to .07."""
+BRIGHTER = 1.25
+"""Factor of the brightness that is forgiven, either way."""
+CANDIDATES = 0.6
+"""Cosine from which on the pixels of two images are compared."""
 
 
 class Index:
@@ -94,16 +109,17 @@ def find_duplicates(
 ) -> tuple[DuplicateGroup, ...]:  # fmt: skip
     """Return the groups of images that are linked by similarity, the largest first.
 
-    Two images are linked when their files are equal, or the cosine of their unit vectors is at
-    least `threshold` and they agree everywhere. On flat art the cosine alone would link drawings
-    that share a layout: a frame, a ground, and something else in the middle. A group may be a
-    chain: its `similarity` is the lowest cosine of any two members.
+    Two images are linked when their files are equal, or they agree everywhere and either the cosine
+    of their unit vectors is at least `threshold` or their pixels are close as a whole: JPEG's noise
+    lowers the cosine below that of two images of one character. On flat art either alone would link
+    drawings that share a layout: a frame, a ground, and something else in the middle. A group may
+    be a chain: its `similarity` is the lowest cosine of any two members.
 
     Args:
         rows: Unit vectors of the images.
         sha256: Of their files.
         threshold: From `duplicate_threshold`.
-        images: To see whether they agree; None takes the cosine's word.
+        images: To compare their pixels; None takes the cosine's word.
     """
     if len(rows) != len(sha256):
         raise ValueError(f"{len(rows)} rows but {len(sha256)} hashes.")
@@ -112,7 +128,14 @@ def find_duplicates(
     first: dict[str, int] = {}
     equal = [(first.setdefault(key, index), index) for index, key in enumerate(sha256)]
     distinct = torch.tensor(list(first.values()))
-    near = distinct[Index(rows[distinct]).pairs(threshold)[0]].tolist()
+    pairs, cosines = Index(rows[distinct]).pairs(
+        threshold if images is None else min(threshold, CANDIDATES)
+    )
+    pairs = distinct[pairs]
+    if images is not None and len(pairs):
+        apart = differences(pairs, lambda index: views_of(images[index]))
+        pairs = pairs[(apart <= AGREES) | (cosines >= threshold)]
+    near = pairs.tolist()
     if images is not None:
         near = _showing_the_same(near, images)
     groups = []
@@ -175,6 +198,60 @@ def _agree(one: np.ndarray, other: np.ndarray) -> bool:
         for second in (other, mirrored) for crops, whole in ((one, second), (second, one))
     ]  # fmt: skip
     return bool(min(worst) < UNLIKE)
+
+
+def differences(
+    pairs: Tensor, views: "Callable[[int], Float[Tensor, ' view number']]"
+) -> Float[Tensor, " pair"]:
+    """Return how far the pixels of two images are apart, laid over each other as best they can be.
+
+    The root mean square difference of one as it is and the other in whatever view of it comes
+    nearest, of two images whose values range from 0 to 1.
+
+    Args:
+        pairs: Positions of images [pair 2], the first ones rising.
+        views: Returns an image by position as `views_of` shows it.
+    """
+    result = torch.empty(len(pairs))
+    whole = {index: views(index)[0] for index in pairs.unique().tolist()}
+    for column in (0, 1):
+        other = torch.stack([whole[index] for index in pairs[:, 1 - column].tolist()])
+        for index in pairs[:, column].unique().tolist():
+            places = (pairs[:, column] == index).nonzero().flatten()
+            apart = _apart(views(index), other[places])
+            result[places] = apart if column == 0 else torch.minimum(result[places], apart)
+    return result
+
+
+def _apart(shown: Tensor, others: Tensor) -> Tensor:
+    """Return the difference [other] of the nearest of some views [view number], brightened."""
+    products, norms = shown @ others.T, shown.square().sum(1, keepdim=True)
+    gain = (products / norms.clamp_min(1e-9)).clamp(1 / BRIGHTER, BRIGHTER)
+    squares = gain.square() * norms - 2 * gain * products + others.square().sum(1)
+    return (squares.clamp_min(0).amin(0) / others.shape[1]).sqrt()
+
+
+def views_of(image: "Image") -> Float[Tensor, " view number"]:
+    """Return an image in small, mirrored, and cropped in all ways; the first one is as it is.
+
+    Rows of `COARSE` x `COARSE` RGB values in 0..1.
+    """
+    from PIL import Image, ImageOps
+
+    small = image.convert("RGB").resize((SMALL, SMALL), Image.Resampling.BOX)
+    every = [
+        np.asarray(side.resize((COARSE, COARSE), Image.Resampling.BOX, box=box))
+        for side in (small, ImageOps.mirror(small)) for box in _crops()
+    ]  # fmt: skip
+    return torch.from_numpy(np.stack(every)).flatten(1).float() / 255
+
+
+def _crops() -> Iterator[tuple[float, float, float, float]]:
+    """Yield the whole of an image of `SMALL` pixels, then its crops."""
+    yield 0, 0, SMALL, SMALL
+    for margin, across, down in product(MARGINS, (0, 0.5, 1), (0, 0.5, 1)):
+        left, top, lost = across * margin * SMALL, down * margin * SMALL, margin * SMALL
+        yield left, top, SMALL - lost + left, SMALL - lost + top
 
 
 def _connected(count: int, links: Sequence[Sequence[int]]) -> list[list[int]]:

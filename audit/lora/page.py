@@ -6,7 +6,7 @@ from typing import Any
 from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ..common.pages import TEMPLATES, embedded_chart, render_page, safe
 from ..common.result import versions
-from .grid import load_matrix, make_grid, twins_of
+from .grid import load_marks, load_matrix, make_grid, twins_of
 from .page_images import LARGE, Thumbnails, epoch_chart
 from .result import ImageVerdict, LoraAudit
 
@@ -18,7 +18,7 @@ PROMPTS = 200
 """Prompts in the table of scores, largest difference first."""
 SAYS = {
     "verbatim": "comes back", "template": "its layout comes back",
-    "near": "closer than controls", "none": "not found",
+    "near": "closer than controls", "base": "the base model draws it", "none": "not found",
 }  # fmt: skip
 ASKED = {
     "caption": "its caption", "trigger": "the trigger word", "paraphrase": "its caption, reworded",
@@ -46,7 +46,7 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
         ValueError: similarity.npz does not fit the audit.
     """
     thumbnails = Thumbnails(audit, include_images=include_images)
-    grid = make_grid(audit, load_matrix(audit))
+    grid = make_grid(audit, load_matrix(audit), load_marks(audit))
     settings = dict(audit.settings)
     return render_page(
         "lora.html.j2",

@@ -45,8 +45,8 @@ class Thumbnails:
 
     def blurs(self, index: int) -> bool:
         """Return whether a generation is shown blurred."""
-        similarity, near = self._audit.generations[index].similarity, self._audit.thresholds.near
-        return not self._include and (near is None or similarity >= near)
+        unknown = not self._audit.thresholds.enough
+        return not self._include and (unknown or self._audit.generations[index].mark != "")
 
     def member(self, path: str) -> str | None:
         """Return a generation by its path."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...shared.files.prompts import PromptError
 from ...shared.files.weights import ModelError, file_sha256, sha256_of
 from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted, visible
 from .config import LoraAuditConfig
 from .header import LONGEST, Header, read_header
-from .remarks import compare_header
+from .remarks import compare_header, unknown_captions
 from .result import LoraFacts, TrainingSet
 from .training_set import read_training_set
 
@@ -45,6 +46,9 @@ class Material:
     lora: LoraFacts
     training: TrainingSet
     epochs: tuple[Epoch, ...]
+    unknown: tuple[int, ...] | None = None
+    """Training images whose captions hold nothing that the LoRA's header counts; None where it
+    counts no words."""
 
 
 def read(config: LoraAuditConfig, base: str | Path) -> Material:
@@ -56,15 +60,20 @@ def read(config: LoraAuditConfig, base: str | Path) -> Material:
 
     Raises:
         ModelError: The LoRA is missing, a pickle, cut off, not safetensors, or no LoRA.
-        PromptError: The training folder cannot be read.
+        PromptError: The training folder cannot be read, or nothing is known of the words that were
+            trained.
         ValueError: The epochs cannot be read.
     """
     epochs = read_epochs(config.epochs)
     header = read_header(config.lora)
-    training = read_training_set(config.images, header, trigger=config.trigger,
-                                 held_out=config.held_out, reserve=config.reserve)  # fmt: skip
+    training = read_training_set(
+        config.images, header, instance_prompt=config.instance_prompt, trigger=config.trigger,
+        held_out=config.held_out, reserve=config.reserve,
+    )  # fmt: skip
+    refuse_without_words(training)
     lora = lora_facts(config.lora, header, training, base)
-    return Material(lora=lora, training=training, epochs=tuple(epochs))
+    return Material(lora=lora, training=training, epochs=tuple(epochs),
+                    unknown=unknown_captions(header, training))  # fmt: skip
 
 
 def read_epochs(named: Sequence[Path]) -> list[Epoch]:
@@ -181,3 +190,20 @@ def _peft_base(path: Path) -> str | None:
         return visible(config["base_model_name_or_path"][:LONGEST]) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def refuse_without_words(training: TrainingSet) -> None:
+    """Raise unless something is known of the words that were trained.
+
+    Raises:
+        PromptError: No image has a caption and no trigger is known; says what to give.
+    """
+    if training.trigger or any(image.caption for image in training.trained):
+        return
+    raise PromptError(
+        f"None of the {len(training.trained)} images has a caption, and the LoRA's header names no "
+        "trained words. Asked for by other words, images do not come back, and that would say "
+        "nothing. Give the words of the training: caption files beside the images, "
+        '--instance-prompt "a photo of zorp" (the prompt that all images were trained with), or '
+        "--trigger zorp."
+    )

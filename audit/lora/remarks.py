@@ -222,12 +222,7 @@ def _caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
     in_header = header.tag_counts()
     if not in_header:
         return
-    in_captions = Counter(
-        tag
-        for image in training.trained
-        for part in image.caption.split(",")
-        if (tag := part.strip().lower())
-    )
+    in_captions = Counter(tag for image in training.trained for tag in _tags(image.caption))
     every = in_header.keys() | in_captions.keys()
     if differing := [tag for tag in every if in_header[tag] != in_captions[tag]]:
         yield Remark(
@@ -238,6 +233,22 @@ def _caption_remarks(header: Header, training: TrainingSet) -> Iterator[Remark]:
         )
     else:
         yield Remark(f"The captions hold the {len(in_header)} tags that the header counts.")
+
+
+def unknown_captions(header: Header, training: TrainingSet) -> tuple[int, ...] | None:
+    """Return the training images whose captions hold no tag that the header counts.
+
+    None where the header counts no tags; an image without a caption is not among them.
+    """
+    if not (known := header.tag_counts()):
+        return None
+    tags = [_tags(image.caption) for image in training.trained]
+    return tuple(i for i, own in enumerate(tags) if own and not any(tag in known for tag in own))
+
+
+def _tags(caption: str) -> list[str]:
+    """Return the comma-separated parts of a caption as kohya's scripts count them."""
+    return [tag for part in caption.split(",") if (tag := part.strip().lower())]
 
 
 def _own_remarks(header: Header, rank: int | None) -> Iterator[Remark]:

@@ -8,9 +8,13 @@ from ...shared.score.rates import clopper_pearson
 
 MATRIX = "similarity.npz"
 """The file with `matrix`: cosines [generation image]."""
-Verdict = Literal["verbatim", "template", "near", "none"]
-"""A training image comes back; only its layout; closer than controls are; nothing of the kind: the
-gravest first."""
+Verdict = Literal["verbatim", "template", "near", "base", "none"]
+"""A training image comes back; only its layout; closer than controls are; the base model draws it
+without the LoRA; nothing of the kind: the gravest first."""
+Mark = Literal["verbatim", "near", ""]
+"""A generation is a copy of a training image, or nearer to it than controls come."""
+MARKS: tuple[Mark, ...] = ("", "near", "verbatim")
+"""As the file of the matrix numbers them."""
 Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
 """Which prompt a generation was made from."""
 
@@ -131,6 +135,8 @@ class Generation:
     """Training image that is most similar."""
     similarity: float
     """Cosine to it."""
+    mark: Mark = ""
+    """Against whichever training image it is graver."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +169,11 @@ class ImageVerdict:
     """Position of the most similar generation."""
     attracted: int
     """Generations to which this image is the nearest of all."""
+    closeness: float | None = None
+    """Distance of the generation that comes nearest for its own words, over the distance of a copy
+    by the image's own yardstick: below 1 it is one. None without a yardstick."""
+    closeness_off: float | None = None
+    """The same with the LoRA off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +221,14 @@ class EpochPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """From which similarity on a verdict is given, and what carries it."""
+    """What carries the verdicts: every image has a yardstick of its own."""
 
-    verbatim: float | None
-    """None: too few controls."""
-    near: float | None
     method: str
     """How they were made, a sentence."""
     controls: int
+    """What the yardstick with the fewest was taken from."""
+    enough: bool
+    """False: so few controls carry no verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +255,8 @@ class Headline:
     controls: Rate
     """The same of controls: LoRA off, or held-out images."""
     p_value: float | None
-    """One-sided Fisher's exact test of the two; None when refused."""
+    """One-sided Fisher's exact test of the two; None when refused, and where it is not below .05:
+    each image is judged by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from ...shared.files.images import read_image
 from ...shared.files.prompts import IMAGE_SUFFIXES, METADATA, PromptError, caption_of, read_table
 from ...shared.files.weights import file_sha256
-from ...shared.wording import counted, name_some
+from ...shared.wording import counted, name_some, visible
 from .header import Header
 from .result import TrainingImage, TrainingSet
 
@@ -50,6 +50,7 @@ def read_training_set(
     folder: Path,
     header: Header,
     *,
+    instance_prompt: str | None = None,
     trigger: str | None = None,
     held_out: Path | None = None,
     reserve: float = 0.0,
@@ -70,6 +71,7 @@ def read_training_set(
     Args:
         folder: Of training images.
         header: Of the LoRA: tells regularisation folders, repeats of a plain folder, and tags.
+        instance_prompt: The words that images without a caption were trained with.
         trigger: The word that stands for what is taught; None to look for it.
         held_out: Further images of the same subject that were not trained on; may lie in `folder`.
         reserve: Share of the folder that was left out of the training, 0 to below 1.
@@ -99,6 +101,10 @@ def read_training_set(
                 f"The folder teaches {len(layout.concepts)} things: {name_some(layout.concepts)}. "
                 f"Only {trigger!r} is used as a prompt of its own; name another with --trigger."
             )
+    words = instance_prompt or trigger
+    images, more = _captioned(images, words, instance_prompt=bool(instance_prompt))
+    controls, _ = _captioned(controls, words, instance_prompt=False)
+    warnings += more
     return TrainingSet(
         folder=folder,
         layout=layout.kind,
@@ -107,6 +113,22 @@ def read_training_set(
         held_out_folder=held_out,
         warnings=tuple(warnings),
     )
+
+
+def _captioned(
+    images: Sequence[TrainingImage], words: str, *, instance_prompt: bool
+) -> tuple[list[TrainingImage], list[str]]:
+    """Return the images with these words where they have no caption, and warnings."""
+    bare = [image.name for image in images if not image.caption]
+    named = [replace(image, caption=image.caption or words) for image in images]
+    if not bare:
+        unused = "The instance prompt is not used: every image has a caption."
+        return named, [unused] if instance_prompt else []
+    if instance_prompt or not words:
+        return named, []
+    have = counted(len(bare), "image has", "images have")
+    return named, [f"{have} no caption and {'is' if len(bare) == 1 else 'are'} asked for by the "
+                   f"trigger alone, {visible(words)!r}."]  # fmt: skip
 
 
 def _existing(folder: Path) -> Path:

@@ -1,7 +1,8 @@
-"""What may be said of each training image and of the whole LoRA: thresholds and verdicts.
+"""What may be said of each training image and of the whole LoRA.
 
-From which similarity on an image counts as given back depends on what controls reach. There is no
-fixed number: on photographs unrelated images stay below .3, on flat art they pass .5.
+One image that clearly came back is a finding by itself. That none did is a claim about all that was
+not tried, and has the higher bar: the right words were asked, the instrument finds planted images
+with as many seeds, and no image comes nearer with the LoRA than controls do.
 """
 
 from collections.abc import Sequence
@@ -10,153 +11,119 @@ from dataclasses import dataclass
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ...shared.score.rates import NotEnoughControls, controls_needed
 from ...shared.wording import counted
-from ..common.sscd import calibrate
-from ..common.wording import between, percent
+from ..common.copies import OTHERS
+from ..common.wording import percent
 from .result import Headline, ImageVerdict, PositiveControl, Rate, Thresholds, Verdict
+from .rule import COPY, Marked
 
 LEVEL = 0.05
 """p-value below which a difference from the controls is called one."""
-ABOVE = 0.05
-"""Share of controls that may lie above `near`."""
-NEEDED = controls_needed(ABOVE)
-
-
-def near_threshold(controls: Float[Tensor, " control"]) -> float | None:
-    """Return the similarity that a further control exceeds with probability `ABOVE` at most.
-
-    None when there are too few controls to say so.
-    """
-    try:
-        return calibrate(controls, ABOVE)
-    except NotEnoughControls:
-        return None
-
-
-def thresholds(
-    off: Float[Tensor, " image"],
-    held_out: Float[Tensor, " control"],
-    peers: Float[Tensor, " row"],
-) -> Thresholds:
-    """Return the thresholds that three kinds of controls carry together.
-
-    `verbatim` lies half-way from `near` to 1, the similarity of an image and itself: a copy is
-    nearer to its image than to what controls reach.
-
-    Args:
-        off: Per training image, its most similar generation without the LoRA.
-        held_out: Per image that was not trained on, its most similar generation with the LoRA.
-        peers: Per training image, its most similar other image of the same subject.
-    """
-    controls = torch.cat([off, held_out, peers])
-    near, count = near_threshold(controls), len(controls)
-    trained = ("training image", "training images")
-    kinds = [f"{counted(len(off), *trained)} against generations without the LoRA"]
-    if len(held_out):
-        held = counted(len(held_out), "held-out image", "held-out images")
-        kinds.append(f"{held} against generations with it")
-    named = ", ".join([*kinds, f"{counted(len(peers), *trained)} against each other"])
-    if near is None:
-        method = (
-            f"{counted(count, 'control', 'controls')} ({named}) cannot carry a threshold: "
-            f"{NEEDED} are needed. Give {NEEDED - count} or more images of the same subject that "
-            "were not trained on (--held-out)."
-        )
-        return Thresholds(verbatim=None, near=None, method=method, controls=count)
-    method = (
-        f"Near: above what {percent(1 - ABOVE)} of {count} controls reach ({named}). "
-        "Verbatim: above the middle between that and the similarity of an image and itself, 1."
-    )
-    return Thresholds(verbatim=(1 + near) / 2, near=near, method=method, controls=count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """What the verdicts rest on; rows are generations, columns all images, held-out ones last."""
+    """What the verdicts rest on; columns are all images, held-out ones last."""
 
     matrix: Float[Tensor, "generation image"]
     """Cosines."""
-    layouts: Float[Tensor, "generation image"]
-    """Similarities of the arrangement: 1 minus the root mean square difference of thumbnails."""
+    marked: Marked
+    """Of the same generations and images; the first kind of features shows the arrangement, the
+    second what is in it."""
     on: Sequence[int]
     """Generations with the LoRA, without the attack's."""
     off: Sequence[int]
     """The same prompts and seeds without the LoRA."""
     trained: int
     """Columns that were trained on, from the first."""
+    held_out: Sequence[int]
+    """Columns of images that were not, and that are no near-duplicates of one that was."""
 
-    @property
-    def off_best(self) -> Float[Tensor, " image"]:
-        """Return the highest cosine without the LoRA of each image that was trained on."""
-        return self.matrix[list(self.off), : self.trained].amax(0)
+    def copied(self, image: int, *, lora: bool) -> bool:
+        """Return whether an image comes back from any words."""
+        return bool((self.marked.marks[list(self.on if lora else self.off), image] == COPY).any())
 
-    @property
-    def held_out(self) -> Float[Tensor, " control"]:
-        """Return the highest cosine with the LoRA of each image it was not trained on."""
-        return self.matrix[list(self.on), self.trained :].amax(0)
-
-    @property
-    def layout_controls(self) -> Float[Tensor, " control"]:
-        """Return the arrangements that controls reach: LoRA off, and held-out images."""
-        off = self.layouts[list(self.off), : self.trained].amax(0)
-        return torch.cat([off, self.layouts[list(self.on), self.trained :].amax(0)])
+    def near(self, image: int, *, lora: bool) -> Tensor:
+        """Return for its own words which features have an image nearer than controls, [view]."""
+        rows = list(self.on if lora else self.off)
+        own = self.marked.own[rows, image]
+        return (self.marked.alike[:, rows, image] & own).any(1)
 
 
-def weigh(
-    evidence: Evidence,
-    ceilings: Float[Tensor, " image"],
-    peers: Float[Tensor, " row"],
-    instrument: PositiveControl,
-) -> tuple[Thresholds, tuple[ImageVerdict, ...], Headline]:
-    """Return the thresholds that the controls carry, and what follows for images and LoRA."""
-    limits = thresholds(evidence.off_best, evidence.held_out, peers)
-    layout_limit = near_threshold(evidence.layout_controls)
-    verdicts = judge_images(evidence, ceilings, limits, layout_limit)
-    return limits, verdicts, summarize(verdicts, evidence, limits, instrument)
+def thresholds(count: int, trained: int, held_out: int) -> Thresholds:
+    """Return how the verdicts' yardsticks were made.
+
+    Args:
+        count: What the yardstick with the fewest was taken from.
+        trained: Training images.
+        held_out: Images that were not trained on.
+    """
+    images = counted(trained, "training image", "training images")
+    more = counted(held_out, "held-out image", "held-out images")
+    method = (
+        "Each image has a yardstick of its own: how near other captions' generations, the base "
+        "model's and the other images come to it, near-duplicates left out. A copy is nearer "
+        "than a fixed part of that, and nearer to it than to any other image. The yardsticks of "
+        f"{images}{f' and {more}' if held_out else ''} rest on {count} controls or more each."
+    )
+    enough = count >= OTHERS
+    if not enough:
+        method = (
+            f"{counted(count, 'control', 'controls')} cannot carry a verdict: {OTHERS} are needed. "
+            f"Give {OTHERS - count} or more images of the same subject that were not trained on "
+            "(--held-out), or draw more images of each prompt (--images-per-prompt)."
+        )
+    return Thresholds(method=method, controls=count, enough=enough)
 
 
 def judge_images(
-    evidence: Evidence,
-    ceilings: Float[Tensor, " image"],
-    limits: Thresholds,
-    layout_limit: float | None,
+    evidence: Evidence, ceilings: Float[Tensor, " image"], *, enough: bool
 ) -> tuple[ImageVerdict, ...]:
     """Return the verdict of every image that was trained on.
 
     Args:
         evidence: Of the generations.
         ceilings: Cosine of each image and its autoencoder round trip.
-        limits: For cosines.
-        layout_limit: For arrangements, as `near` is for cosines.
+        enough: Whether the controls carry a verdict.
     """
-    trained = evidence.trained
-    on = evidence.matrix[list(evidence.on), :trained]
-    layouts = evidence.layouts[list(evidence.on), :trained].amax(0).tolist()
-    attracted = torch.bincount(on.argmax(1), minlength=trained).tolist()
-    off, (best, rows) = evidence.off_best.tolist(), on.max(0)
-    return tuple(
-        ImageVerdict(
-            image=image,
-            verdict=_verdict(similarity, layouts[image], limits, layout_limit),
-            similarity=similarity,
-            control=off[image],
-            ceiling=float(ceilings[image]),
-            generation=evidence.on[row],
+    on = evidence.matrix[list(evidence.on), : evidence.trained]
+    off = evidence.matrix[list(evidence.off), : evidence.trained]
+    attracted = torch.bincount(on.argmax(1), minlength=evidence.trained).tolist()
+    verdicts = []
+    for image in range(evidence.trained):
+        verdict = _verdict(evidence, image) if enough else "none"
+        # The generation to look at is one that made the verdict, and of these the most similar.
+        marks = evidence.marked.marks[list(evidence.on), image]
+        if verdict != "verbatim":
+            marks = marks * evidence.marked.own[list(evidence.on), image]
+        best = int((on[:, image] + 4 * marks * (verdict not in ("none", "base"))).argmax())
+        verdicts.append(ImageVerdict(
+            image=image, verdict=verdict, similarity=float(on[best, image]),
+            control=float(off[:, image].amax()) if len(off) else -1.0,
+            ceiling=float(ceilings[image]), generation=evidence.on[best],
             attracted=attracted[image],
-        )
-        for image, (similarity, row) in enumerate(zip(best.tolist(), rows.tolist(), strict=True))
-    )
+            closeness=_closeness(evidence, image, evidence.on) if enough else None,
+            closeness_off=_closeness(evidence, image, evidence.off) if enough else None,
+        ))  # fmt: skip
+    return tuple(verdicts)
 
 
-def _verdict(
-    similarity: float, layout: float, limits: Thresholds, layout_limit: float | None
-) -> Verdict:
-    if limits.near is None or limits.verbatim is None or similarity <= limits.near:
-        return "none"
-    if similarity > limits.verbatim:
+def _verdict(evidence: Evidence, image: int) -> Verdict:
+    """Return what an image's generations say, against its own with the LoRA off."""
+    if evidence.copied(image, lora=False):
+        return "base"
+    if evidence.copied(image, lora=True):
         return "verbatim"
-    return "template" if layout_limit is not None and layout > layout_limit else "near"
+    layout, content = (evidence.near(image, lora=True) & ~evidence.near(image, lora=False)).tolist()
+    if layout and not content:
+        return "template"
+    return "near" if content else "none"
+
+
+def _closeness(evidence: Evidence, image: int, rows: Sequence[int]) -> float | None:
+    own = [row for row in rows if evidence.marked.own[row, image]]
+    values = evidence.marked.closeness[own or list(rows), image]
+    return float(values.amin()) if len(values) else None
 
 
 def summarize(
@@ -164,49 +131,70 @@ def summarize(
     evidence: Evidence,
     limits: Thresholds,
     instrument: PositiveControl,
+    *,
+    asked: str,
+    doubt: str = "",
 ) -> Headline:
-    """Return what may be said of the LoRA: images that come back, against controls that do.
+    """Return what may be said of the LoRA.
 
-    Controls are the same images against generations without the LoRA, and held-out images against
-    generations with it. A claim needs Fisher's exact test below `LEVEL`.
+    Args:
+        verdicts: Of the images that were trained on.
+        evidence: They rest on.
+        limits: Of the audit.
+        instrument: Whether it works, and how many planted images it finds with as many seeds.
+        asked: What the LoRA was asked, as in "None came back from ...".
+        doubt: Why the words may not be those that were trained, a sentence; empty for no doubt.
     """
-    copies = sum(verdict.verdict == "verbatim" for verdict in verdicts)
-    n, limit = len(verdicts), limits.verbatim
-    cosines = torch.cat([evidence.off_best, evidence.held_out])
-    hits, m = 0 if limit is None else int((cosines > limit).sum()), len(cosines)
-    reproduced, controls = Rate.of(copies, n), Rate.of(hits, m)
+    n, counts = len(verdicts), [v.verdict for v in verdicts]
+    copies, drawn = counts.count("verbatim"), counts.count("base")
+    held = [evidence.copied(image, lora=True) for image in evidence.held_out]
+    reproduced = Rate.of(copies, n)
+    controls = Rate.of(drawn + sum(held), n + len(held))
 
-    def refused(text: str) -> Headline:
-        return Headline(text=text, given=False, reproduced=reproduced, controls=controls,
-                        p_value=None)  # fmt: skip
+    def headline(text: str, *, given: bool) -> Headline:
+        p = fisher(copies, n, controls.count, controls.total)
+        return Headline(text=text, given=given, reproduced=reproduced, controls=controls,
+                        p_value=p if given and p < LEVEL else None)  # fmt: skip
 
+    images = counted(n, "training image", "training images")
+    own = _of_base(drawn)
     if not instrument.works:
-        return refused(f"The instrument failed, so nothing can be said. {instrument.detail}")
-    if limit is None:
-        return refused(f"Not enough controls for a claim. {limits.method}")
-    p_value = fisher(copies, n, hits, m)
-    images, against = counted(n, "training image", "training images"), _controls(m)
-    if copies == 0:
-        if (least := _least_images(m)) > n:
-            return refused(
-                f"No training image came back, but {n} could not have shown it: at least {least} "
-                f"are needed beside {against}."
-            )
-        text = (
-            f"None of {images} came back; for other prompts and seeds that leaves room for up to "
-            f"{percent(reproduced.high)} of them (95 % interval)."
+        text = f"The instrument failed, so nothing can be said. {instrument.detail}"
+        return headline(text, given=False)
+    if not limits.enough:
+        return headline(f"Not enough controls for a claim. {limits.method}", given=False)
+    if copies:
+        them = "it" if copies == 1 else "them"
+        text = f"{copies} of {images} came back: look at {them}."
+        if sum(held):
+            others = counted(len(held), "held-out image", "held-out images")
+            text += f" So did {sum(held)} of {others}, which the LoRA is said not to know."
+        return headline(text + own, given=True)
+    if nearer := counts.count("near") + counts.count("template"):
+        come, them = ("comes", "it") if nearer == 1 else ("come", "them")
+        return headline(
+            f"No training image came back as a copy, but {nearer} of {n} {come} nearer with the "
+            f"LoRA than controls do: look at {them}. That is no verdict of none.{own}",
+            given=False,
         )
-    elif p_value >= LEVEL:
-        return refused(_undecided(copies, n, hits, m, p_value))
-    else:
-        text = (
-            f"{copies} of {images} {'comes' if copies == 1 else 'come'} back "
-            f"({between(reproduced.low, reproduced.high)}, 95 % interval), against {hits} of "
-            f"{against}."
-        )
-    return Headline(
-        text=text, given=True, reproduced=reproduced, controls=controls, p_value=p_value
+    if doubt:
+        return headline(f"No training image came back, and that says nothing: {doubt}{own}",
+                        given=False)  # fmt: skip
+    found = instrument.found
+    return headline(
+        f"None of {images} came back from {asked}. With as many seeds the same rule finds "
+        f"{found.count} of {found.total} images planted in the demo model; other words and seeds "
+        f"leave room for up to {percent(reproduced.high)} of them (95 % interval).{own}",
+        given=True,
     )
+
+
+def _of_base(count: int) -> str:
+    """Return a sentence about images that are the base model's, empty for none."""
+    if not count:
+        return ""
+    are, it = ("is", "it is") if count == 1 else ("are", "they are")
+    return f" {count} more {are} drawn by the base model without the LoRA: {it} the base model's."
 
 
 def fisher(hits: int, n: int, control_hits: int, controls: int) -> float:
@@ -215,29 +203,3 @@ def fisher(hits: int, n: int, control_hits: int, controls: int) -> float:
 
     table = [[hits, n - hits], [control_hits, controls - control_hits]]
     return float(fisher_exact(table, alternative="greater").pvalue)
-
-
-def _least_images(controls: int) -> int:
-    """Return how many images could show a difference at all if every one of them came back."""
-    return next(n for n in range(1, 1000) if fisher(n, n, 0, controls) < LEVEL)
-
-
-def _undecided(copies: int, n: int, control_hits: int, controls: int, p_value: float) -> str:
-    """Say what came back, why that is no claim, and how many controls would make it one."""
-    came = f"{copies} of {counted(n, 'training image', 'training images')} came back"
-    against = _controls(controls)
-    if control_hits:
-        return (
-            f"{came}, and so did {control_hits} of {against}: no difference that chance would not "
-            f"make (p = {p_value:.2g})."
-        )
-    more = next((m for m in range(controls, 50 * n) if fisher(copies, n, 0, m) < LEVEL), None)
-    needed = f"; with {more - controls} more controls it would be a claim" if more else ""
-    return (
-        f"{came}: look at {'it' if copies == 1 else 'them'}. {against} cannot rule out chance "
-        f"(p = {p_value:.2g}){needed} (--held-out)."
-    )
-
-
-def _controls(count: int) -> str:
-    return counted(count, "control", "controls")

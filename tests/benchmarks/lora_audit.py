@@ -2,8 +2,10 @@
 
 Parts: `levels` (LoRAs of the demo model trained with PEFT to none, some and verbatim: the planted
 images must be named, and drawings of the same captions that were never trained on must not),
-`clean` (20 lightly trained LoRAs, each another seed: no headline) and `scale` (100,000 vectors in
-the index). The first two need npm for new drawings. What is finished in --work is not done again.
+`clean` (20 lightly trained LoRAs, each another seed: no headline), `known` (LoRAs of exactly known
+truth, of the models named with --models), `simulated` (folders of one subject in one pose) and
+`scale` (100,000 vectors in the index). The first two need npm for new drawings. What is finished in
+--work is not done again.
 """
 
 import argparse
@@ -11,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import Figure, command_of, count_of, plain, record, share_of
+from lora_known import measure_known, measure_simulated
 from lora_training import LEVELS, WORD, Sets, choose, train_lora
+from models import MODELS, chosen_models
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from unmemorize import demo
@@ -109,10 +113,16 @@ def measure_clean(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts, names = ("levels", "clean", "scale"), [level.name for level in LEVELS]
+    parts = ("levels", "clean", "known", "simulated", "scale")
+    names = [level.name for level in LEVELS]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--levels", nargs="+", choices=names, default=names)
     parser.add_argument("--runs", type=int, default=CLEAN, help="clean ones")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="of `known`; default: all")
+    parser.add_argument("--planted", type=int, default=20, help="captions of `known`")
+    parser.add_argument("--others", type=int, default=16, help="learnt captions of `known`")
+    parser.add_argument("--steps", type=int, default=20, help="of an image of `known`")
+    parser.add_argument("--folders", type=int, default=40, help="simulated ones")
     parser.add_argument("--work", type=Path, default=Path("build/lora_audit"))
     parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
@@ -125,6 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     works = {
         "levels": lambda figures: measure_levels(_fresh(), args.work, figures, args.levels),
         "clean": lambda figures: measure_clean(_fresh(), args.work, figures, args.runs),
+        "known": lambda figures: measure_known(
+            chosen_models(args.models),
+            args.work / "known",
+            figures,
+            planted=args.planted,
+            others=args.others,
+            steps=args.steps,
+        ),
+        "simulated": lambda figures: measure_simulated(args.work, figures, args.folders),
         "scale": scale,
     }
     for part in args.only:

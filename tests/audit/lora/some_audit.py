@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 from unmemorize import demo
 from unmemorize.audit.lora.causes import find_causes
 from unmemorize.audit.lora.result import (
+    MARKS,
     Attack,
     Clique,
     DuplicateGroup,
@@ -22,6 +23,7 @@ from unmemorize.audit.lora.result import (
     ImageVerdict,
     LoraAudit,
     LoraFacts,
+    Mark,
     PositiveControl,
     PromptScore,
     Rate,
@@ -101,6 +103,10 @@ def plan(training: TrainingSet) -> list[dict]:
     return both + attack
 
 
+def mark_of(similarity: float) -> Mark:
+    return "verbatim" if similarity > VERBATIM else "near" if similarity > NEAR else ""
+
+
 def make_generations(
     folder: Path, training: TrainingSet, reproduced: int
 ) -> tuple[tuple[Generation, ...], np.ndarray]:
@@ -121,10 +127,12 @@ def make_generations(
         path = f"images/{number:04d}.png"
         picture.save(folder / path)
         nearest = int(matrix[number].argmax())
-        made.append(Generation(path=path, nearest=nearest,
-                               similarity=float(matrix[number, nearest]), **one))  # fmt: skip
+        similarity = float(matrix[number, nearest])
+        made.append(Generation(path=path, nearest=nearest, similarity=similarity,
+                               mark=mark_of(similarity), **one))  # fmt: skip
     matrix = matrix.astype(np.float32)
-    np.savez(folder / "similarity.npz", matrix=matrix)
+    marks = np.vectorize(lambda cosine: MARKS.index(mark_of(cosine)))(matrix).astype(np.uint8)
+    np.savez(folder / "similarity.npz", matrix=matrix, marks=marks)
     return tuple(made), matrix
 
 
@@ -142,6 +150,8 @@ def judge(
             verdict="verbatim" if similarity > limit else "near" if similarity > near else "none",
             ceiling=0.97, generation=best,
             attracted=sum(g.nearest == index for g in generations),
+            closeness=(1 - similarity) / (1 - VERBATIM) if given else None,
+            closeness_off=3.0 if given else None,
         ))  # fmt: skip
     return tuple(rows)
 
@@ -216,7 +226,7 @@ def make_audit(
         scores=scores, generations=generations,
         verdicts=judge(training, generations, matrix, given),
         thresholds=Thresholds(
-            verbatim=VERBATIM if given else None, near=NEAR if given else None, controls=40,
+            controls=40, enough=given,
             method=text or "Above all 40 controls of this run: the LoRA off, same prompts, seeds.",
         ),
         headline=make_headline(reproduced, images, given, text),

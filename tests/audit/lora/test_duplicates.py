@@ -2,14 +2,23 @@
 
 import hashlib
 import io
+import random
 
+import numpy as np
 import pytest
 import torch
 from needs import need_package, need_sscd
 from PIL import Image, ImageEnhance, ImageOps
+from simulated_sets import KINDS
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd
-from unmemorize.audit.lora.neighbours import duplicate_threshold, find_duplicates
+from unmemorize.audit.lora.neighbours import (
+    BRIGHTER,
+    differences,
+    duplicate_threshold,
+    find_duplicates,
+    views_of,
+)
 
 need_package("faiss")
 
@@ -137,3 +146,58 @@ def test_planted_duplicates_on_flat_art_are_found_and_nothing_else():
     assert {group.images for group in groups} == pairs
     assert len(slow_groups(rows[: len(art)], keys(*map(str, range(len(art)))), 0.5)) > 0
     assert 0.7 < threshold < 1
+
+
+def jpeg(image, quality):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+EDITS = {
+    "flip": ImageOps.mirror,
+    "jpeg": lambda image: jpeg(image, 40),
+    "half": lambda image: image.resize((64, 64)),
+    "crop": lambda image: image.crop((5, 5, 123, 123)),
+    "both": lambda image: jpeg(ImageOps.mirror(image), 40),
+}
+
+
+@pytest.mark.parametrize("kind", ["drawings", *KINDS])
+def test_edited_copies_are_grouped_and_a_subject_in_one_pose_is_not(kind):
+    """By SSCD alone images of one character lie nearer to each other than to their own JPEG."""
+    need_sscd()
+    rng = random.Random(3)
+    images = (
+        [demo.training_image(c.text) for c in demo.captions() if c.group == "verbatim"][:10]
+        if kind == "drawings" else [KINDS[kind](rng) for _ in range(10)]
+    )  # fmt: skip
+    every = [*images, *(edit(image) for image in images[:3] for edit in EDITS.values())]
+    encoder = Sscd()
+    groups = find_duplicates(
+        encoder.embed(every), keys(*map(str, range(len(every)))),
+        duplicate_threshold(images, encoder.embed), every,
+    )  # fmt: skip
+    count = len(EDITS)
+    assert {group.images for group in groups} == {
+        (place, *range(10 + place * count, 10 + (place + 1) * count)) for place in range(3)
+    }
+
+
+def test_differences_are_those_of_the_slow_way():
+    """Every view of one image, brightened in 200 steps, against the other as it is."""
+    images = [Image.fromarray(rows) for rows in
+              np.random.default_rng(0).integers(0, 255, (4, 9, 9, 3), dtype=np.uint8)]  # fmt: skip
+    images.append(ImageEnhance.Brightness(ImageOps.mirror(images[0])).enhance(0.9))
+    shown = [views_of(image) for image in images]
+    gains = torch.linspace(1 / BRIGHTER, BRIGHTER, 200)[:, None, None]
+
+    def slow(a, b):
+        return min(((gains * shown[x] - shown[y][0]).square().mean(2).sqrt().min().item())
+                   for x, y in ((a, b), (b, a)))  # fmt: skip
+
+    pairs = torch.tensor([(a, b) for a in range(5) for b in range(a + 1, 5)])
+    found = differences(pairs, lambda index: shown[index])
+    expected = torch.tensor([slow(a, b) for a, b in pairs.tolist()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # the steps of the brightness
+    assert found[3] < 0.01 < 0.1 < found[0]

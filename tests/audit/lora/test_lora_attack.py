@@ -15,7 +15,7 @@ from unmemorize.audit.lora.attack import (
     judge_attack,
     sample_attack,
 )
-from unmemorize.audit.lora.result import Generation, Thresholds
+from unmemorize.audit.lora.result import Generation
 from unmemorize.shared.models.load import load_denoiser
 
 CAPTION = "sailboat, boat, resort"
@@ -99,13 +99,11 @@ def test_a_clique_counts_as_the_image_it_is_like():
     found = {member: like[group[0]] for group in groups for member in group}
     generations = [
         Generation(path=f"{i}.png", prompt="", asked="attack", source=None, seed=i, lora=True,
-                   nearest=found[i][0], similarity=found[i][1])
+                   nearest=found[i][0], similarity=found[i][1],
+                   mark="verbatim" if found[i][1] > 0.8 else "near")
         for i in range(len(rows))
     ]  # fmt: skip
-    limits = Thresholds(verbatim=0.8, near=0.6, method="", controls=40)
-    attack = judge_attack(rows, generations, limits, trained=10)
+    attack = judge_attack(rows, generations, trained=10)
     assert [clique.extracted for clique in attack.cliques] == [True, True, False]
     assert (attack.extracted.count, attack.extracted.total) == (1, 10)
-    few = Thresholds(verbatim=None, near=None, method="", controls=3)
-    assert judge_attack(rows, generations, few, trained=10).cliques == ()
-    assert judge_attack(rows, [], limits, trained=10) is None
+    assert judge_attack(rows, [], trained=10) is None

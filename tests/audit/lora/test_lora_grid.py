@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from some_audit import NEAR, VERBATIM, make_audit
 from unmemorize.audit.lora import grid as module
-from unmemorize.audit.lora.grid import load_matrix, make_grid
+from unmemorize.audit.lora.grid import load_marks, load_matrix, make_grid
 from unmemorize.shared.drawing.heatmap import LEVELS
 
 
@@ -17,7 +17,7 @@ def audit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grid(audit):
-    return make_grid(audit, load_matrix(audit))
+    return make_grid(audit, load_matrix(audit), load_marks(audit))
 
 
 def test_columns_stand_in_pairs_and_the_attack_alone(grid):
@@ -92,16 +92,10 @@ def test_colour_grows_from_the_controls_and_marks_from_the_thresholds(grid):
     assert LEVELS >= levels[-1] > LEVELS / 2
 
 
-def test_without_thresholds_nothing_is_marked(audit):
-    bare = replace(audit, thresholds=replace(audit.thresholds, verbatim=None, near=None))
-    cells = [cell for row in make_grid(bare, load_matrix(bare)).rows for cell in row.cells]
-    assert {cell.mark for cell in cells} == {""}
-
-
 def test_long_lists_are_cut_where_the_weakest_stand(audit, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 3)
     monkeypatch.setattr(module, "HELD_OUT_ROWS", 1)
-    cut = make_grid(audit, load_matrix(audit))
+    cut = make_grid(audit, load_matrix(audit), load_marks(audit))
     assert [row.verdict.verdict for row in cut.rows] == ["verbatim", "verbatim", "none"]
     assert len(cut.held_out) == 1
 

@@ -38,7 +38,7 @@ def test_says_what_was_found_in_order(page, audit):
         "3 of 5 training images come back, against 0 of 40 controls",
         "probability 0.00040",
         "How certain is this?",
-        "Verbatim above a similarity of 0.750",
+        "Above all 40 controls of this run: the LoRA off",
         "The demo model was asked for 5 planted duplicates; 5 came back.",
         "An image that did not come back was not shown to be absent",
         "First: duplicates in the training folder",
@@ -155,12 +155,11 @@ def test_blurred_means_that_the_pixels_are_gone(audit):
 
 def test_copies_are_blurred_with_what_they_copy(audit):
     plain, full = (Thumbnails(audit, include_images=some) for some in (False, True))
-    near = audit.thresholds.near
     for number, made in enumerate(audit.generations):
-        assert plain.blurs(number) == (made.similarity >= near)
+        assert plain.blurs(number) == bool(made.mark)
         assert not full.blurs(number)
-    assert {made.similarity >= near for made in audit.generations} == {True, False}
-    unknown = replace(audit, thresholds=replace(audit.thresholds, near=None))
+    assert {made.mark for made in audit.generations} == {"verbatim", "near", ""}
+    unknown = replace(audit, thresholds=replace(audit.thresholds, enough=False))
     assert all(
         Thumbnails(unknown, include_images=False).blurs(n) for n in range(len(audit.generations))
     )

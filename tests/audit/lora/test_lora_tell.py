@@ -134,7 +134,7 @@ def test_schema_names_the_whole_document(document):
 @pytest.mark.parametrize(
     ("path", "wrong"),
     [
-        (["schema_version"], 2), (["model_fingerprint"], "ab"), (["inputs", "images"], []),
+        (["schema_version"], 3), (["model_fingerprint"], "ab"), (["inputs", "images"], []),
         (["lora", "dialect"], "other"), (["training", "images", 0, "repeats"], 0),
         (["training", "images", 0, "size"], [1]), (["verdicts", 0, "verdict"], "safe"),
         (["verdicts", 0, "similarity"], 1.5), (["headline", "p_value"], 2),

@@ -237,7 +237,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_block(case):
     ("change", "said"),
     [
         ({"title": "a recipe"}, "is no audit of a LoRA"),
-        ({"schema_version": 2}, "schema version 2, this program reads 1"),
+        ({"schema_version": 3}, "schema version 3, this program reads 2"),
         ({"files": None}, "no usable files"),
         ({"inputs": {"lora": 3}}, r"no usable inputs\.lora"),
     ],

@@ -233,3 +233,25 @@ def test_ten_thousand_files(tmp_path):
     for index in range(1, 10_000):
         (tmp_path / f"5_zorp sign/{index}.png").write_bytes(first)
     assert len(read(tmp_path).images) == 10_000
+
+
+def test_images_without_a_caption_have_the_words_that_are_known(tmp_path):
+    draw(tmp_path, "a.png", 1, "zorp, a tree")
+    draw(tmp_path, "b.png", 2)
+    bare = read(tmp_path, trigger="")
+    assert table(bare) == {"a.png": ("zorp, a tree", 1), "b.png": ("", 1)}
+    by_trigger = read(tmp_path, trigger="zorp")
+    assert table(by_trigger)["b.png"] == ("zorp", 1)
+    assert "1 image has no caption and is asked for by the trigger alone, 'zorp'" in " ".join(
+        by_trigger.warnings
+    )
+    given = read(tmp_path, trigger="zorp", instance_prompt="a photo of zorp")
+    assert table(given) == {"a.png": ("zorp, a tree", 1), "b.png": ("a photo of zorp", 1)}
+    assert given.warnings == ()
+
+
+def test_an_instance_prompt_that_no_image_needs_is_named(tmp_path):
+    draw(tmp_path, "a.png", 1, "a tree")
+    training = read(tmp_path, instance_prompt="a photo of zorp")
+    assert table(training) == {"a.png": ("a tree", 1)}
+    assert "The instance prompt is not used" in " ".join(training.warnings)
