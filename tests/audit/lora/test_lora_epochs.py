@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from unmemorize.audit.lora.judge import best_epoch, judge_epoch
 from unmemorize.audit.lora.read import Epoch, read_epochs
-from unmemorize.audit.lora.result import Thresholds
-
-LIMITS = Thresholds(verbatim=0.75, near=0.5, method="By hand.", controls=40)
+from unmemorize.audit.lora.result import ImageVerdict
+from unmemorize.audit.lora.rule import COPY, NEAR
 
 
 def write(path, header=None):
@@ -37,15 +36,27 @@ def test_an_absent_file_and_an_empty_folder_are_refused(tmp_path):
             read_epochs([path])
 
 
-def points(levels: list[tuple[int, int]]):
-    """Return points of epochs in which so many of 20 images are near, and so many verbatim."""
+def points(levels: list[tuple[int, int]], of_base: int = 0, near_before: int = 0):
+    """Return points of epochs in which so many of 20 images are near, and so many verbatim.
+
+    The base model draws the first `of_base` of them, and the first `near_before` are near without.
+    """
+    verdicts = [
+        ImageVerdict(
+            image=image, verdict="base" if image < of_base else "none", similarity=0.2,
+            control=0.2, ceiling=1.0, generation=0, attracted=0, closeness=None, closeness_off=None,
+        )
+        for image in range(20)
+    ]  # fmt: skip
     made = []
     for near, copies in levels:
-        best = torch.full((20,), 0.2)
-        best[:near], best[:copies] = 0.6, 0.9
-        control = torch.full((20,), 0.3)
+        marks = torch.zeros(20)
+        marks[:near], marks[:copies] = NEAR, COPY
         epoch = Epoch(path=Path("my.safetensors"), number=len(made), sha256="")
-        made.append(judge_epoch(epoch, best, control, LIMITS, score=0.1 * len(made)))
+        before = [image < near_before for image in range(20)]
+        score = 0.1 * len(made)
+        best = torch.full((20,), 0.2)
+        made.append(judge_epoch(epoch, best, marks, verdicts, before, score))
     return made
 
 
@@ -64,3 +75,13 @@ def test_the_last_epoch_before_any_that_is_outside(levels, inside, best):
     assert [point.inside for point in made] == inside
     assert best_epoch(made) == best
     assert [point.reproduced.count for point in made] == [copies for _, copies in levels]
+
+
+def test_what_the_base_model_draws_or_comes_near_to_puts_no_epoch_outside():
+    (drawn,) = points([(3, 3)], of_base=3, near_before=3)
+    assert drawn.inside
+    assert drawn.reproduced.count == 0
+    (alike,) = points([(9, 0)], near_before=9)
+    assert alike.inside
+    (nearer,) = points([(9, 0)])
+    assert not nearer.inside
