@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
-
 from ..arrays import Float, Tensor
 from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, Denoiser, InputsEncoder, Token
-from .gradients import TokenGradients, encoder_gradient, input_gradient, map_of
-from .leaving_out import Occlusion, leave_out, shortened
+from ..score.metrics import difference_map
+from .gradients import TokenGradients, encoder_gradient, input_gradient
+from .leaving_out import Occlusion, leave_out, leave_out_each, shortened
 
 Method = Literal["leave_out", "input_gradient", "encoder_gradient"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -93,11 +92,11 @@ def explain(
     """
     config = config or DetectionConfig(seeds=(0,))
     _check(denoiser, method, occlude)
+    if method == "leave_out":
+        return _by_leaving_out(denoiser, [prompt], config, occlude or LEFT_OUT)[0]
     cond = denoiser.encode([prompt]).detached()
     words = cond.words[0] if cond.words else ()
-    read = _read_words(cond, len(words))
-    if method == "leave_out":
-        return _by_leaving_out(denoiser, prompt, cond, read, config, occlude or LEFT_OUT)
+    read = _read_words(cond, 0)
     if method == "input_gradient":
         assert isinstance(denoiser, InputsEncoder)  # by `_check`
         found = input_gradient(denoiser, prompt, config)
@@ -109,39 +108,60 @@ def explain(
     return replace(explanation, occlusions=leave_out(denoiser, prompt, words, shorter, config))
 
 
+def explain_each(
+    denoiser: Denoiser, prompts: Sequence[str], config: DetectionConfig
+) -> list[Explanation]:
+    """Explain several prompts as `explain` does one, by ``leave_out`` in the same forward passes.
+
+    Args:
+        denoiser: The network.
+        prompts: Any strings.
+        config: Seeds and steps.
+
+    Raises:
+        PredictionError: A prediction or gradient is NaN or infinite.
+    """
+    return _by_leaving_out(denoiser, prompts, config, LEFT_OUT)
+
+
 def _by_leaving_out(
-    denoiser: Denoiser,
-    prompt: str,
-    cond: Conditioning,
-    read: Sequence[int],
-    config: DetectionConfig,
-    most: int,
-) -> Explanation:
-    """Leave out each word, or those that a gradient ranks first."""
-    words = cond.words[0] if cond.words else ()
-    chosen, heat, notes = list(read), None, _cut_note(words, read)
-    if len(read) > most:
-        if isinstance(denoiser, InputsEncoder):
-            found = input_gradient(denoiser, prompt, config)
-            strength, heat = found.of_words(len(words)), found.difference_map
-            chosen = sorted(sorted(read, key=lambda i: -strength[i])[:most])
-            notes += (
-                f"Of {len(read)} words, {most} were left out, those that the gradient at the text "
-                "encoder's input ranks first. The others were not measured.",
-            )
-        else:
-            notes += (
-                f"All {len(read)} words were left out: this host cannot differentiate through its "
-                "text encoder, to choose among them.",
-            )
-    occlusions = leave_out(denoiser, prompt, words, shortened(prompt, words, chosen), config)
-    changes = {occlusion.index: occlusion.change for occlusion in occlusions}
-    not_tried = {index: math.nan for index in read}
-    return Explanation(
-        prompt=prompt, words=words, occlusions=occlusions, notes=notes,
-        significance=tuple((not_tried | changes).get(index, 0.0) for index in range(len(words))),
-        difference_map=_first_map(denoiser, cond, config) if heat is None else heat,
-    )  # fmt: skip
+    denoiser: Denoiser, prompts: Sequence[str], config: DetectionConfig, most: int
+) -> list[Explanation]:
+    """Leave out each word of each prompt, or those that a gradient ranks first."""
+    cond, wishes, gathered = denoiser.encode(prompts).detached(), [], []
+    for row, prompt in enumerate(prompts):
+        words = cond.words[row] if cond.words else ()
+        read = _read_words(cond, row)
+        chosen, heat, notes = list(read), None, _cut_note(words, read)
+        if len(read) > most:
+            if isinstance(denoiser, InputsEncoder):
+                found = input_gradient(denoiser, prompt, config)
+                strength, heat = found.of_words(len(words)), found.difference_map
+                chosen = sorted(sorted(read, key=lambda i: -strength[i])[:most])
+                notes += (
+                    f"Of {len(read)} words, {most} were left out, those that the gradient at the "
+                    "text encoder's input ranks first. The others were not measured.",
+                )
+            else:
+                notes += (
+                    f"All {len(read)} words were left out: this host cannot differentiate through "
+                    "its text encoder, to choose among them.",
+                )
+        wishes.append((prompt, words, shortened(prompt, words, chosen)))
+        gathered.append((read, heat, notes))
+    explanations = []
+    for (prompt, words, _), (read, heat, notes), (occlusions, added) in zip(
+        wishes, gathered, leave_out_each(denoiser, wishes, config), strict=True
+    ):
+        changes = {occlusion.index: occlusion.change for occlusion in occlusions}
+        tried = dict.fromkeys(read, math.nan) | changes
+        if heat is None:
+            heat = difference_map(added[:1].view(1, *denoiser.latent_shape))[0]
+        explanations.append(Explanation(
+            prompt=prompt, words=words, occlusions=occlusions, notes=notes, difference_map=heat,
+            significance=tuple(tried.get(index, 0.0) for index in range(len(words))),
+        ))  # fmt: skip
+    return explanations
 
 
 def _by_gradient(
@@ -154,11 +174,11 @@ def _by_gradient(
     )  # fmt: skip
 
 
-def _read_words(cond: Conditioning, words: int) -> list[int]:
+def _read_words(cond: Conditioning, row: int) -> list[int]:
     """Return which words stand at a position of the embeddings; all where positions are unknown."""
-    if not (cond.tokens and cond.tokens[0]):
-        return list(range(words))
-    return sorted({token.word for token in cond.tokens[0] if token.word is not None})
+    if not (cond.tokens and cond.tokens[row]):
+        return list(range(len(cond.words[row]) if cond.words else 0))
+    return sorted({token.word for token in cond.tokens[row] if token.word is not None})
 
 
 def _cut_note(words: Sequence[str], read: Sequence[int]) -> tuple[str, ...]:
@@ -171,15 +191,6 @@ def _cut_note(words: Sequence[str], read: Sequence[int]) -> tuple[str, ...]:
         f"“{words[cut[0]][:40]}” on: the score does not depend on them. Without another word, the "
         "next of them are read in its place.",
     )
-
-
-@torch.no_grad()
-def _first_map(denoiser: Denoiser, cond: Conditioning, config: DetectionConfig) -> Tensor:
-    """Return where the text acts at the first seed and step: two more forward rows."""
-    sigma = denoiser.sigmas(config.schedule_steps)[0]
-    x = denoiser.initial_noise(config.seeds[:1], sigma)
-    empty = denoiser.unconditional().detached()
-    return map_of(denoiser.denoise(x, sigma, empty), denoiser.denoise(x, sigma, cond), sigma)
 
 
 def _check(denoiser: Denoiser, method: str, occlude: int | None) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..arrays import Float, Tensor
 from ..score.config import DetectionConfig
 from ..score.denoiser import Denoiser
 from ..score.detection import detect
@@ -102,22 +102,45 @@ def leave_out(
     """
     if not shorter:
         return ()
-    texts = list(dict.fromkeys([prompt, *shorter.values()]))  # either "very" of "very very" is one
+    ((occlusions, _),) = leave_out_each(denoiser, [(prompt, words, shorter)], config)
+    return occlusions
+
+
+def leave_out_each(
+    denoiser: Denoiser,
+    prompts: Sequence[tuple[str, Sequence[str], Mapping[int, str]]],
+    config: DetectionConfig,
+) -> list[tuple[tuple[Occlusion, ...], Float[Tensor, " seed element"]]]:
+    """Score several prompts and their versions without one word in the same forward passes.
+
+    Args:
+        denoiser: The network.
+        prompts: Prompt, words and shorter prompts of each, as `leave_out` takes them.
+        config: Seeds and steps.
+
+    Returns:
+        Of each prompt the occlusions, greatest change first, and D of the first step.
+
+    Raises:
+        PredictionError: A prediction is NaN or infinite; names the prompt.
+    """
+    # Either "very" of "very very" leaves the same text.
+    texts = list(dict.fromkeys(text for prompt, _, shorter in prompts
+                               for text in (prompt, *shorter.values())))  # fmt: skip
     added: dict[int, Tensor] = {}
     found = detect(denoiser, texts, config, on_difference=added.__setitem__)
     scores = dict(zip(texts, found.scores.tolist(), strict=True))
     differences = {text: added[place] for place, text in enumerate(texts)}
-
-    def change(text: str) -> float:
-        """Return |D - D'| of the prompt without a word."""
-        apart = torch.linalg.vector_norm(differences[prompt] - differences[text], dim=1)
-        return apart.mean().item()
-
-    occlusions = [
-        Occlusion(
-            word=words[index], index=index, prompt=text, change=change(text),
-            score_before=scores[prompt], score_after=scores[text],
-        )
-        for index, text in shorter.items()
-    ]  # fmt: skip
-    return tuple(sorted(occlusions, key=lambda occlusion: -occlusion.change))
+    left_out = []
+    for prompt, words, shorter in prompts:
+        own = differences[prompt]
+        occlusions = [
+            Occlusion(
+                word=words[index], index=index, prompt=text,
+                change=torch.linalg.vector_norm(own - differences[text], dim=1).mean().item(),
+                score_before=scores[prompt], score_after=scores[text],
+            )
+            for index, text in shorter.items()
+        ]  # fmt: skip
+        left_out.append((tuple(sorted(occlusions, key=lambda each: -each.change)), own))
+    return left_out
