@@ -30,6 +30,7 @@ class Subject:
         model: str = demo.NAME,
         *,
         lora: Path | None = None,
+        strength: float = 1.0,
         device: str | None = None,
         dtype: str | None = None,
         revision: str | None = None,
@@ -38,6 +39,7 @@ class Subject:
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        self.strength = strength
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
         self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
@@ -50,7 +52,8 @@ class Subject:
     def of(cls, settings: Any) -> "Subject":
         """Return the model that the settings of an audit or the options of a command name."""
         return cls(
-            settings.model, lora=settings.lora, device=settings.device, dtype=settings.dtype,
+            settings.model, lora=settings.lora, strength=getattr(settings, "strength", 1.0),
+            device=settings.device, dtype=settings.dtype,
             revision=settings.revision, resolution=settings.resolution,
             config=settings.model_config,
         )  # fmt: skip
@@ -63,14 +66,15 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over the weights, LoRA included."""
-        return model_fingerprint(self.location, self.lora, self.revision)
+        return model_fingerprint(self.location, self.lora, self.revision, self.strength)
 
     @cached_property
     def denoiser(self) -> "PipelineDenoiser":
         """Return the model, loaded on first use."""
         return load_denoiser(
-            self.location, lora=self.lora, device=self.device, dtype=getattr(torch, self.dtype),
-            revision=self.revision, resolution=self.resolution, config=self.config,
+            self.location, lora=self.lora, strength=self.strength, device=self.device,
+            dtype=getattr(torch, self.dtype), revision=self.revision, resolution=self.resolution,
+            config=self.config,
         )  # fmt: skip
 
     def facts(self, journal: Journal, config: DetectionConfig) -> "Facts":

@@ -22,6 +22,7 @@ def load_denoiser(
     model: Any,
     *,
     lora: Path | None = None,
+    strength: float = 1.0,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -35,6 +36,7 @@ def load_denoiser(
             or a diffusers text-to-image pipeline, which stays as it is and to which none of the
             arguments but `resolution` applies.
         lora: LoRA file to put on it.
+        strength: Of the LoRA; 1 is what was trained.
         device: Of torch; None for CUDA where there is one.
         dtype: None for float16 on CUDA, float32 elsewhere.
         revision: Of a hub id.
@@ -48,7 +50,7 @@ def load_denoiser(
     """
     if not isinstance(model, str | Path):
         of_files = {"lora": lora, "device": device, "dtype": dtype, "revision": revision,
-                    "config": config}  # fmt: skip
+                    "config": config, "strength": None if strength == 1 else strength}  # fmt: skip
         if given := [name for name, value in of_files.items() if value is not None]:
             raise ValueError(f"A pipeline is taken as it is: leave out {', '.join(given)}.")
         return PipelineDenoiser(model, resolution=resolution)
@@ -68,8 +70,8 @@ def load_denoiser(
             part.eval().requires_grad_(False)  # methods take gradients of embeddings alone
     if lora is not None:
         with quiet():
-            load_lora(pipeline, Path(lora))
-    weights = partial(model_fingerprint, model, lora, revision)
+            load_lora(pipeline, Path(lora), strength)
+    weights = partial(model_fingerprint, model, lora, revision, strength)
     return PipelineDenoiser(pipeline.to(device), resolution=resolution, weights=weights)
 
 
@@ -92,9 +94,12 @@ def usable_device(device: str | None) -> str:
 
 
 def model_fingerprint(
-    model: str | Path, lora: Path | None = None, revision: str | None = None
+    model: str | Path, lora: Path | None = None, revision: str | None = None, strength: float = 1.0
 ) -> str:
-    """Return the sha256 over the names and contents of the weight files, the LoRA's included."""
+    """Return the sha256 over the names and contents of the weight files, the LoRA's included.
+
+    A LoRA at another strength than 1 makes another model.
+    """
     path = resolve(model, revision)
     if path.is_file():
         files, root = [path], path.parent
@@ -105,6 +110,7 @@ def model_fingerprint(
     if lora is not None:
         refuse_pickle(Path(lora))
         parts.append(sha256_of([Path(lora)], Path(lora).parent))
+        parts += [f"strength {strength!r}"] if strength != 1 else []
     if len(parts) == 1:
         return parts[0]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -20,11 +20,16 @@ from .lycoris import Product
 ADAPTER = "unmemorize"
 
 
-def load_lora(pipeline: Any, path: Path) -> None:
+def load_lora(pipeline: Any, path: Path, strength: float = 1.0) -> None:
     """Put a LoRA file on a pipeline, all of it, or raise and leave the pipeline as it was.
 
     The loaders of libraries skip what they do not know. Here PEFT makes a layer for every module
     of the file, and each takes the factors and the scale that the file has for it.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        path: The file.
+        strength: Factor of every module's scale, as interfaces call it.
 
     Raises:
         ModelError: When the file is not a whole LoRA for this architecture; names the keys.
@@ -39,7 +44,9 @@ def load_lora(pipeline: Any, path: Path) -> None:
     )  # fmt: skip
     try:
         for component, modules in targets.items():
-            _attach(getattr(pipeline, component), modules, adapter, file.header_of(component))
+            _attach(
+                getattr(pipeline, component), modules, adapter, file.header_of(component), strength
+            )
     except Exception as error:
         for component, modules in targets.items():
             _detach(getattr(pipeline, component), modules, adapter)
@@ -104,6 +111,7 @@ def _attach(
     modules: Mapping[str, Pair | Product],
     adapter: str,
     header: dict[str, Any],
+    strength: float,
 ) -> None:
     """Make a layer of PEFT for each module and fill it.
 
@@ -112,6 +120,7 @@ def _attach(
         modules: By the full name of the layer they change.
         adapter: Name by which PEFT knows them.
         header: Configuration of PEFT that the file states, empty where it states none.
+        strength: Factor of every module's scale.
 
     Raises:
         RuntimeError: The factors of a module do not fit together, or not to its layer.
@@ -138,7 +147,9 @@ def _attach(
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             peft.inject_adapter_in_model(config, part, _adapter_of(module, adapter))
     for name, module in modules.items():
-        _fill(part.get_submodule(name), module, _adapter_of(module, adapter))
+        layer, own = part.get_submodule(name), _adapter_of(module, adapter)
+        _fill(layer, module, own)
+        layer.scaling[own] *= strength
     part._hf_peft_config_loaded = True  # for the pipeline's own methods, such as fuse_lora
 
 

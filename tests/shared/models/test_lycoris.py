@@ -137,6 +137,22 @@ def test_every_kind_gives_the_answer_of_the_changed_network(tmp_path, kind):
     torch.testing.assert_close(answer(pipeline), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
+def test_strength_is_a_factor_of_every_change(tmp_path, kind):
+    """DoRA normalises the changed weight, so that its change is no multiple."""
+    state = attached(made("sd1"), "sd1", KINDS[kind])
+    plain, once, half = made("sd1"), merged(made("sd1"), "sd1", state), made("sd1")
+    for part in PREFIX["sd1"]:
+        weights = (dict(getattr(each, part).named_parameters()) for each in (plain, once, half))
+        before, changed, more = weights
+        for name in before:
+            more[name].data.copy_(before[name] - 0.5 * (changed[name] - before[name]))
+    pipeline = made("sd1")
+    load_lora(pipeline, written(tmp_path, state), strength=-0.5)
+    torch.testing.assert_close(answer(pipeline), answer(half), rtol=1e-5, atol=1e-5)
+    assert (answer(half) - answer(once)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(("family", "kind"), [("sdxl", "loha"), ("sdxl", "dora"), ("flux", "lokr")])
 def test_other_families(tmp_path, family, kind):
     state = attached(made(family), family, KINDS[kind])
