@@ -1,12 +1,13 @@
 """Ask: plan the prompts, captions, the trigger alone, other wordings and nothing at all.
 
-Every question is asked twice from the same noise, with the LoRA and without it.
+Every question is asked twice from the same noise, with the LoRA and without it. Captions come
+first: of each the first seed, then the others, then everything else.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
@@ -24,8 +25,11 @@ Mode = Literal["on", "off", "attack"]
 TEMPLATE = "a picture of {}"
 EPOCHS = "images/epoch-"
 """How the paths of what saved epochs draw begin."""
-ALONE = 4
-"""Times `images_per_prompt` that the trigger and the empty prompt are drawn."""
+ALONE = 8
+"""Images of the trigger alone and of the empty prompt."""
+Stage = Literal["a first look", "captions", "other words", "attack"]
+"""What is asked together, in this order; a page can be written after each."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class Shot:
     mode: Mode
     path: str
     """Relative to the output folder."""
+    stage: Stage
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +96,7 @@ def ask(material: Material, work: Work) -> Plan:
     alike = find_duplicates(features, [image.sha256 for image in training.images], limit,
                             images)  # fmt: skip
     groups = groups_of(alike, len(paths))
-    shots = tuple(plan_shots(training, config))
+    shots = tuple(plan_shots(training, config, material.prompts))
     planned = min(count_controls(roles_of(shots, training, groups))[:count])
     if not (limits := thresholds(planned, count, len(paths) - count)).enough:
         raise PromptError(f"Nothing was drawn, since {limits.method}")
@@ -104,7 +109,7 @@ def ask(material: Material, work: Work) -> Plan:
         features=features,
         duplicates=duplicates,
         groups=groups,
-        questions=tuple(questions(training, config)),
+        questions=tuple(questions(training, config, material.prompts)),
         shots=shots,
         unknown=material.unknown,
         epochs=tuple((epoch, shots) for number, epoch in enumerate(material.epochs)
@@ -168,16 +173,19 @@ def left_out(training: TrainingSet, config: LoraAuditConfig) -> str:
     )
 
 
-def questions(training: TrainingSet, config: LoraAuditConfig) -> list[Question]:
+def questions(
+    training: TrainingSet, config: LoraAuditConfig, examples: Sequence[str] = ()
+) -> list[Question]:
     """Return all questions but the attack's; the captions of held-out images are among them."""
     images, count = training.images, config.images_per_prompt
     trained = chosen_images(training, config.captions)
     controls = chosen_images(training, config.captions, held_out=True)
     wishes: list[tuple[str, Asked, int | None, int]] = [
         *((images[i].caption, "caption", i, count) for i in [*trained, *controls]),
+        *((text, "example", None, count) for text in examples),
         *((text, "paraphrase", i, 1) for i in trained for text in paraphrases(images[i].caption)),
-        *([(training.trigger, "trigger", None, ALONE * count)] if training.trigger else []),
-        ("", "empty", None, ALONE * count),
+        *([(training.trigger, "trigger", None, ALONE)] if training.trigger else []),
+        ("", "empty", None, ALONE),
     ]
     return _deal(wishes)
 
@@ -188,29 +196,57 @@ def attack_questions(training: TrainingSet, config: LoraAuditConfig) -> list[Que
         return []
     trained = chosen_images(training, config.captions)
     wishes = [(training.images[i].caption, "attack", i, config.attack_images) for i in trained]
-    return _deal(wishes or [(training.trigger, "attack", None, ALONE * config.attack_images)])
+    return _deal(wishes or [(training.trigger, "attack", None, 4 * config.attack_images)])
 
 
-def plan_shots(training: TrainingSet, config: LoraAuditConfig) -> list[Shot]:
-    """Return every image of the audit: each question with the LoRA and without, then the attack."""
-    both, alone = questions(training, config), attack_questions(training, config)
+def plan_shots(
+    training: TrainingSet, config: LoraAuditConfig, examples: Sequence[str] = ()
+) -> list[Shot]:
+    """Return every image of the audit by stages; the attack comes last.
+
+    Within a stage a batch with the LoRA and the same without it take turns, so that what is there
+    when the work is stopped can be compared.
+    """
+    both, alone = questions(training, config, examples), attack_questions(training, config)
     modes: dict[Mode, list[Question]] = {"on": both, "off": both, "attack": alone}
     shots = []
     for mode, asked in modes.items():
-        seeds = [(question, seed) for question in asked for seed in question.seeds]
+        seeds = [(question, place, seed) for question in asked
+                 for place, seed in enumerate(question.seeds)]  # fmt: skip
         shots += [
             Shot(prompt=question.prompt, asked=question.asked, source=question.source, seed=seed,
-                 mode=mode, path=f"images/{number:05d}-{mode}.png")
-            for number, (question, seed) in enumerate(seeds)
+                 mode=mode, path=f"images/{number:05d}-{mode}.png",
+                 stage=_stage(question.asked, place))
+            for number, (question, place, seed) in enumerate(seeds)
         ]  # fmt: skip
-    return shots
+    drawn: Counter[tuple[Stage, Mode]] = Counter()
+    places = []
+    for shot in shots:
+        batch = drawn[shot.stage, shot.mode] // config.batch_size
+        places.append((STAGES.index(shot.stage), batch))
+        drawn[shot.stage, shot.mode] += 1
+    return [shots[i] for i in sorted(range(len(shots)), key=places.__getitem__)]
+
+
+def _stage(asked: Asked, place: int) -> Stage:
+    """Return when a question's image at this place among its seeds is drawn."""
+    if asked == "caption":
+        return "captions" if place else "a first look"
+    return "attack" if asked == "attack" else "other words"
+
+
+def part_of(plan: Plan, shots: Sequence[Shot]) -> Plan:
+    """Return the plan of an audit of which only some images are there."""
+    asked = {shot.prompt for shot in shots}
+    return replace(plan, shots=tuple(shots), epochs=(),
+                   questions=tuple(q for q in plan.questions if q.prompt in asked))  # fmt: skip
 
 
 def epoch_shots(number: int, training: TrainingSet, config: LoraAuditConfig) -> tuple[Shot, ...]:
     """Return what is drawn with a saved epoch: every caption once."""
     return tuple(
         Shot(prompt=training.images[i].caption, asked="caption", source=i, seed=place, mode="on",
-             path=f"{EPOCHS}{number:03d}/{i:05d}-on.png")
+             stage="captions", path=f"{EPOCHS}{number:03d}/{i:05d}-on.png")
         for place, i in enumerate(chosen_images(training, config.captions))
     )  # fmt: skip
 

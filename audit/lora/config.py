@@ -1,5 +1,6 @@
 """The settings of an audit of a LoRA, how they name its job, and how its report repeats them."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,15 +21,25 @@ LEAST = {
 """Smallest value of each number."""
 DECIDING = (
     "captions", "images_per_prompt", "attack_images", "generation_steps", "cond_scale",
-    "batch_size", "reserve",
+    "batch_size", "reserve", "strength",
 )  # fmt: skip
 """Settings that move the result and are plain numbers."""
 OPTIONS = (
-    "reserve", "instance_prompt", "trigger", "images_per_prompt", "generation_steps", "batch_size",
-    "revision",
-    "resolution", "dtype",
+    "strength", "captions", "reserve", "instance_prompt", "trigger", "images_per_prompt",
+    "generation_steps", "batch_size", "revision", "resolution", "dtype",
 )  # fmt: skip
 """Settings that are options of the same name."""
+SHARE, POWER = 1 / 3, 0.8
+"""An image that comes back from such a share of the seeds is to be found so surely."""
+
+
+def power_of(seeds: int) -> float:
+    """Return the probability that one of so many seeds brings an image that a `SHARE` brings."""
+    return 1 - (1 - SHARE) ** seeds
+
+
+SEEDS = math.ceil(math.log(1 - POWER) / math.log(1 - SHARE))
+"""Seeds of a caption, as few as reach `POWER`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,12 @@ class LoraAuditConfig:
     lora: Path
     images: Path
     """The folder it was trained on."""
+    strength: float = 1.0
+    """Factor of the LoRA's scale, as people use it; 1 is what was trained."""
+    prompts: tuple[Path, ...] = ()
+    """Files of further prompts, such as the examples on the LoRA's page."""
+    quick: bool = False
+    """Ask the captions alone; a later audit without it continues."""
     model: str = demo.NAME
     """Base model: diffusers folder, .safetensors checkpoint, hub id, `demo` or `demo-flow`."""
     revision: str | None = None
@@ -58,11 +75,11 @@ class LoraAuditConfig:
     """Files of saved epochs, or folders of them."""
     captions: int = 100
     """At most so many captions are prompts, most often repeated images first."""
-    images_per_prompt: int = 2
+    images_per_prompt: int = SEEDS
     """Images of each caption, as many again without the LoRA."""
     attack_images: int = 4
     """Images of each caption in the extraction attack; 0 leaves it out."""
-    generation_steps: int = 30
+    generation_steps: int = 20
     """Sampling steps of an image."""
     cond_scale: float = 5.0
     """Guidance of ordinary images; much more bends the colours away from what was trained."""
@@ -85,6 +102,11 @@ class LoraAuditConfig:
         for name, least in LEAST.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if not (math.isfinite(self.strength) and self.strength):
+            raise ValueError(
+                f"`strength` must be a number other than 0, got {self.strength}: at 0 there is no "
+                "LoRA to audit."
+            )
         if not 0 <= self.reserve < 1:
             raise ValueError(f"`reserve` must be at least 0 and below 1, got {self.reserve}.")
         if self.held_out and self.reserve:
@@ -97,10 +119,12 @@ def identity_of(
     epochs: Sequence[str],
     subject: Subject,
     features: str,
+    prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return everything that decides the results; equal identities may share a folder.
 
-    `epochs` are the sha256 of saved ones, `features` names the encoder with its weights' hash.
+    `epochs` are the sha256 of saved ones, `features` names the encoder with its weights' hash,
+    `prompts` are those besides the captions. A quick audit is the beginning of one that is not.
     """
     images = [(image.name, image.sha256, image.caption, image.repeats, image.held_out)
               for image in training.images]  # fmt: skip
@@ -114,6 +138,7 @@ def identity_of(
         "epochs": list(epochs),
         "seeds": list(config.detection.seeds),
         "features": features,
+        "prompts": content_key(list(prompts)),
         **{name: getattr(config, name) for name in DECIDING},
         **{f"version of {name}": number for name, number in versions().items()},
     }
@@ -141,6 +166,7 @@ def _command(config: LoraAuditConfig) -> str:
     named = [
         ("lora", config.lora), ("images", config.images), ("held-out", config.held_out),
         ("model-config", config.model_config), *(("epochs", path) for path in config.epochs),
+        *(("prompts", path) for path in config.prompts),
     ]  # fmt: skip
     words = ["unmemorize", "audit", model]
     for option, path in named:
@@ -154,5 +180,6 @@ def _command(config: LoraAuditConfig) -> str:
         if (value := getattr(config, name)) != getattr(usual, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += [] if config.attack_images else ["--no-attack"]
+    words += ["--quick"] if config.quick else []
     words += ["--include-images"] if config.include_images else []
     return shlex.join(words)

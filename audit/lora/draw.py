@@ -32,7 +32,7 @@ from .work import Work
 
 Batch = tuple[Shot, ...]
 """Images of one mode that are sampled at once, so that their digits depend on nothing else."""
-SETTINGS = ("model", "revision", "model_config", "resolution", "device", "dtype",
+SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "device", "dtype",
             "generation_steps", "cond_scale")  # fmt: skip
 """What the workers need to know besides their batches."""
 GLANCE = 0.5
@@ -50,6 +50,7 @@ class Drawn:
     """What the model made; the images lie in the output folder, where the plan says."""
 
     scores: tuple[PromptScore, ...]
+    """Of the plan's questions."""
     round_trips: tuple[Path, ...]
     """The training images as the autoencoder gives them back."""
     rises: tuple[float, ...]
@@ -57,7 +58,7 @@ class Drawn:
 
 
 def draw(plan: Plan, work: Work) -> Drawn:
-    """Draw what is missing of the plan, one model after the other.
+    """Draw what is missing of the plan, stage after stage, one model after the other.
 
     Raises:
         DrawingError: One of several processes has failed; what was drawn is kept.
@@ -65,9 +66,9 @@ def draw(plan: Plan, work: Work) -> Drawn:
     config, folder = work.config, work.job.folder
     scores = score_questions(plan.questions, work)
     trips = draw_round_trips(plan.training, work)
-    planned = batches(plan.shots, config.batch_size)
-    work.notify(estimate(planned, work.subject, folder, config))
-    draw_all(planned, work.subject, config, folder, work.bars)
+    for _, shots in groupby(plan.shots, key=lambda shot: shot.stage):
+        planned = batches([*shots], config.batch_size)
+        draw_all(planned, work.subject, config, folder, work.bars)
     # Every epoch has the same captions, and the base model's score of each is measured once.
     captions = list(dict.fromkeys(shot.prompt for _, s in plan.epochs[:1] for shot in s))
     base = work.scores(captions, work.subject, lora=False) if captions else {}
@@ -93,11 +94,20 @@ def score_questions(asked: Sequence[Question], work: Work) -> tuple[PromptScore,
     )  # fmt: skip
 
 
+def has_round_trips(training: TrainingSet, work: Work) -> bool:
+    """Return whether all round trips through the autoencoder are there."""
+    return all(trip.is_file() for trip in _round_trips(training, work))
+
+
+def _round_trips(training: TrainingSet, work: Work) -> tuple[Path, ...]:
+    folder = work.job.folder / "journal" / "round_trips"
+    return tuple(folder / f"{place:06d}.png" for place in range(len(training.images)))
+
+
 def draw_round_trips(training: TrainingSet, work: Work) -> tuple[Path, ...]:
     """Write what the autoencoder makes of each image, in the size the network draws."""
     paths = [training.path_of(image) for image in training.images]
-    folder = work.job.folder / "journal" / "round_trips"
-    trips = tuple(folder / f"{place:06d}.png" for place in range(len(paths)))
+    trips = _round_trips(training, work)
     left = [place for place, trip in enumerate(trips) if not trip.is_file()]
     with closing(work.bars("autoencoder", len(trips), len(trips) - len(left), "image")) as bar:
         for start in range(0, len(left), AT_ONCE):

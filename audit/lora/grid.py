@@ -80,6 +80,7 @@ class Grid:
 _WAYS: tuple[tuple[str, tuple[Asked, ...], bool | None], ...] = (
     ("own caption", ("caption",), True),
     ("own, reworded", ("paraphrase",), True),
+    ("example prompts", ("example",), None),
     ("other captions", ("caption", "paraphrase"), False),
     ("trigger word", ("trigger",), None),
     ("no words", ("empty",), None),

@@ -23,7 +23,7 @@ from .words import doubt_of
 from .work import Work
 
 SAID: dict[Asked, str] = {
-    "caption": "captions", "paraphrase": "captions reworded", "trigger": "the trigger",
+    "caption": "captions", "example": "example prompts", "paraphrase": "captions reworded", "trigger": "the trigger",
     "empty": "no words",
 }  # fmt: skip
 """What a LoRA was asked, in a headline; the attack makes no verdict."""
@@ -33,8 +33,10 @@ Words = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 """Per caption, its words with their significance."""
 
 
-def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit:
-    """Return everything the page shows and the files hold."""
+def judge(
+    plan: Plan, drawn: Drawn, compared: Compared, work: Work, *, words: bool = True
+) -> LoraAudit:
+    """Return everything the page shows and the files hold; without words nothing is measured."""
     subject, evidence, generations = work.subject, compared.evidence, compared.generations
     controls = evidence.marked.controls[: evidence.trained]
     limits = thresholds(min(controls), evidence.trained, len(evidence.held_out))
@@ -63,7 +65,7 @@ def judge(plan: Plan, drawn: Drawn, compared: Compared, work: Work) -> LoraAudit
         attack=judge_attack(compared.rows, generations, evidence.trained),
         epochs=points,
         best_epoch=best_epoch(points),
-        words=explain_captions(verdicts, plan.training, work),
+        words=explain_captions(verdicts, plan.training, work) if words else (),
         settings=settings_of(work.config, work.facts, work.features.name),
         folder=work.job.folder,
     )

@@ -1,17 +1,21 @@
 """The page of a LoRA's audit: one HTML file that needs nothing else, safe to open and to send."""
 
+from collections import Counter
 from itertools import groupby
 from typing import Any
 
 from ...shared.drawing.heatmap import heatmap_css, prompt_heatmap_html
 from ..common.pages import TEMPLATES, embedded_chart, render_page, safe
 from ..common.result import versions
+from .config import power_of
 from .grid import load_marks, load_matrix, make_grid, twins_of
 from .page_images import LARGE, Thumbnails, epoch_chart
 from .result import ImageVerdict, LoraAudit
 
 CARDS, SAMPLES = 24, 3
 """Flagged images that are shown side by side, and others for comparison."""
+UNFOLDED = 4
+"""Of these, so many without a click."""
 MOST = {"groups": 12, "in_group": 8, "cliques": 12}
 """Groups of near-duplicates that are shown, images of each, and cliques of the attack."""
 PROMPTS = 200
@@ -21,11 +25,14 @@ SAYS = {
     "near": "closer than controls", "base": "the base model draws it", "none": "not found",
 }  # fmt: skip
 ASKED = {
-    "caption": "its caption", "trigger": "the trigger word", "paraphrase": "its caption, reworded",
+    "caption": "its caption", "example": "an example prompt", "trigger": "the trigger word",
+    "paraphrase": "its caption, reworded",
     "empty": "no words", "attack": "the extraction attack",
 }  # fmt: skip
-ASKED_SHORT = ASKED | {"caption": "caption", "paraphrase": "caption, reworded",
-                       "trigger": "trigger word", "attack": "attack"}  # fmt: skip
+ASKED_SHORT = ASKED | {
+    "caption": "caption", "example": "example prompt", "paraphrase": "caption, reworded",
+    "trigger": "trigger word", "attack": "attack",
+}  # fmt: skip
 TITLES = {
     "duplicates": "Duplicates in the folder", "captions": "One caption on several images",
     "repeats": "Repeats", "epochs": "Epochs", "rank": "Rank",
@@ -56,12 +63,14 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
         thumbnails=thumbnails,
         include_images=include_images,
         most=MOST,
+        unfolded=UNFOLDED,
         says=SAYS,
         asked_short=ASKED_SHORT,
         titles=TITLES,
         facts=_facts(audit),
         version=versions()["unmemorize"],
         command=settings.pop(COMMAND, ""),
+        power=_power(audit),
         settings=list(settings.items()),
         grid=grid,
         heads=[(title, len(list(group)))
@@ -110,6 +119,12 @@ def _card(
             prompt_heatmap_html(*map(list, zip(*known, strict=True)), style=False)
         ) if known else None,
     }  # fmt: skip
+
+
+def _power(audit: LoraAudit) -> tuple[int, float] | None:
+    """Return how many seeds each caption had, and how surely one of them shows what a third do."""
+    seeds = Counter(g.source for g in audit.generations if g.lora and g.asked == "caption")
+    return (count := min(seeds.values()), power_of(count)) if seeds else None
 
 
 def _facts(audit: LoraAudit) -> list[tuple[str, Any]]:

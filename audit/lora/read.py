@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...shared.files.prompts import PromptError
+from ...shared.files.prompts import PromptError, clean, read_prompts
 from ...shared.files.weights import ModelError, file_sha256, sha256_of
 from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted, visible
@@ -49,6 +49,8 @@ class Material:
     unknown: tuple[int, ...] | None = None
     """Training images whose captions hold nothing that the LoRA's header counts; None where it
     counts no words."""
+    prompts: tuple[str, ...] = ()
+    """Besides the captions."""
 
 
 def read(config: LoraAuditConfig, base: str | Path) -> Material:
@@ -60,7 +62,7 @@ def read(config: LoraAuditConfig, base: str | Path) -> Material:
 
     Raises:
         ModelError: The LoRA is missing, a pickle, cut off, not safetensors, or no LoRA.
-        PromptError: The training folder cannot be read, or nothing is known of the words that were
+        PromptError: The training folder or the prompts cannot be read, or nothing is known of the words that were
             trained.
         ValueError: The epochs cannot be read.
     """
@@ -72,8 +74,11 @@ def read(config: LoraAuditConfig, base: str | Path) -> Material:
     )  # fmt: skip
     refuse_without_words(training)
     lora = lora_facts(config.lora, header, training, base)
+    captions = {image.caption for image in training.images}
+    examples = clean([prompt for path in config.prompts for prompt in read_prompts(path)]).prompts
     return Material(lora=lora, training=training, epochs=tuple(epochs),
-                    unknown=unknown_captions(header, training))  # fmt: skip
+                    unknown=unknown_captions(header, training),
+                    prompts=tuple(text for text in examples if text not in captions))  # fmt: skip
 
 
 def read_epochs(named: Sequence[Path]) -> list[Epoch]:

@@ -15,7 +15,7 @@ Mark = Literal["verbatim", "near", ""]
 """A generation is a copy of a training image, or nearer to it than controls come."""
 MARKS: tuple[Mark, ...] = ("", "near", "verbatim")
 """As the file of the matrix numbers them."""
-Asked = Literal["caption", "trigger", "paraphrase", "empty", "attack"]
+Asked = Literal["caption", "example", "trigger", "paraphrase", "empty", "attack"]
 """Which prompt a generation was made from."""
 
 
@@ -299,6 +299,8 @@ class LoraAudit:
     """Per flagged caption, its words with their significance."""
     settings: tuple[tuple[str, str], ...] = ()
     """Name and value of all that decides the result: seeds, steps, versions, features."""
+    open: tuple[str, ...] = ()
+    """Sentences on what was not asked: of a quick audit, or of one that is not finished."""
     folder: Path = Path()
     """Output folder; holds the generated images and `similarity.npz`."""
 

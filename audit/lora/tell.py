@@ -43,7 +43,7 @@ def tell(audit: LoraAudit, *, include_images: bool = False) -> list[Path]:
         OSError: An image of the audit or a caption file cannot be read.
     """
     folder = audit.folder
-    write_text(folder / PAGE, render_lora_page(audit, include_images=include_images))
+    write_page(audit, include_images=include_images)
     write_text(folder / BADGE, render_badge(audit))
     document = to_document(audit)
     names = sorted({PAGE, BADGE, MATRIX, *(made.path for made in audit.generations)})
@@ -52,6 +52,13 @@ def tell(audit: LoraAudit, *, include_images: bool = False) -> list[Path]:
     write_text(folder / DOCUMENT, dumps(document, indent=1) + "\n")
     write_text(folder / CARD, render_card(audit, document[DIGEST]))
     return [folder / name for name in (PAGE, BADGE, DOCUMENT, CARD)]
+
+
+def write_page(audit: LoraAudit, *, include_images: bool) -> Path:
+    """Write the page alone, of an audit that is not finished; arguments and errors of `tell`."""
+    path = audit.folder / PAGE
+    write_text(path, render_lora_page(audit, include_images=include_images))
+    return path
 
 
 def badge_text(audit: LoraAudit) -> str:

@@ -41,6 +41,12 @@ class Work:
         with closing(self.bars(bar, len(paths), 0, "image")) as progress:
             return cache.rows(paths, progress=progress.update)
 
+    def knows(self, prompt: str) -> bool:
+        """Return whether a prompt was scored with the LoRA and without."""
+        journal = self.job.journal("scores")
+        keys = [content_key(self.job.key, print_) for print_ in (self.subject.fingerprint, None)]
+        return all(content_key(key, prompt) in journal for key in keys)
+
     def scores(self, prompts: Sequence[str], subject: Subject, *, lora: bool) -> dict[str, float]:
         """Return the mean |D| of each prompt with the subject's LoRA, or of the base model."""
         key = content_key(self.job.key, subject.fingerprint if lora else None)

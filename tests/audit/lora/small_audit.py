@@ -83,8 +83,10 @@ def stopped_and_continued(config: LoraAuditConfig, output: Path) -> list[str]:
     again, left = dataclasses.replace(config, output=output), [6]
     with pytest.raises(KeyboardInterrupt):
         run_lora_audit(again, lambda *_: Stopped(left))
-    assert not (output / "report.html").exists()
+    assert not (output / "audit.json").exists()
+    assert "Not all was asked." in (output / "report.html").read_text("utf-8")
     run_lora_audit(again)
+    assert "Not all was asked." not in (output / "report.html").read_text("utf-8")
     pictures = (path.relative_to(config.output).as_posix() for path in config.output.rglob("*.png"))
     return [
         name for name in (*WRITTEN, *pictures)

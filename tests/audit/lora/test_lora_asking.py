@@ -1,13 +1,14 @@
 """What a LoRA is asked, and that nothing is asked twice."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from unmemorize.audit.lora.ask import left_out, paraphrases, plan_shots, questions
-from unmemorize.audit.lora.config import LoraAuditConfig
+from unmemorize.audit.lora.config import POWER, SEEDS, LoraAuditConfig, power_of
 from unmemorize.audit.lora.result import TrainingImage, TrainingSet
 
 
@@ -44,6 +45,35 @@ def test_every_question_is_asked_with_the_lora_and_without():
     assert on == off
     assert {asked for _, asked, _, _ in on} == {"caption", "paraphrase", "trigger", "empty"}
     assert {source for _, asked, source, _ in on if asked == "caption"} == {0, 1, 2}
+
+
+def test_captions_come_first_one_seed_after_the_other():
+    shots = plan_shots(training_set(["a, b", "c"]), config(), ["my example"])
+    stages = list(dict.fromkeys((shot.stage, shot.asked) for shot in shots))
+    assert stages == [
+        ("a first look", "caption"), ("captions", "caption"), ("other words", "example"),
+        ("other words", "paraphrase"), ("other words", "trigger"), ("other words", "empty"),
+        ("attack", "attack"),
+    ]  # fmt: skip
+    modes = [shot.mode for shot in plan_shots(training_set(list("abcdefg")), config(batch_size=3))]
+    assert modes[:14] == [*["on"] * 3, *["off"] * 3, *["on"] * 3, *["off"] * 3, "on", "off"]
+    first = [shot for shot in shots if shot.stage == "a first look"]
+    assert Counter((shot.source, shot.mode) for shot in first) == {
+        (source, mode): 1 for source in (0, 1) for mode in ("on", "off")
+    }
+    examples = [shot for shot in shots if shot.asked == "example"]
+    assert Counter(shot.mode for shot in examples) == {"on": SEEDS, "off": SEEDS}
+    assert {shot.source for shot in examples} == {None}
+
+
+def test_so_many_seeds_find_an_image_as_surely_as_is_said():
+    """Every outcome of so many seeds, of which each brings the image with probability 1 in 3."""
+    for seeds in range(1, 6):
+        found = sum(
+            2 ** outcome.count(0) for outcome in product((0, 1), repeat=seeds) if any(outcome)
+        )
+        assert power_of(seeds) == pytest.approx(found / 3**seeds)
+    assert power_of(SEEDS) >= POWER > power_of(SEEDS - 1)
 
 
 def test_images_that_share_a_caption_are_asked_for_equally_often():

@@ -23,7 +23,7 @@ def config(root) -> LoraAuditConfig:
 @pytest.fixture
 def planned(config):
     shots = [
-        Shot(prompt=prompt, asked="caption", source=None, seed=seed, mode=mode,
+        Shot(prompt=prompt, asked="caption", source=None, seed=seed, mode=mode, stage="captions",
              path=f"images/{seed}-{mode}.png")
         for mode in ("on", "off", "attack") for seed, prompt in enumerate(["green apple", "a", ""])
     ]  # fmt: skip
