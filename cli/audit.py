@@ -51,6 +51,10 @@ rate x prompts are expected there by chance, and the summary says how many.
 """
 
 
+OF_BOTH = ("prompts",)
+"""Of options that stand with the one audit, those that the other takes as well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfPrompts:
     """What only the audit of a model and prompts takes."""
@@ -107,6 +111,18 @@ class OfLora:
             help="Files or folder of saved epochs, of which one is to be published; repeatable."
         ),
     ] = None
+    strength: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of the LoRA, as it will be used. Default: 1, as it was trained."),
+    ] = None
+    captions: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, metavar="N", help="Captions that are asked, the most repeated first. "
+                     "Default: 100."),
+    ] = None  # fmt: skip
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Ask the captions alone; without it the rest is asked.")
+    ] = False
     attack: Annotated[
         bool,
         typer.Option(
@@ -135,8 +151,10 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
         bool, typer.Option(help="Replace another audit in the folder; the same one continues.")
     ] = AuditConfig.overwrite
     images_per_prompt: Annotated[
-        int, typer.Option(min=0, help="Images of each flagged prompt; 0: no images at all.")
-    ] = AuditConfig.images_per_prompt
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Images of each flagged prompt, 0: no images at all; with "
+                     "--images, of each caption. Default: 2, with --images 4."),
+    ] = None  # fmt: skip
     generation_steps: GenerationSteps = AuditConfig.generation_steps
 
     def check(self) -> None:
@@ -146,7 +164,7 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
             typer.BadParameter: Names the option.
         """
         for field in fields(OfPrompts if self.images else OfLora):
-            if getattr(self, field.name) != field.default:
+            if getattr(self, field.name) != field.default and field.name not in OF_BOTH:
                 goes = "does not go with" if self.images else "needs"
                 name = field.name.replace("_", "-")
                 raise typer.BadParameter(f"--{name} {goes} --images.")
@@ -158,7 +176,10 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
         """The settings of an audit of a model and prompts."""
         given = {"prompts": tuple(self.prompts or ()), "sequential": self.fast,
                  "detection": self.detection}  # fmt: skip
-        return AuditConfig(**settings_in(self, AuditConfig) | given)
+        settings = settings_in(self, AuditConfig) | given
+        if self.images_per_prompt is None:
+            del settings["images_per_prompt"]
+        return AuditConfig(**settings)
 
     @property
     def of_lora(self) -> "LoraAuditConfig":
@@ -166,7 +187,6 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
         from ..audit.lora.config import LoraAuditConfig
 
         given = settings_in(self, LoraAuditConfig)
-        given["images_per_prompt"] = max(1, self.images_per_prompt)
         if self.output == AuditConfig.output:  # another kind of audit, another folder
             del given["output"]
         if not self.attack:
@@ -194,7 +214,7 @@ def _audit_model(options: AuditOptions) -> int:
         from ..audit.common.result import finite
         from ..audit.model.run import run_audit
 
-        result = run_audit(options.of_prompts, bar)
+        result = run_audit(options.of_prompts, bar, _say_what_is_known)
     if options.as_json:
         files = ("report.html", "results.jsonl", "summary.json", "calibration.json")
         print_json(finite({
@@ -226,6 +246,14 @@ def _audit_lora(options: AuditOptions) -> int:
         return FAILED
     back = any(verdict.verdict == "verbatim" for verdict in done.verdicts)
     return FOUND if back else NOTHING_FOUND
+
+
+def _say_what_is_known(result: "AuditResult") -> None:
+    """Say, while work is open, what a page shows that was just written."""
+    from ..audit.model.report import headline_of
+
+    lines = [f"{headline_of(result)}.", *result.open, f"Page: {result.folder / 'report.html'}"]
+    typer.echo(visible("Known so far: " + " ".join(lines)), err=True)
 
 
 def _flagged(result: "AuditResult") -> Table:

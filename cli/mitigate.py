@@ -68,7 +68,7 @@ class MitigateOptions(AnswerOptions, ModelOptions):
     output: OutputFolder = Path("unmemorize-mitigation")
     overwrite: Annotated[bool, typer.Option(help="Replace another job in the folder.")] = False
     false_positive_rate: Rate = AuditConfig.false_positive_rate
-    generation_steps: GenerationSteps = AuditConfig.generation_steps
+    generation_steps: GenerationSteps = 30
 
 
 @takes_options

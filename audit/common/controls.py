@@ -1,6 +1,7 @@
-"""A calibration from control prompts, kept as it grows."""
+"""A calibration from control prompts, kept as it grows: first what prompts are judged by."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,77 +17,92 @@ FIRST, TOLD = "first", "differences"
 """Folders of what controls add at the first step and at the told levels, until all is done."""
 
 
-def calibrate_controls(
-    subject: Subject,
-    facts: Facts,
-    prompts: Sequence[str],
-    config: DetectionConfig,
-    journal: Journal,
-    *,
-    name: str,
-    rate: float,
-    score: str,
-    collapse: bool,
-    job_key: str,
-    folder: Path,
-    bars: Bars,
-) -> Calibration:
-    """Score controls and return the calibration that they support.
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Control prompts of one job, how they are scored, and where that is kept."""
 
-    Args:
-        subject: The model; not loaded when all is known.
-        facts: Of the same job.
-        prompts: The controls, distinct.
-        config: What to measure.
-        journal: Of the magnitudes.
-        name: Of the list of controls.
-        rate: Of false positives, above 0 and below 1.
-        score: "residual", or "magnitude" to measure nothing else.
-        collapse: Sample the suspicious controls as well, for a second stage.
-        job_key: Stands for model and settings in the keys.
-        folder: Of this job alone, for what is finished.
-        bars: Makes the progress bars.
+    subject: Subject
+    """The model; not loaded when all is known."""
+    facts: Facts
+    """Of the same job."""
+    prompts: Sequence[str]
+    """Distinct."""
+    config: DetectionConfig
+    """What to measure."""
+    journal: Journal
+    """Of the magnitudes."""
+    name: str
+    """Of the list of controls."""
+    rate: float
+    """Of false positives, above 0 and below 1."""
+    score: str
+    """"residual", or "magnitude" to measure nothing else."""
+    collapse: bool
+    """Sample the suspicious controls as well, for a second stage."""
+    job_key: str
+    """Stands for model and settings in the keys."""
+    folder: Path
+    """Of this job alone, for what is finished."""
+    bars: Bars
+    """Makes the progress bars."""
 
-    Raises:
-        NotEnoughControls: They cannot support the rate.
-    """
-    kept, first = folder / "calibration.json", TensorFolder(folder / FIRST)
-    missing = score == "residual" and not kept.is_file()
-    measured = measure(
-        subject, facts, prompts, config, journal, job_key=job_key, bars=bars, phase="controls",
-        differences=first if missing and len(config.seeds) > 1 else None,
-    )  # fmt: skip
-    calibration = Calibration.from_controls(
-        measured.detection, model=subject.fingerprint, settings=facts.settings, name=name,
-        false_positive_rate=rate,
-    )  # fmt: skip
-    if missing:
-        calibration = _with_residuals(subject, facts, prompts, config, calibration, folder, bars)
-        calibration.save(kept)
+    def judge(self) -> Calibration:
+        """Return what prompts are judged by: half of the passes of a whole calibration.
+
+        Raises:
+            NotEnoughControls: They cannot support the rate.
+        """
+        if self.score == "magnitude":
+            return self._with_second(self._magnitudes())
+        kept, told = self.folder / "judge.json", TensorFolder(self.folder / TOLD)
+        if not kept.is_file():
+            differences = measure_differences(
+                self.subject, self.facts, self.prompts, self.config, self.facts.residual["told"],
+                told, bars=self.bars, phase="controls",
+            )  # fmt: skip
+            Calibration.of_residual(
+                differences, self.prompts, model=self.subject.fingerprint,
+                settings=self.facts.residual, name=self.name, false_positive_rate=self.rate,
+            ).save(kept)  # fmt: skip
+        told.remove()
+        return self._with_second(Calibration.load(kept))
+
+    def calibrate(self) -> Calibration:
+        """Return the calibration that the controls support, which also judges sampled images.
+
+        Raises:
+            NotEnoughControls: They cannot support the rate.
+        """
+        judge = self.judge()
+        if self.score == "magnitude":
+            return judge
+        kept, first = self.folder / "magnitudes.json", TensorFolder(self.folder / FIRST)
+        if not kept.is_file():
+            several = len(self.config.seeds) > 1
+            calibration = self._magnitudes(first if several else None)
+            if several:
+                known = first.known()
+                calibration = calibration.with_observed(torch.stack([*known.values()], dim=1))
+            calibration.save(kept)
         first.remove()
-        TensorFolder(folder / TOLD).remove()
-    elif score == "residual":
-        calibration = Calibration.load(kept)
-    if collapse:
-        judge = calibration.judge
+        return replace(Calibration.load(kept), residual=judge)
+
+    def _magnitudes(self, differences: TensorFolder | None = None) -> Calibration:
+        measured = measure(
+            self.subject, self.facts, self.prompts, self.config, self.journal,
+            job_key=self.job_key, bars=self.bars, phase="controls, magnitude",
+            differences=differences,
+        )  # fmt: skip
+        return Calibration.from_controls(
+            measured.detection, model=self.subject.fingerprint, settings=self.facts.settings,
+            name=self.name, false_positive_rate=self.rate,
+        )  # fmt: skip
+
+    def _with_second(self, judge: Calibration) -> Calibration:
+        if not self.collapse:
+            return judge
         suspicious = judge.suspicious(judge.seed_scores.nanmean(1))
-        calibration = calibration.with_second(measure_collapses(
-            subject, facts, prompts, suspicious, journal, job_key=job_key, bars=bars,
-            phase="controls, collapse",
+        return judge.with_second(measure_collapses(
+            self.subject, self.facts, self.prompts, suspicious, self.journal,
+            job_key=self.job_key, bars=self.bars, phase="controls, collapse",
         ))  # fmt: skip
-    return calibration
-
-
-def _with_residuals(
-    subject: Subject, facts: Facts, prompts: Sequence[str], config: DetectionConfig,
-    magnitudes: Calibration, folder: Path, bars: Bars,
-) -> Calibration:  # fmt: skip
-    calibration, first = magnitudes, TensorFolder(folder / FIRST).known()
-    if first:
-        calibration = calibration.with_observed(torch.stack([*first.values()], dim=1))
-        del first
-    differences = measure_differences(
-        subject, facts, prompts, config, facts.residual["told"], TensorFolder(folder / TOLD),
-        bars=bars, phase="controls, residual",
-    )  # fmt: skip
-    return calibration.with_residual(differences, facts.residual)

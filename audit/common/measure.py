@@ -97,7 +97,8 @@ class Measured:
     cuts: tuple[str, ...]
     """Per prompt, the end that was cut off, or nothing."""
     magnitudes: tuple[float, ...] = ()
-    """Per prompt, |D| of the first step at the first seed (Wen et al.), beside residual scores."""
+    """Per prompt, |D| of the first step at the first seed (Wen et al.), beside residual scores;
+    empty where they are not measured yet, and where the scores themselves are magnitudes."""
     collapses: tuple[float | None, ...] | None = None
     """Per prompt, its collapse, or None where it was not sampled; None without a second stage."""
 
@@ -224,10 +225,32 @@ def measure_judged(
         )  # fmt: skip
         collapses = tuple(found.get(index) for index in range(len(prompts)))
         measured = replace(measured, collapses=collapses)
-    if basis is None:
-        return measured
+    return measured
+
+
+def with_magnitudes(
+    measured: Measured,
+    subject: Subject,
+    facts: Facts,
+    journal: Journal,
+    *,
+    job_key: str,
+    bars: Bars,
+) -> Measured:
+    """Return residual scores with |D| of each prompt at the first seed beside them.
+
+    Args:
+        measured: From `measure_judged`, by a residual score.
+        subject: The model.
+        facts: Of the same job.
+        journal: Of the phase that scored the prompts.
+        job_key: Stands for model and settings in the keys.
+        bars: Makes the progress bar.
+    """
+    detection = measured.detection
+    config = replace(detection.config, seeds=detection.config.seeds[:1])
     first = measure(
-        subject, facts, prompts, replace(config, seeds=config.seeds[:1]), journal,
+        subject, facts, detection.prompts, config, journal,
         job_key=content_key(job_key, "magnitude"), bars=bars, phase="magnitude",
     )  # fmt: skip
     return replace(measured, magnitudes=tuple(first.detection.scores.tolist()))

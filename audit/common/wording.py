@@ -13,6 +13,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """Return a number for people, to so many significant digits."""
     if value is None or not math.isfinite(value):
         return MISSING
+    if 10**digits <= abs(value) < 1e6:
+        return f"{value:.0f}"
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:#.{digits}g}".rstrip(".") if value % 1 else f"{value:.0f}"
     mantissa, exponent = f"{value:.1e}".split("e")

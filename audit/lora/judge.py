@@ -23,8 +23,8 @@ from .words import doubt_of
 from .work import Work
 
 SAID: dict[Asked, str] = {
-    "caption": "captions", "example": "example prompts", "paraphrase": "captions reworded", "trigger": "the trigger",
-    "empty": "no words",
+    "caption": "captions", "example": "example prompts", "paraphrase": "captions reworded",
+    "trigger": "the trigger", "empty": "no words",
 }  # fmt: skip
 """What a LoRA was asked, in a headline; the attack makes no verdict."""
 EXPLAINED = 6

@@ -62,8 +62,8 @@ def read(config: LoraAuditConfig, base: str | Path) -> Material:
 
     Raises:
         ModelError: The LoRA is missing, a pickle, cut off, not safetensors, or no LoRA.
-        PromptError: The training folder or the prompts cannot be read, or nothing is known of the words that were
-            trained.
+        PromptError: The training folder or the prompts cannot be read, or nothing is known of the
+            words that were trained.
         ValueError: The epochs cannot be read.
     """
     epochs = read_epochs(config.epochs)

@@ -1,7 +1,7 @@
 """Generated images against the training images, where those are known."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..common.job import content_key
 from ..common.measure import Bars, silent
 from ..common.similarity import PIXELS, SIDE, Features, sscd_features
 from ..common.sscd import has_sscd
-from .images import Sampled, all_exist, draw_others
+from .images import Sampled, all_exist, at_once, draw_others
 from .result import NearestImage, rate
 from .work import Scored, Work
 
@@ -188,20 +188,23 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare(work: Work, scored: Scored, plan: Sequence[Sampled]) -> Comparison:
+def compare(
+    work: Work, scored: Scored, plan: Sequence[Sampled], comparer: Callable[[], Comparer | None]
+) -> Comparison:
     """Find the training image nearest to every generated one, and which of them are copies.
 
     Args:
         work: The folder of its job holds the images and gets copies of their neighbours.
         scored: The share of copies is that of the flagged prompts.
         plan: The generated images.
+        comparer: Returns what compares; not called when the job knows the answer.
     """
     # Installed or not, SSCD must not be mistaken for pixels by a continued job.
     key = content_key(work.job.key, [asdict(s) for s in plan], has_sscd())
     journal = work.job.journal("similarity")
     stored = journal.get(key)
     if stored is None or not all_exist(work.job.folder, stored["copies"]):
-        stored = _compare(work, plan)
+        stored = _compare(work, plan, comparer() if plan else None, at_once(scored.facts))
         journal.put(key, stored)
     nearest = {path: NearestImage(**values) for path, values in stored["nearest"].items()}
     if not nearest:
@@ -228,13 +231,14 @@ def _unknown(untold: int, images: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _compare(work: Work, plan: Sequence[Sampled]) -> dict[str, Any]:
+def _compare(
+    work: Work, plan: Sequence[Sampled], comparer: Comparer | None, together: int
+) -> dict[str, Any]:
     """Return everything that a continued job must not compute again, as JSON values."""
-    comparer = comparer_of(work) if plan else None
     if comparer is None:
         return {"nearest": {}, "copies": [], "judged": [], "summary": None, "caveats": []}
     pairs = [(s.prompt, path) for s in plan for path in s.paths.values()]
-    others, caveats = draw_others(work, [s.prompt for s in plan])
+    others, caveats = draw_others(work, [s.prompt for s in plan], together)
     judged = comparer.judge([*pairs, *others])
     nearest = comparer.nearest(pairs, judged)
     return {

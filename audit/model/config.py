@@ -52,7 +52,7 @@ class AuditConfig:
     """Images of each of them; 0 generates none at all."""
     sample: int = 8
     """Other prompts that get one image each, spread evenly over the rest."""
-    generation_steps: int = 30
+    generation_steps: int = 20
     """Sampling steps of an image."""
     device: str | None = None
     dtype: str | None = None

@@ -1,7 +1,8 @@
 """Images of audited prompts: which prompts get some, and the maps laid over them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ...shared.wording import counted
 from ..common.copies import OTHERS
 from ..common.job import content_key
 from ..common.measure import complete
+from ..common.subject import Facts
 from .config import AuditConfig
 from .inputs import read_controls
 from .work import Scored, Work
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 PROMPTS = OTHERS + 5
 """Prompts that are drawn where copies are to be told, at least: some may mean the same image."""
+PLACES = 8192
+"""Places of all latents of a pass, at most, while images are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,16 @@ class Sampled:
     def paths(self) -> dict[int, str]:
         """Return where the image of each seed stands, relative to the output folder."""
         return {seed: f"images/{self.index:05d}-seed{seed}.png" for seed in self.seeds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One image to draw."""
+
+    prompt: str
+    seed: int
+    path: str
+    """Relative to the output folder."""
 
 
 def plan_images(config: AuditConfig, prompts: Sequence[str], scored: Scored) -> list[Sampled]:
@@ -63,23 +77,56 @@ def plan_images(config: AuditConfig, prompts: Sequence[str], scored: Scored) -> 
     return [Sampled(index=i, prompt=prompts[i], seeds=s) for i, s in chosen]
 
 
-def draw_images(work: Work, plan: Sequence[Sampled]) -> None:
-    """Sample the planned images into the job's folder; each prompt's are stored together."""
+def first_images(plan: Sequence[Sampled]) -> list[Sampled]:
+    """Return the plan with the first image of each prompt alone."""
+    return [replace(sampled, seeds=sampled.seeds[:1]) for sampled in plan]
 
-    def draw(sampled: Sampled) -> dict[str, Any]:
-        sample(work.subject.denoiser, work.config, sampled.prompt, work.job.folder, sampled.paths)
-        return {"files": list(sampled.paths.values())}
+
+def shots_of(plan: Sequence[Sampled]) -> list[Shot]:
+    """Return the images of a plan: the first of every prompt, then what further seeds give."""
+    shots = [(sampled, place, seed) for sampled in plan for place, seed in enumerate(sampled.seeds)]
+    return [Shot(prompt=sampled.prompt, seed=seed, path=sampled.paths[seed])
+            for sampled, place, seed in sorted(shots, key=lambda shot: shot[1] > 0)]  # fmt: skip
+
+
+def at_once(facts: Facts) -> int:
+    """Return how many images are drawn at once: small ones fill a pass, of large ones two do."""
+    places = math.prod(facts.info.latent_shape[1:])
+    return max(2, min(facts.rows, PLACES // places) // 2)
+
+
+def draw(work: Work, shots: Sequence[Shot], together: int, phase: str) -> None:
+    """Draw images into the job's folder; those that are drawn at once are stored together.
+
+    Args:
+        work: Of the job.
+        shots: The images; they are cut into parts as if none was drawn.
+        together: From `at_once`.
+        phase: Label of the bar.
+    """
+    folder, config = work.job.folder, work.config
+    parts = [tuple(shots[i : i + together]) for i in range(0, len(shots), together)]
+
+    def draw_part(part: tuple[Shot, ...]) -> dict[str, Any]:
+        images = work.subject.denoiser.generate(
+            [shot.prompt for shot in part], [shot.seed for shot in part],
+            steps=config.generation_steps, cond_scale=config.detection.cond_scale,
+        )  # fmt: skip
+        for shot, image in zip(part, images, strict=True):
+            save_png(image, folder / shot.path)
+        return {"files": [shot.path for shot in part]}
 
     complete(
         work.job.journal("images"),
-        {sampled: content_key(work.job.key, sampled.prompt, sampled.seeds) for sampled in plan},
-        draw, bars=work.bars, phase="images", unit="image",
-        size=lambda sampled: len(sampled.seeds),
-        whole=lambda stored: all_exist(work.job.folder, stored["files"]),
+        {part: content_key(work.job.key, [asdict(shot) for shot in part]) for part in parts},
+        draw_part, bars=work.bars, phase=phase, unit="image", size=len,
+        whole=lambda stored: all_exist(folder, stored["files"]),
     )  # fmt: skip
 
 
-def draw_others(work: Work, drawn: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def draw_others(
+    work: Work, drawn: Sequence[str], together: int = 2
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Draw one image of so many other prompts that a verdict on copies has enough of them.
 
     Audited prompts are taken first, evenly spread, then controls.
@@ -100,16 +147,8 @@ def draw_others(work: Work, drawn: Sequence[str]) -> tuple[list[tuple[str, str]]
         chosen += [text for text in controls if text not in taken][: missing - audited]
     paths = {prompt: f"images/other-{i:05d}.png" for i, prompt in enumerate(chosen)}
 
-    def draw(prompt: str) -> dict[str, Any]:
-        sample(work.subject.denoiser, work.config, prompt, work.job.folder, {0: paths[prompt]})
-        return {"file": paths[prompt]}
-
-    complete(
-        work.job.journal("others"),
-        {prompt: content_key(work.job.key, prompt, path) for prompt, path in paths.items()},
-        draw, bars=work.bars, phase="other prompts", unit="image",
-        whole=lambda stored: all_exist(work.job.folder, [stored["file"]]),
-    )  # fmt: skip
+    shots = [Shot(prompt=prompt, seed=0, path=path) for prompt, path in paths.items()]
+    draw(work, shots, together, "other prompts")
     return list(paths.items()), [
         f"To tell copies, {counted(len(chosen), 'image', 'images')} of other prompts were drawn as "
         f"well: {audited} of audited ones, {len(chosen) - audited} of controls. Where controls "
@@ -145,10 +184,11 @@ def draw_maps(
     """
     paths = {}
     for sampled in plan:
-        if sampled.index not in explanations:
+        first = sampled.paths[sampled.seeds[0]]
+        if sampled.index not in explanations or not (folder / first).is_file():
             continue
         paths[sampled.index] = name = f"images/{sampled.index:05d}-map.png"
         if not (folder / name).is_file():
-            image = read_image(folder / sampled.paths[sampled.seeds[0]])
+            image = read_image(folder / first)
             save_png(overlay_map(image, explanations[sampled.index]["map"]), folder / name)
     return paths

@@ -17,9 +17,9 @@ from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import require_direction
 from ...shared.score.rates import require_controls
 from ...shared.words.explanation import Method, explain
-from ..common.controls import calibrate_controls
+from ..common.controls import Controls
 from ..common.job import content_key
-from ..common.measure import Bars, measure_judged
+from ..common.measure import Bars, measure_judged, with_magnitudes
 from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
 from .config import measured_score
@@ -77,6 +77,8 @@ def score_prompts(
             collapse=collapse, job_key=key, bars=bars,
         )  # fmt: skip
         name = "residual" if judge and judge.basis else "magnitude"
+        if name == "residual":
+            measured = with_magnitudes(measured, subject, facts, journal, job_key=key, bars=bars)
         rows = verdicts(measured, judge)
         near: Mapping[int, NearPrompt] = {}
         if judge:
@@ -144,10 +146,11 @@ def make_calibration(
     with _kept(subject, config, output, (prompts, rate)) as (journal, key):
         facts = subject.facts(journal, config)
         folder = journal.path.with_suffix(".controls")
-        made = calibrate_controls(
-            subject, facts, prompts, config, journal, name=name, rate=rate, score=score,
-            collapse=collapse, job_key=key, folder=folder, bars=bars,
-        )  # fmt: skip
+        made = Controls(
+            subject=subject, facts=facts, prompts=prompts, config=config, journal=journal,
+            name=name, rate=rate, score=score, collapse=collapse, job_key=key, folder=folder,
+            bars=bars,
+        ).calibrate()  # fmt: skip
         made.save(output)
         shutil.rmtree(folder, ignore_errors=True)
     observed, made = made.observed, made.judge

@@ -1,15 +1,13 @@
 """Draw flagged prompts without their strongest words: does the training image still come back?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 from ...shared.words.leaving_out import without_word
 from ..common.job import content_key
-from ..common.measure import complete
-from .comparison import Comparison, comparer_of
-from .images import Sampled, all_exist, sample
+from .comparison import Comparer, Comparison
+from .images import Sampled, Shot, all_exist, draw
 from .result import NearestImage, Outcome, RedrawnImage
 from .work import Work
 
@@ -22,8 +20,10 @@ def redraw(
     plan: Sequence[Sampled],
     explanations: Mapping[int, dict[str, Any]],
     comparison: Comparison,
+    comparer: Callable[[], Comparer | None],
+    together: int,
 ) -> dict[int, tuple[RedrawnImage, ...]]:
-    """Return the images without a word, by the prompt's index; each prompt's are stored together.
+    """Return the images without a word, by the prompt's index.
 
     Only a prompt whose image is a copy of a training image can say whether a word brings it. The
     seed is the first that brought it. One image a word: an observation, no rate.
@@ -33,6 +33,8 @@ def redraw(
         plan: The prompts that have images.
         explanations: Stored explanations by the prompt's index.
         comparison: Of the images with the training images.
+        comparer: Returns what compares; called where something has to be compared.
+        together: Images that are drawn at once.
     """
     copies = {
         sampled: (seed, first)
@@ -41,53 +43,42 @@ def redraw(
         for seed, path in reversed(sampled.paths.items())  # so that the first seed stays
         if (first := comparison.nearest.get(path)) is not None and first.copied
     }
-    compared = cache(lambda: comparer_of(work))  # reads all training images
-
-    def draw(sampled: Sampled) -> list[dict[str, Any]]:
-        seed, first = copies[sampled]
-        denoiser, config, folder = work.subject.denoiser, work.config, work.job.folder
-        values = explanations[sampled.index]
-        shorter = {
-            f"images/{sampled.index:05d}-without{left_out['index']}.png":
-            (left_out, without_word(sampled.prompt, values["words"], left_out["index"]))
-            for left_out in _strongest(values)
-        }  # fmt: skip
-        for path, (_, prompt) in shorter.items():
-            sample(denoiser, config, prompt, folder, {seed: path})
-        comparer = compared()
-        assert comparer is not None  # the prompt's images were compared
-        pairs = [(sampled.prompt, path) for path in shorter]  # is its own image still drawn?
-        nearest = comparer.nearest(pairs, comparer.judge([*pairs, *comparison.judged]))
-        return [
-            asdict(RedrawnImage(
-                word=left_out["word"], index=left_out["index"], prompt=prompt, path=path,
-                seed=seed, nearest=nearest[path], outcome=_outcome(first, nearest[path]),
+    shorter = {
+        sampled: [
+            (left_out, Shot(
+                prompt=without_word(sampled.prompt, values["words"], left_out["index"]), seed=seed,
+                path=f"images/{sampled.index:05d}-without{left_out['index']}.png",
             ))
-            for path, (left_out, prompt) in shorter.items()
-        ]  # fmt: skip
-
-    def whole(drawn: list[dict[str, Any]]) -> bool:
-        names = [name for each in drawn for name in (each["path"], each["nearest"]["path"])]
-        return all_exist(work.job.folder, names)
-
-    stored = complete(
-        work.job.journal("redrawn"),
-        {sampled: content_key(work.job.key, sampled.prompt, seed, asdict(first))
-         for sampled, (seed, first) in copies.items()},
-        draw, bars=work.bars, phase="images without a word", unit="image",
-        size=lambda sampled: len(_strongest(explanations[sampled.index])), whole=whole,
-    )  # fmt: skip
+            for values in [explanations[sampled.index]]
+            for left_out in values["occlusions"][:REDRAWN]
+        ]
+        for sampled, (seed, _) in copies.items()
+    }  # fmt: skip
+    pairs = [(sampled, shot) for sampled, each in shorter.items() for _, shot in each]
+    if not pairs:
+        return {}
+    draw(work, [shot for _, shot in pairs], together, "images without a word")
+    key = content_key(work.job.key, [[s.index, asdict(copies[s][1]), asdict(t)] for s, t in pairs])
+    journal, folder = work.job.journal("redrawn"), work.job.folder
+    stored = journal.get(key)
+    if stored is None or not all_exist(folder, (each["path"] for each in stored.values())):
+        compares = comparer()
+        assert compares is not None  # the prompts' images were compared
+        # Is its own image still drawn?
+        named = [(sampled.prompt, shot.path) for sampled, shot in pairs]
+        found = compares.nearest(named, compares.judge([*named, *comparison.judged]))
+        stored = {path: asdict(image) for path, image in found.items()}
+        journal.put(key, stored)
     return {
         sampled.index: tuple(
-            RedrawnImage(**each | {"nearest": NearestImage(**each["nearest"])}) for each in drawn
+            RedrawnImage(
+                word=left_out["word"], index=left_out["index"], prompt=shot.prompt, path=shot.path,
+                seed=shot.seed, nearest=after, outcome=_outcome(copies[sampled][1], after),
+            )
+            for left_out, shot in each for after in [NearestImage(**stored[shot.path])]
         )
-        for sampled, drawn in stored.items()
-    }
-
-
-def _strongest(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what was stored of the words whose absence changes the prediction most."""
-    return values["occlusions"][:REDRAWN]
+        for sampled, each in shorter.items()
+    }  # fmt: skip
 
 
 def _outcome(before: NearestImage, after: NearestImage) -> Outcome:

@@ -23,6 +23,8 @@ CHANCE = 0.05
 """Probability of so many flags without memorization from which on the headline holds back."""
 CARDS = 60
 """Flagged prompts that are shown in full, highest score first."""
+UNFOLDED = 4
+"""Of these, so many without a click."""
 WORDS = 16
 """Words whose numbers are listed, strongest first."""
 RUN, RUNS = 12, 24
@@ -56,11 +58,12 @@ def render_report(result: AuditResult, folder: Path) -> str:
         model=model,
         demo=result.config.model in demo.BUNDLED,
         version=summary["unmemorize"],
-        headline=headline(rate, summary["chance_p_value"], near, summary["counts"]["copied"]),
+        headline=headline_of(result),
         near=near,
         near_rate=summary["near_rate"],
         near_clause=near_ones(near, rate["hits"]),
         lead=lead(result),
+        open=result.open,
         caveats=summary["caveats"],
         warnings=summary["warnings"],
         flagged_rate=rate,
@@ -74,6 +77,7 @@ def render_report(result: AuditResult, folder: Path) -> str:
             for name, group in summary["groups"].items()
         ],
         cards=[_card(entry, threshold, embed) for entry in flagged[:CARDS]],
+        unfolded=UNFOLDED,
         cards_left=len(flagged[CARDS:]),
         samples=[_card(entry, threshold, embed) for entry in others],
         truth_known=any(image.nearest for entry in flagged for image in entry.images),
@@ -231,6 +235,14 @@ def _generated_tile(image: GeneratedImage, embed: Embedder) -> dict[str, Any]:
         text += ": a copy" if nearest.copied else ""
     return {"uri": embed(image.path), "truth": False, "title": "made by the model", "text": text,
             "alt": f"Image made by the model from this prompt, seed {image.seed}"}  # fmt: skip
+
+
+def headline_of(result: AuditResult) -> str:
+    """Return the finding of an audit, as `headline` puts it."""
+    summary, counts = result.summary, result.summary["counts"]
+    return headline(
+        summary["flagged_rate"], summary["chance_p_value"], counts["near"], counts["copied"]
+    )
 
 
 def headline(rate: dict[str, Any], chance_p_value: float, near: int = 0, copied: int = 0) -> str:

@@ -193,6 +193,8 @@ class AuditResult:
     summary: dict[str, Any]
     """As written to summary.json."""
     folder: Path
+    open: tuple[str, ...] = ()
+    """Sentences on what is not known yet; empty of a finished audit."""
 
     @property
     def found(self) -> bool:

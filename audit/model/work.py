@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from ...shared.score.collapse import SecondStage
 from ...shared.score.control_basis import require_direction
 from ...shared.score.metrics import per_element
 from ...shared.score.rates import require_controls
-from ..common.controls import calibrate_controls
+from ..common.controls import Controls
 from ..common.job import Job, content_key, open_job
-from ..common.measure import Bars, Measured, measure_judged
+from ..common.measure import Bars, Measured, measure_judged, with_magnitudes
 from ..common.result import finite, versions
 from ..common.subject import Facts, Subject
 from .config import AuditConfig, measured_score
@@ -35,14 +35,16 @@ class Work:
     job: Job
     bars: Bars
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds per phase."""
+    """Seconds per phase, over all its parts."""
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Record how long the block takes."""
+        """Add how long the block takes."""
         start = time.perf_counter()
-        yield
-        self.timings[phase] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Scored:
     flags: tuple[bool, ...]
     """Per prompt: its score is above the threshold."""
     caveats: tuple[str, ...]
+    pace: float | None = None
+    """Seconds of a row of a forward pass, as this run measured it; None where it measured none."""
 
     @property
     def flagged(self) -> list[int]:
@@ -123,6 +127,14 @@ def open_work(
 
 def score(work: Work) -> Scored:
     """Return the scores of the prompts and a calibration: the given one, or one of the controls."""
+    return complete_scores(work, first_scores(work))
+
+
+def first_scores(work: Work) -> Scored:
+    """Return what decides the verdicts; `complete_scores` adds the rest.
+
+    The calibration then judges prompts alone, and magnitudes stand beside no residual.
+    """
     config, subject = work.config, work.subject
     with work.timed("load"):
         facts = subject.facts(work.job.journal("model"), config.detection)
@@ -132,21 +144,17 @@ def score(work: Work) -> Scored:
             judge = calibration.judge
             caveat = judge.check(subject.fingerprint, facts.of(judge), force=config.force)
         else:
-            calibration = calibrate_controls(
-                subject, facts, work.inputs.controls, config.detection,
-                work.job.journal("controls"), name=work.inputs.controls_name,
-                rate=config.false_positive_rate, job_key=work.job.key,
-                score=measured_score(config.score, config.detection), collapse=config.collapse,
-                folder=work.job.folder / "journal" / "controls", bars=work.bars,
-            )  # fmt: skip
+            calibration = _controls(work, facts).judge()
+    journal, prompts = work.job.journal("detection"), work.inputs.prompts.prompts
+    judge = calibration.judge
+    missing = sum(content_key(work.job.key, prompt) not in journal for prompt in prompts)
     with work.timed("detection"):
-        judge = calibration.judge
         measured = measure_judged(
-            subject, facts, work.inputs.prompts.prompts, config.detection,
-            work.job.journal("detection"), judge=judge, sequential=config.sequential,
-            collapse=config.collapse, job_key=work.job.key, bars=work.bars,
+            subject, facts, prompts, config.detection, journal, judge=judge,
+            sequential=config.sequential, collapse=config.collapse, job_key=work.job.key,
+            bars=work.bars,
         )  # fmt: skip
-    scores = measured.detection.scores
+    rows, scores = missing * len(config.detection.seeds), measured.detection.scores
     return Scored(
         facts=facts, calibration=calibration, measured=measured, scores=tuple(scores.tolist()),
         flags=tuple(judge.flags(scores, measured.sampled).tolist()),
@@ -154,6 +162,33 @@ def score(work: Work) -> Scored:
             *facts.caveats,
             *filter(None, (caveat, judge.unlike(scores), judge.coarse(scores, measured.sampled))),
         ),
+        pace=work.timings["detection"] / rows if rows else None,
+    )  # fmt: skip
+
+
+def complete_scores(work: Work, scored: Scored) -> Scored:
+    """Return first scores with the magnitudes, and the calibration that judges images as well."""
+    calibration, measured = scored.calibration, scored.measured
+    with work.timed("controls"):
+        if work.calibration is None:
+            calibration = _controls(work, scored.facts).calibrate()
+    with work.timed("detection"):
+        if calibration.judge.basis is not None:
+            measured = with_magnitudes(
+                measured, work.subject, scored.facts, work.job.journal("detection"),
+                job_key=work.job.key, bars=work.bars,
+            )  # fmt: skip
+    return replace(scored, calibration=calibration, measured=measured)
+
+
+def _controls(work: Work, facts: Facts) -> Controls:
+    config = work.config
+    return Controls(
+        subject=work.subject, facts=facts, prompts=work.inputs.controls, config=config.detection,
+        journal=work.job.journal("controls"), name=work.inputs.controls_name,
+        rate=config.false_positive_rate, score=measured_score(config.score, config.detection),
+        collapse=config.collapse, job_key=work.job.key,
+        folder=work.job.folder / "journal" / "controls", bars=work.bars,
     )  # fmt: skip
 
 
@@ -163,6 +198,8 @@ def verdicts(measured: Measured, calibration: Calibration | None) -> list[dict[s
     scores, none = detection.scores, [None] * len(detection.prompts)
     sampled = measured.sampled
     magnitudes = torch.tensor(measured.magnitudes) if measured.magnitudes else scores
+    if not measured.magnitudes and calibration is not None and calibration.basis is not None:
+        magnitudes = torch.full_like(scores, torch.nan)  # not measured yet
     columns = {
         "prompt": detection.prompts,
         "cut": measured.cuts,

@@ -148,6 +148,38 @@ class Calibration:
             **_supported(seed_scores, false_positive_rate),
         )
 
+    @classmethod
+    def of_residual(
+        cls,
+        differences: Float[Tensor, " seed control element"],
+        prompts: Sequence[str],
+        *,
+        model: str,
+        settings: dict,
+        name: str,
+        false_positive_rate: float = 0.01,
+    ) -> "Calibration":
+        """Return the calibration of the residual score alone.
+
+        Args:
+            differences: D of the controls, as `control_differences` returns it.
+            prompts: The controls.
+            model: Sha256 of the weights.
+            settings: From `settings_of`, with the steps that the network was told.
+            name: Of the list of controls, for people.
+            false_positive_rate: Above 0, below 1.
+
+        Raises:
+            NotEnoughControls: The number of controls cannot support the rate.
+        """
+        return cls(
+            model=model,
+            controls=name,
+            controls_sha256=prompts_sha256(prompts),
+            false_positive_rate=false_positive_rate,
+            **_of_residual(differences, settings, false_positive_rate),
+        )
+
     def with_residual(
         self, differences: Float[Tensor, " seed control element"], settings: dict
     ) -> "Calibration":
@@ -160,18 +192,8 @@ class Calibration:
         Raises:
             NotEnoughControls: They carry no direction.
         """
-        require_direction(differences.shape[1])
-        count = directions_for(differences.shape[1])
-        basis, scores = fit_controls(differences, count, settings["told"])
-        residual = replace(
-            self,
-            observed=None,
-            settings=settings,
-            basis=basis,
-            family_cosine=cosine_limit(differences[0], count),
-            **_supported(scores, self.false_positive_rate),
-        )
-        return replace(self, residual=residual)
+        fields = _of_residual(differences, settings, self.false_positive_rate)
+        return replace(self, residual=replace(self, observed=None, **fields))
 
     def with_observed(self, differences: Float[Tensor, " seed control element"]) -> "Calibration":
         """Return this calibration with one for sampled images beside it; of one seed, itself.
@@ -527,6 +549,21 @@ def _supported(
         "control_scores": tuple(map(tuple, seed_scores.tolist())),
         "threshold": threshold,
         "interval": clopper_pearson(int((means > threshold).sum()), len(means)),
+    }
+
+
+def _of_residual(
+    differences: Float[Tensor, " seed control element"], settings: dict, rate: float
+) -> dict[str, Any]:
+    """Return the fields of a calibration that follow from what its controls add."""
+    require_direction(differences.shape[1])
+    count = directions_for(differences.shape[1])
+    basis, scores = fit_controls(differences, count, settings["told"])
+    return {
+        "settings": settings,
+        "basis": basis,
+        "family_cosine": cosine_limit(differences[0], count),
+        **_supported(scores, rate),
     }
 
 

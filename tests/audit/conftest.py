@@ -47,8 +47,14 @@ def config(files, tmp_path_factory) -> AuditConfig:
 
 
 @pytest.fixture(scope="session")
-def result(config):
-    return run_audit(config)
+def known() -> list:
+    """Takes what the first page of `result` shows."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def result(config, known):
+    return run_audit(config, on_page=known.append)
 
 
 @pytest.fixture(scope="session")

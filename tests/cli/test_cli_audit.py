@@ -71,7 +71,7 @@ def configured(monkeypatch):
     def configured(*words: str) -> AuditConfig:
         made = []
 
-        def keep(config: AuditConfig, bars: Any) -> None:
+        def keep(config: AuditConfig, *_: Any) -> None:
             made.append(config)
             raise typer.Exit
 

@@ -48,18 +48,21 @@ def test_so_many_flagged_prompts_are_explained_highest_first(
     explained, subject = [], Subject()
     vars(subject)["denoiser"] = None  # as if it were loaded
 
-    def short(denoiser, prompt, config):
-        explained.append(prompt)
+    def short(denoiser, prompts, config):
+        explained.extend(prompts)
         assert config.seeds == (0,)
-        return Explanation(
-            prompt=prompt,
-            words=(prompt,),
-            significance=(1.0,),
-            occlusions=(),
-            difference_map=torch.zeros(2, 2),
-        )
+        return [
+            Explanation(
+                prompt=prompt,
+                words=(prompt,),
+                significance=(1.0,),
+                occlusions=(),
+                difference_map=torch.zeros(2, 2),
+            )
+            for prompt in prompts
+        ]
 
-    monkeypatch.setattr(explain, "explain", short)
+    monkeypatch.setattr(explain, "explain_each", short)
     prompts = PromptSet(
         prompts=PROMPTS, sources=(("a.txt:1",),) * 4, images=((),) * 4, read=4, empty=0
     )

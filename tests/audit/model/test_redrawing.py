@@ -1,5 +1,6 @@
 """What an audit says of images drawn without a word: gone, back, or another one."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,6 @@ from unmemorize.audit.model.comparison import Comparison
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.audit.model.images import Sampled
 from unmemorize.audit.model.inputs import Inputs
-from unmemorize.audit.model.redrawing import redraw
 from unmemorize.audit.model.result import NearestImage
 from unmemorize.audit.model.work import Work
 from unmemorize.shared.files.prompts import PromptSet
@@ -43,7 +43,7 @@ EXPLANATIONS = {
 
 
 @pytest.fixture
-def studio(monkeypatch, tmp_path):
+def studio(tmp_path):
     """A job whose model draws grey images; `after` says what each is near to."""
     drawn, after, comparers = [], {}, []
 
@@ -57,11 +57,10 @@ def studio(monkeypatch, tmp_path):
         (tmp_path / "training-2.png").touch()
         return {path: after[path] for _, path in pairs}
 
-    def comparer_of(work):
-        comparers.append(work)
+    def comparer():
+        comparers.append(True)
         return SimpleNamespace(nearest=compare, judge=list)
 
-    monkeypatch.setattr(redrawing, "comparer_of", comparer_of)
     subject = Subject()
     vars(subject)["denoiser"] = SimpleNamespace(generate=generate)
     prompts = PromptSet(prompts=(PROMPT,), sources=(("a.txt:1",),), images=((),), read=1, empty=0)
@@ -73,8 +72,11 @@ def studio(monkeypatch, tmp_path):
             bars=silent,
         )  # fmt: skip
 
+    def redraw(explanations, found):
+        return redrawing.redraw(work(), PLAN, explanations, found, cache(comparer), 3)
+
     return SimpleNamespace(
-        work=work, drawn=drawn, after=after, comparers=comparers, folder=tmp_path
+        redraw=redraw, drawn=drawn, after=after, comparers=comparers, folder=tmp_path
     )
 
 
@@ -98,7 +100,7 @@ def comparison(**copied: bool | None) -> Comparison:
 )
 def test_each_outcome_is_told(studio, seen, outcome, sentence):
     studio.after |= {f"images/00003-without{index}.png": seen for index in range(4)}
-    (first, second) = redraw(studio.work(), PLAN, EXPLANATIONS, comparison(s7=True))[3]
+    (first, second) = studio.redraw(EXPLANATIONS, comparison(s7=True))[3]
     assert (first.word, first.index, first.prompt) == ("fox", 3, "an old red")
     assert (second.word, second.index, second.prompt) == ("red", 2, "an old fox")
     assert first.outcome == outcome
@@ -109,14 +111,14 @@ def test_each_outcome_is_told(studio, seen, outcome, sentence):
 
 def test_the_seed_is_the_first_that_brought_the_copy(studio):
     studio.after |= {f"images/00003-without{index}.png": nearest() for index in range(4)}
-    redraw(studio.work(), PLAN, EXPLANATIONS, comparison(s5=True, s7=True))
-    assert studio.drawn == [(["an old red"], [5]), (["an old fox"], [5])]
+    studio.redraw(EXPLANATIONS, comparison(s5=True, s7=True))
+    assert studio.drawn == [(["an old red", "an old fox"], [5, 5])]
 
 
 def test_prompts_without_a_copy_say_nothing_and_cost_nothing(studio):
     for nothing in (comparison(), comparison(s5=None), Comparison(nearest={}, summary=None)):
-        assert redraw(studio.work(), PLAN, EXPLANATIONS, nothing) == {}
-    assert redraw(studio.work(), PLAN, {}, comparison(s5=True, other=True)) == {}
+        assert studio.redraw(EXPLANATIONS, nothing) == {}
+    assert studio.redraw({}, comparison(s5=True, other=True)) == {}
     assert studio.drawn == studio.comparers == []
 
 
@@ -124,11 +126,11 @@ def test_what_was_drawn_is_not_drawn_again(studio):
     studio.after |= {f"images/{name}.png": nearest() for name in (
         "00003-without2", "00003-without3", "00004-without0", "00004-without1")}  # fmt: skip
     done = comparison(s5=True, other=True)
-    first = redraw(studio.work(), PLAN, EXPLANATIONS, done)
-    assert len(studio.drawn) == 4
+    first = studio.redraw(EXPLANATIONS, done)
+    assert [len(seeds) for _, seeds in studio.drawn] == [3, 1]  # three at once
     assert len(studio.comparers) == 1  # all training images are read once
-    assert redraw(studio.work(), PLAN, EXPLANATIONS, done) == first
-    assert (len(studio.drawn), len(studio.comparers)) == (4, 1)
+    assert studio.redraw(EXPLANATIONS, done) == first
+    assert (len(studio.drawn), len(studio.comparers)) == (2, 1)
     (studio.folder / first[4][0].path).unlink()
-    assert redraw(studio.work(), PLAN, EXPLANATIONS, done) == first
-    assert len(studio.drawn) == 6
+    assert studio.redraw(EXPLANATIONS, done) == first
+    assert [len(seeds) for _, seeds in studio.drawn] == [3, 1, 3]

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from unmemorize.audit.common.measure import SilentBar
 from unmemorize.audit.model.run import run_audit
 from unmemorize.shared.files.storage import StorageError
 from unmemorize.shared.files.tensors import TensorFolder
@@ -23,12 +24,12 @@ def test_a_finished_job_is_used_again_without_loading_the_model(result, config, 
         assert (output / name).read_bytes() == (config.output / name).read_bytes()
 
 
-@pytest.mark.parametrize("phase", ["controls", "detection", "explanations", "images"])
+@pytest.mark.parametrize("phase", ["detection", "explanations", "images"])
 def test_a_torn_job_computes_only_what_is_missing(phase, result, config, work, tmp_path):
     """Cut the last line of one journal in half, as a kill does, and everything after it."""
     output = tmp_path / "out"
     shutil.copytree(config.output, output)
-    phases = ["controls", "detection", "explanations", "images", "similarity"]
+    phases = ["detection", "explanations", "images", "similarity"]
     path = output / "journal" / f"{phase}.jsonl"
     content = path.read_bytes()
     lost = content.splitlines(keepends=True)[-1]
@@ -74,6 +75,58 @@ def test_controls_of_the_residual_that_were_finished_are_not_measured_again(
         assert not (output / "journal" / "controls" / folder).exists()
 
 
+OPEN = {
+    "detection": "4 of 8 prompts have no score yet",
+    "explanation": "flagged prompts were not left out yet",
+    "images": "of 5 images were not drawn yet",
+    "further images": "The magnitudes beside the scores were not measured yet",
+    "controls, magnitude": "The magnitudes beside the scores were not measured yet",
+}
+"""What a page says of a job that was stopped while this bar moved."""
+
+
+def test_stopped_in_each_phase_it_leaves_a_page_and_ends_with_the_same_bytes(
+    result, config, work, tmp_path
+):
+    output, page = tmp_path / "out", tmp_path / "out" / "report.html"
+    small = dataclasses.replace(config.detection, batch_size=4)
+    once = dataclasses.replace(config, output=output, detection=small)
+    for phase, expected in OPEN.items():
+
+        def stopping(description, total, initial, unit, phase=phase):
+            class Bar(SilentBar):
+                def update(self, n):
+                    if description == phase:
+                        raise KeyboardInterrupt
+
+            return Bar()
+
+        pages = []
+        with pytest.raises(KeyboardInterrupt):
+            run_audit(once, stopping, lambda known, to=pages: to.append(known.open))
+        said, text = " ".join(pages[-1]), page.read_text("utf-8")
+        assert expected in said
+        assert "Not finished." in text
+        assert all(sentence in text for sentence in pages[-1])
+        assert not (output / "results.jsonl").exists()
+    run_audit(once)
+    assert "Not finished." not in page.read_text("utf-8")
+    whole = dataclasses.replace(once, output=tmp_path / "whole")
+    assert run_audit(whole).open == ()
+    for name in ("results.jsonl", "report.html", "calibration.json", "calibration.safetensors"):
+        assert (output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_the_first_page_comes_before_words_and_images(result, known):
+    first, *others = known
+    assert others == []
+    assert [e.memorized for e in first.entries] == [e.memorized for e in result.entries]
+    assert {(e.explanation, e.images) for e in first.entries} == {(None, ())}
+    assert {e.score for e in first.entries} == {e.score for e in result.entries}
+    assert first.open[-1].startswith("All that takes about")
+    assert result.open == ()
+
+
 def test_batch_size_is_no_other_job(result, config, work, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(config.output, output)
@@ -112,7 +165,7 @@ def test_no_space_left_keeps_what_was_computed(config, result, work, tmp_path, m
         run_audit(dataclasses.replace(config, output=output))
     monkeypatch.setattr(os, "replace", replace)
     rows, images = work["rows"], work["images"]
-    assert images == 2  # of the first prompt: they could not be written
+    assert images == 3  # the first of each prompt: they could not be written
     again = run_audit(dataclasses.replace(config, output=output))
     assert again.entries == result.entries
     assert work["images"] - images == result.summary["counts"]["images"]

@@ -41,7 +41,7 @@ def test_percent(rate, text):
 
 def test_numbers():
     shown = [wording.number(v) for v in (3.14159, 12.0, 0.00662, 1234.5678, 2e-7, float("nan"))]
-    assert shown == ["3.14", "12", "0.00662", "1.23e+03", "2.0e-7", "\u2013"]
+    assert shown == ["3.14", "12", "0.00662", "1235", "2.0e-7", "\u2013"]
     assert wording.chance(1e-12) == "below 0.0001"
     assert wording.between(0.012, 0.09) == "1.2 to 9\u00a0%"
 
