@@ -81,7 +81,7 @@ def test_a_quick_audit_asks_captions_and_is_the_beginning_of_a_whole_one(audit, 
     page = (quick.output / "report.html").read_text("utf-8")
     assert sentence in page
     assert "Each caption had 2 seeds" in page
-    assert ".56" in page
+    assert "is found in 56\u00a0% of cases" in page
     known = [line for line in said if line.startswith("Known so far")]
     assert len(known) == 1  # after one seed of each
     whole = dataclasses.replace(quick, quick=False)
