@@ -99,7 +99,8 @@ class Judge:
         groups = groups_of(alike, len(paths))
         modes: dict[bool, Mode] = {True: "on", False: "off"}
         shots = [Shot(prompt=m.prompt, asked="caption" if m.prompt else "empty", source=None,
-                      seed=m.seed, mode=modes[m.lora], path=m.path.name) for m in made]  # fmt: skip
+                      seed=m.seed, mode=modes[m.lora], stage="captions", path=m.path.name)
+                 for m in made]  # fmt: skip
         marked = mark(
             views_on(pixel_references(images, ImageFiles(trips)), PIXELS.rows(ImageFiles(files)),
                      References(rows=rows, round_trips=of_trips), of_made),

@@ -6,7 +6,7 @@ from pathlib import Path
 import copies
 import numpy as np
 import pytest
-from copies_truth import ask, least_correlation, patterns, seeds_that_come_back
+from copies_truth import ask, draw_planted, least_correlation, patterns, seeds_that_come_back
 from models import MODELS, BenchModel
 from models.truth import Caption, Images
 from PIL import Image, ImageFilter
@@ -118,6 +118,14 @@ def test_captions_that_come_back_from_one_seed_alone_are_left_out(model, tmp_pat
     assert whole <= 3  # by chance, the object may stand in the same place
     assert generations.copied.count(True) == len(SEEDS) * whole
     assert generations.copied.count(None) == len(SEEDS) * (PLANTED - whole)
+
+
+def test_other_captions_that_draw_a_planted_image_from_every_seed_are_named(model, tmp_path):
+    texts = ["near 0", "near 1", "near 2", f"caption {PLANTED}"]
+    case = case_of(model, tmp_path, copied=range(2))
+    assert draw_planted(case, texts) == [True, True, False, False]
+    once = case_of(model, tmp_path, copied=range(2), fingerprint="1" * 64, seeds=SEEDS[:1])
+    assert draw_planted(once, texts) == [False] * 4
 
 
 def test_another_rendering_of_the_caption_is_no_copy(model):

@@ -29,4 +29,4 @@ def test_options_of_the_model_reach_the_model(command, monkeypatch):
              for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
     done = CliRunner().invoke(cli.app, [command, model, *words])
     assert done.exit_code == 0, done.output
-    assert made == [GIVEN]
+    assert made == [GIVEN | {"strength": 1.0}]
