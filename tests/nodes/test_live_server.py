@@ -20,7 +20,7 @@ MEASURING = {
     ),
     "UnmemorizeCalibrate": (
         1, {"clip": ["1", 1], "name": "live", "controls": "art", "false_positive_rate": 0.5,
-            "prompts": "a cat\na dog\na hat"},
+            "prompts": "a cat\na dog\na hat\na sea\na cup\na tree"},
     ),
     "UnmemorizeLoraCheck": (
         1, {"clip": ["1", 1], "model_with_lora": ["1", 0], "clip_with_lora": ["1", 1],
