@@ -46,7 +46,7 @@ def write(folder, captions):
 def audit(model, lora, images, **settings):
     return run_lora_audit(LoraAuditConfig(
         model=model, lora=lora, images=images, output=images.parent / "out", device="cpu",
-        generation_steps=8, images_per_prompt=1, attack_images=0, **settings,
+        generation_steps=12, images_per_prompt=1, attack_images=0, **settings,
     ))  # fmt: skip
 
 
