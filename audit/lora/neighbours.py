@@ -28,12 +28,10 @@ KEPT = 0.95
 """Share of lightly edited copies that the threshold finds."""
 CROP = 0.04
 """Share that a light crop takes off each side."""
-SIDE, TILES = 16, 4
-"""Pixels and tiles on a side of the thumbnails that are compared."""
-CROPS = (0.04, 0.08, 0.12, 0.16)
-"""Shares of width and height that a thumbnail may leave out, at either side or at both."""
-FLAT = 24.0
-"""Least deviation of pixels (0..255) that counts as contrast: saving alone changes flat images."""
+TILES = 4
+"""Of `COARSE` pixels a side, on a side of an image."""
+FLAT = 24 / 255
+"""Least deviation of pixels (0..1) that counts as contrast: saving alone changes flat images."""
 COLOURLESS = 0.1
 """Most that the channels of an image in grey differ by, in its deviations."""
 UNLIKE = 0.2
@@ -43,6 +41,8 @@ parts of photographs from themselves compressed, shrunk, cropped by 8 %, brighte
 mirrored by .07 and less."""
 MARGINS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.24)
 """Shares of a side that a crop may have taken off, in the corners, at the edges or all around."""
+OF_TILES = 4
+"""Of these, those that tiles are compared under: of more an image is too little in one place."""
 SMALL, COARSE = 64, 16
 """Pixels a side that images are cropped at, and compared at."""
 AGREES = 0.06
@@ -52,6 +52,10 @@ BRIGHTER = 1.25
 """Factor of the brightness that is forgiven, either way."""
 CANDIDATES = 0.6
 """Cosine from which on the pixels of two images are compared."""
+VIEWED = 128
+"""Images whose views are kept while they are compared: 43 MB."""
+PLACES = (0, 0.5, 1)
+"""Of what a crop takes off, the share that it takes at the left or at the top."""
 
 
 class Index:
@@ -132,12 +136,15 @@ def find_duplicates(
         threshold if images is None else min(threshold, CANDIDATES)
     )
     pairs = distinct[pairs]
-    if images is not None and len(pairs):
-        apart = differences(pairs, lambda index: views_of(images[index]))
-        pairs = pairs[(apart <= AGREES) | (cosines >= threshold)]
     near = pairs.tolist()
-    if images is not None:
-        near = _showing_the_same(near, images)
+    if images is not None and len(pairs):
+
+        @lru_cache(maxsize=VIEWED)
+        def views(index: int) -> Tensor:
+            return views_of(images[index])
+
+        alike = (differences(pairs, views) <= AGREES) | (cosines >= threshold)
+        near = _showing_the_same(pairs[alike].tolist(), views)
     groups = []
     for members in _connected(len(rows), [*equal, *near]):
         together = rows[members] @ rows[members].T
@@ -149,42 +156,27 @@ def find_duplicates(
 
 
 def _showing_the_same(
-    links: Sequence[Sequence[int]], images: "Sequence[Image]"
+    links: Sequence[Sequence[int]], views: "Callable[[int], Float[Tensor, ' view number']]"
 ) -> list[Sequence[int]]:
     """Return the links whose images agree everywhere, without those between linked images."""
-
-    @lru_cache(maxsize=512)
-    def thumbnails(index: int) -> np.ndarray:
-        return _thumbnails(images[index])
-
     groups: dict[int, set[int]] = {}
     kept = []
     for link in links:
         one, other = (groups.setdefault(end, {end}) for end in link)
-        if one is not other and _agree(*map(thumbnails, link)):
+        if one is not other and _agree(*(_tiles(views(index)) for index in link)):
             kept.append(link)
             one |= other
             groups |= dict.fromkeys(other, one)
     return kept
 
 
-def _thumbnails(image: "Image") -> np.ndarray:
+def _tiles(views: Float[Tensor, " view number"]) -> np.ndarray:
     """Return an image and crops of it, standardized, [crop tile row tile column channel]."""
-    from PIL import Image
-
-    image = image.convert("RGB").resize((4 * SIDE, 4 * SIDE), Image.Resampling.BOX)
-    boxes = [(0.0, 0.0, 1.0, 1.0)] + [
-        (left, top, 1 - crop + left, 1 - crop + top)
-        for crop in CROPS for left in (0, crop / 2, crop) for top in (0, crop / 2, crop)
-    ]  # fmt: skip
-    pixels = np.stack([
-        np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX,
-                                box=tuple(4 * SIDE * edge for edge in box)), dtype=np.float32)
-        for box in boxes
-    ])  # fmt: skip
-    pixels -= pixels.mean((1, 2), keepdims=True)
+    pixels = views[: 1 + OF_TILES * len(PLACES) ** 2].numpy()
+    pixels = pixels.reshape(len(pixels), COARSE, COARSE, 3)
+    pixels = pixels - pixels.mean((1, 2), keepdims=True)
     pixels /= pixels.std((1, 2, 3), keepdims=True).clip(FLAT)
-    return pixels.reshape(len(boxes), TILES, SIDE // TILES, TILES, SIDE // TILES, 3)
+    return pixels.reshape(len(pixels), TILES, COARSE // TILES, TILES, COARSE // TILES, 3)
 
 
 def _agree(one: np.ndarray, other: np.ndarray) -> bool:
@@ -249,7 +241,7 @@ def views_of(image: "Image") -> Float[Tensor, " view number"]:
 def _crops() -> Iterator[tuple[float, float, float, float]]:
     """Yield the whole of an image of `SMALL` pixels, then its crops."""
     yield 0, 0, SMALL, SMALL
-    for margin, across, down in product(MARGINS, (0, 0.5, 1), (0, 0.5, 1)):
+    for margin, across, down in product(MARGINS, PLACES, PLACES):
         left, top, lost = across * margin * SMALL, down * margin * SMALL, margin * SMALL
         yield left, top, SMALL - lost + left, SMALL - lost + top
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, concatenate
 from ..wording import bare
@@ -20,6 +22,7 @@ from .ordinary import OrdinaryEmbedding
 
 BY_RESIDUAL = OrdinaryEmbedding()
 BY_MAGNITUDE = EmbeddingOptimisation()
+UNMOVED = "nothing: no word does it, and the run's own magnitude is at the target already"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,11 @@ class Reword(Method):
             other = method.start(_only(start, left))
             for place, row in enumerate(left):
                 if other.cond is not None:
-                    conds[row] = other.cond[[place]]
-                changes[row] = other.changes[place] if other.changes else "the embedding"
+                    before, conds[row] = conds[row].embeddings, other.cond[[place]]
+                    moved = not torch.equal(conds[row].embeddings, before)
+                    changes[row] = "the embedding" if moved else UNMOVED
+                if other.changes:
+                    changes[row] = other.changes[place]
         return Mitigation(cond=concatenate(conds), changes=tuple(changes))
 
     def _reworded(self, start: Start, prompt: str) -> Occlusion | None:

@@ -8,7 +8,7 @@ from scored import calibrated, scored_start
 from toy import ToyDenoiser
 from unmemorize.shared.mitigation import make_method
 from unmemorize.shared.mitigation.ordinary import OrdinaryEmbedding
-from unmemorize.shared.mitigation.reword import Reword
+from unmemorize.shared.mitigation.reword import UNMOVED, Reword
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.words.leaving_out import leave_out
 from unmemorize.shared.words.phrases import without_words
@@ -87,6 +87,21 @@ def test_a_calibration_of_magnitudes_is_enough(start):
     found = Reword().start(run)
     alone = make_method("embedding").start(run)
     torch.testing.assert_close(found.cond.embeddings, alone.cond.embeddings)
+    kept = [torch.equal(*rows) for rows in zip(alone.cond.embeddings, run.cond.embeddings,
+                                               strict=True)]  # fmt: skip
+    assert kept == [False, True]  # the second has its target already
+    assert found.changes == ("the embedding", UNMOVED)
+
+
+def test_it_says_so_where_nothing_changes(start):
+    """The gate scores at noises of its own; at those of the run the target may be met already."""
+    calibration = calibrated(start.denoiser, residual=False)
+    high = replace(calibration, control_scores=((1e6,),) * len(calibration.control_scores))
+    run = scored_start(start.denoiser, PROMPTS, calibration)
+    run = replace(run, calibration=high, score=lambda cond: (2 * high.judge.threshold,) * len(cond))
+    found = Reword().start(run)
+    assert torch.equal(found.cond.embeddings, run.cond.embeddings)
+    assert found.changes == (UNMOVED,) * len(PROMPTS)
 
 
 def test_settings():
