@@ -2,7 +2,7 @@
 
 Pizzi et al., CVPR 2022, arXiv:2202.10261. The cosine of two embeddings is a score without an
 opinion. On photographs the literature calls .5 a copy and .7 a verbatim one; on flat art unrelated
-images pass .5, so there is no fixed threshold here: see `calibrate`.
+images pass .5, so there is no fixed threshold here.
 """
 
 import warnings
@@ -17,7 +17,6 @@ import torch
 from ...shared.arrays import Float, Tensor
 from ...shared.dependencies import SSCD_PACKAGE, has, require, sscd_line
 from ...shared.score.detection import Progress
-from ...shared.score.rates import NotEnoughControls, controls_needed, upper_bound
 from ...shared.wording import counted
 
 if TYPE_CHECKING:
@@ -139,43 +138,6 @@ def pixels(image: "Image") -> np.ndarray:
 def similarity(a: Float[Tensor, " a 512"], b: Float[Tensor, " b 512"]) -> Float[Tensor, " a b"]:
     """Return the cosine of every pair of unit vectors, -1 to 1, 1 for the same image."""
     return (a @ b.T).clamp(-1, 1)
-
-
-def calibrate(similarities: Tensor | Sequence[float], rate: float = 0.01) -> float:
-    """Return the similarity that at most a share `rate` of images that are no copies exceed.
-
-    As in detection, a further image like the controls lies above with probability at most `rate`.
-    Keep two things in mind:
-
-    - Give the quantity that is judged later. An image that is compared with its own training image
-      needs controls compared with one image each; one that is compared with a whole training set
-      needs `similarity(controls, training).amax(1)`, which is much higher.
-    - One number per control. All pairs of n images are n * (n - 1) / 2 numbers, but still n
-      images, and do not make a claim any stronger.
-
-    Args:
-        similarities: [control] of images like those to be judged, none of them a copy.
-        rate: Above 0, below 1.
-
-    Raises:
-        NotEnoughControls: There are too few to speak about `rate`.
-        ValueError: `rate` is out of range or a similarity is not finite.
-    """
-    if not 0 < rate < 1:
-        raise ValueError(f"`rate` must lie between 0 and 1, got {rate}.")
-    scores = torch.as_tensor(similarities, dtype=torch.float64)
-    if scores.ndim != 1 or not scores.isfinite().all():
-        raise ValueError(
-            f"`similarities` must be one finite number per control, got shape {list(scores.shape)} "
-            f"with {int((~scores.isfinite()).sum())} that are not finite."
-        )
-    n, needed = len(scores), controls_needed(rate)
-    if n < needed:
-        raise NotEnoughControls(
-            f"not enough controls for this claim: a rate of {rate} needs at least {needed} images "
-            f"that are no copies, got {n}. Add controls, or choose a higher rate."
-        )
-    return upper_bound(scores, rate)
 
 
 def _installed(variant: Variant) -> Path:

