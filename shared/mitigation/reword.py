@@ -114,4 +114,7 @@ def _like(cond: Conditioning, other: Conditioning) -> Conditioning:
     pooled = cond.pooled
     if pooled is not None and other.pooled is not None:
         pooled = pooled.to(other.pooled)
-    return Conditioning(embeddings=cond.embeddings.detach().to(other.embeddings), pooled=pooled)
+    return Conditioning(
+        embeddings=cond.embeddings.detach().to(other.embeddings), pooled=pooled,
+        lengths=cond.lengths, others=cond.others,
+    )  # fmt: skip

@@ -45,6 +45,7 @@ class PipelineDenoiser:
         pipeline: Any,
         *,
         resolution: int | tuple[int, int] | None = None,
+        frames: int | None = None,
         weights: Callable[[], str] | None = None,
     ):
         """Wrap a pipeline.
@@ -53,18 +54,23 @@ class PipelineDenoiser:
             pipeline: A diffusers text-to-image pipeline, on its device and in its dtype.
             resolution: Side of the images in pixels, or height and width; None for what the model
                 was made for.
+            frames: Of a video, None for as many as the pipeline makes by itself; images have none.
             weights: Returns the sha256 of the files that the pipeline was loaded from; None for a
                 pipeline that is known from memory alone.
         """
         self.pipeline, self._weights = pipeline, weights
-        self.family = family_of(pipeline)(pipeline, resolution)
+        self.family = family_of(pipeline)(pipeline, resolution, frames)
         self.schedule = self.family.schedule()
         self.parametrization = self.family.parametrization()
-        self.latent_shape = self.family.latent_shape
         self.guidance_distilled = self.family.guidance_distilled
         self.caveats: tuple[str, ...] = (DISTILLED,) if self.guidance_distilled else ()
         for caveat in self.caveats:
             log.warning(caveat)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one latent; frames after the channels for video."""
+        return self.family.latent_shape
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +116,8 @@ class PipelineDenoiser:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
         with quiet():  # what is cut is logged below, once and as data
-            embeddings, pooled = self.family.encode(prompts)
-            readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
+            cond = self.family.encode(prompts)
+            readings = [self._read(prompt, cond.embeddings.shape[1]) for prompt in prompts]
         words = tuple(split_words(prompt) for prompt in prompts)
         cut = tuple(" ".join(w[r.first_cut :]) for w, r in zip(words, readings, strict=True))
         for prompt, end in zip(prompts, cut, strict=True):
@@ -121,18 +127,15 @@ class PipelineDenoiser:
                     "%d words are not read, from %r on.",
                     prompt[:40], len(end.split()), end[:40],
                 )  # fmt: skip
-        return Conditioning(
-            embeddings=embeddings,
-            pooled=pooled,
-            tokens=tuple(reading.tokens for reading in readings),
-            words=words,
-            cut=cut,
-        )
+        tokens = tuple(reading.tokens for reading in readings)
+        return replace(cond, tokens=tokens, words=words, cut=cut)
 
     def _read(self, prompt: str, positions: int) -> Reading:
         """Return what stands at each position, over all encoders whose tokens are joined."""
         tokens: tuple[Token, ...] = ()
         first_cut = 0
+        if not self.family.readers():
+            return Reading(tokens=(), first_cut=len(split_words(prompt)))
         for tokenizer, length in self.family.readers():
             if tokenizer is None:  # an encoder that was left out: zeros stand there
                 tokens += (Token(text="", word=None),) * (positions - len(tokens))
@@ -154,14 +157,14 @@ class PipelineDenoiser:
         encoders = encoders_of(self.pipeline)
         with quiet(), ExitStack() as hooks:
             seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
-            embeddings, pooled = self.family.encode([prompt])
+            cond = self.family.encode([prompt])
             tokenizers = [tokenizer for _, tokenizer in encoders]
             found = [(leaf, tokenizer) for leaves, tokenizer in zip(seen, tokenizers, strict=True)
                      for leaf in leaves]  # fmt: skip
             readings = [self._read_by(tokenizer, prompt, leaf.shape[1])
                         for leaf, tokenizer in found]  # fmt: skip
         return TextInputs(
-            cond=Conditioning(embeddings=embeddings, pooled=pooled),
+            cond=cond,
             leaves=tuple(leaf for leaf, _ in found),
             tokens=tuple(reading.tokens for reading in readings),
         )
@@ -185,11 +188,11 @@ class PipelineDenoiser:
     def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Float[Tensor, " seed *latent"]:
         """Return x at `sigma` as the pipeline starts from ``torch.Generator("cpu")`` of each seed.
 
-        The noise is drawn in the network's dtype, as the pipeline does, and returned in float32.
+        The noise is drawn in the dtype in which the pipeline does, and returned in float32.
         """
-        shape = (1, *self.latent_shape)
+        shape, dtype = (1, *self.latent_shape), self.family.noise_dtype
         rows = [
-            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=self.dtype)
+            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
             for seed in seeds
         ]
         noise = torch.cat(rows).float().to(self.device)

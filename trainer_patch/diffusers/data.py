@@ -40,6 +40,10 @@ class Outline(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = network.config, network.dtype, torch.device("cpu")
 
+    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        """Name what the pipelines of U-Nets pass without a name; nobody calls it."""
+        raise NotImplementedError("An outline has no weights.")
+
 
 def load_text_side(
     path: str,
