@@ -216,9 +216,11 @@ class PipelineDenoiser:
         output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
         return x0_from_output(self.parametrization, x, level, output)
 
-    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Tensor:
-        """Return images [row 3 height width] in 0..1 of clean latents."""
-        return decode(self.pipeline.vae, latents)
+    def decode(self, latents: Float[Tensor, " row *latent"]) -> Tensor:
+        """Return images [row 3 height width] in 0..1 of clean latents; of video, frames."""
+        images = decode(self.pipeline.vae, self.family.to_autoencoder(latents))
+        still = images.ndim == 5 and len(self.latent_shape) == 3
+        return images.squeeze(2) if still else images
 
     def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
         """Return clean latents of images, each resized to the network's own size."""
@@ -226,9 +228,10 @@ class PipelineDenoiser:
 
         height, width = self.resolution
         pixels = [np.asarray(image.convert("RGB").resize((width, height))) for image in images]
-        return encode(
-            self.pipeline.vae, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-        )
+        rows = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        if len(self.latent_shape) == 4 or self.family.one_frame:
+            rows = rows.unsqueeze(2)
+        return self.family.from_autoencoder(encode(self.pipeline.vae, rows))
 
     @torch.no_grad()
     def generate(
@@ -250,18 +253,16 @@ class PipelineDenoiser:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if self.family.guidance_embedding is not None:
-            cond_scale = self.family.guidance_embedding
-        height, width = self.resolution
+        if len(self.latent_shape) == 4:
+            raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
+        arguments = {
+            "prompt": list(prompts),
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            **self.family.guided_arguments(cond_scale, len(prompts)),
+        }
         with quiet(), _bare(self.pipeline):
-            return self.pipeline(
-                list(prompts),
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=cond_scale,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            ).images
+            return self.pipeline(**arguments).images
 
 
 def _as_typed(text: str, tokenizer: Any) -> str:

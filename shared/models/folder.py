@@ -22,14 +22,16 @@ from .checks import (
     variant_of,
 )
 from .families import FAMILIES
+from .families.undeclared import refusal
 from .quiet import quiet
 
 COMPONENTS = (
-    "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
+    "unet", "transformer", "transformer_2", "vae",
+    "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4",
 )  # fmt: skip
 """Parts with weights that a score or an image depends on."""
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that are not loaded: images are looked at as they come."""
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
+"""Parts that are not loaded: images are looked at as they come, prompts are read as they are."""
 LEFT_OUT = ("text_encoder_3", "tokenizer_3")
 """T5, which Stable Diffusion 3 does without; diffusers saves nothing about it then, and asks."""
 PURPOSE = "Running a diffusion model"
@@ -64,9 +66,19 @@ def read_index(folder: Path) -> dict[str, Any]:
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read: {error!r}.") from error
-    if name not in FAMILIES:
-        raise ModelError(f"{path} describes a {name}; supported are {', '.join(FAMILIES)}.")
+    if name not in FAMILIES and (reason := _refusal(name)):
+        raise ModelError(f"{path} describes a {name}: {reason}")
     return index
+
+
+def _refusal(name: str) -> str:
+    """Return why pipelines of a class that no family declares cannot be tried, "" if they can."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        return f"this diffusers has no such pipeline; supported are {', '.join(FAMILIES)}."
+    return refusal(cls)
 
 
 def read_components(folder: Path) -> dict[str, tuple[str, str]]:

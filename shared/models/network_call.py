@@ -240,7 +240,9 @@ def _text(layout: Layout, cond: Conditioning) -> dict[Path, Any]:
             layout.embeddings: [row[:end] for row, end in zip(embeddings, ends, strict=True)]
         }
     else:
-        found = {layout.embeddings: embeddings[:, : max(cond.lengths, default=None)]}
+        if cond.lengths:
+            embeddings = embeddings[:, : max(cond.lengths)]
+        found = {layout.embeddings: embeddings}
     if layout.pooled is not None and cond.pooled is not None:
         found[layout.pooled] = cond.pooled
     for path in layout.others if cond.others else ():

@@ -17,6 +17,13 @@ CHAT = (
 )
 
 
+def _of_templates() -> set[str]:
+    """Return the long words of HunyuanVideo's template, which spelt would leave no room."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    return {word for word in DEFAULT_PROMPT_TEMPLATE["template"].split() if len(word) > 5}
+
+
 @cache
 def chat_tokenizer(side: str = "right", starts: bool = False) -> Any:
     """Return a tokenizer of a chat model: WORDS whole, letters else, and a template.
@@ -31,6 +38,7 @@ def chat_tokenizer(side: str = "right", starts: bool = False) -> Any:
     letters = [chr(code) for code in range(33, 127)]
     vocab = [("<pad>", 0.0), ("<unk>", 0.0), ("<|start|>", 0.0), ("<|end|>", 0.0), ("▁", -3.0)]
     vocab += [(f"▁{word}", -4.0 - i / 10) for i, word in enumerate(tiny.WORDS)]
+    vocab += [(f"▁{word}", -5.0) for word in sorted(_of_templates() - set(tiny.WORDS))]
     vocab += [(letter, -9.0) for letter in letters]
     core = Tokenizer(models.Unigram(vocab, unk_id=1))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -322,7 +330,7 @@ def hidream_image(seed: int = 0) -> Any:
     transformer = HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
         attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=56,
-        num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 4),
+        num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 2, 2),
         max_resolution=(16, 16), llama_layers=(0, 1), force_inference_output=True,
     )  # fmt: skip
     return _made(

@@ -77,10 +77,12 @@ class Family:
     """Side of the squares of the autoencoder's latents that stand in one position of these."""
     packed: ClassVar[bool] = False
     """The pipeline turns latents into a sequence of patches, and back for the autoencoder."""
+    one_frame: ClassVar[bool] = False
+    """The autoencoder is one of videos, asked for a single frame."""
     arguments: ClassVar[Mapping[str, Any]] = {}
-    """Of every call of the pipeline."""
-    default_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    """On an accelerator: transformers overflow in float16."""
+    """Of every call of the pipeline, besides size and guidance."""
+    half_precision: ClassVar[torch.dtype] = torch.bfloat16
+    """What it computes in on a GPU; bfloat16 where activations leave the range of float16."""
 
     def __init__(
         self, pipeline: Any, resolution: int | tuple[int, int] | None, frames: int | None = None
@@ -186,6 +188,14 @@ class Family:
         latents = self.pipeline._unpack_latents(packed, self.height, self.width, scale)
         return latents.squeeze(2) if latents.ndim == 5 else latents
 
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        """Return clean latents [row *latent] as `autoencoder.decode` takes them."""
+        return latents.unsqueeze(2) if self.one_frame else latents
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        """Return latents [row *latent] of those that `autoencoder.encode` gives."""
+        return latents.squeeze(2) if self.one_frame else latents
+
     @classmethod
     def prediction(cls, output: Any, latents: Tensor) -> Tensor:
         """Return the prediction that the pipeline takes from what its network returns.
@@ -262,7 +272,13 @@ class Family:
         if key not in self._held:
             if len(self._held) >= KEPT_CALLS:
                 self._held.clear()
-            self._held[key] = self._hold([""], time=timestep, texts=self._texts)
+            held = self._hold([""], time=timestep, texts=self._texts)
+            if held.size not in (None, (self.height, self.width)):
+                raise ValueError(
+                    f"The pipeline makes images of {held.size[0]} x {held.size[1]} pixels in place "
+                    f"of {self.height} x {self.width}: give the former as `resolution`."
+                )
+            self._held[key] = held
         return self._held[key]
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> NetworkCall:
@@ -282,7 +298,11 @@ class Family:
         )
 
     def _arguments(self) -> dict[str, Any]:
-        given: dict[str, Any] = {"height": self.height, "width": self.width, **self.arguments}
+        given: dict[str, Any] = {
+            "height": self.height, "width": self.width,
+            "use_resolution_binning": False,  # the size that was asked for, not the nearest known
+            **self.arguments,
+        }  # fmt: skip
         if self.guidance.scale and not self.guidance.negative:
             given[self.guidance.scale] = self.guidance.off
         if self.guidance_embedding is not None:
@@ -291,6 +311,18 @@ class Family:
             given["max_sequence_length"] = self.t5_length
         if self.frames is not None:
             given["num_frames"] = self.frames
+        return accepted(self.pipeline, given)
+
+    def guided_arguments(self, scale: float, images: int) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that guide it, and of its size.
+
+        A network that guides itself keeps its own constant.
+        """
+        given, guidance = self._arguments(), self.guidance
+        if guidance.scale and not self.guidance_distilled:
+            given[guidance.scale] = scale - guidance.offset
+            if guidance.negative:
+                given["negative_prompt"] = [""] * images
         return accepted(self.pipeline, given)
 
     def _of_prompts(self, call: NetworkCall, layout: Layout) -> NetworkCall:

@@ -5,14 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from .family import Family, Guidance
 from .flux import Flux
 
 TRUE_GUIDANCE = Guidance(calls=2, scale="true_cfg_scale", negative=True)
 TWO_CALLS = Guidance(calls=2)
-NO_BINS: Mapping[str, Any] = {"use_resolution_binning": False}
-"""The size that was asked for, not the nearest of a list."""
 
 
 class QwenImage(Family):
@@ -22,6 +21,7 @@ class QwenImage(Family):
     guidance = TRUE_GUIDANCE
     packed = True
     patch = 2
+    one_frame = True
 
 
 class ZImage(Family):
@@ -41,7 +41,30 @@ class ZImage(Family):
         return packed.squeeze(2)
 
 
-class Flux2(Family):
+class Squares(Family):
+    """2 x 2 latents of the autoencoder stand in one position, brought to one mean and variance."""
+
+    stack = 2
+    epsilon: ClassVar[float] = 1e-4
+    """Added to the variance."""
+
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return self.pipeline._unpatchify_latents(latents * std + mean)
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        squares = pixel_unshuffle(latents, 2)  # channel by channel, rows before columns
+        mean, std = self._statistics(squares)
+        return (squares - mean) / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.pipeline.vae.bn
+        mean, variance = (each.view(1, -1, 1, 1).to(like) for each in
+                          (norm.running_mean, norm.running_var))  # fmt: skip
+        return mean, torch.sqrt(variance + self.epsilon)
+
+
+class Flux2(Squares):
     """Squares of 2 x 2 latents in one position; guidance distilled into the network."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2Pipeline",)
@@ -50,7 +73,6 @@ class Flux2(Family):
     guidance_embedding: float | None = 4.0  # the pipeline's default
     one_by_one = False
     packed = True
-    stack = 2
 
     def pack(self, latents: Tensor) -> Tensor:
         """Return the positions [row position channel] of latents."""
@@ -107,7 +129,6 @@ class Sana(Family):
     """A linear transformer on 32 times smaller images."""
 
     pipelines = ("SanaPipeline",)
-    arguments = NO_BINS
     one_by_one = False
 
 
@@ -115,11 +136,10 @@ class PixArtSigma(Family):
     """Noise prediction with learnt variances; T5 alone."""
 
     pipelines = ("PixArtSigmaPipeline",)
-    arguments = NO_BINS
     one_by_one = False
     t5_length = 300
     patch = 2
-    default_dtype = torch.float16
+    half_precision = torch.float16
 
     def readers(self) -> list[tuple[Any, int]]:
         return [(self.pipeline.tokenizer, self.t5_length)]
@@ -166,18 +186,17 @@ class HunyuanDiT(Family):
     """CLIP's and T5's tokens, sizes and a style; learnt variances."""
 
     pipelines = ("HunyuanDiTPipeline",)
-    arguments = NO_BINS
     one_by_one = False
     patch = 2
-    default_dtype = torch.float16
+    half_precision = torch.float16
 
 
-class ErnieImage(Family):
+class ErnieImage(Squares):
     """Flux.2's autoencoder; the prompt as it is, not rewritten by the pipeline's language model."""
 
     pipelines = ("ErnieImagePipeline",)
     arguments: ClassVar[Mapping[str, Any]] = {"use_pe": False}
-    stack = 2
+    epsilon = 1e-5
 
     @classmethod
     def pixels(cls, pipeline: Any) -> int:

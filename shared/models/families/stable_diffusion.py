@@ -14,7 +14,7 @@ class StableDiffusion(Family):
     checkpoints: ClassVar[tuple[str, ...]] = ("v1", "v2")
     network_name = "unet"
     one_by_one = False
-    default_dtype = torch.float16
+    half_precision = torch.float16
 
     def readers(self) -> list[tuple[Any, int]]:
         return [(self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)]

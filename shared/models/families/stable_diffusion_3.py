@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from .family import Family
 
 
@@ -14,7 +12,6 @@ class StableDiffusion3(Family):
     checkpoints = ("sd3",)
     one_by_one = False
     t5_length = 256
-    default_dtype = torch.float16
 
     @property
     def multiple(self) -> int:

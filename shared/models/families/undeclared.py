@@ -21,6 +21,8 @@ from .family import NETWORKS, OTHER_PROMPT, Family, Guidance
 _TRIED: "WeakKeyDictionary[Any, type[Family]]" = WeakKeyDictionary()
 STEPS = 4
 """Of a trial run, of which the first is made."""
+SIDE = 256
+"""Pixels of a trial image, at most."""
 
 
 class _Stepped(BaseException):
@@ -137,10 +139,13 @@ def _learnt(pipeline: Any) -> type[Family]:
     declared["guidance"] = Guidance(
         scale=scale if scale in takes else "", negative=scale == "true_cfg_scale"
     )
-    family = _declare(declared)(pipeline, None)
+    size = tuple(min(side, SIDE) for side in _declare(declared)(pipeline, None)._pixels())
+    family = _declare(declared)(pipeline, size)
     trial = _Trial(family, OTHER_PROMPT)
     call, raw = trial.calls[0]
     if trial.sample.ndim == 3:
+        if not hasattr(pipeline, "_unpack_latents"):
+            raise NotFollowed("its latents are a sequence that nothing unpacks to an image")
         declared |= {"packed": True, "patch": 2}
     if call.latents.shape[1:] != trial.sample.shape[1:]:
         raise NotFollowed(
@@ -152,10 +157,10 @@ def _learnt(pipeline: Any) -> type[Family]:
     )
     declared["backwards"] = float(call.time) == 0
     if declared["guidance"].scale:
-        declared["guidance"] = _guidance(_declare(declared)(pipeline, None), declared["guidance"])
+        declared["guidance"] = _guidance(_declare(declared)(pipeline, size), declared["guidance"])
     declared["guidance_distilled"] = not declared["guidance"].scale
     learnt = _declare(declared)
-    check(learnt(pipeline, None), trial)
+    check(learnt(pipeline, size), trial)
     return learnt
 
 
@@ -213,5 +218,7 @@ def check(family: Family, trial: _Trial) -> None:
         raise NotFollowed("its first prediction, repeated without a change, comes out differently")
     if torch.equal(family.predict(latents, time, family.encode([""])), own):
         raise NotFollowed("the empty prompt gives the same prediction as another one")
-    if not torch.isfinite(decode(family.pipeline.vae, latents.float())).all():
+    if not torch.isfinite(
+        decode(family.pipeline.vae, family.to_autoencoder(latents.float()))
+    ).all():
         raise NotFollowed("its autoencoder gives no finite image of its latents")

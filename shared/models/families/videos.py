@@ -39,6 +39,10 @@ class LTX(Family):
         sides = (call.get((name,)) for name in ("num_frames", "height", "width"))
         return pipeline._unpack_latents(packed, *sides, *self._patches())
 
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        return self.pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std)
+
     def _patches(self) -> tuple[int, int]:
         pipeline = self.pipeline
         return pipeline.transformer_spatial_patch_size, pipeline.transformer_temporal_patch_size

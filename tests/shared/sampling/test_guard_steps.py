@@ -349,12 +349,14 @@ def test_a_call_cut_to_rows_keeps_what_has_none():
     call = NetworkCall(args=(), kwargs=kwargs, names=(), layout=layout)
     cut = call.only([1, 3])
     assert cut.latents.tolist() == [[2, 3], [6, 7]]
-    assert cut.conditioning([0, 1]).embeddings.tolist() == cut.pooled.tolist() == [1, 3]
+    text = cut.conditioning([0, 1])
+    assert text.embeddings.tolist() == text.pooled.tolist() == [1, 3]
     assert len(cut.kwargs["added_cond_kwargs"]["time_ids"][0]) == 4
     assert cut.kwargs["txt_ids"].shape == cut.kwargs["img_ids"].shape == (4, 3)
     assert cut.time == 3
     cond = Conditioning(embeddings=torch.tensor([8.0]), pooled=torch.tensor([9.0]))
     changed = call.with_conditioning([0], cond)
     assert changed.conditioning([0, 1]).embeddings.tolist() == [8, 1]
-    assert changed.pooled.tolist() == [9, 1, 2, 3]
-    assert call.pooled.tolist() == [0, 1, 2, 3]  # the caller's own stay
+    every = range(4)
+    assert changed.conditioning(every).pooled.tolist() == [9, 1, 2, 3]
+    assert call.conditioning(every).pooled.tolist() == [0, 1, 2, 3]  # the caller's own stay
