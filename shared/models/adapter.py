@@ -1,7 +1,9 @@
 """Any supported diffusers text-to-image pipeline as a `Denoiser`."""
 
 import hashlib
+import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -32,10 +34,12 @@ DISTILLED = (
     "extra pass, and scores are on another scale than those of guided models. Calibrate on this "
     "model."
 )
+SHORTEST = 256
+"""Tokens that any of the encoders reads whose pipelines do not say how many."""
 
 
 class PipelineDenoiser:
-    """SD 1/2, SDXL, SD3 and Flux pipelines, with whatever LoRA is loaded, as a `Denoiser`.
+    """A text-to-image pipeline, with whatever LoRA is loaded, as a `Denoiser`.
 
     The pipeline stays the user's: nothing of it is changed. Its scheduler is only read.
     """
@@ -135,7 +139,7 @@ class PipelineDenoiser:
         tokens: tuple[Token, ...] = ()
         first_cut = 0
         if not self.family.readers():
-            return Reading(tokens=(), first_cut=len(split_words(prompt)))
+            return Reading(tokens=(), first_cut=self._first_cut(prompt))
         for tokenizer, length in self.family.readers():
             if tokenizer is None:  # an encoder that was left out: zeros stand there
                 tokens += (Token(text="", word=None),) * (positions - len(tokens))
@@ -144,6 +148,25 @@ class PipelineDenoiser:
             tokens += reading.tokens
             first_cut = max(first_cut, reading.first_cut)  # what no encoder reads is cut
         return Reading(tokens=tokens, first_cut=first_cut)
+
+    def _first_cut(self, prompt: str) -> int:
+        """Return the first word without which, and all after it, the prompt is read the same."""
+        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+        takes = inspect.signature(type(self.pipeline).__call__).parameters
+        room = getattr(takes.get("max_sequence_length"), "default", None) or SHORTEST
+        tokenizers = [tokenizer for _, tokenizer in encoders_of(self.pipeline)]
+        counts = [len(t.tokenize(prompt)) for t in tokenizers if hasattr(t, "tokenize")]
+        if max(counts, default=0) < room / 2:  # templates take no more than the other half
+            return len(ends)
+        whole = self.family.encode([prompt])
+        first, last = 0, len(ends)
+        while first < last:
+            middle = (first + last) // 2
+            if _alike(self.family.encode([prompt[: ends[middle - 1] if middle else 0]]), whole):
+                last = middle
+            else:
+                first = middle + 1
+        return first
 
     def _read_by(self, tokenizer: Any, prompt: str, length: int) -> Reading:
         """Return what one tokenizer puts at each of `length` positions."""
@@ -154,6 +177,11 @@ class PipelineDenoiser:
     @torch.enable_grad()
     def encode_inputs(self, prompt: str) -> TextInputs:
         """Return a prompt with the graph from the text encoders' input embeddings."""
+        if not self.family.readers():
+            raise ValueError(
+                f"{type(self.pipeline).__name__} puts a template around the prompt, so what its "
+                "text encoder reads cannot be told apart by words: leave words out instead."
+            )
         encoders = encoders_of(self.pipeline)
         with quiet(), ExitStack() as hooks:
             seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
@@ -173,13 +201,14 @@ class PipelineDenoiser:
     def unconditional(self) -> Conditioning:
         """Return the single row guidance moves away from: the empty prompt, or zeros."""
         empty = self.encode([""])
-        if not self.family.zero_unconditional:
-            return empty
-        return replace(
-            empty,
-            embeddings=torch.zeros_like(empty.embeddings),
-            pooled=None if empty.pooled is None else torch.zeros_like(empty.pooled),
-        )
+        own = self.family.unconditional()
+        if self.family.zero_unconditional:
+            own = replace(
+                own,
+                embeddings=torch.zeros_like(own.embeddings),
+                pooled=None if own.pooled is None else torch.zeros_like(own.pooled),
+            )
+        return replace(own, tokens=empty.tokens, words=empty.words, cut=empty.cut)
 
     def sigmas(self, steps: int) -> Float[Tensor, " level"]:
         """Return the noise levels of DDIM or Euler, [steps + 1], noisiest first, on the CPU."""
@@ -263,6 +292,12 @@ class PipelineDenoiser:
         }
         with quiet(), _bare(self.pipeline):
             return self.pipeline(**arguments).images
+
+
+def _alike(one: Conditioning, other: Conditioning) -> bool:
+    return one.embeddings.shape == other.embeddings.shape and torch.equal(
+        one.embeddings, other.embeddings
+    )
 
 
 def _as_typed(text: str, tokenizer: Any) -> str:

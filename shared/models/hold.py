@@ -69,6 +69,7 @@ def hold(
     time: float | None = None,
     texts: list[Any] | None = None,
     graph: bool = False,
+    second: bool = False,
 ) -> HeldCall:
     """Run the pipeline's own call and return its first network call, which is not made.
 
@@ -85,9 +86,11 @@ def hold(
         texts: What `encode_prompt` returned in an earlier call, which then is not asked again; an
             empty list is filled.
         graph: Keep the graph to the text encoders: the call runs without its `torch.no_grad`.
+        second: Hold the second call instead; the first returns what it was given.
 
     Raises:
-        NotFollowed: The call ended before it reached a network.
+        NotFollowed: The call ended before it reached a network, or the second call belongs to
+            another step.
     """
     kept = dict(vars(pipeline))
     drawn: dict[str, Any] = {}
@@ -105,9 +108,12 @@ def hold(
                 undo.enter_context(patched(pipeline, "prepare_latents", _noting(drawn)))
             if texts is not None and hasattr(pipeline, "encode_prompt"):
                 undo.enter_context(patched(pipeline, "encode_prompt", _once(texts)))
+            stop = _Stop(second)
             for network in networks:
-                stop = network.register_forward_pre_hook(_stop, with_kwargs=True, prepend=True)
-                undo.callback(stop.remove)
+                hook = network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+                undo.callback(hook.remove)
+                if second:
+                    undo.enter_context(patched(network, "forward", _returning_latents(network)))
             if not graph:
                 undo.enter_context(torch.inference_mode(False))
                 undo.enter_context(torch.no_grad())
@@ -148,8 +154,30 @@ def _run(
     (inspect.unwrap(call) if graph else call)(pipeline, **accepted(pipeline, given))
 
 
-def _stop(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    raise _Reached(network, args, dict(kwargs))
+class _Stop:
+    """A hook that stops at the first call of a network, or at the second of one step."""
+
+    def __init__(self, second: bool):
+        self.second, self.time = second, None
+
+    def __call__(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        time = NetworkCall(args=args, kwargs=kwargs, names=names_of(network)).time
+        if self.second and self.time is None:
+            self.time = time
+            return
+        if self.second and float(self.time) != float(time):
+            raise NotFollowed("its network is called once a step")
+        raise _Reached(network, args, dict(kwargs))
+
+
+def _returning_latents(network: nn.Module) -> Callable[[Function], Function]:
+    def wrap(original: Function) -> Function:
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+            return (NetworkCall(args=args, kwargs=kwargs, names=names_of(network)).latents,)
+
+        return forward
+
+    return wrap
 
 
 def _beginning_at(scheduler: Any, time: float) -> Callable[[Function], Function]:

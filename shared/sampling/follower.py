@@ -93,8 +93,13 @@ class Follower:
         checked = hasattr(self.pipeline, "check_inputs")
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            if is_followed() and (checked or sys._getframe(1).f_code.co_name == "__call__"):
-                self._encoded.append(signature.bind(*args, **kwargs).arguments)
+            if is_followed() and (checked or local_of(self.pipeline, "self")):
+                # Copied: Z-Image writes its template into the very list of prompts.
+                given = signature.bind(*args, **kwargs).arguments
+                self._encoded.append({
+                    name: list(value) if isinstance(value, list) else value
+                    for name, value in given.items()
+                })  # fmt: skip
             return original(*args, **kwargs)
 
         return encode_prompt
@@ -146,6 +151,8 @@ class Follower:
         known = getattr(self.pipeline, "do_classifier_free_guidance", None)
         if known is None:
             known = local_of(self.pipeline, *GUIDED)
+        if hasattr(known, "num_conditions"):  # HunyuanImage's guider
+            return bool(known._enabled and known.num_conditions > 1)
         return bool(known)
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> NetworkCall:
@@ -153,7 +160,7 @@ class Follower:
         return NetworkCall(args=args, kwargs=kwargs, names=self.names)
 
 
-GUIDED = ("do_true_cfg", "do_classifier_free_guidance")
+GUIDED = ("do_true_cfg", "do_classifier_free_guidance", "guider")
 """Local variables in which pipelines keep whether they are guided, where no attribute says it."""
 
 

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ...score.denoiser import Conditioning, Parametrization, concatenate
 from ..hold import HeldCall, accepted, hold
-from ..network_call import Layout, NetworkCall, learn_layout, written
+from ..network_call import Layout, NetworkCall, NotFollowed, learn_layout, written
 from .schedules import FINE_STEPS, DiscreteSchedule, FlowSchedule, Schedule
 
 OTHER_PROMPT = "a red cat under a tall tree, painted in oil"
 """Any prompt that is not the empty one."""
 KEPT_CALLS = 256
 """Held calls of other noise levels that are kept, a few kilobytes each without latents."""
+GUIDED_SCALE = 3.0
+"""Any scale of guidance that is on."""
 NETWORKS = ("transformer", "transformer_2", "unet")
 
 
@@ -71,6 +73,8 @@ class Family:
     """The pipeline takes minus the network's output."""
     one_by_one: ClassVar[bool] = True
     """Prompts are encoded alone: the pipeline brings those of a call to one length."""
+    negatives_as_prompts: ClassVar[bool] = False
+    """Negative prompts are read like prompts, so that the empty prompt stands for none."""
     patch: ClassVar[int] = 1
     """Side of the patches of latents that the network reads as one."""
     stack: ClassVar[int] = 1
@@ -168,6 +172,22 @@ class Family:
             rows = range(len(group))
             parts.append(NetworkCall.conditioning(self._of_prompts(call, layout), rows))
         return concatenate(parts)
+
+    def unconditional(self) -> Conditioning:
+        """Return the single row that guidance moves away from where no negative is given."""
+        guidance = self.guidance
+        if self.negatives_as_prompts or self.guidance_distilled or not guidance.scale:
+            return self.encode([""])
+        arguments = self.guided_arguments(GUIDED_SCALE, 1)
+        try:
+            held = self._hold([""], arguments=arguments, second=guidance.calls == 2)
+        except NotFollowed:  # as it is set up, its call is not guided
+            return self.encode([""])
+        call = held.call
+        whole = NetworkCall(
+            args=call.args, kwargs=call.kwargs, names=call.names, layout=self.layout
+        )
+        return whole.conditioning([len(call.latents) - 1 if guidance.prompt_first else 0])
 
     def readers(self) -> list[tuple[Any, int]]:
         """Return tokenizer (None: zeros stand there) and positions, in the embeddings' order.
@@ -293,8 +313,7 @@ class Family:
             prompts,
             scheduler=self._scheduler(),
             steps=steps,
-            arguments=self._arguments(),
-            **options,
+            **{"arguments": self._arguments(), **options},
         )
 
     def _arguments(self) -> dict[str, Any]:
@@ -327,7 +346,7 @@ class Family:
 
     def _of_prompts(self, call: NetworkCall, layout: Layout) -> NetworkCall:
         """Return a held call without the rows of negatives, which some pipelines always add."""
-        call = NetworkCall(args=call.args, kwargs=call.kwargs, names=call.names, layout=layout)
+        call = replace(call, layout=layout)
         if not self.guidance.always:
             return call
         half = len(call.latents) // 2

@@ -14,6 +14,7 @@ class Flux(Family):
     guidance_embedding: float = 3.5  # the pipeline's default
     timestep_unit = 1000.0
     one_by_one = False
+    negatives_as_prompts = True
     t5_length = 512
     packed = True
     patch = 2

@@ -14,6 +14,9 @@ ABAR_FLOOR = 2.0**-24
 FINE_STEPS = 50
 """Of the run between whose levels others are placed; detection's own number."""
 
+SAME_LEVEL = 1e-6
+"""Distance of flow levels that are one level, at float32."""
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -101,6 +104,9 @@ class FlowSchedule:
     def timestep(self, sigma: float) -> Tensor:
         """Return the scheduler's time at a level, between those of its own run also."""
         sigmas, times = self._table
+        for known, own in self._known.values():
+            if (gap := (known[:-1] - sigma).abs()).min() < SAME_LEVEL:
+                return own[gap.argmin()]
         if not times.is_floating_point():  # UniPC's and DPM-Solver's times are whole, cut off
             return torch.tensor(int(sigma * self._most))
         if self._is_linear:

@@ -14,6 +14,7 @@ class StableDiffusion(Family):
     checkpoints: ClassVar[tuple[str, ...]] = ("v1", "v2")
     network_name = "unet"
     one_by_one = False
+    negatives_as_prompts = True
     half_precision = torch.float16
 
     def readers(self) -> list[tuple[Any, int]]:

@@ -11,6 +11,7 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     checkpoints = ("sd3",)
     one_by_one = False
+    negatives_as_prompts = True
     t5_length = 256
 
     @property

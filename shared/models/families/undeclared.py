@@ -134,6 +134,8 @@ def _learnt(pipeline: Any) -> type[Family]:
     if not names:
         raise NotFollowed(f"it has none of the networks {', '.join(NETWORKS)}")
     declared["network_name"] = names[0]
+    declared["packed"] = hasattr(pipeline, "_unpack_latents")
+    declared["patch"] = 2 if declared["packed"] else 1
     takes = inspect.signature(type(pipeline).__call__).parameters
     scale = "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"
     declared["guidance"] = Guidance(
@@ -143,10 +145,8 @@ def _learnt(pipeline: Any) -> type[Family]:
     family = _declare(declared)(pipeline, size)
     trial = _Trial(family, OTHER_PROMPT)
     call, raw = trial.calls[0]
-    if trial.sample.ndim == 3:
-        if not hasattr(pipeline, "_unpack_latents"):
-            raise NotFollowed("its latents are a sequence that nothing unpacks to an image")
-        declared |= {"packed": True, "patch": 2}
+    if (trial.sample.ndim == 3) != declared["packed"]:
+        raise NotFollowed("its latents are a sequence that nothing unpacks to an image")
     if call.latents.shape[1:] != trial.sample.shape[1:]:
         raise NotFollowed(
             f"its network reads latents of shape {tuple(call.latents.shape[1:])}, its scheduler "
