@@ -17,6 +17,7 @@ from ..arrays import Float
 from ..score.denoiser import Conditioning, TextInputs, Token
 from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
+from .checks import check_frames
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.files import CARRIERS
@@ -74,7 +75,11 @@ class PipelineDenoiser:
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent; frames after the channels for video."""
-        return self.family.latent_shape
+        shape = self.family.latent_shape
+        if len(shape) == 4:
+            ratio = self.family.frames_per_latent
+            check_frames(shape, self.dtype, str(self.device), ratio)
+        return shape
 
     @property
     def device(self) -> torch.device:

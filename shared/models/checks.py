@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
 """Buffers that older files hold and newer libraries compute."""
 MARGIN = 1.1
 """Memory for activations and the like, relative to the weights."""
+ROW_MEMORY = 8192
+"""Bytes that a pass takes for each byte of a latent: see `trajectory.automatic_rows`."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -104,6 +106,31 @@ def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None
             f"The model needs about {needed / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB "
             f"are free on {device}. Close other programs, run it{smaller} or on another device."
         )
+
+
+def check_frames(
+    latent_shape: Sequence[int], dtype: torch.dtype, device: str, frames_per_latent: int
+) -> None:
+    """Raise ModelError, saying how many fit, when one clip has too many frames for the memory.
+
+    Args:
+        latent_shape: Channels, frames, height and width of one latent.
+        dtype: Of the network.
+        device: Where it runs.
+        frames_per_latent: Frames of the clip that the autoencoder brings to one of the latent.
+    """
+    free = available_memory(device)
+    channels, frames, *sides = latent_shape
+    frame = channels * math.prod(sides) * dtype.itemsize * ROW_MEMORY
+    if free is None or frames * frame <= free:
+        return
+    fitting = int(free / frame)
+    remedy = f"about {(fitting - 1) * frames_per_latent + 1} fit" if fitting else "not one fits"
+    raise ModelError(
+        f"A clip of {(frames - 1) * frames_per_latent + 1} frames needs about "
+        f"{frames * frame / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device}: {remedy}. "
+        "Give fewer frames or a smaller resolution."
+    )
 
 
 def check_keys(

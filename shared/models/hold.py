@@ -158,14 +158,15 @@ class _Stop:
     """A hook that stops at the first call of a network, or at the second of one step."""
 
     def __init__(self, second: bool):
-        self.second, self.time = second, None
+        self.second = second
+        self.time: float | None = None
 
     def __call__(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        time = NetworkCall(args=args, kwargs=kwargs, names=names_of(network)).time
+        time = float(NetworkCall(args=args, kwargs=kwargs, names=names_of(network)).time)
         if self.second and self.time is None:
             self.time = time
             return
-        if self.second and float(self.time) != float(time):
+        if self.second and self.time != time:
             raise NotFollowed("its network is called once a step")
         raise _Reached(network, args, dict(kwargs))
 

@@ -27,6 +27,7 @@ def load_denoiser(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     resolution: int | None = None,
+    frames: int | None = None,
     config: Path | None = None,
 ) -> PipelineDenoiser:
     """Load a model so that nothing of it is random, missing or ignored, or take a pipeline.
@@ -34,13 +35,14 @@ def load_denoiser(
     Args:
         model: Diffusers folder, single-file .safetensors checkpoint, or hub id (``owner/name``);
             or a diffusers text-to-image pipeline, which stays as it is and to which none of the
-            arguments but `resolution` applies.
+            arguments but `resolution` and `frames` applies.
         lora: LoRA file to put on it.
         strength: Of the LoRA; 1 is what was trained.
         device: Of torch; None for CUDA where there is one.
         dtype: None for float16 on CUDA, float32 elsewhere.
         revision: Of a hub id.
         resolution: Side of the images in pixels; None for what the model was made for.
+        frames: Of a clip, None for as many as a video pipeline makes by itself.
         config: Diffusers folder that a single-file checkpoint takes its configuration and
             tokenizers from.
 
@@ -53,7 +55,7 @@ def load_denoiser(
                     "config": config, "strength": None if strength == 1 else strength}  # fmt: skip
         if given := [name for name, value in of_files.items() if value is not None]:
             raise ValueError(f"A pipeline is taken as it is: leave out {', '.join(given)}.")
-        return PipelineDenoiser(model, resolution=resolution)
+        return PipelineDenoiser(model, resolution=resolution, frames=frames)
     for module in ("diffusers", "transformers"):
         require(module, purpose=PURPOSE, extra="models")
     device = usable_device(device)
@@ -72,7 +74,9 @@ def load_denoiser(
         with quiet():
             load_lora(pipeline, Path(lora), strength)
     weights = partial(model_fingerprint, model, lora, revision, strength)
-    return PipelineDenoiser(pipeline.to(device), resolution=resolution, weights=weights)
+    return PipelineDenoiser(
+        pipeline.to(device), resolution=resolution, frames=frames, weights=weights
+    )
 
 
 def usable_device(device: str | None) -> str:

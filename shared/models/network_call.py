@@ -92,7 +92,8 @@ class NetworkCall:
     def conditioning(self, rows: Sequence[int]) -> Conditioning:
         """Return the text at `rows` as the network reads it."""
         layout = self._layout
-        found, lengths = self._taken(layout.embeddings, rows), ()
+        found = self._taken(layout.embeddings, rows)
+        lengths: tuple[int, ...] = ()
         if isinstance(found, list):
             lengths = tuple(len(row) for row in found)
             found = nn.utils.rnn.pad_sequence(found, batch_first=True)

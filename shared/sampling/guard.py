@@ -112,6 +112,11 @@ class PipelineGuard(Follower):
                 "The pipeline has no text encoder, and scores compare with the empty prompt: load "
                 "it with its text encoder; prompts may be given as embeddings all the same."
             )
+        if self.family.video:
+            raise ValueError(
+                f"The guard acts on images, and {type(pipeline).__name__} makes videos: score its "
+                "prompts with detect, its runs with observe."
+            )
         for hook in self.network._forward_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, PipelineGuard) and other.pipeline is pipeline:

@@ -113,10 +113,12 @@ class Denoiser(Protocol):
     """
 
     parametrization: Parametrization
-    latent_shape: tuple[int, ...]
-    """Channels, height and width of one latent (frames first for video)."""
     guidance_distilled: bool
     """The network guides itself; the empty prompt is an extra pass, scores have another scale."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one latent; frames after the channels for video."""
 
     @property
     def device(self) -> torch.device:

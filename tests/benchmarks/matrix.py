@@ -105,12 +105,13 @@ class Family:
             settings["latents"] = torch.randn(1, *self.denoiser.latent_shape)
         if self._calibration is None:
             self._calibration = calibrate(self.denoiser, CONTROLS, CONFIG, false_positive_rate=0.2)
-        plain = self.run()
-        method = make_method(name, **settings)
-        with guard(self.pipeline, method=method, calibration=self._calibration, gate="always"):
+        method, calibration = make_method(name, **settings), self._calibration
+        with guard(self.pipeline, method=method, calibration=calibration, gate="always") as record:
             guarded = self.run()
-        if torch.equal(plain, guarded):
-            raise Refused("the images stay as they were")
+        if not all(image.fired for image in record.runs[0].images):
+            raise Refused("it did not act")
+        if not torch.isfinite(guarded).all():
+            raise Refused("the images are not finite")
 
     def lora_audit(self) -> None:
         """Put a LoRA on, draw with it and without, bring images to latents and back."""

@@ -81,6 +81,8 @@ class Family:
     """Side of the squares of the autoencoder's latents that stand in one position of these."""
     packed: ClassVar[bool] = False
     """The pipeline turns latents into a sequence of patches, and back for the autoencoder."""
+    video: ClassVar[bool] = False
+    """Latents have frames."""
     one_frame: ClassVar[bool] = False
     """The autoencoder is one of videos, asked for a single frame."""
     arguments: ClassVar[Mapping[str, Any]] = {}
@@ -125,6 +127,13 @@ class Family:
     def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent; frames after the channels for video."""
         return tuple(self.unpack(self.held().call.latents[:1]).shape[1:])
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames of a clip that stand in one frame of its latent."""
+        names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+        found = (getattr(self.pipeline, name, None) for name in names)
+        return next((ratio for ratio in found if ratio), 1)
 
     @property
     def noise_dtype(self) -> torch.dtype:

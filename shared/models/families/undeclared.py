@@ -141,7 +141,8 @@ def _learnt(pipeline: Any) -> type[Family]:
     declared["guidance"] = Guidance(
         scale=scale if scale in takes else "", negative=scale == "true_cfg_scale"
     )
-    size = tuple(min(side, SIDE) for side in _declare(declared)(pipeline, None)._pixels())
+    height, width = _declare(declared)(pipeline, None)._pixels()
+    size = min(height, SIDE), min(width, SIDE)
     family = _declare(declared)(pipeline, size)
     trial = _Trial(family, OTHER_PROMPT)
     call, raw = trial.calls[0]

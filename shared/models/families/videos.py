@@ -11,6 +11,7 @@ class Wan(Family):
     """Two calls a step; 2.2 has one network for the noisy half of the levels, one for the other."""
 
     pipelines = ("WanPipeline",)
+    video = True
     guidance = Guidance(calls=2)
     one_by_one = False
     t5_length = 512
@@ -24,6 +25,7 @@ class LTX(Family):
     """Packed latents; T5 alone."""
 
     pipelines = ("LTXPipeline",)
+    video = True
     one_by_one = False
     t5_length = 128
     packed = True
@@ -52,6 +54,7 @@ class HunyuanVideo(Family):
     """A chat model's tokens and CLIP's pooled text; guidance distilled into the network."""
 
     pipelines = ("HunyuanVideoPipeline",)
+    video = True
     guidance = Guidance(calls=2, scale="true_cfg_scale", negative=True)
     guidance_distilled = True
     guidance_embedding = 6.0  # the pipeline's default

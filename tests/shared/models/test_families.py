@@ -4,6 +4,8 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from unmemorize.shared.files.weights import ModelError
+from unmemorize.shared.models import checks
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.families import FAMILIES, family_of
 from unmemorize.shared.models.hold import accepted
@@ -160,6 +162,15 @@ def test_an_observer_reads_the_score_of_the_denoiser_and_changes_nothing(denoise
     rows = [denoiser.denoise(x, sigma, text) for text in texts]
     expected = ((rows[0] - rows[1]) / sigma).flatten(1).norm(dim=1)
     torch.testing.assert_close(run.l2[:, 0].float(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_clip_too_long_for_the_memory_says_how_many_frames_fit(monkeypatch):
+    pipeline = tiny_families.wan()
+    row = 4 * 8 * 8 * 4 * checks.ROW_MEMORY  # of one frame of the latent
+    monkeypatch.setattr(checks, "available_memory", lambda device: 2 * row)
+    with pytest.raises(ModelError, match=r"A clip of 9 frames needs about .*about 5 fit"):
+        _ = PipelineDenoiser(pipeline, resolution=tiny.RESOLUTION, frames=9).latent_shape
+    assert PipelineDenoiser(pipeline, resolution=64, frames=5).latent_shape == (4, 2, 8, 8)
 
 
 def test_every_class_of_the_issue_is_declared():
