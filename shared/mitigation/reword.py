@@ -89,7 +89,8 @@ class Reword(Method):
         config = DetectionConfig(seeds=tuple(start.calibration.settings["seeds"][:1]))
         for left_out in leave_out(start.denoiser, prompt, words, shorter, config)[: self.tried]:
             cond = start.denoiser.encode([left_out.prompt])
-            if cond.embeddings.shape[1:] != start.cond.embeddings.shape[1:]:
+            fits = cond.embeddings.shape[1:] == start.cond.embeddings.shape[1:]
+            if not (fits or start.any_length):
                 return None  # the host encodes to another length: it has no place for these
             scores = start.score(cond)
             if scores is not None and scores[0] <= start.calibration.judge.threshold:

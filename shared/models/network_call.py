@@ -21,6 +21,12 @@ TIMES = ("timestep", "timesteps", "t")
 EMBEDDINGS = ("encoder_hidden_states",)
 
 
+ONE_LENGTH = (
+    "this network reads the prompts of one call at one length. Sample one prompt per call of the "
+    "pipeline."
+)
+
+
 class NotFollowed(ValueError):
     """A pipeline cannot be followed; the message says why."""
 
@@ -118,8 +124,15 @@ class NetworkCall:
             ValueError: The other text has another length, and the network's rows share one.
         """
         layout, call = self._layout, self
+        if len(set(cond.lengths)) > 1 and layout.rows[layout.embeddings] != IN_LIST:
+            raise ValueError(f"Prompts of {sorted(set(cond.lengths))} tokens: {ONE_LENGTH}")
         for path, own in _text(layout, cond).items():
             value, axis = self.get(path), layout.rows.get(path)
+            if value is None or own is None:
+                own, whole = _unmasked(value, own, rows)
+                if whole:
+                    call = call.set(path, own)
+                    continue
             if axis is None or isinstance(value, list) or not isinstance(own, Tensor):
                 own = _detached(own)
                 placed = list(value) if isinstance(value, list) else own
@@ -170,7 +183,7 @@ class NetworkCall:
 
     def _taken(self, path: Path, rows: Sequence[int]) -> Any:
         value, axis = self.get(path), self._layout.rows.get(path)
-        if axis is None:
+        if axis is None or value is None:
             return value
         if axis == IN_LIST:
             return [value[row] for row in rows]
@@ -183,13 +196,16 @@ def names_of(network: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(plain).forward).parameters)[1:]
 
 
-def learn_layout(one: NetworkCall, two: NetworkCall, other: NetworkCall) -> Layout:
+def learn_layout(
+    one: NetworkCall, two: NetworkCall, other: NetworkCall, mixed: NetworkCall
+) -> Layout:
     """Return where a pipeline's calls hold what.
 
     Args:
         one: For one prompt.
         two: For this prompt twice: what has doubled is per row.
         other: For one other prompt at the same latents: what has changed is text.
+        mixed: For both prompts: what is there only now is a mask over the shorter one.
 
     Raises:
         NotFollowed: Latents, time or text cannot be told apart.
@@ -197,6 +213,9 @@ def learn_layout(one: NetworkCall, two: NetworkCall, other: NetworkCall) -> Layo
     first, twice, changed = (dict(call.leaves()) for call in (one, two, other))
     rows = {path: axis for path, value in first.items()
             if (axis := _row_axis(value, twice.get(path))) is not None}  # fmt: skip
+    masks = [path for path, value in mixed.leaves()
+             if first.get(path) is None and isinstance(value, Tensor)]  # fmt: skip
+    rows |= dict.fromkeys(masks, 0)
     latents, time = one._named(LATENTS), one._named(TIMES)
     text = [path for path, value in first.items()
             if path not in (latents, time) and not _same(value, changed.get(path))]  # fmt: skip
@@ -216,7 +235,7 @@ def learn_layout(one: NetworkCall, two: NetworkCall, other: NetworkCall) -> Layo
     return Layout(
         latents=latents, time=time, rows=rows, embeddings=embeddings,
         pooled=pooled[0] if pooled else None,
-        others=tuple(path for path in text if path not in named),
+        others=tuple(path for path in (*text, *masks) if path not in named),
     )  # fmt: skip
 
 
@@ -248,13 +267,22 @@ def _text(layout: Layout, cond: Conditioning) -> dict[Path, Any]:
         found[layout.pooled] = cond.pooled
     for path in layout.others if cond.others else ():
         parts, axis = [each[path] for each in cond.others], layout.rows.get(path)
-        if axis is None:
+        if axis is None or parts[0] is None:
             found[path] = parts[0]
         elif axis == IN_LIST:
             found[path] = [each for part in parts for each in part]
         else:
             found[path] = torch.cat(parts, dim=axis)
     return found
+
+
+def _unmasked(value: Tensor | None, own: Any, rows: Sequence[int]) -> tuple[Any, bool]:
+    """Return a mask to be put at `rows`, or in place of all; None stands for one without a gap."""
+    if value is None:
+        return own, True
+    if len(rows) == len(value):
+        return None, True
+    return torch.ones_like(value[list(rows)]), False
 
 
 def _detached(value: Any) -> Any:
@@ -272,8 +300,7 @@ def _written_along(
     if list(own.shape) != shape:
         raise ValueError(
             f"Other text has `{'.'.join(path)}` of shape {list(own.shape)}, those of the run have "
-            f"{shape}: images whose prompts differ in length share this network call. Sample one "
-            "image per call."
+            f"{shape}: {ONE_LENGTH}"
         )
     changed = value.clone()
     changed.index_copy_(axis, torch.tensor(list(rows), device=value.device), own.to(value))

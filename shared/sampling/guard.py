@@ -6,7 +6,7 @@ for image in record.runs[0].images:
     print(image.fired, image.score_before, image.threshold, image.score_after)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -171,7 +171,7 @@ class PipelineGuard(Follower):
         per_prompt = len(rows) // max(1, len(texts.prompts))
         prompts = tuple(prompt for prompt in texts.prompts for _ in range(per_prompt))
         with unfollowed():
-            decisions = self.applied.decide(call.conditioning(rows), prompts)
+            decisions = self.applied.decide(self._scored(call, rows, prompts), prompts)
         decided = [
             GuardedImage(
                 prompt=prompts[image] if prompts else None,
@@ -193,6 +193,17 @@ class PipelineGuard(Follower):
             for image, change in zip(fired, changes, strict=True):
                 decided[image] = replace(decided[image], **change)
             run.images = tuple(decided)
+
+    def _scored(
+        self, call: NetworkCall, rows: Sequence[int], prompts: Sequence[str]
+    ) -> Conditioning:
+        """Return the text by which the gate decides: at the size and length of an audit."""
+        cond = call.conditioning(rows)
+        if prompts and (self.family.one_by_one or cond.others):
+            distinct = list(dict.fromkeys(prompts))
+            encoded = self.denoiser.encode(distinct)
+            return encoded[[distinct.index(prompt) for prompt in prompts]]
+        return cond
 
     def _act(
         self, run: MitigatedRun, call: NetworkCall, prompts: tuple[str, ...]

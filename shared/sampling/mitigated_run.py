@@ -88,6 +88,10 @@ class MitigatedRun:
                 network=self.family.network,
                 noises=gate.noises(),
                 score=gate.scores if calibration is not None else None,
+                # Each prompt of these is encoded at its own length, and a call reads one length.
+                any_length=self.family.one_by_one
+                and len(self.fired) == self.images
+                and len(call.latents) == self.images,
             )
             with torch.enable_grad():
                 self.mitigation = method.start(start)
@@ -227,7 +231,9 @@ class MitigatedRun:
             return
         self._moved = [self.fired[place] for place in places]
         self._noise = self.family.pack(noise[places] * read)
-        kept = self.family.pack(noise[places] * latent)
+        kept = noise[places] * latent
+        if self.family.packed:  # as the scheduler keeps it
+            kept = self.family.pack(kept)
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def step(
@@ -247,8 +253,11 @@ def _check(method: Method, mitigation: Mitigation, start: Start) -> None:
     """Raise ValueError unless what the method replaces has the shape of the run."""
     pairs = [("noise", mitigation.x, start.x)]
     if mitigation.cond is not None:
+        expected = start.cond.embeddings
+        if start.any_length:  # as many tokens as there are
+            expected = expected[:, :1].expand(-1, mitigation.cond.embeddings.shape[1], -1)
         pairs += [
-            ("embeddings", mitigation.cond.embeddings, start.cond.embeddings),
+            ("embeddings", mitigation.cond.embeddings, expected),
             ("pooled text", mitigation.cond.pooled, start.cond.pooled),
         ]
     for what, given, expected in pairs:

@@ -286,8 +286,9 @@ class Family:
     def layout(self) -> Layout:
         """Where the network's arguments hold what, learnt from the pipeline's own calls."""
         if self._layout is None:
-            one, two = self.held().call, self._hold(["", ""]).call
-            self._layout = learn_layout(one, two, self._hold([OTHER_PROMPT]).call)
+            prompts = ["", ""], [OTHER_PROMPT], ["", OTHER_PROMPT]
+            calls = [self._hold(each).call for each in prompts]
+            self._layout = learn_layout(self.held().call, *calls)
         return self._layout
 
     def held(self, timestep: float | None = None) -> HeldCall:
@@ -427,4 +428,6 @@ def _alike(cond: Conditioning) -> list[list[int]]:
 
 
 def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else len(value)
+    if isinstance(value, list):
+        return tuple(map(_shape, value))
+    return tuple(value.shape) if isinstance(value, Tensor) else value

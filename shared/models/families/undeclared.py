@@ -193,7 +193,7 @@ def _guidance(family: Family, guidance: Guidance) -> Guidance:
     if len(trial.calls) == 2 and not found[0]:
         raise NotFollowed("its network is called for the negatives first")
     return Guidance(
-        calls=len(trial.calls), prompt_first=found[0], scale=guidance.scale,
+        calls=len(trial.calls), prompt_first=rows == 2 and found[0], scale=guidance.scale,
         negative=guidance.negative,
     )  # fmt: skip
 

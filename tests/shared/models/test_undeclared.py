@@ -15,7 +15,7 @@ REFUSED = {
     "z_image": "its network reads latents of shape",
     "flux2": "nothing unpacks|fails for a prompt alone",
     "flux2_klein": "nothing unpacks|fails for a prompt alone",
-    "flux_kontext": "",
+    "flux_kontext": "makes images of 1024 x 1024 pixels in place of",
     "ltx": "fails for a prompt alone",
     "hunyuan_image": "comes out differently",
 }
