@@ -33,10 +33,9 @@ class NotFollowed(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the arguments of a network hold latents, time, rows and text."""
+    """Where the arguments of a network hold latents, rows and text."""
 
     latents: Path
-    time: Path
     rows: Mapping[Path, int]
     """Axis with one entry per row of the batch (or `IN_LIST`), of each argument that has one."""
     embeddings: Path
@@ -111,6 +110,11 @@ class NetworkCall:
                 {path: self._taken(path, [row]) for path in layout.others} for row in rows
             ) if layout.others else (),
         )  # fmt: skip
+
+    def with_all_latents(self, other: "NetworkCall") -> "NetworkCall":
+        """Return the call with the very latents of another one."""
+        path = self._named(LATENTS)
+        return self.set(path, other.get(path))
 
     def with_latents(self, rows: Sequence[int], latents: Tensor) -> "NetworkCall":
         """Return the call with other latents at `rows`, in its own dtype."""
@@ -233,7 +237,7 @@ def learn_layout(
               if _dimensions(first[path]) == 2 and "mask" not in path[-1]]  # fmt: skip
     named = (embeddings, *pooled[:1])
     return Layout(
-        latents=latents, time=time, rows=rows, embeddings=embeddings,
+        latents=latents, rows=rows, embeddings=embeddings,
         pooled=pooled[0] if pooled else None,
         others=tuple(path for path in (*text, *masks) if path not in named),
     )  # fmt: skip

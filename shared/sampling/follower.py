@@ -145,9 +145,8 @@ class Follower:
 
     def guided(self) -> bool:
         """Return whether the running call is guided by negatives."""
-        guidance = self.family.guidance
-        if guidance.always or not guidance.scale:
-            return guidance.always
+        if not self.family.guidance.scale:
+            return False
         known = getattr(self.pipeline, "do_classifier_free_guidance", None)
         if known is None:
             known = local_of(self.pipeline, *GUIDED)

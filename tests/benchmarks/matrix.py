@@ -5,7 +5,7 @@ code fits the architecture; how well something is found or stopped is measured e
 
     python tests/benchmarks/matrix.py [--families NAME ...]
 
-Exit code 1: an entry that worked does not any more; the page then stays as it was.
+Exit code 1: an entry got worse; the family's row then stays as it was.
 """
 
 import argparse
@@ -202,42 +202,54 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     ])  # fmt: skip
 
 
-def worse(rows: dict[str, dict[str, str]], before: str) -> list[str]:
-    """Return what is worse than the page says: it worked, or was refused and fails."""
-    lines = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("|")]
-    if len(lines) < 3:
-        return []
-    columns = lines[0][1:]
+def read_page(text: str) -> dict[str, dict[str, str]]:
+    """Return the rows of docs/models.md, with the notes in place of their numbers."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.M))
+
+    def whole(cell: str) -> str:
+        number = re.fullmatch(r"\[\w+ (\d+)\]\(#notes\)", cell)
+        return notes[number[1]] if number else cell
+
+    return {
+        name: dict(zip(lines[0][1:], map(whole, cells), strict=True)) for name, *cells in lines[1:]
+    }
+
+
+def worse(found: dict[str, str], before: dict[str, str]) -> list[str]:
+    """Return what is worse than before: it worked, or was refused and fails."""
     return [
-        f"{name}, {column}: {rows[name][column]}"
-        for name, *old in lines[2:] if name in rows
-        for column, was in zip(columns, old, strict=True)
-        if _rank(rows[name].get(column, was)) > _rank(was)
-    ]  # fmt: skip
+        f"{column}: {found[column]}"
+        for column, was in before.items()
+        if column in found and _rank(found[column]) > _rank(was)
+    ]
 
 
 def _rank(cell: str) -> int:
     """Return 0 for what works, 1 for what is refused, 2 for what fails."""
-    return next(rank for rank, word in enumerate((WORKS, "refused", "fails")) if word in cell[:9])
+    return (WORKS, "refused", "fails").index(cell.split(":")[0])
 
 
 def main() -> int:
-    """Run the matrix, and write the page unless something got worse."""
+    """Run the matrix, and write the rows in which nothing got worse."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     chosen = parser.parse_args().families
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    rows = {}
+    rows = read_page(PAGE.read_text("utf-8")) if PAGE.exists() else {}
+    lost = []
     for name in chosen:
-        rows[name] = cells(name)
-        print(name, {c: t for c, t in rows[name].items() if t != WORKS}, flush=True)
-    if lost := worse(rows, PAGE.read_text("utf-8") if PAGE.exists() else ""):
+        found = cells(name)
+        print(name, {c: t for c, t in found.items() if t != WORKS}, flush=True)
+        if faults := worse(found, rows.get(name, {})):
+            lost += [f"{name}, {fault}" for fault in faults]
+            continue
+        rows[name] = found
+        PAGE.write_text(page({key: rows[key] for key in FAMILIES if key in rows}), "utf-8")
+    if lost:
         print("Worse than docs/models.md:", *lost, sep="\n  ")
-        return 1
-    if chosen == list(FAMILIES):
-        PAGE.write_text(page(rows), "utf-8")
-    return 0
+    return bool(lost)
 
 
 if __name__ == "__main__":

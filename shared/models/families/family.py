@@ -15,8 +15,8 @@ from .schedules import FINE_STEPS, DiscreteSchedule, FlowSchedule, Schedule
 
 OTHER_PROMPT = "a red cat under a tall tree, painted in oil"
 """Any prompt that is not the empty one."""
-KEPT_CALLS = 256
-"""Held calls of other noise levels that are kept, a few kilobytes each without latents."""
+KEPT_CALLS = 64
+"""Held calls that are kept: one of each size, and one of each noise level without its latents."""
 GUIDED_SCALE = 3.0
 """Any scale of guidance that is on."""
 NETWORKS = ("transformer", "transformer_2", "unet")
@@ -38,8 +38,6 @@ class Guidance:
     """Added to the scale it is in uncond + scale * (cond - uncond)."""
     negative: bool = False
     """There is guidance only where a negative prompt is given."""
-    always: bool = False
-    """The network reads negatives whatever the scale."""
 
 
 class Family:
@@ -177,9 +175,8 @@ class Family:
         groups = [[prompt] for prompt in prompts] if self.one_by_one else [list(prompts)]
         parts = []
         for group in groups:
-            call = self._hold(group, graph=graph).call
-            rows = range(len(group))
-            parts.append(NetworkCall.conditioning(self._of_prompts(call, layout), rows))
+            call = replace(self._hold(group, graph=graph).call, layout=layout)
+            parts.append(call.conditioning(range(len(group))))
         return concatenate(parts)
 
     def unconditional(self) -> Conditioning:
@@ -192,11 +189,8 @@ class Family:
             held = self._hold([""], arguments=arguments, second=guidance.calls == 2)
         except NotFollowed:  # as it is set up, its call is not guided
             return self.encode([""])
-        call = held.call
-        whole = NetworkCall(
-            args=call.args, kwargs=call.kwargs, names=call.names, layout=self.layout
-        )
-        return whole.conditioning([len(call.latents) - 1 if guidance.prompt_first else 0])
+        call = replace(held.call, layout=self.layout)
+        return call.conditioning([len(call.latents) - 1 if guidance.prompt_first else 0])
 
     def readers(self) -> list[tuple[Any, int]]:
         """Return tokenizer (None: zeros stand there) and positions, in the embeddings' order.
@@ -270,7 +264,7 @@ class Family:
         """Return the network's output [row *latent] for latents in the scheduler's own scale."""
         template = self.held(float(timestep))
         network = getattr(self.pipeline, self._name_of(template.network))
-        call = self._of_prompts(template.call, self.layout)
+        call = replace(template.call, layout=self.layout)
         packed, parts, order = self.pack(latents), [], []
         for rows in _alike(cond):
             filled = call.filled(packed[rows], cond[rows])
@@ -308,6 +302,9 @@ class Family:
                     f"The pipeline makes images of {held.size[0]} x {held.size[1]} pixels in place "
                     f"of {self.height} x {self.width}: give the former as `resolution`."
                 )
+            if timestep is not None:  # which differs in nothing else; latents are what is large
+                call = held.call.with_all_latents(self.held().call)
+                held = replace(held, call=call)
             self._held[key] = held
         return self._held[key]
 
@@ -353,14 +350,6 @@ class Family:
             if guidance.negative:
                 given["negative_prompt"] = [""] * images
         return accepted(self.pipeline, given)
-
-    def _of_prompts(self, call: NetworkCall, layout: Layout) -> NetworkCall:
-        """Return a held call without the rows of negatives, which some pipelines always add."""
-        call = replace(call, layout=layout)
-        if not self.guidance.always:
-            return call
-        half = len(call.latents) // 2
-        return call.only(range(half) if self.guidance.prompt_first else range(half, 2 * half))
 
     def _levels(self, steps: int) -> tuple[Tensor, Tensor]:
         held = self._hold([""], steps=steps, texts=self._texts)

@@ -343,7 +343,7 @@ def test_a_call_cut_to_rows_keeps_what_has_none():
     rows = {("hidden_states",): 0, ("encoder_hidden_states",): 0,
             ("added_cond_kwargs", "text_embeds"): 0}  # fmt: skip
     layout = Layout(
-        latents=("hidden_states",), time=("timestep",), rows=rows,
+        latents=("hidden_states",), rows=rows,
         embeddings=("encoder_hidden_states",), pooled=("added_cond_kwargs", "text_embeds"),
     )  # fmt: skip
     call = NetworkCall(args=(), kwargs=kwargs, names=(), layout=layout)
