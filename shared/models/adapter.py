@@ -18,6 +18,7 @@ from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.files import CARRIERS
+from .offload import moving_weights, put_away, weights_of
 from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
@@ -89,7 +90,7 @@ class PipelineDenoiser:
         total = hashlib.sha256()
         for name in CARRIERS:
             if (part := getattr(self.pipeline, name, None)) is not None:
-                for key, tensor in sorted(part.state_dict().items()):
+                for key, tensor in sorted(weights_of(part).items()):
                     total.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
                     values = tensor.detach().cpu().contiguous().flatten()
                     total.update(values.view(torch.uint8).numpy())
@@ -109,9 +110,11 @@ class PipelineDenoiser:
         """Return the prompts as the network reads them, one row a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-        with quiet():  # what is cut is logged below, once and as data
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline):  # what is cut is logged below, once
             embeddings, pooled = self.family.encode(prompts)
-            readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
+        put_away(self.pipeline)
+        readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
         words = tuple(split_words(prompt) for prompt in prompts)
         cut = tuple(" ".join(w[r.first_cut :]) for w, r in zip(words, readings, strict=True))
         for prompt, end in zip(prompts, cut, strict=True):
@@ -152,7 +155,8 @@ class PipelineDenoiser:
     def encode_inputs(self, prompt: str) -> TextInputs:
         """Return a prompt with the graph from the text encoders' input embeddings."""
         encoders = encoders_of(self.pipeline)
-        with quiet(), ExitStack() as hooks:
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), ExitStack() as hooks:
             seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
             embeddings, pooled = self.family.encode([prompt])
             tokenizers = [tokenizer for _, tokenizer in encoders]
@@ -210,12 +214,16 @@ class PipelineDenoiser:
         level = float(sigma)
         scale = self.schedule.latent_scale(level)
         timestep = self.schedule.timestep(level).to(self.device)
-        output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
+        with moving_weights(self.pipeline):
+            output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
         return x0_from_output(self.parametrization, x, level, output)
 
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Tensor:
         """Return images [row 3 height width] in 0..1 of clean latents."""
-        return decode(self.pipeline.vae, latents)
+        with moving_weights(self.pipeline):
+            images = decode(self.pipeline.vae, latents, self.device)
+        put_away(self.pipeline)
+        return images
 
     def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
         """Return clean latents of images, each resized to the network's own size."""
@@ -223,9 +231,11 @@ class PipelineDenoiser:
 
         height, width = self.resolution
         pixels = [np.asarray(image.convert("RGB").resize((width, height))) for image in images]
-        return encode(
-            self.pipeline.vae, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-        )
+        rows = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        with moving_weights(self.pipeline):
+            latents = encode(self.pipeline.vae, rows, self.device)
+        put_away(self.pipeline)
+        return latents
 
     @torch.no_grad()
     def generate(
@@ -250,7 +260,8 @@ class PipelineDenoiser:
         if self.family.guidance_embedding is not None:
             cond_scale = self.family.guidance_embedding
         height, width = self.resolution
-        with quiet(), _bare(self.pipeline):
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), _bare(self.pipeline):
             return self.pipeline(
                 list(prompts),
                 height=height,
