@@ -90,9 +90,10 @@ class _Constructors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            return func(*args, **kwargs | {"device": CPU}).to(kwargs["device"])
-        return func(*args, **kwargs)
+        if func not in (torch.tensor, torch.as_tensor) or isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        place = kwargs.get("device") or torch.get_default_device()
+        return func(*args, **kwargs | {"device": CPU}).to(place)
 
 
 class ForeignDevice(TorchDispatchMode):

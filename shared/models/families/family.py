@@ -25,6 +25,8 @@ class Family:
     guidance_distilled: ClassVar[bool] = False
     guidance_embedding: float | None = None
     """Guidance that the network reads as an input in every pass; None for networks without it."""
+    half_precision: ClassVar[torch.dtype] = torch.float16
+    """What it computes in on a GPU; bfloat16 where activations leave the range of float16."""
     timestep_unit: ClassVar[float] = 1.0
     """Training timesteps in one unit of the network's input."""
 
@@ -122,6 +124,7 @@ class FlowFamily(Family):
     """Transformers trained by flow matching; their levels are shifted by the size of the image."""
 
     network_name = "transformer"
+    half_precision = torch.bfloat16
     max_shift: ClassVar[float]
     """The pipeline's default for configurations that do not say."""
     from_one: ClassVar[bool] = False
