@@ -53,9 +53,7 @@ class Subject:
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
         check_offload(offload, self.device)
-        check_quantization(
-            quantize, device=self.device, offload=offload, lora=lora is not None
-        )
+        check_quantization(quantize, device=self.device, offload=offload, lora=lora is not None)
         self.offload, self.quantize, self._dtype = offload, quantize, dtype
         self.is_demo = model in demo.BUNDLED
         self._model = model

@@ -80,8 +80,10 @@ OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU; on a GPU float16, and "
-                 "bfloat16 for models that overflow in it.")
+    typer.Option(
+        help="float32, float16, bfloat16. Default: float32 on a CPU; on a GPU float16, and "
+        "bfloat16 for models that overflow in it."
+    ),
 ]
 Offload = Annotated[
     Optional[str],  # noqa: UP045

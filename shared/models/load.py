@@ -81,9 +81,7 @@ def load_denoiser(
             path, device=device, dtype=dtype, config=config, offload=offload
         )
     else:
-        pipeline = load_folder(
-            path, device=device, dtype=dtype, offload=offload, quantize=quantize
-        )
+        pipeline = load_folder(path, device=device, dtype=dtype, offload=offload, quantize=quantize)
     parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
     for name, part in parts.items():
         if part is not None:

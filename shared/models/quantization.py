@@ -43,9 +43,7 @@ def check_quantization(
     if quantize is None:
         return
     if quantize not in QUANTIZATIONS:
-        raise ValueError(
-            f"`quantize` must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}."
-        )
+        raise ValueError(f"`quantize` must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}.")
     backend = QUANTIZATIONS[quantize]
     if not has(backend.package):
         raise ImportError(

@@ -28,7 +28,9 @@ class RandomState:
         device = torch.device(device)
         return cls(
             cpu=torch.get_rng_state(),
-            accelerator=None if device.type == "cpu" else _module(device).get_rng_state(*_of(device)),
+            accelerator=None
+            if device.type == "cpu"
+            else _module(device).get_rng_state(*_of(device)),
             device=device,
             python=random.getstate(),
             numpy=np.random.get_state(legacy=False),  # noqa: NPY002 (the one trainers draw from)

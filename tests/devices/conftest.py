@@ -1,28 +1,26 @@
-"""Stand-ins for GPUs: a foreign device, and a `torch.cuda` that says what it was asked."""
+"""Stand-ins for GPUs: a second device that computes, and a `torch.cuda` that says what it was asked.
 
+The tests here need no GPU. What they cannot show is how fast one is, and what its kernels round:
+`make gpu-check` does.
+"""
+
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foreign import ForeignDevice
 
-GPU = "cuda:1"
-"""Not the current one, which is 0: what asks for "the" GPU asks for the wrong one."""
-
-
-class Inference(torch.no_grad):
-    """`inference_mode` without its tensors, which a stand-in cannot be."""
-
-    def __new__(cls, mode=True):
-        return super().__new__(cls)
-
-    def __init__(self, mode: bool = True):
-        super().__init__()
+SHARED = Path(__file__).resolve().parents[1] / "shared"
+for folder in (str(SHARED), str(SHARED / "training")):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A `torch.cuda` of two GPUs; `asked` holds the name and device of each question."""
+    """A `torch.cuda` of two GPUs; `of(name)` are the devices that a function was asked about."""
     asked: list[tuple[str, object]] = []
 
     def answer(name, value):
@@ -37,31 +35,37 @@ def cuda(monkeypatch):
     answer("get_rng_state", torch.arange(8, dtype=torch.uint8))
     answer("reset_peak_memory_stats", None)
     answer("max_memory_allocated", 3 * 2**30)
-    answer("get_device_name", "a GPU")
-    monkeypatch.setattr(torch.cuda, "set_rng_state",
-                        lambda state, device=None: asked.append(("set_rng_state", device)))  # fmt: skip
+
+    def restore(state, device=None):
+        asked.append(("set_rng_state", device))
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restore)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     return SimpleNamespace(asked=asked, of=lambda name: [d for n, d in asked if n == name])
 
 
 @pytest.fixture
 def foreign(cuda, monkeypatch):
-    """A second device that computes; see `ForeignDevice`."""
-    enter, leave = torch.inference_mode.__enter__, torch.inference_mode.__exit__
-    del enter, leave
-    blocks = []
+    """Function that begins a `ForeignDevice`, which ends with the test."""
+    blocks, devices = [], []
 
     def begin(self):
         blocks.append(torch.no_grad())
         blocks[-1].__enter__()
 
-    # Stand-ins cannot be inference tensors.
+    # Stand-ins cannot be inference tensors, nor take a parameter's place in memory.
     monkeypatch.setattr(torch.inference_mode, "__enter__", begin)
-    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *error: blocks.pop().__exit__(*error))
+    monkeypatch.setattr(
+        torch.inference_mode, "__exit__", lambda self, *e: blocks.pop().__exit__(*e)
+    )
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    with ForeignDevice() as device:
-        yield device
+
+    def start(**settings):
+        devices.append(ForeignDevice(**settings))
+        return devices[-1].__enter__()
+
+    yield start
+    for device in reversed(devices):
+        device.__exit__(None, None, None)
     torch.__future__.set_overwrite_module_params_on_conversion(before)

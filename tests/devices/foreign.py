@@ -58,7 +58,9 @@ class ForeignTensor(Tensor):
             if func is Tensor.tolist:
                 return args[0].inner.tolist()
             # The binding compares with the device that C++ knows, which is the CPU.
-            return _moved(*args, **kwargs or {}) if func is Tensor.to else func(*args, **kwargs or {})
+            return (
+                _moved(*args, **kwargs or {}) if func is Tensor.to else func(*args, **kwargs or {})
+            )
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -88,7 +90,9 @@ def _current() -> "ForeignDevice":
 class _Constructors(TorchFunctionMode):
     """Builds on the CPU what PyTorch would build past the dispatcher."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func not in (torch.tensor, torch.as_tensor) or isinstance(args[0], Tensor):
             return func(*args, **kwargs)
@@ -124,7 +128,9 @@ class ForeignDevice(TorchDispatchMode):
         self.constructors.__exit__(*error)
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -33,34 +33,23 @@ class Removal:
         """Return the factors outside of their subspaces, in the precision to compute in."""
         if stack.device.type == "cpu" or stack.dtype == torch.float64:
             # Exempt from autocast and TF32, which trainers switch on and which leave 1e-3.
-            return remove(stack.double(), self._bases(stack, names, torch.float64)[0])
+            return remove(stack.double(), self._bases(stack, names, torch.float64))
         # Apple's GPUs have no float64, and those that people have at home a 64th of their speed.
-        high, low = self._bases(stack, names, torch.float32)
-        clear = stack.float()
+        basis = self._bases(stack, names, torch.float32)
         with full_float32(stack.device):
-            for _ in range(2):  # the second time takes what rounding left the first time
-                inside = clear @ high + clear @ low
-                clear = clear - (inside @ high.mT + inside @ low.mT)
-        return clear
+            # Once leaves the rounding of what was inside; twice is enough (Kahan and Parlett).
+            return remove(remove(stack.float(), basis), basis)
 
     def _bases(
         self, stack: Tensor, names: Sequence[str], dtype: torch.dtype
-    ) -> Float[Tensor, "part *name width rank"]:
-        """Return the bases of some factors, rounded to `dtype`, and for float32 what that leaves.
-
-        Where all have the same basis there is no axis of names.
-        """
+    ) -> Float[Tensor, "*name width rank"]:
+        """Return the bases of some factors; where all have the same there is no axis of names."""
         width = stack.shape[-1]
         key = (width, stack.device, dtype)
         if key not in self._moved:
-            exact = _padded(self._distinct[width])
-            parts = [exact.to(dtype)]
-            if dtype != exact.dtype:
-                parts.append((exact - parts[0].to(exact.dtype)).to(dtype))
-            self._moved[key] = torch.stack(parts).to(stack.device)
-        moved = self._moved[key]
+            self._moved[key] = _padded(self._distinct[width]).to(dtype).to(stack.device)
         places = [self._place[name] for name in names]
-        return moved[:, places[0]] if len(set(places)) == 1 else moved[:, places]
+        return self._moved[key][places[0] if len(set(places)) == 1 else places]
 
 
 @contextmanager
