@@ -59,8 +59,11 @@ def load_denoiser(
         ValueError: The pipeline is of no supported family, or an argument does not apply to it.
     """
     if not isinstance(model, str | Path):
-        of_files = {"lora": lora, "device": device, "dtype": dtype, "revision": revision,
-                    "config": config, "offload": offload, "quantize": quantize, "strength": None if strength == 1 else strength}  # fmt: skip
+        of_files = {
+            "lora": lora, "device": device, "dtype": dtype, "revision": revision,
+            "config": config, "offload": offload, "quantize": quantize,
+            "strength": None if strength == 1 else strength,
+        }  # fmt: skip
         if given := [name for name, value in of_files.items() if value is not None]:
             raise ValueError(f"A pipeline is taken as it is: leave out {', '.join(given)}.")
         return PipelineDenoiser(model, resolution=resolution)

@@ -1,4 +1,4 @@
-"""Stand-ins for GPUs: a second device that computes, and a `torch.cuda` that says what it was asked.
+"""Stand-ins for GPUs: a second device that computes, and a `torch.cuda` that remembers questions.
 
 The tests here need no GPU. What they cannot show is how fast one is, and what its kernels round:
 `make gpu-check` does.

@@ -1,8 +1,8 @@
 """A second device without a GPU: real numbers, held on the CPU, that mix with no other device's.
 
-Inside `ForeignDevice("cuda:1")` everything that PyTorch is asked to put on that device becomes a
-`ForeignTensor`. It says that it lies there, computes as on the CPU, and raises, as a GPU does, where
-it meets a tensor of the CPU. Whatever is forgotten on the CPU, or sent to the wrong GPU, shows.
+Inside a `ForeignDevice` everything that PyTorch is asked to put on another device becomes a
+`ForeignTensor`. It says that it lies there, computes as on the CPU, and raises where it meets a
+tensor of the CPU, as a GPU does. Whatever is forgotten on the CPU, or sent to the wrong GPU, shows.
 """
 
 import weakref
