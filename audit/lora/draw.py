@@ -33,7 +33,7 @@ from .work import Work
 Batch = tuple[Shot, ...]
 """Images of one mode that are sampled at once, so that their digits depend on nothing else."""
 SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "device", "dtype",
-            "generation_steps", "cond_scale")  # fmt: skip
+            "offload", "quantize", "generation_steps", "cond_scale")  # fmt: skip
 """What the workers need to know besides their batches."""
 GLANCE = 0.5
 """Seconds between two looks at what the workers have finished."""

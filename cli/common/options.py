@@ -80,8 +80,21 @@ OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU, float16 on a GPU."),
+    typer.Option(
+        help="float32, float16, bfloat16. Default: float32 on a CPU; on a GPU float16, and "
+        "bfloat16 for models that overflow in it."
+    ),
 ]
+Offload = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="For models larger than the GPU, weights rest on the CPU: model brings one "
+                 "part at a time, group a layer and meanwhile the next, sequential a layer."),
+]  # fmt: skip
+Quantize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Weights of few bits: nf4 (bitsandbytes), int8 or float8 (torchao). Scores "
+                 "are those of another model."),
+]  # fmt: skip
 Batch = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--batch-size", min=1, help="Rows of one forward pass. Default: automatic."),
@@ -118,6 +131,8 @@ class ModelOptions:
     resolution: Resolution = None
     device: Device = None
     dtype: Dtype = None
+    offload: Offload = None
+    quantize: Quantize = None
 
     @property
     def subject(self) -> "Subject":

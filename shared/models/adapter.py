@@ -21,6 +21,7 @@ from .checks import check_frames
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.files import CARRIERS
+from .offload import moving_weights, put_away, weights_of
 from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
@@ -104,7 +105,7 @@ class PipelineDenoiser:
         total = hashlib.sha256()
         for name in CARRIERS:
             if (part := getattr(self.pipeline, name, None)) is not None:
-                for key, tensor in sorted(part.state_dict().items()):
+                for key, tensor in sorted(weights_of(part).items()):
                     total.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
                     values = tensor.detach().cpu().contiguous().flatten()
                     total.update(values.view(torch.uint8).numpy())
@@ -124,9 +125,11 @@ class PipelineDenoiser:
         """Return the prompts as the network reads them, one row a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-        with quiet():  # what is cut is logged below, once and as data
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline):  # what is cut is logged below, once
             cond = self.family.encode(prompts)
             readings = [self._read(prompt, cond.embeddings.shape[1]) for prompt in prompts]
+        put_away(self.pipeline)
         words = tuple(split_words(prompt) for prompt in prompts)
         cut = tuple(" ".join(w[r.first_cut :]) for w, r in zip(words, readings, strict=True))
         for prompt, end in zip(prompts, cut, strict=True):
@@ -188,7 +191,8 @@ class PipelineDenoiser:
                 "text encoder reads cannot be told apart by words: leave words out instead."
             )
         encoders = encoders_of(self.pipeline)
-        with quiet(), ExitStack() as hooks:
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), ExitStack() as hooks:
             seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
             cond = self.family.encode([prompt])
             tokenizers = [tokenizer for _, tokenizer in encoders]
@@ -247,12 +251,16 @@ class PipelineDenoiser:
         level = float(sigma)
         scale = self.schedule.latent_scale(level)
         timestep = self.schedule.timestep(level).to(self.device)
-        output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
+        with moving_weights(self.pipeline):
+            output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
         return x0_from_output(self.parametrization, x, level, output)
 
     def decode(self, latents: Float[Tensor, " row *latent"]) -> Tensor:
         """Return images [row 3 height width] in 0..1 of clean latents; of video, frames."""
-        images = decode(self.pipeline.vae, self.family.to_autoencoder(latents))
+        with moving_weights(self.pipeline):
+            latents = self.family.to_autoencoder(latents)
+            images = decode(self.pipeline.vae, latents, self.device)
+        put_away(self.pipeline)
         still = images.ndim == 5 and len(self.latent_shape) == 3
         return images.squeeze(2) if still else images
 
@@ -265,7 +273,11 @@ class PipelineDenoiser:
         rows = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
         if len(self.latent_shape) == 4 or self.family.one_frame:
             rows = rows.unsqueeze(2)
-        return self.family.from_autoencoder(encode(self.pipeline.vae, rows))
+        with moving_weights(self.pipeline):
+            latents = encode(self.pipeline.vae, rows, self.device)
+            latents = self.family.from_autoencoder(latents)
+        put_away(self.pipeline)
+        return latents
 
     @torch.no_grad()
     def generate(
@@ -295,7 +307,8 @@ class PipelineDenoiser:
             "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             **self.family.guided_arguments(cond_scale, len(prompts)),
         }
-        with quiet(), _bare(self.pipeline):
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), _bare(self.pipeline):
             return self.pipeline(**arguments).images
 
 

@@ -13,6 +13,7 @@ from ..dependencies import require
 from ..files.weights import ModelError
 from ..wording import name_some
 from .checks import (
+    bytes_needed,
     check_keys,
     check_memory,
     check_values,
@@ -22,7 +23,9 @@ from .checks import (
     variant_of,
 )
 from .families import FAMILIES
+from .families.family import NETWORKS
 from .families.undeclared import refusal
+from .quantization import LARGE, QUANTIZATIONS, quantization_config
 from .quiet import quiet
 
 COMPONENTS = (
@@ -88,20 +91,47 @@ def read_components(folder: Path) -> dict[str, tuple[str, str]]:
     return {name: part for name, part in parts.items() if part[0] is not None}
 
 
-def load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-    """Return the pipeline of a diffusers folder, every part of it checked."""
+def load_folder(
+    folder: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    offload: str | None = None,
+    quantize: str | None = None,
+) -> Any:
+    """Return the pipeline of a diffusers folder, every part of it checked.
+
+    Args:
+        folder: With model_index.json.
+        device: Where it will run; its memory is checked.
+        dtype: What it will compute in.
+        offload: How weights come to the device, see `offload.OFFLOADS`; None: they all lie there.
+        quantize: See `quantization.QUANTIZATIONS`.
+    """
     import diffusers
 
     index, components = read_index(folder), read_components(folder)
     files = {name: require_weights(folder / name) for name in components}
-    everything = [file for part in files.values() for file in part]
-    for place in {"cpu", device}:  # weights pass through the CPU
-        check_memory(everything, dtype, place)
+    sizes = {name: bytes_needed(part, dtype) for name, part in files.items()}
+    check_memory(sum(sizes.values()), dtype, "cpu")  # through which all weights pass
+    formats = {
+        name: quantize if name in NETWORKS or sizes[name] >= LARGE * dtype.itemsize else None
+        for name in components if name != "vae"
+    }  # fmt: skip
+    for name, form in formats.items():
+        if form is not None:
+            sizes[name] = sizes[name] * QUANTIZATIONS[form].bits // (8 * dtype.itemsize)
+    if device != "cpu" and offload in (None, "model"):
+        together = sum if offload is None else max
+        check_memory(together(sizes.values()), dtype, device)
     with quiet():
         loaded = {
-            name: _load_component(folder / name, *components[name], files[name], dtype)
+            name: _load_component(
+                folder / name, *components[name], files[name], dtype,
+                quantize=formats.get(name), device=device,
+            )
             for name in components
-        }
+        }  # fmt: skip
         cls = getattr(diffusers, index["_class_name"])
         takes = inspect.signature(cls).parameters
         absent = {name: None for name in UNUSED if name in index}
@@ -116,7 +146,14 @@ def load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
 
 
 def _load_component(
-    folder: Path, library: str, name: str, files: list[Path], dtype: torch.dtype
+    folder: Path,
+    library: str,
+    name: str,
+    files: list[Path],
+    dtype: torch.dtype,
+    *,
+    quantize: str | None,
+    device: str,
 ) -> torch.nn.Module:
     """Load one part and refuse it unless every parameter came from the file, and all of it."""
     if library not in ("diffusers", "transformers"):
@@ -128,6 +165,10 @@ def _load_component(
     if cls is None:
         raise ModelError(f"{folder} asks for {library}.{name}, which this {library} does not have.")
     kwargs: dict[str, Any] = {"variant": variant_of(files), dtype_argument(library): dtype}
+    if quantize is not None:
+        kwargs["quantization_config"] = quantization_config(quantize, library, dtype)
+        if QUANTIZATIONS[quantize].needs_gpu:  # else the first GPU would be taken
+            kwargs["device_map"] = {"": device}
     try:
         module, info = cls.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs

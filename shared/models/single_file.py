@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..files.weights import ModelError, read_header
 from ..wording import counted, name_some
-from .checks import check_memory
+from .checks import bytes_needed, check_memory
 from .families import FAMILIES
 from .folder import dtype_argument, read_components, read_index
 from .quiet import quiet
@@ -39,7 +39,14 @@ BOOKKEEPING = re.compile(
 """Keys that no network reads: schedules, averaged copies, constants of the training code."""
 
 
-def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Path | None) -> Any:
+def load_single_file(
+    path: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    config: Path | None,
+    offload: str | None = None,
+) -> Any:
     """Return the pipeline of a checkpoint, or raise ModelError naming what is wrong with it.
 
     Args:
@@ -48,14 +55,15 @@ def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Pat
         dtype: What it will compute in.
         config: Diffusers folder for configuration and tokenizers; None for what the hub's cache
             holds. Nothing is downloaded.
+        offload: Weights rest on the CPU, and less than all are on `device` at a time.
     """
     import diffusers
 
     header = read_header(path)
     _refuse_parts(path, header)
-    for place in {"cpu", device}:
-        check_memory([path], dtype, place)
-    name, folder = _configuration(path, header, config)
+    for place in {"cpu", device} if offload is None else {"cpu"}:
+        check_memory(bytes_needed([path], dtype), dtype, place)
+    name, folder = pipeline_of(path, header, config)
     _refuse_gaps(path, header, folder)
     kwargs = {dtype_argument("diffusers"): dtype, "local_files_only": True}
     if name == "StableDiffusionPipeline":
@@ -86,7 +94,7 @@ def _refuse_parts(path: Path, header: dict) -> None:
         )
 
 
-def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, Path]:
+def pipeline_of(path: Path, header: dict, config: Path | None) -> tuple[str, Path]:
     """Return pipeline class and the folder its configuration is read from."""
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,

@@ -220,6 +220,6 @@ def check(family: Family, trial: _Trial) -> None:
     if torch.equal(family.predict(latents, time, family.encode([""])), own):
         raise NotFollowed("the empty prompt gives the same prediction as another one")
     if not torch.isfinite(
-        decode(family.pipeline.vae, family.to_autoencoder(latents.float()))
+        decode(family.pipeline.vae, family.to_autoencoder(latents.float()), latents.device)
     ).all():
         raise NotFollowed("its autoencoder gives no finite image of its latents")
