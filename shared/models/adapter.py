@@ -17,7 +17,7 @@ from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
-from .lora.files import CARRIERS
+from .lora.names import CARRIERS
 from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
