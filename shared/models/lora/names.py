@@ -63,6 +63,18 @@ AUTHORS: tuple[Mapping[str, tuple[str, ...]], ...] = (
         r"double_blocks_(\d+)_img_mod_linear": (r"transformer_blocks_\1_norm1_linear",),
         r"double_blocks_(\d+)_txt_mod_linear": (r"transformer_blocks_\1_norm1_context_linear",),
         r"single_blocks_(\d+)_modulation_linear": (r"single_transformer_blocks_\1_norm_linear",),
+        **{
+            rf"txt_in_individual_token_refiner_blocks_(\d+)_{theirs}": tuple(
+                rf"context_embedder_token_refiner_refiner_blocks_\1_{each}" for each in ours
+            )
+            for theirs, ours in {
+                "self_attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
+                "self_attn_proj": ("attn_to_out_0",),
+                "mlp_fc1": ("ff_net_0_proj",),
+                "mlp_fc2": ("ff_net_2",),
+                "adaLN_modulation_1": ("norm_out_linear",),
+            }.items()
+        },
     },
     {  # Wan
         r"(blocks_\d+)_self_attn_([qkv])": (r"\1_attn1_to_\2",),
@@ -112,6 +124,10 @@ AUTHORS: tuple[Mapping[str, tuple[str, ...]], ...] = (
         r"blocks_(\d+)_attn_wo": (r"transformer_blocks_\1_attn_to_out_0",),
         r"blocks_(\d+)_attn_gate": (r"transformer_blocks_\1_attn_to_gate",),
         r"blocks_(\d+)_mlp_(gate|up|down)": (r"transformer_blocks_\1_ff_\2",),
+        r"txtfusion_(\w+_blocks_\d+)_attn_w([qkv])": (r"text_fusion_\1_attn_to_\2",),
+        r"txtfusion_(\w+_blocks_\d+)_attn_wo": (r"text_fusion_\1_attn_to_out_0",),
+        r"txtfusion_(\w+_blocks_\d+)_attn_gate": (r"text_fusion_\1_attn_to_gate",),
+        r"txtfusion_(\w+_blocks_\d+)_mlp_(gate|up|down)": (r"text_fusion_\1_ff_\2",),
     },
 )  # fmt: skip
 """Names of layers by the networks' authors, and by diffusers; what joins several layers has several
