@@ -116,7 +116,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"{where} is not JSON ({error}); expected an object in braces. Copy the file again."
+            f"{where} cannot be read as JSON ({error}); expected an object in braces. Copy the "
+            "file again."
         ) from error
 
 
