@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.weights import ModelError
-from ..models.layer_names import TEXT_FED
+from ..models.lora.layer_names import TEXT_FED
 from .concept.concept import Concept
 from .concept.fitting import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
 from .concept.subspace import ConceptSubspace

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layer_names import cores
+from .layer_names import cores
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that can carry a LoRA."""

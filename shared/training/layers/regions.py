@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
-from ...models.layer_names import cores
+from ...models.lora.layer_names import cores
 from ...score.denoiser import Denoiser
 from ...score.noise_levels import noised
 from ...wording import counted

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...files.weights import ModelError, read_tensors
-from ...models.layer_names import TEXT_FED
 from ...models.lora.dialects import check_pairs, split_key
+from ...models.lora.layer_names import TEXT_FED
 from ...wording import name_some
 from ..layers.subspaces import LayerSubspaces
 

@@ -12,8 +12,8 @@ from ai_toolkit_lora import CACHED, MIXED, STEPS, USUAL, header, same_tensors, u
 from demo_subspaces import make_regions
 from safetensors.torch import load_file
 from unmemorize import demo
-from unmemorize.shared.models.layer_names import cores
 from unmemorize.shared.models.load import load_denoiser
+from unmemorize.shared.models.lora.layer_names import cores
 from unmemorize.shared.training.layers.regions import looking
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
