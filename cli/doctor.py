@@ -20,11 +20,11 @@ BASE = ("torch", "safetensors", "numpy", "tqdm", "typer")
 class DoctorOptions(AnswerOptions, ModelOptions):
     """Of `unmemorize doctor`."""
 
-    model: Annotated[  # type: ignore[assignment]
+    model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Also run this model once, and say how much memory it takes; the other "
                      "options of a model belong to it."),
-    ] = None  # fmt: skip
+    ] = None  # type: ignore[assignment]  # fmt: skip
 
 
 @takes_options

@@ -20,7 +20,7 @@ from .autoencoder import decode, encode
 from .checks import check_frames
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
-from .lora.files import CARRIERS
+from .lora.names import CARRIERS
 from .offload import moving_weights, put_away, weights_of
 from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves

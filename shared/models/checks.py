@@ -1,6 +1,5 @@
 """What is checked around the loading of a model: its files, the memory, that nothing is random."""
 
-import json
 import math
 import os
 import re
@@ -9,42 +8,64 @@ from pathlib import Path
 
 import torch
 
-from ..files.weights import PICKLES, ModelError, read_header, refuse_pickle
+from ..files.weights import PICKLES, ModelError, parse_json, read_header, refuse_pickle
 from ..wording import counted, name_some
 from .quantization import is_quantized
 
 GIB = 1024**3
 IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
 """Buffers that older files hold and newer libraries compute."""
+STEMS = ("diffusion_pytorch_model", "model")
+"""How the names of weight files begin, of diffusers and of transformers."""
 MARGIN = 1.1
 """Memory for activations and the like, relative to the weights."""
 ROW_MEMORY = 8192
 """Bytes that a pass takes for each byte of a latent: see `trajectory.automatic_rows`."""
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of one component, shards in order.
 
-    Prefers the plain files; where only a variant ("fp16") is there, takes that.
+    Prefers the plain files; else takes the variant "fp16", else the first one that there is.
     """
-    suffix = f".{variant}" if variant else ""
-    for stem in ("diffusion_pytorch_model", "model"):
-        for end in (f".safetensors.index{suffix}.json", f"{suffix}.safetensors.index.json"):
-            index = folder / f"{stem}{end}"
-            if index.is_file():
-                shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(shards))]
-        single = folder / f"{stem}{suffix}.safetensors"
-        if single.is_file():
-            return [single]
-    if variant is None:
-        return weight_files(folder, "fp16")
+    there = {_variant(path.name) for path in folder.glob("*.safetensors*")} - {None}
+    for variant in sorted(map(str, there), key=lambda name: (name != "", name != "fp16", name)):
+        end = f".{variant}" if variant else ""
+        for stem in STEMS:
+            for index in (f".safetensors.index{end}.json", f"{end}.safetensors.index.json"):
+                if (path := folder / f"{stem}{index}").is_file():
+                    return _shards(path)
+            if (single := folder / f"{stem}{end}.safetensors").is_file():
+                return [single]
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names, in order."""
+    try:
+        shards = set(parse_json(index.read_bytes(), str(index))["weight_map"].values())
+        return [index.parent / Path(name).name for name in sorted(shards)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index} names no files ({error!r}); expected the file of each weight under "
+            "weight_map. Copy it again."
+        ) from error
 
 
 def variant_of(files: Iterable[Path]) -> str | None:
     """Return the variant that these files are, to be given to the libraries."""
-    return "fp16" if any(".fp16" in file.name for file in files) else None
+    return next((_variant(file.name) for file in files), None) or None
+
+
+def _variant(name: str) -> str | None:
+    """Return what is left of a weight file's name, as in model.fp16-00001-of-00002.safetensors.
+
+    Empty for plain weights, None for a file that holds no weights of its folder.
+    """
+    stem, *parts = re.sub(r"-\d+-of-\d+", "", name).split(".")
+    if stem not in STEMS:
+        return None
+    return ".".join(part for part in parts if part not in ("safetensors", "index", "json"))
 
 
 def require_weights(folder: Path) -> list[Path]:

@@ -1,16 +1,15 @@
 """Diffusers folders read strictly: what a library would only warn about is refused and named."""
 
 import inspect
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..dependencies import require
-from ..files.weights import ModelError
+from ..files.weights import ModelError, parse_json, read_header, refuse_quantized
 from ..wording import name_some
 from .checks import (
     bytes_needed,
@@ -35,6 +34,8 @@ COMPONENTS = (
 """Parts with weights that a score or an image depends on."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
 """Parts that are not loaded: images are looked at as they come, prompts are read as they are."""
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes a folder may ask for."""
 LEFT_OUT = ("text_encoder_3", "tokenizer_3")
 """T5, which Stable Diffusion 3 does without; diffusers saves nothing about it then, and asks."""
 PURPOSE = "Running a diffusion model"
@@ -64,13 +65,13 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is not a diffusers model: expected model_index.json and a folder for each "
             f"part in it, found {name_some(files) or 'nothing'}. {_meant(folder, files)}"
         )
-    try:
-        index = json.loads(path.read_text("utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error!r}.") from error
+    index = parse_json(path.read_bytes(), str(path))
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        raise ModelError(f"{path} names no pipeline: expected its class under _class_name.")
     if name not in FAMILIES and (reason := _refusal(name)):
         raise ModelError(f"{path} describes a {name}: {reason}")
+    _refuse_foreign(index, path)
     return index
 
 
@@ -82,6 +83,24 @@ def _refusal(name: str) -> str:
     if cls is None:
         return f"this diffusers has no such pipeline; supported are {', '.join(FAMILIES)}."
     return refusal(cls)
+
+
+def _refuse_foreign(index: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError where any part that is loaded asks for another library's class.
+
+    Some releases of diffusers import a module of that name out of the folder, whatever the part.
+    """
+    for name, part in index.items():
+        if name.startswith("_") or name in UNUSED or not isinstance(part, list):
+            continue
+        known = (*LIBRARIES, None)
+        if len(part) != 2 or any(not isinstance(each, str | None) for each in part):
+            raise ModelError(f"{path}: {name} is {part!r}, expected a library and a class in it.")
+        if part[0] not in known or not str(part[1]).isidentifier():
+            raise ModelError(
+                f"{path} asks for {part[0]}.{part[1]} as {name}: only classes of "
+                f"{' and '.join(LIBRARIES)} are loaded, others could run any program."
+            )
 
 
 def read_components(folder: Path) -> dict[str, tuple[str, str]]:
@@ -156,11 +175,7 @@ def _load_component(
     device: str,
 ) -> torch.nn.Module:
     """Load one part and refuse it unless every parameter came from the file, and all of it."""
-    if library not in ("diffusers", "transformers"):
-        raise ModelError(
-            f"{folder} asks for {library}.{name}: only classes of diffusers and transformers are "
-            "loaded, others could run any program."
-        )
+    _refuse_quantized(folder, files)
     cls = getattr(require(library, purpose=PURPOSE, extra="models"), name, None)
     if cls is None:
         raise ModelError(f"{folder} asks for {library}.{name}, which this {library} does not have.")
@@ -184,6 +199,20 @@ def _load_component(
     )  # fmt: skip
     check_values(module, files, folder)
     return module
+
+
+def _refuse_quantized(folder: Path, files: Sequence[Path]) -> None:
+    """Raise ModelError for a part whose weights are codes."""
+    path = folder / "config.json"
+    config = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    if isinstance(config, dict) and (how := config.get("quantization_config")):
+        method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else how
+        raise ModelError(
+            f"{folder} is quantized ({method}), and what was rounded cannot be compared with the "
+            "file. Give the same model in fp32, bf16 or fp16."
+        )
+    for file in files:
+        refuse_quantized(file, read_header(file))
 
 
 def dtype_argument(library: str) -> str:

@@ -15,11 +15,15 @@ from .checks import require_weights
 from .families import FAMILIES
 from .families.family import Family
 from .folder import COMPONENTS, PURPOSE, load_folder, read_components, read_index
+from .hub import download as _download
 from .lora.attach import load_lora
 from .offload import OFFLOADS, enable_offload
 from .quantization import RoundedWeights, check_quantization
 from .quiet import quiet
 from .single_file import load_single_file, pipeline_of
+
+FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin")
+"""Endings of what is meant as a file."""
 
 
 def load_denoiser(
@@ -196,29 +200,22 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_file():
         refuse_pickle(path)
+        if path.suffix.lower() == ".gguf":
+            raise ModelError(
+                f"{path} is a GGUF file: quantized weights of the network alone, which are not "
+                "read. Give the diffusers folder or the whole checkpoint it was made from."
+            )
         return path
     if path.is_dir():
         return path
     text = str(model)
     is_id = isinstance(model, str) and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
-    is_path = path.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or path.parent.is_dir()
+    is_path = (
+        path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt", ".bin") or path.parent.is_dir()
+    )
     if not is_id or (is_path and str(path.parent) != "."):
         raise ModelError(
             f"There is no such file or folder: {text}. Give a diffusers folder, a .safetensors "
             "checkpoint, or a hub id of the form owner/name."
         )
     return _download(text, revision)
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    """Return the cached copy of a hub repository, without pickles and without code."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        with quiet():
-            return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
-    except Exception as error:  # the hub's client raises a dozen unrelated classes
-        raise ModelError(
-            f"There is no folder {hub_id} here, and as a hub id it could not be fetched: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
+from ...models.lora.layer_names import cores
 from ...score.denoiser import Denoiser
 from ...score.noise_levels import noised
 from ...wording import counted
 from .activations import reading
-from .names import cores
 
 STEPS, STEP = 20, 16
 """Of how many noise levels which one is looked at."""
