@@ -27,7 +27,6 @@ from .ordinary import OrdinaryEmbedding
 
 BY_RESIDUAL = OrdinaryEmbedding()
 BY_MAGNITUDE = EmbeddingOptimisation()
-UNMOVED = "nothing: no word does it, and the run's own magnitude is at the target already"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,10 @@ class Reword(Method):
 
     What remains is a phrase (`without_words`). Change is measured inside the controls' subspace, at
     the score's own noises and told levels; where the calibration judges by magnitudes there is no
-    subspace, and the first word in the prompt goes whose magnitude stays highest below the
-    threshold. Where no single word brings the score to the threshold or below, and where the host
-    has embeddings instead of prompts, the embedding is optimised: by the residual where the
-    calibration judges by it, else by the magnitude.
+    subspace, and that word goes without which the magnitude stays highest. Where no single word
+    brings the score to the threshold or below, and where the host has embeddings instead of
+    prompts, the embedding is optimised: by the residual where the calibration judges by it, else by
+    the magnitude.
     """
 
     name: ClassVar[str] = "reword"
@@ -77,9 +76,7 @@ class Reword(Method):
             other = method.start(_only(start, left))
             for place, row in enumerate(left):
                 if other.cond is not None:
-                    before, conds[row] = conds[row].embeddings, other.cond[[place]]
-                    moved = not torch.equal(conds[row].embeddings, before)
-                    changes[row] = "the embedding" if moved else UNMOVED
+                    conds[row] = other.cond[[place]]
                 if other.changes:
                     changes[row] = other.changes[place]
         return Mitigation(cond=concatenate(conds), changes=tuple(changes))
