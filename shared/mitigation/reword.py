@@ -88,7 +88,8 @@ class Reword(Method):
         found = self._shorter(start, prompt)
         if not found or found[0].cond.embeddings.shape[1:] != start.cond.embeddings.shape[1:]:
             return None  # the host encodes to another length: it has no place for these
-        scores = start.score(concatenate([each.cond for each in found])) or ()
+        scores = start.score(concatenate([each.cond for each in found]))
+        assert scores is not None  # there is a calibration
         threshold = start.calibration.judge.threshold
         down = [(score, each) for score, each in zip(scores, found, strict=True)
                 if score <= threshold]  # fmt: skip
@@ -115,9 +116,12 @@ class Reword(Method):
             ranked = leave_out(start.denoiser, prompt, words, texts, DetectionConfig(seeds=seeds))
             kept = {each.index for each in ranked[: self.tried]}
             texts = {index: text for index, text in texts.items() if index in kept}
+        if not texts:
+            return []
+        cond = start.denoiser.encode([*texts.values()])
         return [
-            _Shorter(word=words[index], prompt=text, cond=start.denoiser.encode([text]))
-            for index, text in texts.items()
+            _Shorter(word=words[index], prompt=text, cond=cond[[place]])
+            for place, (index, text) in enumerate(texts.items())
         ]
 
 
