@@ -34,8 +34,8 @@ class MitigateOptions(AnswerOptions, ModelOptions):
     method: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="reword, ordinary, embedding, delayed_guidance, …; repeatable; `all` compares "
-            "all. Default: reword."
+            help="ordinary, reword, embedding, delayed_guidance, …; repeatable; `all` compares "
+            "all. Default: ordinary; embedding where magnitudes judge."
         ),
     ] = None
     gate: Annotated[
@@ -96,7 +96,7 @@ def mitigate(options: MitigateOptions) -> None:
     else:
         from ..audit.model.mitigation_page import method_rows
 
-        columns = ["method", "acted on", "copies", "time per image"]
+        columns = ["method", "acted on", "still above", "copies", "time per image"]
         print_table("Same seeds, with and without", columns, method_rows(result))
         typer.echo(f"The page: {options.output / 'mitigation.html'}")
     raise typer.Exit(FOUND if result.summary["memorized"] else NOTHING_FOUND)

@@ -1,5 +1,6 @@
 """The model under audit, loaded only when something has to be computed with it."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,12 @@ class Subject:
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if not (math.isfinite(strength) and strength):
+            raise ValueError(
+                f"`strength` must be a number other than 0, got {strength}: at 0 there is no LoRA."
+            )
+        if strength != 1 and lora is None:
+            raise ValueError(f"`strength` is that of a LoRA, got {strength} and no LoRA.")
         self.strength = strength
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
@@ -64,7 +71,7 @@ class Subject:
     def of(cls, settings: Any) -> "Subject":
         """Return the model that the settings of an audit or the options of a command name."""
         return cls(
-            settings.model, lora=settings.lora, strength=getattr(settings, "strength", 1.0),
+            settings.model, lora=settings.lora, strength=settings.strength,
             device=settings.device, dtype=settings.dtype,
             revision=settings.revision, resolution=settings.resolution,
             config=settings.model_config, offload=settings.offload, quantize=settings.quantize,
@@ -100,6 +107,12 @@ class Subject:
             config=self.config, offload=self.offload, quantize=self.quantize,
         )  # fmt: skip
 
+    @property
+    def _lora_name(self) -> str | None:
+        if self.lora is None or self.strength == 1:
+            return self.lora and self.lora.name
+        return f"{self.lora.name} at strength {self.strength:g}"
+
     def facts(self, journal: Journal, config: DetectionConfig) -> "Facts":
         """Return what a report says about the model, from the journal when it stands there."""
         if "model" not in journal:
@@ -107,7 +120,7 @@ class Subject:
             info = ModelInfo(
                 name=self.name,
                 fingerprint=self.fingerprint,
-                lora=self.lora.name if self.lora else None,
+                lora=self._lora_name,
                 parametrization=denoiser.parametrization,
                 dtype=self.dtype if self.quantize is None else f"{self.dtype}, {self.quantize}",
                 device=self.device,

@@ -16,6 +16,8 @@ class AuditConfig:
     model: str = demo.NAME
     """Diffusers folder, single-file .safetensors checkpoint, hub id, `demo` or `demo-flow`."""
     lora: Path | None = None
+    strength: float = 1.0
+    """Of the LoRA, as it will be used; 1 is as it was trained."""
     revision: str | None = None
     """Of a hub id."""
     model_config: Path | None = None

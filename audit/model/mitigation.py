@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from ...shared.files.storage import write_text
-from ...shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
+from ...shared.mitigation import METHODS, NearestNeighbour, default_for, make_method
 from ...shared.mitigation.method import Method
 from ...shared.sampling.guard import guard
 from ...shared.score.calibration import Calibration
@@ -79,6 +79,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         ]
     with open_work(config.audit, inputs, bars, more) as work:
         scored = score(work)
+        config = replace(config, methods=config.methods or (default_for(scored.calibration),))
         known = known_training(config, inputs.prompts, work.bars)
         trials = _sample(work, config, scored.calibration, known)
         comparer = None
@@ -106,7 +107,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
 
 
 def chosen_methods(names: Sequence[str], *, training: bool = False) -> tuple[str, ...]:
-    """Return the methods to compare: the default for none, every possible one for "all".
+    """Return the methods to compare: every possible one for "all", none where none is named.
 
     Args:
         names: Of `METHODS`, or "all".
@@ -125,7 +126,7 @@ def chosen_methods(names: Sequence[str], *, training: bool = False) -> tuple[str
                 f"The method {name!r} keeps away from training images, and none are known: give "
                 "their folder with --training."
             )
-    return tuple(dict.fromkeys(names)) or (DEFAULT,)
+    return tuple(dict.fromkeys(names))
 
 
 def _sample(
@@ -183,7 +184,7 @@ def _trial(
     after = [image.score_after for image in guarded if image.score_after is not None]
     return Trial(
         method=method, acted=any(image.fired for image in guarded), seconds=seconds,
-        change=guarded[0].change if guarded else "",
+        change="; ".join(dict.fromkeys(image.change for image in guarded if image.change)),
         score_after=statistics.mean(after) if after else None,
         images=tuple(GeneratedImage(path=path, seed=seed, nearest=None)
                      for seed, path in paths.items()),

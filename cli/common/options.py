@@ -39,6 +39,9 @@ Prompts = Annotated[
 ]
 Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt; repeatable.")]  # noqa: UP045
 Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
+Strength = Annotated[
+    float, typer.Option(help="Of the LoRA, as it will be used; 1 is as it was trained.")
+]
 Controls = Annotated[
     str,
     typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for "
@@ -126,6 +129,7 @@ class ModelOptions:
 
     model: Model = AuditConfig.model
     lora: Lora = None
+    strength: Strength = AuditConfig.strength
     revision: Revision = None
     model_config: ModelConfig = None
     resolution: Resolution = None
