@@ -4,7 +4,7 @@ import os
 import platform
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +21,10 @@ class DoctorOptions(AnswerOptions, ModelOptions):
     """Of `unmemorize doctor`."""
 
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        str,
         typer.Option(help="Also run this model once, and say how much memory it takes; the other "
                      "options of a model belong to it."),
-    ] = None  # type: ignore[assignment]  # fmt: skip
+    ] = ""  # fmt: skip
 
 
 @takes_options
@@ -32,18 +32,18 @@ def doctor(options: DoctorOptions) -> None:
     """Say what is installed, which device there is, what is missing and what to type."""
     given = [field.name for field in fields(ModelOptions)
              if field.name != "model" and getattr(options, field.name) is not None]  # fmt: skip
-    if given and options.model is None:
+    if given and not options.model:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --model.")
     with answering(options):
         state = examine()
-        if options.model is not None:
+        if options.model:
             state["memory"] = _memory(options)
     if options.as_json:
         print_json(state)
     else:
         for title in ("machine", "packages"):
             print_table(title.capitalize(), ["what", "found"], list(state[title].items()))
-        if options.model is not None:
+        if options.model:
             subject = options.subject
             title = f"Peak memory of {subject.name} in {subject.dtype} on {subject.device}"
             rows = [[name, _gib(size)] for name, size in state["memory"].items()]

@@ -5,7 +5,6 @@ make gpu-check ARGS="--device cpu --small"   # without a GPU: checks the check
 """
 
 import argparse
-import importlib.util
 import platform
 import statistics
 import sys
@@ -26,7 +25,9 @@ from unmemorize.shared.score.calibration import Calibration
 from unmemorize.shared.score.config import DetectionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "example_workflows" / "loras" / "unmemorize_demo.py"
+sys.path.insert(0, str(ROOT / "tests" / "audit" / "lora"))
+from small_audit import example_lora, write_drawings, write_others  # noqa: E402
+
 DTYPES = ("float16", "bfloat16")
 ON_THE_PROCESSOR = ("cpu", "float32")
 NEAR, SAME = 0.05, 0.9
@@ -116,21 +117,13 @@ def guard(place: Place) -> Numbers:
 
 def audit(place: Place) -> Numbers:
     """Audit the LoRA of the example workflow with the drawings it was trained on."""
-    spec = importlib.util.spec_from_file_location("example", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    folder = place.folder / f"{place.device.replace(':', '-')}-{place.dtype}"
-    (folder / "drawings").mkdir(parents=True)
-    for number, caption in enumerate(example.DRAWINGS):
-        example.draw(caption).save(folder / "drawings" / f"{number}.png")
-        (folder / "drawings" / f"{number}.txt").write_text(caption, "utf-8")
+    folder = place.folder / "audit"
+    folder.mkdir(parents=True)
     done = run_lora_audit(LoraAuditConfig(
-        lora=EXAMPLE.with_suffix(".safetensors"), images=folder / "drawings",
-        output=folder / "audit", device=place.device, dtype=place.dtype, quick=True,
-        generation_steps=8 if place.small else 30, images_per_prompt=1 if place.small else 4,
-        attack_images=0,
+        lora=example_lora(ROOT), images=write_drawings(ROOT, folder / "5_drawing"),
+        held_out=write_others(folder / "others"), output=folder / "report",
+        device=place.device, dtype=place.dtype, quick=True, attack_images=0,
+        generation_steps=8 if place.small else 20, images_per_prompt=1 if place.small else 4,
     ))  # fmt: skip
     return {
         "came back": [float(verdict.verdict == "verbatim") for verdict in done.verdicts],
