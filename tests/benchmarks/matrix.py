@@ -117,6 +117,8 @@ class Family:
         """Put a LoRA on, draw with it and without, bring images to latents and back."""
         from peft import LoraConfig
 
+        if not hasattr(self.pipeline, "save_lora_weights"):
+            raise Refused(f"diffusers loads no LoRA into a {type(self.pipeline).__name__}")
         network = self.denoiser.family.network
         layers = [
             name for name, layer in network.named_modules()
