@@ -16,6 +16,7 @@ REFUSED = {
     "flux2": "nothing unpacks|fails for a prompt alone",
     "flux2_klein": "nothing unpacks|fails for a prompt alone",
     "flux_kontext": "makes images of 1024 x 1024 pixels in place of",
+    "ernie_image": "inpainting or editing",
     "ltx": "fails for a prompt alone",
     "hunyuan_image": "comes out differently",
 }
