@@ -23,6 +23,8 @@ STEPS = 4
 """Of a trial run, of which the first is made."""
 SIDE = 256
 """Pixels of a trial image, at most."""
+FRAMES = 9
+"""Of a trial clip."""
 
 
 class _Stepped(BaseException):
@@ -142,8 +144,9 @@ def _learnt(pipeline: Any) -> type[Family]:
         scale=scale if scale in takes else "", negative=scale == "true_cfg_scale"
     )
     height, width = _declare(declared)(pipeline, None)._pixels()
-    size = min(height, SIDE), min(width, SIDE)
-    family = _declare(declared)(pipeline, size)
+    declared["video"] = "num_frames" in takes
+    given = (min(height, SIDE), min(width, SIDE)), FRAMES if declared["video"] else None
+    family = _declare(declared)(pipeline, *given)
     trial = _Trial(family, OTHER_PROMPT)
     call, raw = trial.calls[0]
     if (trial.sample.ndim == 3) != declared["packed"]:
@@ -158,10 +161,10 @@ def _learnt(pipeline: Any) -> type[Family]:
     )
     declared["backwards"] = float(call.time) == 0
     if declared["guidance"].scale:
-        declared["guidance"] = _guidance(_declare(declared)(pipeline, size), declared["guidance"])
+        declared["guidance"] = _guidance(_declare(declared)(pipeline, *given), declared["guidance"])
     declared["guidance_distilled"] = not declared["guidance"].scale
     learnt = _declare(declared)
-    check(learnt(pipeline, size), trial)
+    check(learnt(pipeline, *given), trial)
     return learnt
 
 
