@@ -5,6 +5,7 @@ network's output, another one how it is guided. What was learnt so is then put t
 """
 
 import inspect
+import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,8 @@ SIDE = 256
 """Pixels of a trial image, at most."""
 FRAMES = 9
 """Of a trial clip."""
+EDITING = re.compile("Edit|Fill|Inpaint|Img2Img|ImageTo|Control|Upscale|Redux|Condition")
+"""Words in the names of pipelines that take an image."""
 
 
 class _Stepped(BaseException):
@@ -115,19 +118,31 @@ def refusal(cls: type) -> str:
 
 
 def instead(cls: type) -> str:
-    """Return what to load instead of a pipeline that needs more than a prompt."""
+    """Return what to load instead of a pipeline that needs more than a prompt.
+
+    Diffusers' own tables know the text-to-image pipeline of some; of others it has the beginning of
+    their name: QwenImageEditPlusPipeline comes from QwenImagePipeline.
+    """
+    import diffusers
     from diffusers.pipelines import auto_pipeline
 
+    names = []
     texts = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     for mapping in (
         auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
         auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
     ):
-        for key, image_class in mapping.items():
-            if image_class is cls and key in texts:
-                name = texts[key].__name__
-                return f"Load the same files with diffusers.{name}, or give {name}(**components)."
-    return "Load the text-to-image pipeline of this model."
+        names += [
+            texts[key].__name__ for key, own in mapping.items() if own is cls and key in texts
+        ]
+    stem = cls.__name__.removesuffix("Pipeline")
+    names += [
+        f"{stem[:end]}Pipeline" for end in range(len(stem) - 1, 2, -1)
+        if not EDITING.search(stem[:end]) and hasattr(diffusers, f"{stem[:end]}Pipeline")
+    ]  # fmt: skip
+    if not names:
+        return "Load the text-to-image pipeline of this model."
+    return f"Load the same files as a diffusers.{names[0]}."
 
 
 def _learnt(pipeline: Any) -> type[Family]:
