@@ -20,6 +20,7 @@ from .checks import (
     plain,
     require_weights,
     variant_of,
+    weight_files,
 )
 from .families import FAMILIES
 from .families.family import NETWORKS
@@ -104,9 +105,15 @@ def _refuse_foreign(index: Mapping[str, Any], path: Path) -> None:
 
 
 def read_components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return library and class of the parts with weights."""
+    """Return library and class of the parts with weights, those that no family names included."""
     index = read_index(folder)
-    parts = {name: tuple(index[name]) for name in COMPONENTS if index.get(name)}
+    named = [name for name in COMPONENTS if index.get(name)]
+    named += [
+        name for name, part in index.items()
+        if isinstance(part, list) and name not in (*COMPONENTS, *UNUSED)
+        and weight_files(folder / name)
+    ]  # fmt: skip
+    parts = {name: tuple(index[name]) for name in named}
     return {name: part for name, part in parts.items() if part[0] is not None}
 
 

@@ -69,6 +69,11 @@ class NetworkCall:
         time = self.get(self._named(TIMES))
         return time.flatten()[0] if isinstance(time, Tensor) else time
 
+    @property
+    def any_length(self) -> bool:
+        """Whether each prompt has an embedding of its own length."""
+        return self._layout.rows[self._layout.embeddings] == IN_LIST
+
     def leaves(self) -> Iterator[tuple[Path, Any]]:
         """Yield the arguments, and in place of mappings what stands in them."""
         for name in (*self.names[: len(self.args)], *self.kwargs):
@@ -128,7 +133,7 @@ class NetworkCall:
             ValueError: The other text has another length, and the network's rows share one.
         """
         layout, call = self._layout, self
-        if len(set(cond.lengths)) > 1 and layout.rows[layout.embeddings] != IN_LIST:
+        if len(set(cond.lengths)) > 1 and not self.any_length:
             raise ValueError(f"Prompts of {sorted(set(cond.lengths))} tokens: {ONE_LENGTH}")
         for path, own in _text(layout, cond).items():
             value, axis = self.get(path), layout.rows.get(path)

@@ -89,9 +89,8 @@ class MitigatedRun:
                 noises=gate.noises(),
                 score=gate.scores if calibration is not None else None,
                 # Each prompt of these is encoded at its own length, and a call reads one length.
-                any_length=self.family.one_by_one
-                and len(self.fired) == self.images
-                and len(call.latents) == self.images,
+                any_length=call.any_length
+                or (self.family.one_by_one and len(self.fired) == len(call.latents)),
             )
             with torch.enable_grad():
                 self.mitigation = method.start(start)

@@ -117,6 +117,8 @@ class Family:
         """Put a LoRA on, draw with it and without, bring images to latents and back."""
         from peft import LoraConfig
 
+        if not hasattr(self.pipeline, "save_lora_weights"):
+            raise Refused(f"diffusers loads no LoRA into a {type(self.pipeline).__name__}")
         network = self.denoiser.family.network
         layers = [
             name for name, layer in network.named_modules()
@@ -237,10 +239,11 @@ def main() -> int:
     chosen = parser.parse_args().families
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    rows = read_page(PAGE.read_text("utf-8")) if PAGE.exists() else {}
     lost = []
     for name in chosen:
         found = cells(name)
+        # Read anew: another process may have written rows of other families meanwhile.
+        rows = read_page(PAGE.read_text("utf-8")) if PAGE.exists() else {}
         print(name, {c: t for c, t in found.items() if t != WORKS}, flush=True)
         if faults := worse(found, rows.get(name, {})):
             lost += [f"{name}, {fault}" for fault in faults]

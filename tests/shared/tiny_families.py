@@ -316,7 +316,7 @@ def aura_flow(seed: int = 0) -> Any:
         transformer=AuraFlowTransformer2DModel(
             sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1,
             num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
-            caption_projection_dim=32, joint_attention_dim=32, pos_embed_max_size=256,
+            caption_projection_dim=32, joint_attention_dim=32, pos_embed_max_size=1024,
         ),
     )  # fmt: skip
 

@@ -47,6 +47,14 @@ class Outline(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = network.config, network.dtype, torch.device("cpu")
+        self._outlined = [network]  # in a list, so that its weights are no weights of this module
+
+    def __getattr__(self, name: str) -> Any:
+        """Read of the network what pipelines ask besides its configuration: sizes of layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["_outlined"][0], name)
 
     def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
         """Name what the pipelines of U-Nets pass without a name; nobody calls it."""

@@ -5,6 +5,7 @@ network's output, another one how it is guided. What was learnt so is then put t
 """
 
 import inspect
+import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,10 @@ STEPS = 4
 """Of a trial run, of which the first is made."""
 SIDE = 256
 """Pixels of a trial image, at most."""
+FRAMES = 9
+"""Of a trial clip."""
+EDITING = re.compile("Edit|Fill|Inpaint|Img2Img|ImageTo|Control|Upscale|Redux|Condition")
+"""Words in the names of pipelines that take an image."""
 
 
 class _Stepped(BaseException):
@@ -113,19 +118,31 @@ def refusal(cls: type) -> str:
 
 
 def instead(cls: type) -> str:
-    """Return what to load instead of a pipeline that needs more than a prompt."""
+    """Return what to load instead of a pipeline that needs more than a prompt.
+
+    Diffusers' own tables know the text-to-image pipeline of some; of others it has the beginning of
+    their name: QwenImageEditPlusPipeline comes from QwenImagePipeline.
+    """
+    import diffusers
     from diffusers.pipelines import auto_pipeline
 
+    names = []
     texts = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     for mapping in (
         auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
         auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
     ):
-        for key, image_class in mapping.items():
-            if image_class is cls and key in texts:
-                name = texts[key].__name__
-                return f"Load the same files with diffusers.{name}, or give {name}(**components)."
-    return "Load the text-to-image pipeline of this model."
+        names += [
+            texts[key].__name__ for key, own in mapping.items() if own is cls and key in texts
+        ]
+    stem = cls.__name__.removesuffix("Pipeline")
+    names += [
+        f"{stem[:end]}Pipeline" for end in range(len(stem) - 1, 2, -1)
+        if not EDITING.search(stem[:end]) and hasattr(diffusers, f"{stem[:end]}Pipeline")
+    ]  # fmt: skip
+    if not names:
+        return "Load the text-to-image pipeline of this model."
+    return f"Load the same files as a diffusers.{names[0]}."
 
 
 def _learnt(pipeline: Any) -> type[Family]:
@@ -142,8 +159,9 @@ def _learnt(pipeline: Any) -> type[Family]:
         scale=scale if scale in takes else "", negative=scale == "true_cfg_scale"
     )
     height, width = _declare(declared)(pipeline, None)._pixels()
-    size = min(height, SIDE), min(width, SIDE)
-    family = _declare(declared)(pipeline, size)
+    declared["video"] = "num_frames" in takes
+    given = (min(height, SIDE), min(width, SIDE)), FRAMES if declared["video"] else None
+    family = _declare(declared)(pipeline, *given)
     trial = _Trial(family, OTHER_PROMPT)
     call, raw = trial.calls[0]
     if (trial.sample.ndim == 3) != declared["packed"]:
@@ -158,10 +176,10 @@ def _learnt(pipeline: Any) -> type[Family]:
     )
     declared["backwards"] = float(call.time) == 0
     if declared["guidance"].scale:
-        declared["guidance"] = _guidance(_declare(declared)(pipeline, size), declared["guidance"])
+        declared["guidance"] = _guidance(_declare(declared)(pipeline, *given), declared["guidance"])
     declared["guidance_distilled"] = not declared["guidance"].scale
     learnt = _declare(declared)
-    check(learnt(pipeline, size), trial)
+    check(learnt(pipeline, *given), trial)
     return learnt
 
 

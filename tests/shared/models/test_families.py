@@ -9,6 +9,7 @@ from unmemorize.shared.models import checks
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.families import FAMILIES, family_of
 from unmemorize.shared.models.hold import accepted
+from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
@@ -162,6 +163,20 @@ def test_an_observer_reads_the_score_of_the_denoiser_and_changes_nothing(denoise
     rows = [denoiser.denoise(x, sigma, text) for text in texts]
     expected = ((rows[0] - rows[1]) / sigma).flatten(1).norm(dim=1)
     torch.testing.assert_close(run.l2[:, 0].float(), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["z_image", "hidream_image", "wan"])
+def test_a_saved_pipeline_loads_as_it_was(name, tmp_path):
+    pipeline = NEW[name]()
+    pipeline.save_pretrained(tmp_path)
+    frames = tiny_families.FRAMES if name in tiny_families.VIDEOS else None
+    own = PipelineDenoiser(pipeline, resolution=tiny.RESOLUTION, frames=frames)
+    loaded = load_denoiser(tmp_path, device="cpu", resolution=tiny.RESOLUTION, frames=frames)
+    sigma = own.sigmas(10)[1]
+    x = own.initial_noise((0,), sigma)
+    with torch.no_grad():
+        predicted = [d.denoise(x, sigma, d.encode([PROMPT])) for d in (own, loaded)]
+    assert torch.equal(*predicted)
 
 
 def test_a_clip_too_long_for_the_memory_says_how_many_frames_fit(monkeypatch):

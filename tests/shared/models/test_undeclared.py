@@ -7,7 +7,7 @@ import tiny_families
 import torch
 from unmemorize.shared.models import families
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.models.families.undeclared import refusal
+from unmemorize.shared.models.families.undeclared import instead, refusal
 
 DECLARED = {**tiny.PIPELINES, **tiny_families.IMAGES, **tiny_families.VIDEOS}
 REFUSED = {
@@ -16,6 +16,7 @@ REFUSED = {
     "flux2": "nothing unpacks|fails for a prompt alone",
     "flux2_klein": "nothing unpacks|fails for a prompt alone",
     "flux_kontext": "makes images of 1024 x 1024 pixels in place of",
+    "ernie_image": "inpainting or editing",
     "ltx": "fails for a prompt alone",
     "hunyuan_image": "comes out differently",
 }
@@ -70,6 +71,20 @@ def test_what_needs_more_than_a_prompt_is_refused_with_what_to_load(name, words)
     for word in words:
         assert word in reason
     assert refusal(diffusers.StableDiffusionPipeline) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("QwenImageEditPlusPipeline", "QwenImagePipeline"),
+        ("FluxFillPipeline", "FluxPipeline"),
+        ("WanImageToVideoPipeline", "WanPipeline"),
+        ("StableDiffusionXLControlNetPipeline", "StableDiffusionXLPipeline"),
+        ("StableDiffusionUpscalePipeline", "StableDiffusionPipeline"),
+    ],
+)
+def test_the_pipeline_to_load_is_found_by_name(name, base):
+    assert instead(getattr(diffusers, name)) == f"Load the same files as a diffusers.{base}."
 
 
 def test_an_editing_pipeline_is_refused_before_it_runs():
