@@ -34,8 +34,8 @@ class MitigateOptions(AnswerOptions, ModelOptions):
     method: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="ordinary, reword, embedding, delayed_guidance, …; repeatable; `all` compares "
-            "all. Default: ordinary; embedding where magnitudes judge."
+            help="reword, ordinary, embedding, delayed_guidance, …; repeatable; `all` compares "
+            "all. Default: reword."
         ),
     ] = None
     gate: Annotated[

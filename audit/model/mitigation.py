@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from ...shared.files.storage import write_text
-from ...shared.mitigation import METHODS, NearestNeighbour, default_for, make_method
+from ...shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
 from ...shared.mitigation.method import Method
 from ...shared.sampling.guard import guard
 from ...shared.score.calibration import Calibration
@@ -79,7 +79,6 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         ]
     with open_work(config.audit, inputs, bars, more) as work:
         scored = score(work)
-        config = replace(config, methods=config.methods or (default_for(scored.calibration),))
         known = known_training(config, inputs.prompts, work.bars)
         trials = _sample(work, config, scored.calibration, known)
         comparer = None
@@ -107,7 +106,7 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
 
 
 def chosen_methods(names: Sequence[str], *, training: bool = False) -> tuple[str, ...]:
-    """Return the methods to compare: every possible one for "all", none where none is named.
+    """Return the methods to compare: the default for none, every possible one for "all".
 
     Args:
         names: Of `METHODS`, or "all".
@@ -126,7 +125,7 @@ def chosen_methods(names: Sequence[str], *, training: bool = False) -> tuple[str
                 f"The method {name!r} keeps away from training images, and none are known: give "
                 "their folder with --training."
             )
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names)) or (DEFAULT,)
 
 
 def _sample(

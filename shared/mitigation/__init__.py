@@ -3,7 +3,6 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ..score.calibration import Calibration
 from .attention import AttractionRepulsion
 from .delayed_guidance import DelayedGuidance
 from .embedding import EmbeddingOptimisation
@@ -28,14 +27,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 """By the name that users give."""
-DEFAULT = OrdinaryEmbedding.name
-"""What acts where nobody chose, and the calibration judges by a residual."""
-
-
-def default_for(calibration: Calibration | None) -> str:
-    """Return the method that acts where nobody chose: magnitudes have nothing ordinary to keep."""
-    by_residual = calibration is not None and calibration.judge.basis is not None
-    return DEFAULT if by_residual else EmbeddingOptimisation.name
+DEFAULT = Reword.name
+"""What acts where nobody chose."""
 
 
 def make_method(name: str, **settings: Any) -> Method:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mitigation import default_for, make_method
+from ..mitigation import DEFAULT, make_method
 from ..mitigation.gate import AppliedGate, Gate, GuardedImage
 from ..mitigation.method import Method, Mitigation, Start
 from ..models.adapter import PipelineDenoiser
@@ -55,7 +55,7 @@ class GuardRecord:
 def guard(
     pipeline: Any,
     *,
-    method: Method | str | None = None,
+    method: Method | str = DEFAULT,
     calibration: Calibration | None = None,
     gate: str = "calibrated",
     seed: int = 0,
@@ -75,7 +75,6 @@ def guard(
         pipeline: A diffusers text-to-image pipeline. Its arguments stay as they are: any
             scheduler, batch, number of images, negative prompts, embeddings, callbacks.
         method: From `shared.mitigation`, or its name there, with the settings it has by default.
-            None is "ordinary" where the calibration judges by a residual, else "embedding".
         calibration: Of this model, LoRA included; its threshold decides.
         gate: "calibrated" acts on prompts that score above the threshold, "always" on all,
             "never" on none.
@@ -89,7 +88,6 @@ def guard(
         CalibrationMismatch: The calibration was made under other conditions.
         GuidanceIsOff: On sampling without guidance when that is what the method acts on.
     """
-    method = default_for(calibration) if method is None else method
     guarding = PipelineGuard(
         pipeline,
         make_method(method) if isinstance(method, str) else method,

@@ -28,7 +28,7 @@ from unmemorize.shared.mitigation import DEFAULT
 from unmemorize.shared.mitigation.embedding import EmbeddingOptimisation
 from unmemorize.shared.mitigation.method import Start
 
-USUAL = (NONE, DEFAULT, "reword", "embedding", "neighbour")
+USUAL = (NONE, DEFAULT, "ordinary", "embedding", "neighbour")
 """Ways that are compared where none are named."""
 OTHERS = 24
 """Other prompts whose unmitigated images tell what a copy and what a blank image is."""

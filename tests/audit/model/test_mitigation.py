@@ -96,7 +96,7 @@ def test_a_lost_picture_is_drawn_again_and_nothing_else(done, mitigation, work, 
 
 
 def test_methods_by_name():
-    assert chosen_methods(()) == ()
+    assert chosen_methods(()) == (DEFAULT,)
     assert chosen_methods(("random_words", "random_words")) == ("random_words",)
     assert set(chosen_methods(("all",))) == set(METHODS) - {"neighbour"}
     assert set(chosen_methods(("all",), training=True)) == set(METHODS)
