@@ -4,7 +4,9 @@
 #   make test-all                run the slow ones too
 #   make test-comfyui            run the nodes' tests on four versions of ComfyUI
 #   make bench NAME=detection    measure the figures of docs/ (ARGS=...)
+#   make gpu-check             compare a GPU with the processor on the demo, and time it (ARGS=...)
 #   make figures                 fill the numbers of the pages from docs/figures.json
+#   make matrix                  run what works on which family, write docs/models.md
 #   make bench-models            make the models of the benchmarks (ARGS=NAME makes one)
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format; mypy over shared and cli
@@ -27,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 AUTOTRAIN := build/autotrain
 LINT := $(shell sed -n 's/^lint = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
-.PHONY: help demo test test-all test-transformers4 test-comfyui bench figures bench-models lint clean
+.PHONY: help demo test test-all test-transformers4 test-comfyui bench figures bench-models matrix gpu-check lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -70,6 +72,14 @@ figures: $(VENV)/.test
 # Made once, in build/models, and never committed; stopped, the same command continues.
 bench-models: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/make_models.py $(ARGS)
+
+# Fails, and leaves the page, when something got worse.
+matrix: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/benchmarks/matrix.py $(ARGS)
+
+# Under ten minutes; needs one CUDA device, or ARGS="--device cpu --small" to check the check.
+gpu-check: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -111,10 +111,6 @@ class OfLora:
             help="Files or folder of saved epochs, of which one is to be published; repeatable."
         ),
     ] = None
-    strength: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Of the LoRA, as it will be used. Default: 1, as it was trained."),
-    ] = None
     captions: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, metavar="N", help="Captions that are asked, the most repeated first. "

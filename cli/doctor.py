@@ -2,29 +2,52 @@
 
 import os
 import platform
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..shared.dependencies import EXTRAS, SSCD_PACKAGE, has, install_line, sscd_line
-from .common.options import AnswerOptions, takes_options
+from .common.options import AnswerOptions, ModelOptions, takes_options
 from .common.terminal import FAILED, answering, print_json, print_table
 
 DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu"}
 BASE = ("torch", "safetensors", "numpy", "tqdm", "typer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(AnswerOptions, ModelOptions):
+    """Of `unmemorize doctor`."""
+
+    model: Annotated[
+        str,
+        typer.Option(help="Also run this model once, and say how much memory it takes; the other "
+                     "options of a model belong to it."),
+    ] = ""  # fmt: skip
+
+
 @takes_options
-def doctor(options: AnswerOptions) -> None:
+def doctor(options: DoctorOptions) -> None:
     """Say what is installed, which device there is, what is missing and what to type."""
+    given = [field.name for field in fields(ModelOptions)
+             if field.name != "model" and getattr(options, field.name) is not None]  # fmt: skip
+    if given and not options.model:
+        raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --model.")
     with answering(options):
         state = examine()
+        if options.model:
+            state["memory"] = _memory(options)
     if options.as_json:
         print_json(state)
     else:
         for title in ("machine", "packages"):
             print_table(title.capitalize(), ["what", "found"], list(state[title].items()))
+        if options.model:
+            subject = options.subject
+            title = f"Peak memory of {subject.name} in {subject.dtype} on {subject.device}"
+            rows = [[name, _gib(size)] for name, size in state["memory"].items()]
+            print_table(title, ["while", "most"], rows)
         for missing in state["missing"]:
             typer.echo(f"Missing for {missing['purpose']}:\n    {missing['type']}")
     raise typer.Exit(0 if state["can_audit"] else FAILED)
@@ -52,6 +75,13 @@ def examine() -> dict[str, Any]:
         "missing": missing,
         "can_audit": not lacking & {"models", "reports"},
     }
+
+
+def _memory(options: DoctorOptions) -> dict[str, int]:
+    from ..shared.models.memory import peaks_of_use
+
+    subject = options.subject
+    return peaks_of_use(lambda: subject.denoiser, subject.device)
 
 
 def _version(distribution: str) -> str:

@@ -96,7 +96,7 @@ def mitigate(options: MitigateOptions) -> None:
     else:
         from ..audit.model.mitigation_page import method_rows
 
-        columns = ["method", "acted on", "copies", "time per image"]
+        columns = ["method", "acted on", "still above", "copies", "time per image"]
         print_table("Same seeds, with and without", columns, method_rows(result))
         typer.echo(f"The page: {options.output / 'mitigation.html'}")
     raise typer.Exit(FOUND if result.summary["memorized"] else NOTHING_FOUND)

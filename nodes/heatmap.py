@@ -15,7 +15,7 @@ from .inputs import config_of, schema, seed_inputs, to_image
 WIDTH, LETTERS = 640, 32
 """Pixels of the image and of its letters: readable where a node shows it at half size."""
 METHODS = ("leave_out", "encoder_gradient")
-"""Those that need no gradient through a text encoder of ComfyUI."""
+"""Those that need no gradient through a text encoder: ComfyUI loads it apart from the network."""
 
 
 class TokenHeatmap(io.ComfyNode):

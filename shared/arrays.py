@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from typing import Annotated as Float  # a type checker reads the tensor and skips the shape
@@ -21,7 +22,7 @@ else:
                 return item[0]
 
 
-__all__ = ["Float", "Tensor", "take_rows", "widened"]
+__all__ = ["Float", "Tensor", "normal_view", "take_rows", "widened"]
 
 UNBATCHED = ("img_ids", "txt_ids")
 """Arguments of Flux that are one for all rows, whatever their own length."""
@@ -52,3 +53,24 @@ def take_rows(value: Any, rows: Tensor | Sequence[int], batch: int) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([take_rows(inner, rows, batch) for inner in value])
     return value
+
+
+def normal_view(tensor: Tensor) -> Tensor:
+    """Return a normal tensor over the memory of an inference tensor, a parameter if that was one.
+
+    Detaching or wrapping would give an inference tensor again. A quantized tensor is made of the
+    views of its parts: its own memory says nothing. Call it outside of inference mode.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    elif is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: normal_view(getattr(tensor, name)) for name in names}
+        shape = tensor.size(), tensor.stride()
+        view = type(tensor).__tensor_unflatten__(parts, context, *shape)
+    else:
+        view = tensor.clone()  # of a class that does not say what it is made of
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(view, requires_grad=False)
+    return view

@@ -10,21 +10,46 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..shared.files.storage import write_text
+from ..shared.files.storage import StorageError, write_text
+from ..shared.files.weights import ModelError
 from ..shared.patching import Function, HookMissing, patched
+from ..shared.training.concept.fitting import ConceptNotSeparable
 from ..shared.training.filter.filter import alone
 from ..shared.training.projection.factors import UnsupportedTraining
-from ..shared.training.protection import PREFIX, Protection
+from ..shared.training.projection.projection import ProjectionFailed
+from ..shared.training.protection import PREFIX, Protection, ProtectionFailed
+from .options import OptionError
 
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
 """Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
+REFUSALS = (
+    OptionError, UnsupportedTraining, HookMissing, ConceptNotSeparable, ModelError, StorageError,
+    ProjectionFailed, ProtectionFailed,
+)  # fmt: skip
+"""What the user can do something about; anything else is a defect, and keeps its traceback."""
 SHOWN = {"filtered_share": "filtered", "residual": "residual"}
 """Values in the progress bar, and their names there."""
 STATE = "unmemorize.json"
 """In the folder of a checkpoint: what a resumed training needs."""
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """End the program with one line, and without a traceback, where a protection is refused.
+
+    For launchers and for what a trainer's own script calls: the user typed a command.
+
+    Raises:
+        SystemExit: With the message of what was raised in the block.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        raise SystemExit(f"unmemorize: {' '.join(str(error).split())}") from error
 
 
 def refuse(faults: Iterable[str]) -> None:
@@ -130,12 +155,45 @@ def finish(protection: Protection, accelerator: Any = None) -> None:
 
 
 @contextmanager
+def first_step_checked(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before the first step of any optimizer of torch while the block lasts.
+
+    What it raises ends the training before a weight has changed.
+    """
+    checked = False
+
+    def before_step(*_: Any) -> None:
+        nonlocal checked
+        if not checked:
+            check()
+        checked = True
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def optimizer_hooks(optimizers: Sequence[Optimizer], protection: Protection) -> Iterator[None]:
     """Project around each step of the optimizer that trains the projected factors.
+
+    Before the first step of each of them, `Protection.check_attached` must hold.
 
     Raises:
         UnsupportedTraining: None of them trains all of the factors.
     """
+    with ExitStack() as undo:
+        for each in optimizers:
+            check = each.register_step_pre_hook(lambda *_: protection.check_attached())
+            undo.callback(check.remove)
+        with _projected_steps(optimizers, protection):
+            yield
+
+
+@contextmanager
+def _projected_steps(optimizers: Sequence[Optimizer], protection: Protection) -> Iterator[None]:
     if protection.projection is None:
         yield
         return

@@ -1,8 +1,7 @@
 """The options that every trainer gets: on the command line, in TOML, and as `key=value` strings."""
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +14,8 @@ PREFIXES = ("project_", "mem_filter")
 """How all of the names begin."""
 ALONE = ("project_layers", "project_regions")
 """Of the projection, what goes without the concept's names."""
+FILES = (".safetensors", ".txt")
+"""How a value of --project_concepts ends that is a file's name."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -38,8 +39,9 @@ OPTIONS = (
         metavar="CONCEPTS",
         help="keep the LoRA's text side off these concepts, exactly. Names and synonyms, an arrow, "
         'and a neutral word for the same kind of thing: "mickey mouse, mickey -> a character"; '
-        "several concepts are joined by a semicolon. Or the .safetensors file of a saved subspace. "
-        "Other layers can still learn the look, and what the base model knows stays.",
+        "several concepts are joined by a semicolon. Or a .txt file with one concept a line, or "
+        "the .safetensors file of a saved subspace. Other layers can still learn the look, and "
+        "what the base model knows stays.",
     ),
     Option(
         name="project_layers",
@@ -110,55 +112,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{option.name}", help=option.help, **form)
 
 
-def read_command(
-    arguments: Sequence[str], *, start: str, host: str, scripts: str, known_by: str | None = None
-) -> tuple[dict[str, str], list[str]]:
-    """Return our options of a launcher's command, and the script's own command.
-
-    The folder of the script is importable afterwards, as Python makes it for a script.
-
-    Args:
-        arguments: As typed behind the launcher's module.
-        start: What is typed in front of the script, the module included.
-        host: Name of the trainer, whose folder is the current one.
-        scripts: Which scripts can be run.
-        known_by: A file in the trainer's folder.
-    """
-    parser = argparse.ArgumentParser(
-        prog=start,
-        usage="%(prog)s SCRIPT <the script's arguments> [options]",
-        description=f"Run {scripts} of {host}, as it is, with these options added. To be typed in "
-        f"the folder of {host}. The options may also stand in the configuration file.",
-        epilog="SCRIPT --help shows the script's own arguments.",
-        allow_abbrev=False,
-        add_help=list(arguments[:1]) in ([], ["-h"], ["--help"]),
-    )
-    add_options(parser)
-    options, rest = parser.parse_known_args(arguments)
-    script = Path(rest[0]) if rest else None
-    if script is None or not script.is_file() or not Path(known_by or script).is_file():
-        parser.error(
-            f"{Path.cwd()} is not the folder of {host}, or has no script {script or ''} in it. "
-            f"Type: cd {host}, then the same again with {scripts} behind the module."
-        )
-    sys.path.insert(0, str(script.resolve().parent))
-    return {name: value for name, value in vars(options).items() if value}, rest
-
-
-def refuse_unknown(names: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> None:
-    """Raise OptionError for the name of no option: a typing error.
-
-    Where a host passes any key on, an option spelt wrongly would silently not be there.
-
-    Args:
-        names: Keys that the user typed.
-        prefixes: Keys that begin with one of them are meant for us; an empty one matches all.
-    """
-    unknown = [name for name in names if name.startswith(prefixes) and name not in NAMES]
-    if unknown:
-        raise OptionError(f"`{min(unknown)}` is not an option; there are {', '.join(NAMES)}.")
-
-
 def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
     """Return what the options request.
 
@@ -196,9 +149,11 @@ def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
     if not text and layers is None:
         return None
     saved = text.endswith(".safetensors")
-    for name in ("project_concepts",) * saved + ("project_layers",) * (layers is not None):
+    for name in ("project_concepts",) * text.endswith(FILES) + ("project_layers",) * bool(layers):
         if not Path(given[name]).is_file():
             raise OptionError(f"--{name}: there is no file {given[name]}.")
+    if text.endswith(".txt"):
+        text = "; ".join(Path(text).read_text("utf-8").splitlines())
     if saved and (idle := {"project_energy", "project_cap", "project_force"} & given.keys()):
         raise OptionError(f"--{min(idle)} does nothing to a subspace that is already built.")
     return ProjectionSettings(

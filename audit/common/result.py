@@ -22,7 +22,7 @@ class ModelInfo:
     fingerprint: str
     """sha256 over the weights, LoRA included."""
     lora: str | None
-    """File name of the LoRA, if any."""
+    """File name of the LoRA, if any, and its strength where that is not 1."""
     parametrization: str
     """epsilon, v_prediction or flow."""
     dtype: str

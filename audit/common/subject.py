@@ -1,5 +1,6 @@
 """The model under audit, loaded only when something has to be computed with it."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,15 @@ import torch
 
 from ... import demo
 from ...shared.files.storage import Journal
-from ...shared.models.load import load_denoiser, model_fingerprint, usable_device
+from ...shared.models.load import (
+    check_offload,
+    default_dtype,
+    load_denoiser,
+    model_fingerprint,
+    resolve,
+    usable_device,
+)
+from ...shared.models.quantization import check_quantization
 from ...shared.score.calibration import Calibration, settings_of
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import told_steps
@@ -36,13 +45,23 @@ class Subject:
         revision: str | None = None,
         resolution: int | None = None,
         config: Path | None = None,
+        offload: str | None = None,
+        quantize: str | None = None,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if not (math.isfinite(strength) and strength):
+            raise ValueError(
+                f"`strength` must be a number other than 0, got {strength}: at 0 there is no LoRA."
+            )
+        if strength != 1 and lora is None:
+            raise ValueError(f"`strength` is that of a LoRA, got {strength} and no LoRA.")
         self.strength = strength
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
-        self.dtype = dtype or ("float16" if self.device.startswith("cuda") else "float32")
+        check_offload(offload, self.device)
+        check_quantization(quantize, device=self.device, offload=offload, lora=lora is not None)
+        self.offload, self.quantize, self._dtype = offload, quantize, dtype
         self.is_demo = model in demo.BUNDLED
         self._model = model
         # The name is printed and kept; the folders above it are nobody's business.
@@ -52,10 +71,10 @@ class Subject:
     def of(cls, settings: Any) -> "Subject":
         """Return the model that the settings of an audit or the options of a command name."""
         return cls(
-            settings.model, lora=settings.lora, strength=getattr(settings, "strength", 1.0),
+            settings.model, lora=settings.lora, strength=settings.strength,
             device=settings.device, dtype=settings.dtype,
             revision=settings.revision, resolution=settings.resolution,
-            config=settings.model_config,
+            config=settings.model_config, offload=settings.offload, quantize=settings.quantize,
         )  # fmt: skip
 
     @cached_property
@@ -64,9 +83,20 @@ class Subject:
         return str(demo.locate(self._model)) if self.is_demo else self._model
 
     @cached_property
+    def dtype(self) -> str:
+        """What it computes in, as asked for or as its family does on this device."""
+        if self._dtype is not None:
+            return self._dtype
+        if not self.device.startswith("cuda"):  # what the model is does not matter
+            return "float32"
+        found = default_dtype(resolve(self.location, self.revision), self.device, self.config)
+        return str(found).removeprefix("torch.")
+
+    @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over the weights, LoRA included."""
-        return model_fingerprint(self.location, self.lora, self.revision, self.strength)
+        return model_fingerprint(self.location, self.lora, self.revision, self.strength,
+                                 self.quantize)  # fmt: skip
 
     @cached_property
     def denoiser(self) -> "PipelineDenoiser":
@@ -74,8 +104,14 @@ class Subject:
         return load_denoiser(
             self.location, lora=self.lora, strength=self.strength, device=self.device,
             dtype=getattr(torch, self.dtype), revision=self.revision, resolution=self.resolution,
-            config=self.config,
+            config=self.config, offload=self.offload, quantize=self.quantize,
         )  # fmt: skip
+
+    @property
+    def _lora_name(self) -> str | None:
+        if self.lora is None or self.strength == 1:
+            return self.lora and self.lora.name
+        return f"{self.lora.name} at strength {self.strength:g}"
 
     def facts(self, journal: Journal, config: DetectionConfig) -> "Facts":
         """Return what a report says about the model, from the journal when it stands there."""
@@ -84,9 +120,9 @@ class Subject:
             info = ModelInfo(
                 name=self.name,
                 fingerprint=self.fingerprint,
-                lora=self.lora.name if self.lora else None,
+                lora=self._lora_name,
                 parametrization=denoiser.parametrization,
-                dtype=self.dtype,
+                dtype=self.dtype if self.quantize is None else f"{self.dtype}, {self.quantize}",
                 device=self.device,
                 latent_shape=tuple(denoiser.latent_shape),
                 guidance_distilled=denoiser.guidance_distilled,

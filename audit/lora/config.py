@@ -26,7 +26,7 @@ DECIDING = (
 """Settings that move the result and are plain numbers."""
 OPTIONS = (
     "strength", "captions", "reserve", "instance_prompt", "trigger", "images_per_prompt",
-    "generation_steps", "batch_size", "revision", "resolution", "dtype",
+    "generation_steps", "batch_size", "revision", "resolution", "dtype", "quantize",
 )  # fmt: skip
 """Settings that are options of the same name."""
 SHARE, POWER = 1 / 3, 0.8
@@ -96,7 +96,11 @@ class LoraAuditConfig:
     """Replace the files of another audit in `output`."""
     device: str | None = None
     dtype: str | None = None
-    """float32, float16 or bfloat16; None: float32 on a processor, float16 on a GPU."""
+    """float32, float16 or bfloat16; None: float32 on a processor, on a GPU as the family needs."""
+    offload: str | None = None
+    """model, sequential or group: weights rest in memory and come to the GPU while they compute."""
+    quantize: str | None = None
+    """nf4, int8 or float8: the network's weights have so few bits."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():

@@ -33,7 +33,7 @@ from .work import Work
 Batch = tuple[Shot, ...]
 """Images of one mode that are sampled at once, so that their digits depend on nothing else."""
 SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "device", "dtype",
-            "generation_steps", "cond_scale")  # fmt: skip
+            "offload", "quantize", "generation_steps", "cond_scale")  # fmt: skip
 """What the workers need to know besides their batches."""
 GLANCE = 0.5
 """Seconds between two looks at what the workers have finished."""
@@ -151,7 +151,10 @@ def estimate(
         start = time.perf_counter()
         denoiser.denoise(noise, sigma, empty).cpu()
         step = time.perf_counter() - start
-    seconds = step * config.generation_steps * left / config.batch_size / config.processes
+    # Processes on one processor share its cores.
+    cores = (os.cpu_count() or 1) // torch.get_num_threads()
+    at_once = min(config.processes, max(1, cores)) if _on_cpu(config) else config.processes
+    seconds = step * config.generation_steps * left / config.batch_size / at_once
     minutes = seconds / 60
     if seconds < 90:
         about = counted(max(1, round(seconds)), "second", "seconds")
@@ -209,10 +212,12 @@ def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path
             bar.update(len(missing) - len(still))
         missing[:] = still
 
-    threads = str(max(1, (os.cpu_count() or 1) // config.processes))
+    # Sums of another number of threads differ in their last digits, and so then do images.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with output.open("w+b") as log:
-        workers = subprocess.Popen(_command(config, request), stdout=log, stderr=log,
-                                   env={"OMP_NUM_THREADS": threads} | os.environ)  # fmt: skip
+        workers = subprocess.Popen(
+            _command(config, request), stdout=log, stderr=log, env=os.environ | threads
+        )
         try:
             while workers.poll() is None:
                 count()
@@ -244,10 +249,15 @@ def to_request(left: Sequence[Batch], config: LoraAuditConfig, folder: Path) -> 
     }
 
 
+def _on_cpu(config: LoraAuditConfig) -> bool:
+    """Return whether images are drawn by the processor."""
+    return config.device == "cpu" or not torch.cuda.is_available()
+
+
 def _command(config: LoraAuditConfig, request: Path) -> list[str]:
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu" if on_cpu else "--multi_gpu",
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--cpu" if _on_cpu(config) else "--multi_gpu",
         "--num_processes", str(config.processes), "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         "-m", __name__, str(request),

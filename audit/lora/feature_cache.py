@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 16 * BATCH
 """Images whose rows are written together: a kill loses at most so many."""
-VERSION = 1
+VERSION = 2
 """Raised when images are read in another way: rows of before are not found again."""
 
 

@@ -1,15 +1,13 @@
 """Nearest neighbours among many images, and near-duplicates among those of a training set.
 
-Near-duplicates are what most of all makes a model give images back. Two things tell them. Laid over
-each other, one mirrored and cropped as the other may be, their pixels agree: so it is with what was
-saved again, shrunk or cropped a little, and not with one character in one pose. SSCD finds what was
-recoloured or cropped further. Either way no part of the two images may show something else.
+Near-duplicates are what most of all makes a model give images back. Two things tell them: that
+their pixels agree, laid over each other, or SSCD, which finds what was recoloured as well. Either
+way no place of the two images may show something else (see `overlay`).
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 
 from ...shared.arrays import Float, Tensor
 from ...shared.dependencies import require
+from .overlay import Shown, lay_over
 from .result import DuplicateGroup
 
 if TYPE_CHECKING:
@@ -28,34 +27,11 @@ KEPT = 0.95
 """Share of lightly edited copies that the threshold finds."""
 CROP = 0.04
 """Share that a light crop takes off each side."""
-TILES = 4
-"""Of `COARSE` pixels a side, on a side of an image."""
-FLAT = 24 / 255
-"""Least deviation of pixels (0..1) that counts as contrast: saving alone changes flat images."""
-COLOURLESS = 0.1
-"""Most that the channels of an image in grey differ by, in its deviations."""
-UNLIKE = 0.2
-"""Mean square difference of a tile, in variances of an image, from which on two images show other
-things. The demo's drawings in one repeated layout differ by .37 and more in some tile; drawings and
-parts of photographs from themselves compressed, shrunk, cropped by 8 %, brightened by a tenth or
-mirrored by .07 and less."""
-MARGINS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.24)
-"""Shares of a side that a crop may have taken off, in the corners, at the edges or all around."""
-OF_TILES = 4
-"""Of these, those that tiles are compared under: of more an image is too little in one place."""
-SMALL, COARSE = 64, 16
-"""Pixels a side that images are cropped at, and compared at."""
-AGREES = 0.06
-"""Root mean square difference, of a range of 1, up to which pixels agree. Edited copies reach .05,
-images of one character in one pose come down to .07."""
-BRIGHTER = 1.25
-"""Factor of the brightness that is forgiven, either way."""
-CANDIDATES = 0.6
-"""Cosine from which on the pixels of two images are compared."""
-VIEWED = 128
-"""Images whose views are kept while they are compared: 43 MB."""
-PLACES = (0, 0.5, 1)
-"""Of what a crop takes off, the share that it takes at the left or at the top."""
+CANDIDATES = 0.4
+"""Cosine from which on the pixels of two images are compared: a drawing that lost its frame, a
+quarter of each side, comes down to .43."""
+VIEWED = 64
+"""Images whose views are kept while they are compared: 120 MB with those in grey."""
 
 
 class Index:
@@ -135,16 +111,9 @@ def find_duplicates(
     pairs, cosines = Index(rows[distinct]).pairs(
         threshold if images is None else min(threshold, CANDIDATES)
     )
-    pairs = distinct[pairs]
-    near = pairs.tolist()
-    if images is not None and len(pairs):
-
-        @lru_cache(maxsize=VIEWED)
-        def views(index: int) -> Tensor:
-            return views_of(images[index])
-
-        alike = (differences(pairs, views) <= AGREES) | (cosines >= threshold)
-        near = _showing_the_same(pairs[alike].tolist(), views)
+    near = distinct[pairs].tolist()
+    if images is not None:
+        near = _showing_the_same(near, (cosines >= threshold).tolist(), images)
     groups = []
     for members in _connected(len(rows), [*equal, *near]):
         together = rows[members] @ rows[members].T
@@ -156,94 +125,32 @@ def find_duplicates(
 
 
 def _showing_the_same(
-    links: Sequence[Sequence[int]], views: "Callable[[int], Float[Tensor, ' view number']]"
+    pairs: Sequence[Sequence[int]], alike: Sequence[bool], images: "Sequence[Image]"
 ) -> list[Sequence[int]]:
-    """Return the links whose images agree everywhere, without those between linked images."""
+    """Return the pairs whose images agree everywhere, without those between linked images.
+
+    Args:
+        pairs: Positions of two images each.
+        alike: Whether the cosine of a pair is enough, or its pixels must be close as a whole.
+        images: All of them.
+    """
+
+    @lru_cache(maxsize=VIEWED)
+    def shown(index: int) -> Shown:
+        return Shown(images[index])
+
     groups: dict[int, set[int]] = {}
     kept = []
-    for link in links:
-        one, other = (groups.setdefault(end, {end}) for end in link)
-        if one is not other and _agree(*(_tiles(views(index)) for index in link)):
-            kept.append(link)
+    for (first, second), enough in zip(pairs, alike, strict=True):
+        one, other = (groups.setdefault(end, {end}) for end in (first, second))
+        if one is other:
+            continue
+        laid = lay_over(shown(first), shown(second))
+        if laid is not None and laid.same_everywhere and (enough or laid.agrees):
+            kept.append((first, second))
             one |= other
             groups |= dict.fromkeys(other, one)
     return kept
-
-
-def _tiles(views: Float[Tensor, " view number"]) -> np.ndarray:
-    """Return an image and crops of it, standardized, [crop tile row tile column channel]."""
-    pixels = views[: 1 + OF_TILES * len(PLACES) ** 2].numpy()
-    pixels = pixels.reshape(len(pixels), COARSE, COARSE, 3)
-    pixels = pixels - pixels.mean((1, 2), keepdims=True)
-    pixels /= pixels.std((1, 2, 3), keepdims=True).clip(FLAT)
-    return pixels.reshape(len(pixels), TILES, COARSE // TILES, TILES, COARSE // TILES, 3)
-
-
-def _agree(one: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether no tile differs, for some crop of either, mirrored or not."""
-    if min(np.ptp(each[0], axis=-1).max() for each in (one, other)) < COLOURLESS:
-        grey = (each.mean(-1, keepdims=True) for each in (one, other))
-        one, other = (each / each.std((1, 2, 3, 4, 5), keepdims=True).clip(1e-6) for each in grey)
-    mirrored = other[:, :, :, ::-1, ::-1]
-    worst = [
-        ((crops - whole[:1]) ** 2).mean((2, 4, 5)).max((1, 2)).min()
-        for second in (other, mirrored) for crops, whole in ((one, second), (second, one))
-    ]  # fmt: skip
-    return bool(min(worst) < UNLIKE)
-
-
-def differences(
-    pairs: Tensor, views: "Callable[[int], Float[Tensor, ' view number']]"
-) -> Float[Tensor, " pair"]:
-    """Return how far the pixels of two images are apart, laid over each other as best they can be.
-
-    The root mean square difference of one as it is and the other in whatever view of it comes
-    nearest, of two images whose values range from 0 to 1.
-
-    Args:
-        pairs: Positions of images [pair 2], the first ones rising.
-        views: Returns an image by position as `views_of` shows it.
-    """
-    result = torch.empty(len(pairs))
-    whole = {index: views(index)[0] for index in pairs.unique().tolist()}
-    for column in (0, 1):
-        other = torch.stack([whole[index] for index in pairs[:, 1 - column].tolist()])
-        for index in pairs[:, column].unique().tolist():
-            places = (pairs[:, column] == index).nonzero().flatten()
-            apart = _apart(views(index), other[places])
-            result[places] = apart if column == 0 else torch.minimum(result[places], apart)
-    return result
-
-
-def _apart(shown: Tensor, others: Tensor) -> Tensor:
-    """Return the difference [other] of the nearest of some views [view number], brightened."""
-    products, norms = shown @ others.T, shown.square().sum(1, keepdim=True)
-    gain = (products / norms.clamp_min(1e-9)).clamp(1 / BRIGHTER, BRIGHTER)
-    squares = gain.square() * norms - 2 * gain * products + others.square().sum(1)
-    return (squares.clamp_min(0).amin(0) / others.shape[1]).sqrt()
-
-
-def views_of(image: "Image") -> Float[Tensor, " view number"]:
-    """Return an image in small, mirrored, and cropped in all ways; the first one is as it is.
-
-    Rows of `COARSE` x `COARSE` RGB values in 0..1.
-    """
-    from PIL import Image, ImageOps
-
-    small = image.convert("RGB").resize((SMALL, SMALL), Image.Resampling.BOX)
-    every = [
-        np.asarray(side.resize((COARSE, COARSE), Image.Resampling.BOX, box=box))
-        for side in (small, ImageOps.mirror(small)) for box in _crops()
-    ]  # fmt: skip
-    return torch.from_numpy(np.stack(every)).flatten(1).float() / 255
-
-
-def _crops() -> Iterator[tuple[float, float, float, float]]:
-    """Yield the whole of an image of `SMALL` pixels, then its crops."""
-    yield 0, 0, SMALL, SMALL
-    for margin, across, down in product(MARGINS, PLACES, PLACES):
-        left, top, lost = across * margin * SMALL, down * margin * SMALL, margin * SMALL
-        yield left, top, SMALL - lost + left, SMALL - lost + top
 
 
 def _connected(count: int, links: Sequence[Sequence[int]]) -> list[list[int]]:

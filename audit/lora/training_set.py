@@ -8,8 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ...shared.files.images import read_image
-from ...shared.files.prompts import IMAGE_SUFFIXES, METADATA, PromptError, caption_of, read_table
+from ...shared.files.images import is_turned, read_image
+from ...shared.files.leftovers import without_leftovers
+from ...shared.files.prompts import (
+    IMAGE_SUFFIXES,
+    MARKS,
+    METADATA,
+    PromptError,
+    caption_of,
+    caption_text,
+    read_table,
+)
 from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some, visible
 from .header import Header
@@ -101,6 +110,7 @@ def read_training_set(
                 f"The folder teaches {len(layout.concepts)} things: {name_some(layout.concepts)}. "
                 f"Only {trigger!r} is used as a prompt of its own; name another with --trigger."
             )
+    images, controls = (_named(group, trigger) for group in (images, controls))
     words = instance_prompt or trigger
     images, more = _captioned(images, words, instance_prompt=bool(instance_prompt))
     controls, _ = _captioned(controls, words, instance_prompt=False)
@@ -113,6 +123,26 @@ def read_training_set(
         held_out_folder=held_out,
         warnings=tuple(warnings),
     )
+
+
+def _named(images: Sequence[TrainingImage], trigger: str) -> list[TrainingImage]:
+    """Return the images with the trigger where ai-toolkit puts it into captions.
+
+    Raises:
+        PromptError: Captions have a mark for it, and it is not known.
+    """
+    marked = [image.name for image in images if any(mark in image.caption for mark in MARKS)]
+    if marked and not trigger:
+        have = counted(len(marked), "caption has", "captions have")
+        raise PromptError(
+            f"{have} {MARKS[0]} or {MARKS[1]}, in whose place ai-toolkit trains its trigger_word: "
+            f"{name_some(marked)}. Name that word with --trigger; where there was none, take the "
+            "marks out of copies of the captions."
+        )
+    pattern = re.compile("|".join(map(re.escape, MARKS)))
+    return [
+        replace(image, caption=pattern.sub(lambda _: trigger, image.caption)) for image in images
+    ]
 
 
 def _captioned(
@@ -141,11 +171,13 @@ def _existing(folder: Path) -> Path:
 def read_layout(folder: Path, header: Header, *, without: Path | None = None) -> Layout:
     """Return the image files that a trainer reads in a folder, leaving out a folder below it."""
     files = [path for path in _files(folder) if without is None or without not in path.parents]
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if tables := [path for path in files if path.name in METADATA]:
-        return _from_tables(folder, tables, images)
+    read = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES or p.name in METADATA]
+    read, warnings = without_leftovers(read, folder)
+    images = [path for path in read if path.name not in METADATA]
+    if tables := [path for path in read if path.name in METADATA]:
+        layout = _from_tables(folder, tables, images)
+        return replace(layout, warnings=[*warnings, *layout.warnings])
     learnt = [path for path in images if not _regularises(path, folder, header)]
-    warnings = []
     if count := len(images) - len(learnt):
         warnings.append(
             f"{counted(count, 'regularisation image is', 'regularisation images are')} left out: "
@@ -230,7 +262,7 @@ def _from_tables(folder: Path, tables: Sequence[Path], images: Sequence[Path]) -
 
 def _open_all(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage], list[str]]:
     """Return the images that can be read, by name, and warnings about the others."""
-    images, nameless, broken = [], [], []
+    images, nameless, broken, turned, longer = [], [], [], [], []
     named = {one.path.relative_to(folder).as_posix(): one for one in shown}
     for name, one in sorted(named.items()):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -241,6 +273,11 @@ def _open_all(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage]
         except ValueError:
             broken.append(name)
             continue
+        if is_turned(one.path):
+            turned.append(name)
+        first, *further = (caption_text(one.path) or "").splitlines() or [""]
+        if one.caption == first and any(line.strip() for line in further):
+            longer.append(name)
         images.append(TrainingImage(name=name, sha256=file_sha256(one.path), caption=one.caption,
                                     repeats=one.repeats, size=size))  # fmt: skip
     faults = {
@@ -248,6 +285,13 @@ def _open_all(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage]
          "files are left out, since they are not whole images"): broken,
         ("file is left out, since its name is not Unicode",
          "files are left out, since their names are not Unicode"): nameless,
+        ("image is compared upright, as its camera noted: trained as it is stored (sd-scripts), a "
+         "copy would lie on its side and not be found",
+         "images are compared upright, as their cameras noted: trained as they are stored "
+         "(sd-scripts), copies would lie on their side and not be found"): turned,
+        ("caption file has further lines, which sd-scripts does not read and nothing asks for",
+         "caption files have further lines, which sd-scripts does not read and nothing asks for"):
+            longer,
     }  # fmt: skip
     return images, [f"{counted(len(names), *fault)}: {name_some(names, NAMES)}."
                     for fault, names in faults.items() if names]  # fmt: skip
@@ -298,10 +342,18 @@ def find_trigger(captions: Sequence[str], concepts: Mapping[str, int], header: H
     captions read; then the name of kohya's folder ``10_name class``, of which the last word is the
     class. Of several concepts the one that is shown most.
     """
-    if tag := _tag_in_all(header) or _first_tag(captions):
+    if tag := _sole_tag(header) or _tag_in_all(header) or _first_tag(captions):
         return tag
     words = max(concepts, key=lambda name: concepts[name], default="").split()
     return " ".join(words[:-1] or words)
+
+
+def _sole_tag(header: Header) -> str:
+    """Return the trigger that ai-toolkit writes as the only tag, once, of a folder of its name."""
+    if len(header.learnt_tags) != 1:
+        return ""
+    (folder, counts), *_ = header.learnt_tags.items()
+    return next((tag for tag in counts if dict(counts) == {tag: 1} and folder == f"1_{tag}"), "")
 
 
 def _tag_in_all(header: Header) -> str:
@@ -318,4 +370,5 @@ def _first_tag(captions: Sequence[str]) -> str:
     parts = [[part.strip() for part in caption.split(",")] for caption in captions]
     if len(set(captions)) < 2:
         return ""
-    return next((tag for tag in parts[0] if tag and all(tag in other for other in parts)), "")
+    return next((tag for tag in parts[0] if tag and not any(mark in tag for mark in MARKS)
+                 and all(tag in other for other in parts)), "")  # fmt: skip

@@ -16,6 +16,8 @@ class AuditConfig:
     model: str = demo.NAME
     """Diffusers folder, single-file .safetensors checkpoint, hub id, `demo` or `demo-flow`."""
     lora: Path | None = None
+    strength: float = 1.0
+    """Of the LoRA, as it will be used; 1 is as it was trained."""
     revision: str | None = None
     """Of a hub id."""
     model_config: Path | None = None
@@ -56,7 +58,11 @@ class AuditConfig:
     """Sampling steps of an image."""
     device: str | None = None
     dtype: str | None = None
-    """float32, float16 or bfloat16; None: float32 on a processor, float16 on a GPU."""
+    """float32, float16 or bfloat16; None: float32 on a processor, on a GPU as the family needs."""
+    offload: str | None = None
+    """model, sequential or group: weights rest in memory and come to the GPU while they compute."""
+    quantize: str | None = None
+    """nf4, int8 or float8: the network's weights have so few bits."""
 
     def __post_init__(self) -> None:
         if not 0 < self.false_positive_rate < 1:

@@ -183,7 +183,7 @@ def _trial(
     after = [image.score_after for image in guarded if image.score_after is not None]
     return Trial(
         method=method, acted=any(image.fired for image in guarded), seconds=seconds,
-        change=guarded[0].change if guarded else "",
+        change="; ".join(dict.fromkeys(image.change for image in guarded if image.change)),
         score_after=statistics.mean(after) if after else None,
         images=tuple(GeneratedImage(path=path, seed=seed, nearest=None)
                      for seed, path in paths.items()),

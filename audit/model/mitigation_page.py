@@ -70,10 +70,15 @@ def _methods(result: MitigationResult) -> list[dict[str, Any]]:
 def method_rows(result: MitigationResult) -> list[list[str]]:
     """Return the rows that the command prints, one a method."""
     prompts, rows = len(result.entries), []
-    for row in _methods(result):
+    threshold = result.calibration.judge.threshold
+    for way, row in enumerate(_methods(result)):
+        after = [entry.trials[way].score_after for entry in result.entries]
+        scored = [score for score in after if score is not None]
+        above = sum(score > threshold for score in scored)
         acted = MISSING if row["name"] == UNMITIGATED else f"{row['acted_on']} of {prompts}"
         copies = f"{row['copies']['hits']} of {row['copies']['n']}" if row["copies"] else MISSING
-        rows.append([row["title"], acted, copies, number(row["time"])])
+        still = f"{above} of {len(scored)}" if scored else MISSING
+        rows.append([row["title"], acted, still, copies, number(row["time"])])
     return rows
 
 

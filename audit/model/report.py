@@ -31,7 +31,7 @@ RUN, RUNS = 12, 24
 """Words in a row, and such rows, that are shown of how two prompts differ."""
 OPTIONS = (
     "score", "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
-    "generation_steps", "revision", "resolution", "dtype",
+    "generation_steps", "revision", "resolution", "dtype", "quantize",
 )  # fmt: skip
 """Settings that are options of the same name."""
 

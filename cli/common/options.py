@@ -39,6 +39,9 @@ Prompts = Annotated[
 ]
 Texts = Annotated[Optional[list[str]], typer.Option("--prompt", help="One prompt; repeatable.")]  # noqa: UP045
 Lora = Annotated[Optional[Path], typer.Option(help="LoRA file: kohya, PEFT or diffusers.")]  # noqa: UP045
+Strength = Annotated[
+    float, typer.Option(help="Of the LoRA, as it will be used; 1 is as it was trained.")
+]
 Controls = Annotated[
     str,
     typer.Option(help="Ordinary prompts: photographs, art, demo, or a file. Default: demo for "
@@ -80,8 +83,21 @@ OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if any.")]  # noqa: UP045
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="float32, float16, bfloat16. Default: float32 on a CPU, float16 on a GPU."),
+    typer.Option(
+        help="float32, float16, bfloat16. Default: float32 on a CPU; on a GPU float16, and "
+        "bfloat16 for models that overflow in it."
+    ),
 ]
+Offload = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="For models larger than the GPU, weights rest on the CPU: model brings one "
+                 "part at a time, group a layer and meanwhile the next, sequential a layer."),
+]  # fmt: skip
+Quantize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Weights of few bits: nf4 (bitsandbytes), int8 or float8 (torchao). Scores "
+                 "are those of another model."),
+]  # fmt: skip
 Batch = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--batch-size", min=1, help="Rows of one forward pass. Default: automatic."),
@@ -113,11 +129,14 @@ class ModelOptions:
 
     model: Model = AuditConfig.model
     lora: Lora = None
+    strength: Strength = AuditConfig.strength
     revision: Revision = None
     model_config: ModelConfig = None
     resolution: Resolution = None
     device: Device = None
     dtype: Dtype = None
+    offload: Offload = None
+    quantize: Quantize = None
 
     @property
     def subject(self) -> "Subject":

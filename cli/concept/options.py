@@ -15,6 +15,8 @@ from ..common.options import (
     Model,
     ModelConfig,
     ModelOptions,
+    Offload,
+    Quantize,
     Revision,
 )
 
@@ -42,13 +44,15 @@ class ConceptOptions(AnswerOptions):
     model_config: ModelConfig = None
     device: Device = None
     dtype: Dtype = None
+    offload: Offload = None
+    quantize: Quantize = None
 
     @property
     def denoiser(self) -> "PipelineDenoiser":
         """The model, loaded."""
         return ModelOptions(
             model=self.model, revision=self.revision, model_config=self.model_config,
-            device=self.device, dtype=self.dtype,
+            device=self.device, dtype=self.dtype, offload=self.offload, quantize=self.quantize,
         ).subject.denoiser  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
+from ...shared.arrays import normal_view
+
 
 @contextmanager
 def differentiable(network: torch.nn.Module, *, in_place: bool) -> Iterator[None]:
@@ -35,7 +37,7 @@ def differentiable(network: torch.nn.Module, *, in_place: bool) -> Iterator[None
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():
                         undo.callback(tensors.__setitem__, name, tensor)
-                        tensors[name] = _normal_view(tensor)
+                        tensors[name] = normal_view(tensor)
         if in_place:
             # Around forward and backward: checkpointing or hooks alone give silently wrong
             # gradients.
@@ -63,15 +65,3 @@ def normal(value: object) -> object:
     if isinstance(value, list):
         return [normal(part) for part in value]
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _normal_view(tensor: Tensor) -> Tensor:
-    """Return a normal tensor over the memory of an inference tensor, a parameter if that was one.
-
-    Detaching or wrapping would give an inference tensor again.
-    """
-    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(view, requires_grad=False)
-    return view

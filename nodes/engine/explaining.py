@@ -80,8 +80,8 @@ def explain_prompt(
         negative: CONDITIONING that scores are measured against.
         latent: LATENT of the size to measure at.
         config: What to measure.
-        method: "leave_out", which leaves every word out, or "encoder_gradient"; ComfyUI's text
-            encoders cannot be differentiated.
+        method: "leave_out", which leaves every word out, or "encoder_gradient"; ComfyUI has
+            text encoder and network in memory one after the other.
         most: How many of the strongest words are left out in turn after "encoder_gradient".
         edit: Edits of the text, one a line, as `parse_edits` takes them.
         further: Entries of a CONDITIONING that is averaged with the text.

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..dependencies import require
+from ..wording import counted
+from .leftovers import without_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,9 @@ COLUMNS = ("prompt", "caption", "text", "Prompt", "Caption", "Text", "TEXT")
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+HALVES = re.compile("[\ud800-\udfff]")
+MARKS = ("[trigger]", "[name]")
+"""What stands in captions for the trigger word, which ai-toolkit puts in its place."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -73,6 +78,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         ".txt": _read_txt, ".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl, ".parquet": _read_parquet,
     }  # fmt: skip
+    if not path.is_dir() and not path.is_file():
+        raise PromptError(f"{path} is no regular file: it would be waited for. Give a file.")
     reader = _read_folder if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise PromptError(
@@ -146,9 +153,22 @@ def _read_csv(path: Path) -> Iterator[Prompt]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        yield from _from_rows(path, rows, lambda index: rows.line_num)
+        yield from _from_rows(path, _whole(path, rows), lambda index: rows.line_num)
     except csv.Error as error:
         raise PromptError(f"{path} is not a valid table: {error}.") from error
+
+
+def _whole(path: Path, rows: csv.DictReader) -> Iterator[dict[str, str]]:
+    """Yield rows, refusing those with more fields than the header: a prompt's own commas."""
+    for row in rows:
+        if None in row:
+            header = len(rows.fieldnames or ())
+            raise PromptError(
+                f"{path.name}: row {rows.line_num} has {header + len(row[None])} fields, the "
+                f"header {header}. Put text with a comma in double quotes, or write one prompt a "
+                "line into a .txt file."
+            )
+        yield row
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
@@ -188,7 +208,7 @@ def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> I
     for index, row in enumerate(rows):
         where = f"{path.name}:{line(index)}"
         if isinstance(row, str):
-            yield Prompt(text=row, source=where)
+            yield Prompt(text=_paired(row), source=where)
             continue
         names = list(row) if isinstance(row, dict) else []
         column = next((name for name in COLUMNS if name in names), None)
@@ -199,15 +219,19 @@ def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> I
         value = row[column]
         if value is not None and not isinstance(value, str):
             raise PromptError(f"{where}: {column!r} holds {type(value).__name__}, expected text.")
-        # JSON can spell half a character, which no tokenizer takes.
-        value = re.sub("[\ud800-\udfff]", "\ufffd", value or "")
         file = next((row[name] for name in FILE_COLUMNS if isinstance(row.get(name), str)), None)
-        yield Prompt(text=value, source=where, image=_inside(path.parent, file))
+        text = _paired(value or "")
+        yield Prompt(text=text, source=where, image=_inside(path.parent, file))
+
+
+def _paired(text: str) -> str:
+    """Return a text without halves of characters, which JSON can spell and no tokenizer takes."""
+    return HALVES.sub("\ufffd", text)
 
 
 def _inside(folder: Path, name: str | None) -> Path | None:
     """Return the named file when it exists below `folder`; tables may name anything."""
-    if not name or "\0" in name:
+    if not name or "\0" in name or HALVES.search(name):
         return None
     image = folder / name
     below = folder.resolve() in image.resolve().parents
@@ -216,7 +240,11 @@ def _inside(folder: Path, name: str | None) -> Path | None:
 
 def _read_folder(folder: Path) -> Iterator[Prompt]:
     """Yield the captions of a training folder: kohya sidecars, or a diffusers metadata table."""
-    tables = sorted(path for name in METADATA for path in folder.rglob(name))
+    tables, left = without_leftovers(
+        sorted(path for name in METADATA for path in folder.rglob(name)), folder
+    )
+    for sentence in left:
+        logger.warning("%s", sentence)
     for table in tables:
         for prompt in read_table(table):
             yield replace(prompt, source=f"{table.relative_to(folder).as_posix()}"
@@ -227,14 +255,27 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     if not images:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
+    marked = 0
     for image in images:
         caption = caption_of(image)
+        marked += any(mark in caption for mark in MARKS)
         yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
+    if marked:
+        have = counted(marked, "caption has", "captions have")
+        logger.warning("%s %s or %s and are taken as they stand: a trainer puts its trigger word "
+                       "there.", have, *MARKS)  # fmt: skip
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return what is named as an image file below a folder, in order; nothing is opened."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Return what a training reads as an image below a folder, in order; nothing is opened.
+
+    What else is named as an image is logged as a warning.
+    """
+    named = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images, left = without_leftovers(named, folder)
+    for sentence in left:
+        logger.warning("%s", sentence)
+    return images
 
 
 def read_table(path: Path) -> Iterator[Prompt]:
@@ -248,15 +289,29 @@ def read_table(path: Path) -> Iterator[Prompt]:
 
 
 def caption_of(image: Path) -> str:
-    """Return what kohya's scripts train an image on: the file beside it, or its folder's name.
+    """Return what an image is trained on: the file beside it, or its folder's name.
+
+    Of several lines the first, as kohya's scripts read them; all where `MARKS` show that
+    ai-toolkit does, which reads the whole file.
 
     Raises:
         PromptError: The file beside it is not UTF-8.
     """
-    sidecar = next(
-        (s for suffix in CAPTION_SUFFIXES if (s := image.with_suffix(suffix)).is_file()), None
-    )
-    if sidecar:
-        return (_lines(_text(sidecar)) or [""])[0]
-    number, _, name = image.parent.name.partition("_")
-    return name if number.isdecimal() else ""
+    text = caption_text(image)
+    if text is None:
+        number, _, name = image.parent.name.partition("_")
+        return name if number.isdecimal() else ""
+    if any(mark in text for mark in MARKS):
+        return text.strip()
+    return (_lines(text) or [""])[0]
+
+
+def caption_text(image: Path) -> str | None:
+    """Return the whole caption file beside an image, None where there is none.
+
+    Raises:
+        PromptError: It is not UTF-8.
+    """
+    sidecars = (image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+    sidecar = next((path for path in sidecars if path.is_file()), None)
+    return None if sidecar is None else _text(sidecar)

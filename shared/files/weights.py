@@ -1,8 +1,11 @@
 """Weight files read as data: never unpickled, whole or refused, nothing random in them."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,14 @@ from torch import Tensor
 from ..wording import counted, name_some
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+QUANTIZED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale|comfy_quant"
+    r"|(weight\.)?(absmax|quant_map|quant_state\..*|nested_.*)|SCB|qweight|qzeros|wscales)$"
+)
+"""Keys that quantized weights bring along, of ComfyUI, bitsandbytes, GPTQ and Nunchaku."""
+NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""Types of safetensors that hold one real number a value; the others are read as bookkeeping."""
+COUNTS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 class ModelError(ValueError):
@@ -70,10 +81,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    read_header(path)
+    refuse_quantized(path, read_header(path))
     tensors = load_file(path)
+    # Few operations know 8-bit numbers; float32 holds each of them exactly.
+    tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
     check_finite(tensors, str(path))
     return tensors
+
+
+def refuse_quantized(path: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise ModelError for weights that are codes, which mean nothing without their scales."""
+    codes = [
+        name for name, (dtype, shape) in header.items()
+        if QUANTIZED.search(name)
+        or dtype not in (*NUMBERS, *COUNTS)
+        or (dtype in COUNTS and len(shape) > 1 and not name.endswith("position_ids"))
+    ]  # fmt: skip
+    if codes:
+        dtypes = {header[name][0] for name in codes}
+        raise ModelError(
+            f"{path} is quantized ({counted(len(codes), 'key', 'keys')} such as "
+            f"{name_some(codes, 2)}, of {', '.join(sorted(dtypes))}), which is not read. Give the "
+            "same weights in fp32, bf16, fp16, or plain fp8."
+        )
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Return what a text in JSON holds.
+
+    Raises:
+        ModelError: It is no JSON; names `where` it stands.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{where} cannot be read as JSON ({error}); expected an object in braces. Copy the "
+            "file again."
+        ) from error
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -81,7 +126,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     bad = [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if tensor.is_floating_point() and not torch.isfinite(_wide(tensor)).all()
     ]
     if bad:
         dtypes = {str(tensors[name].dtype).removeprefix("torch.") for name in bad}
@@ -90,6 +135,11 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             f"{', '.join(sorted(dtypes))}): {name_some(bad)}. The training has diverged, the file "
             "is damaged, or the values do not fit this precision; try --dtype float32."
         )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor that torch can compute with: 8-bit numbers as float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def sha256_of(files: Iterable[Path], root: Path) -> str:

@@ -20,6 +20,8 @@ from .optimisation import (
     gradients,
 )
 
+UNMOVED = "nothing: the magnitude at the image's own noise is at the target already"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptimisation(Method):
@@ -88,4 +90,6 @@ class EmbeddingOptimisation(Method):
                 batch_size=self.batch_size,
             )
             embeddings = torch.cat([cond.embeddings[:, :1], best.rows.to(dtype)], dim=1)
-        return Optimised(best, cond=replace(cond, embeddings=embeddings))
+        moved = (embeddings != cond.embeddings).flatten(1).any(1).tolist()
+        changes = tuple("the embedding" if each else UNMOVED for each in moved)
+        return Optimised(best, cond=replace(cond, embeddings=embeddings), changes=changes)

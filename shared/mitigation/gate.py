@@ -219,9 +219,13 @@ def _normal(tensor: Tensor) -> Tensor:
 def content_of(cond: Conditioning, row: int) -> bytes:
     """Return what tells one row's values from another's."""
     digest = hashlib.sha256()
-    for tensor in (cond.embeddings, cond.pooled):
+    whole = [cond.embeddings, cond.pooled]
+    own = [tensor[row] for tensor in whole if tensor is not None]
+    for value in cond.others[row].values() if cond.others else ():
+        own += value if isinstance(value, list) else [value]
+    for tensor in own:
         if tensor is not None:
-            values = tensor[row].detach().cpu().contiguous()
+            values = tensor.detach().cpu().contiguous()
             digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.view(torch.uint8).numpy())
     return digest.digest()

@@ -42,6 +42,8 @@ class Start:
     """Where the calibration scores prompts; None where it does so by magnitudes."""
     score: Callable[[Conditioning], Sequence[float] | None] | None = None
     """Of rows, as the gate scores them; None without a calibration."""
+    any_length: bool = False
+    """Text of another number of tokens fits into the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,9 +35,10 @@ class Optimised(Mitigation):
     """A change of the start that a descent found; one row per image."""
 
     def __init__(
-        self, descent: Descent, *, cond: Conditioning | None = None, x: Tensor | None = None
-    ):
-        super().__init__(cond=cond, x=x)
+        self, descent: Descent, *, cond: Conditioning | None = None, x: Tensor | None = None,
+        changes: tuple[str, ...] = (),
+    ):  # fmt: skip
+        super().__init__(cond=cond, x=x, changes=changes)
         self.before, self.after = descent.before, descent.after
         self.iterations = descent.iterations
 

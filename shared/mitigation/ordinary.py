@@ -23,6 +23,8 @@ from .gate import ScoredNoises, content_of
 from .method import Method, Mitigation, Start
 from .optimisation import check_descent, gradients
 
+UNMOVED = "nothing: no change was found that lowers the residual"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OrdinaryEmbedding(Method):
@@ -80,7 +82,9 @@ class OrdinaryEmbedding(Method):
         moved = concatenate(rows)
         return Mitigation(
             cond=replace(cond, embeddings=moved.embeddings, pooled=moved.pooled),
-            changes=tuple(f"the embedding in {counted(n, 'step', 'steps')}" for n in steps),
+            changes=tuple(
+                f"the embedding in {counted(n, 'step', 'steps')}" if n else UNMOVED for n in steps
+            ),
         )
 
 

@@ -1,8 +1,9 @@
 """One word of the prompt left out, where one word does it; the embedding moved where none does.
 
-Which words matter is measured by leaving them out: the change of the prediction, |D - D'|, ranks
-them as the image follows them. The prompt stays as it was but for that word, and what is sampled is
-again a prompt that anybody can read and type.
+Of the words without which the prompt scores at or below the threshold, that one goes which changes
+least of what the prompt asks for otherwise: of what it adds inside of what control prompts add. The
+prompt stays as it was but for that word, and what is sampled is again a prompt that anybody can
+read and type.
 """
 
 from collections.abc import Sequence
@@ -11,34 +12,40 @@ from typing import ClassVar
 
 import torch
 
+from ..arrays import Float, Tensor
 from ..score.config import DetectionConfig
 from ..score.denoiser import Conditioning, concatenate
+from ..score.metrics import text_noise
+from ..score.trajectory import automatic_rows
 from ..wording import bare
-from ..words.leaving_out import Occlusion, leave_out
+from ..words.leaving_out import leave_out
 from ..words.phrases import is_function_word, without_words
 from .embedding import EmbeddingOptimisation
+from .gate import ScoredNoises
 from .method import Method, Mitigation, Start
 from .ordinary import OrdinaryEmbedding
 
 BY_RESIDUAL = OrdinaryEmbedding()
 BY_MAGNITUDE = EmbeddingOptimisation()
-UNMOVED = "nothing: no word does it, and the run's own magnitude is at the target already"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reword(Method):
-    """Leave out the word that moves the prediction most, if the prompt then scores as usual.
+    """Leave out the word that changes least, of those without which the prompt scores as usual.
 
-    What remains is a phrase (`without_words`). Where no single word brings the score to the
-    calibration's threshold or below, and where the host has embeddings instead of prompts, the
-    embedding is optimised: by the residual where the calibration judges by it, else by the
-    magnitude.
+    What remains is a phrase (`without_words`). Change is measured inside the controls' subspace, at
+    the score's own noises and told levels; where the calibration judges by magnitudes there is no
+    subspace, and that word goes without which the magnitude stays highest. Where no single word
+    brings the score to the threshold or below, and where the host has embeddings instead of
+    prompts, the embedding is optimised: by the residual where the calibration judges by it, else by
+    the magnitude.
     """
 
     name: ClassVar[str] = "reword"
 
-    tried: int = 3
-    """Words that are left out in turn, strongest first, at least 0."""
+    tried: int = 24
+    """Words that are left out, one at a time, at least 0: of a prompt that has more, those whose
+    removal moves the prediction most."""
     otherwise: Method = BY_RESIDUAL
     """What acts where no word does it and the calibration judges by the residual."""
 
@@ -49,7 +56,8 @@ class Reword(Method):
     def start(self, start: Start) -> Mitigation:
         """Return the conditioning of shorter prompts and moved embeddings.
 
-        A prompt costs one row per word, and one per seed of the calibration for each that is tried.
+        A prompt costs one row per word and seed of the calibration, and as many again for each of
+        several words that would do.
 
         Raises:
             ValueError: There is no calibration.
@@ -61,40 +69,85 @@ class Reword(Method):
         conds, changes = [start.cond[[row]] for row in range(len(shorter))], [""] * len(shorter)
         for row, without in enumerate(shorter):
             if without is not None:
-                conds[row] = _like(start.denoiser.encode([without.prompt]), conds[row])
+                conds[row] = _like(without.cond, conds[row])
                 changes[row] = f"without “{bare(without.word)}”: “{without.prompt}”"
         if left:
             method = BY_MAGNITUDE if start.noises is None else self.otherwise
             other = method.start(_only(start, left))
             for place, row in enumerate(left):
                 if other.cond is not None:
-                    before, conds[row] = conds[row].embeddings, other.cond[[place]]
-                    moved = not torch.equal(conds[row].embeddings, before)
-                    changes[row] = "the embedding" if moved else UNMOVED
+                    conds[row] = other.cond[[place]]
                 if other.changes:
                     changes[row] = other.changes[place]
         return Mitigation(cond=concatenate(conds), changes=tuple(changes))
 
-    def _reworded(self, start: Start, prompt: str) -> Occlusion | None:
-        """Return the strongest word without which the score is down, None if there is none."""
+    def _reworded(self, start: Start, prompt: str) -> "_Shorter | None":
+        """Return the prompt without one word whose score is down, None if there is none."""
         if start.score is None or start.calibration is None:
             return None
+        found = self._shorter(start, prompt)
+        if not found:
+            return None
+        fits = found[0].cond.embeddings.shape[1:] == start.cond.embeddings.shape[1:]
+        if not (fits or start.any_length):
+            return None  # the host encodes to another length: it has no place for these
+        scores = start.score(concatenate([each.cond for each in found]))
+        assert scores is not None  # there is a calibration
+        threshold = start.calibration.judge.threshold
+        down = [(score, each) for score, each in zip(scores, found, strict=True)
+                if score <= threshold]  # fmt: skip
+        if not down:
+            return None
+        if start.noises is None or len(down) == 1:
+            return max(down, key=lambda pair: pair[0])[1]
+        every = [start.denoiser.encode([prompt]), *(each.cond for _, each in down)]
+        inside = _inside(start.noises, concatenate(every))
+        changes = torch.linalg.vector_norm(inside[1:] - inside[0], dim=2)
+        in_medians = changes / start.noises.basis.median.exp().to(changes)
+        return down[int(in_medians.mean(1).argmin())][1]
+
+    def _shorter(self, start: Start, prompt: str) -> "list[_Shorter]":
+        """Return the prompt without each of its words of content, in the order of the words."""
         words = start.denoiser.encode([prompt]).words[0]
-        shorter = {
-            index: without_words(prompt, words, {index})
-            for index, word in enumerate(words)
+        texts = {
+            index: text for index, word in enumerate(words)
             if not is_function_word(word)
-        }
-        shorter = {index: text for index, text in shorter.items() if text.strip()}
-        config = DetectionConfig(seeds=tuple(start.calibration.settings["seeds"][:1]))
-        for left_out in leave_out(start.denoiser, prompt, words, shorter, config)[: self.tried]:
-            cond = start.denoiser.encode([left_out.prompt])
-            if cond.embeddings.shape[1:] != start.cond.embeddings.shape[1:]:
-                return None  # the host encodes to another length: it has no place for these
-            scores = start.score(cond)
-            if scores is not None and scores[0] <= start.calibration.judge.threshold:
-                return left_out
-        return None
+            and (text := without_words(prompt, words, {index})).strip()
+        }  # fmt: skip
+        if len(texts) > self.tried:
+            seeds = tuple(start.calibration.settings["seeds"][:1]) if start.calibration else (0,)
+            ranked = leave_out(start.denoiser, prompt, words, texts, DetectionConfig(seeds=seeds))
+            kept = {each.index for each in ranked[: self.tried]}
+            texts = {index: text for index, text in texts.items() if index in kept}
+        if not texts:
+            return []
+        cond = start.denoiser.encode([*texts.values()])
+        return [
+            _Shorter(word=words[index], prompt=text, cond=cond[[place]])
+            for place, (index, text) in enumerate(texts.items())
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Shorter:
+    """A prompt without one of its words."""
+
+    word: str
+    prompt: str
+    cond: Conditioning
+
+
+@torch.no_grad()
+def _inside(noises: ScoredNoises, cond: Conditioning) -> Float[Tensor, "prompt seed element"]:
+    """Return what each prompt adds inside of what control prompts add."""
+    size, parts = automatic_rows(noises.denoiser), []
+    for seed, sigma in enumerate(noises.sigmas):
+        for rows in torch.arange(len(cond)).split(size):
+            seeds = [seed] * len(rows)
+            x0 = noises.denoiser.denoise(noises.x[seeds], sigma, cond[rows.tolist()])
+            added = text_noise(noises.x0_uncond[seeds], x0, sigma).flatten(1)
+            parts.append(added - noises.basis.outside(added, seeds))
+    return torch.cat(parts).view(len(noises.sigmas), len(cond), -1).transpose(0, 1)
 
 
 def _only(start: Start, rows: Sequence[int]) -> Start:
@@ -114,4 +167,7 @@ def _like(cond: Conditioning, other: Conditioning) -> Conditioning:
     pooled = cond.pooled
     if pooled is not None and other.pooled is not None:
         pooled = pooled.to(other.pooled)
-    return Conditioning(embeddings=cond.embeddings.detach().to(other.embeddings), pooled=pooled)
+    return Conditioning(
+        embeddings=cond.embeddings.detach().to(other.embeddings), pooled=pooled,
+        lengths=cond.lengths, others=cond.others,
+    )  # fmt: skip

@@ -1,7 +1,9 @@
 """Any supported diffusers text-to-image pipeline as a `Denoiser`."""
 
 import hashlib
+import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -15,9 +17,11 @@ from ..arrays import Float
 from ..score.denoiser import Conditioning, TextInputs, Token
 from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
+from .checks import check_frames
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
-from .lora.files import CARRIERS
+from .lora.names import CARRIERS
+from .offload import moving_weights, put_away, weights_of
 from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
@@ -32,10 +36,12 @@ DISTILLED = (
     "extra pass, and scores are on another scale than those of guided models. Calibrate on this "
     "model."
 )
+SHORTEST = 256
+"""Tokens that any of the encoders reads whose pipelines do not say how many."""
 
 
 class PipelineDenoiser:
-    """SD 1/2, SDXL, SD3 and Flux pipelines, with whatever LoRA is loaded, as a `Denoiser`.
+    """A text-to-image pipeline, with whatever LoRA is loaded, as a `Denoiser`.
 
     The pipeline stays the user's: nothing of it is changed. Its scheduler is only read.
     """
@@ -45,6 +51,7 @@ class PipelineDenoiser:
         pipeline: Any,
         *,
         resolution: int | tuple[int, int] | None = None,
+        frames: int | None = None,
         weights: Callable[[], str] | None = None,
     ):
         """Wrap a pipeline.
@@ -53,18 +60,27 @@ class PipelineDenoiser:
             pipeline: A diffusers text-to-image pipeline, on its device and in its dtype.
             resolution: Side of the images in pixels, or height and width; None for what the model
                 was made for.
+            frames: Of a video, None for as many as the pipeline makes by itself; images have none.
             weights: Returns the sha256 of the files that the pipeline was loaded from; None for a
                 pipeline that is known from memory alone.
         """
         self.pipeline, self._weights = pipeline, weights
-        self.family = family_of(pipeline)(pipeline, resolution)
+        self.family = family_of(pipeline)(pipeline, resolution, frames)
         self.schedule = self.family.schedule()
         self.parametrization = self.family.parametrization()
-        self.latent_shape = self.family.latent_shape
         self.guidance_distilled = self.family.guidance_distilled
         self.caveats: tuple[str, ...] = (DISTILLED,) if self.guidance_distilled else ()
         for caveat in self.caveats:
             log.warning(caveat)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one latent; frames after the channels for video."""
+        shape = self.family.latent_shape
+        if len(shape) == 4:
+            ratio = self.family.frames_per_latent
+            check_frames(shape, self.dtype, str(self.device), ratio)
+        return shape
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +105,7 @@ class PipelineDenoiser:
         total = hashlib.sha256()
         for name in CARRIERS:
             if (part := getattr(self.pipeline, name, None)) is not None:
-                for key, tensor in sorted(part.state_dict().items()):
+                for key, tensor in sorted(weights_of(part).items()):
                     total.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
                     values = tensor.detach().cpu().contiguous().flatten()
                     total.update(values.view(torch.uint8).numpy())
@@ -109,9 +125,11 @@ class PipelineDenoiser:
         """Return the prompts as the network reads them, one row a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-        with quiet():  # what is cut is logged below, once and as data
-            embeddings, pooled = self.family.encode(prompts)
-            readings = [self._read(prompt, embeddings.shape[1]) for prompt in prompts]
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline):  # what is cut is logged below, once
+            cond = self.family.encode(prompts)
+            readings = [self._read(prompt, cond.embeddings.shape[1]) for prompt in prompts]
+        put_away(self.pipeline)
         words = tuple(split_words(prompt) for prompt in prompts)
         cut = tuple(" ".join(w[r.first_cut :]) for w, r in zip(words, readings, strict=True))
         for prompt, end in zip(prompts, cut, strict=True):
@@ -121,18 +139,15 @@ class PipelineDenoiser:
                     "%d words are not read, from %r on.",
                     prompt[:40], len(end.split()), end[:40],
                 )  # fmt: skip
-        return Conditioning(
-            embeddings=embeddings,
-            pooled=pooled,
-            tokens=tuple(reading.tokens for reading in readings),
-            words=words,
-            cut=cut,
-        )
+        tokens = tuple(reading.tokens for reading in readings)
+        return replace(cond, tokens=tokens, words=words, cut=cut)
 
     def _read(self, prompt: str, positions: int) -> Reading:
         """Return what stands at each position, over all encoders whose tokens are joined."""
         tokens: tuple[Token, ...] = ()
         first_cut = 0
+        if not self.family.readers():
+            return Reading(tokens=(), first_cut=self._first_cut(prompt))
         for tokenizer, length in self.family.readers():
             if tokenizer is None:  # an encoder that was left out: zeros stand there
                 tokens += (Token(text="", word=None),) * (positions - len(tokens))
@@ -141,6 +156,25 @@ class PipelineDenoiser:
             tokens += reading.tokens
             first_cut = max(first_cut, reading.first_cut)  # what no encoder reads is cut
         return Reading(tokens=tokens, first_cut=first_cut)
+
+    def _first_cut(self, prompt: str) -> int:
+        """Return the first word without which, and all after it, the prompt is read the same."""
+        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+        takes = inspect.signature(type(self.pipeline).__call__).parameters
+        room = getattr(takes.get("max_sequence_length"), "default", None) or SHORTEST
+        tokenizers = [tokenizer for _, tokenizer in encoders_of(self.pipeline)]
+        counts = [len(t.tokenize(prompt)) for t in tokenizers if hasattr(t, "tokenize")]
+        if max(counts, default=0) < room / 2:  # templates take no more than the other half
+            return len(ends)
+        whole = self.family.encode([prompt])
+        first, last = 0, len(ends)
+        while first < last:
+            middle = (first + last) // 2
+            if _alike(self.family.encode([prompt[: ends[middle - 1] if middle else 0]]), whole):
+                last = middle
+            else:
+                first = middle + 1
+        return first
 
     def _read_by(self, tokenizer: Any, prompt: str, length: int) -> Reading:
         """Return what one tokenizer puts at each of `length` positions."""
@@ -151,17 +185,23 @@ class PipelineDenoiser:
     @torch.enable_grad()
     def encode_inputs(self, prompt: str) -> TextInputs:
         """Return a prompt with the graph from the text encoders' input embeddings."""
+        if not self.family.readers():
+            raise ValueError(
+                f"{type(self.pipeline).__name__} puts a template around the prompt, so what its "
+                "text encoder reads cannot be told apart by words: leave words out instead."
+            )
         encoders = encoders_of(self.pipeline)
-        with quiet(), ExitStack() as hooks:
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), ExitStack() as hooks:
             seen = [hooks.enter_context(input_leaves(encoder)) for encoder, _ in encoders]
-            embeddings, pooled = self.family.encode([prompt])
+            cond = self.family.encode([prompt])
             tokenizers = [tokenizer for _, tokenizer in encoders]
             found = [(leaf, tokenizer) for leaves, tokenizer in zip(seen, tokenizers, strict=True)
                      for leaf in leaves]  # fmt: skip
             readings = [self._read_by(tokenizer, prompt, leaf.shape[1])
                         for leaf, tokenizer in found]  # fmt: skip
         return TextInputs(
-            cond=Conditioning(embeddings=embeddings, pooled=pooled),
+            cond=cond,
             leaves=tuple(leaf for leaf, _ in found),
             tokens=tuple(reading.tokens for reading in readings),
         )
@@ -170,13 +210,14 @@ class PipelineDenoiser:
     def unconditional(self) -> Conditioning:
         """Return the single row guidance moves away from: the empty prompt, or zeros."""
         empty = self.encode([""])
-        if not self.family.zero_unconditional:
-            return empty
-        return replace(
-            empty,
-            embeddings=torch.zeros_like(empty.embeddings),
-            pooled=None if empty.pooled is None else torch.zeros_like(empty.pooled),
-        )
+        own = self.family.unconditional()
+        if self.family.zero_unconditional:
+            own = replace(
+                own,
+                embeddings=torch.zeros_like(own.embeddings),
+                pooled=None if own.pooled is None else torch.zeros_like(own.pooled),
+            )
+        return replace(own, tokens=empty.tokens, words=empty.words, cut=empty.cut)
 
     def sigmas(self, steps: int) -> Float[Tensor, " level"]:
         """Return the noise levels of DDIM or Euler, [steps + 1], noisiest first, on the CPU."""
@@ -185,11 +226,11 @@ class PipelineDenoiser:
     def initial_noise(self, seeds: Sequence[int], sigma: Tensor) -> Float[Tensor, " seed *latent"]:
         """Return x at `sigma` as the pipeline starts from ``torch.Generator("cpu")`` of each seed.
 
-        The noise is drawn in the network's dtype, as the pipeline does, and returned in float32.
+        The noise is drawn in the dtype in which the pipeline does, and returned in float32.
         """
-        shape = (1, *self.latent_shape)
+        shape, dtype = (1, *self.latent_shape), self.family.noise_dtype
         rows = [
-            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=self.dtype)
+            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
             for seed in seeds
         ]
         noise = torch.cat(rows).float().to(self.device)
@@ -210,12 +251,18 @@ class PipelineDenoiser:
         level = float(sigma)
         scale = self.schedule.latent_scale(level)
         timestep = self.schedule.timestep(level).to(self.device)
-        output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
+        with moving_weights(self.pipeline):
+            output = self.family.predict((x / scale).to(self.dtype), timestep, cond).to(x.dtype)
         return x0_from_output(self.parametrization, x, level, output)
 
-    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Tensor:
-        """Return images [row 3 height width] in 0..1 of clean latents."""
-        return decode(self.pipeline.vae, latents)
+    def decode(self, latents: Float[Tensor, " row *latent"]) -> Tensor:
+        """Return images [row 3 height width] in 0..1 of clean latents; of video, frames."""
+        with moving_weights(self.pipeline):
+            latents = self.family.to_autoencoder(latents)
+            images = decode(self.pipeline.vae, latents, self.device)
+        put_away(self.pipeline)
+        still = images.ndim == 5 and len(self.latent_shape) == 3
+        return images.squeeze(2) if still else images
 
     def encode_images(self, images: "Sequence[Image]") -> Float[Tensor, " image *latent"]:
         """Return clean latents of images, each resized to the network's own size."""
@@ -223,9 +270,14 @@ class PipelineDenoiser:
 
         height, width = self.resolution
         pixels = [np.asarray(image.convert("RGB").resize((width, height))) for image in images]
-        return encode(
-            self.pipeline.vae, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-        )
+        rows = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        if len(self.latent_shape) == 4 or self.family.one_frame:
+            rows = rows.unsqueeze(2)
+        with moving_weights(self.pipeline):
+            latents = encode(self.pipeline.vae, rows, self.device)
+            latents = self.family.from_autoencoder(latents)
+        put_away(self.pipeline)
+        return latents
 
     @torch.no_grad()
     def generate(
@@ -247,18 +299,23 @@ class PipelineDenoiser:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if self.family.guidance_embedding is not None:
-            cond_scale = self.family.guidance_embedding
-        height, width = self.resolution
-        with quiet(), _bare(self.pipeline):
-            return self.pipeline(
-                list(prompts),
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=cond_scale,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            ).images
+        if len(self.latent_shape) == 4:
+            raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
+        arguments = {
+            "prompt": list(prompts),
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            **self.family.guided_arguments(cond_scale, len(prompts)),
+        }
+        put_away(self.pipeline)
+        with quiet(), moving_weights(self.pipeline), _bare(self.pipeline):
+            return self.pipeline(**arguments).images
+
+
+def _alike(one: Conditioning, other: Conditioning) -> bool:
+    return one.embeddings.shape == other.embeddings.shape and torch.equal(
+        one.embeddings, other.embeddings
+    )
 
 
 def _as_typed(text: str, tokenizer: Any) -> str:

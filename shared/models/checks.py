@@ -1,47 +1,71 @@
 """What is checked around the loading of a model: its files, the memory, that nothing is random."""
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from ..files.weights import PICKLES, ModelError, read_header, refuse_pickle
+from ..files.weights import PICKLES, ModelError, parse_json, read_header, refuse_pickle
 from ..wording import counted, name_some
+from .quantization import is_quantized
 
 GIB = 1024**3
 IGNORED_KEYS = re.compile(r"(^|\.)position_ids$")
 """Buffers that older files hold and newer libraries compute."""
+STEMS = ("diffusion_pytorch_model", "model")
+"""How the names of weight files begin, of diffusers and of transformers."""
 MARGIN = 1.1
 """Memory for activations and the like, relative to the weights."""
+ROW_MEMORY = 8192
+"""Bytes that a pass takes for each byte of a latent: see `trajectory.automatic_rows`."""
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of one component, shards in order.
 
-    Prefers the plain files; where only a variant ("fp16") is there, takes that.
+    Prefers the plain files; else takes the variant "fp16", else the first one that there is.
     """
-    suffix = f".{variant}" if variant else ""
-    for stem in ("diffusion_pytorch_model", "model"):
-        for end in (f".safetensors.index{suffix}.json", f"{suffix}.safetensors.index.json"):
-            index = folder / f"{stem}{end}"
-            if index.is_file():
-                shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(shards))]
-        single = folder / f"{stem}{suffix}.safetensors"
-        if single.is_file():
-            return [single]
-    if variant is None:
-        return weight_files(folder, "fp16")
+    there = {_variant(path.name) for path in folder.glob("*.safetensors*")} - {None}
+    for variant in sorted(map(str, there), key=lambda name: (name != "", name != "fp16", name)):
+        end = f".{variant}" if variant else ""
+        for stem in STEMS:
+            for index in (f".safetensors.index{end}.json", f"{end}.safetensors.index.json"):
+                if (path := folder / f"{stem}{index}").is_file():
+                    return _shards(path)
+            if (single := folder / f"{stem}{end}.safetensors").is_file():
+                return [single]
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names, in order."""
+    try:
+        shards = set(parse_json(index.read_bytes(), str(index))["weight_map"].values())
+        return [index.parent / Path(name).name for name in sorted(shards)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index} names no files ({error!r}); expected the file of each weight under "
+            "weight_map. Copy it again."
+        ) from error
 
 
 def variant_of(files: Iterable[Path]) -> str | None:
     """Return the variant that these files are, to be given to the libraries."""
-    return "fp16" if any(".fp16" in file.name for file in files) else None
+    return next((_variant(file.name) for file in files), None) or None
+
+
+def _variant(name: str) -> str | None:
+    """Return what is left of a weight file's name, as in model.fp16-00001-of-00002.safetensors.
+
+    Empty for plain weights, None for a file that holds no weights of its folder.
+    """
+    stem, *parts = re.sub(r"-\d+-of-\d+", "", name).split(".")
+    if stem not in STEMS:
+        return None
+    return ".".join(part for part in parts if part not in ("safetensors", "index", "json"))
 
 
 def require_weights(folder: Path) -> list[Path]:
@@ -93,9 +117,9 @@ def _limit_of_container() -> int | None:
         return None
 
 
-def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None:
-    """Raise ModelError, saying how much, when the weights cannot fit."""
-    needed = int(bytes_needed(files, dtype) * MARGIN)
+def check_memory(weights: int, dtype: torch.dtype, device: str) -> None:
+    """Raise ModelError, saying how much, when weights of so many bytes cannot fit."""
+    needed = int(weights * MARGIN)
     free = available_memory(device)
     if free is not None and needed > free:
         name = str(dtype).removeprefix("torch.")
@@ -103,7 +127,33 @@ def check_memory(files: Iterable[Path], dtype: torch.dtype, device: str) -> None
         raise ModelError(
             f"The model needs about {needed / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB "
             f"are free on {device}. Close other programs, run it{smaller} or on another device."
+            + (" Or keep weights on the CPU: --offload model." if device != "cpu" else "")
         )
+
+
+def check_frames(
+    latent_shape: Sequence[int], dtype: torch.dtype, device: str, frames_per_latent: int
+) -> None:
+    """Raise ModelError, saying how many fit, when one clip has too many frames for the memory.
+
+    Args:
+        latent_shape: Channels, frames, height and width of one latent.
+        dtype: Of the network.
+        device: Where it runs.
+        frames_per_latent: Frames of the clip that the autoencoder brings to one of the latent.
+    """
+    free = available_memory(device)
+    channels, frames, *sides = latent_shape
+    frame = channels * math.prod(sides) * dtype.itemsize * ROW_MEMORY
+    if free is None or frames * frame <= free:
+        return
+    fitting = int(free / frame)
+    remedy = f"about {(fitting - 1) * frames_per_latent + 1} fit" if fitting else "not one fits"
+    raise ModelError(
+        f"A clip of {(frames - 1) * frames_per_latent + 1} frames needs about "
+        f"{frames * frame / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device}: {remedy}. "
+        "Give fewer frames or a smaller resolution."
+    )
 
 
 def check_keys(
@@ -141,6 +191,8 @@ def check_values(module: torch.nn.Module, files: Iterable[Path], what: object) -
                 view = reader.get_slice(key)
                 if own is None or tuple(view.get_shape()) != tuple(own.shape) or not own.ndim:
                     continue  # converted on the way; the libraries' report covers it
+                if is_quantized(own):
+                    continue  # rounded on purpose
                 row = view[:1].to(own.dtype)
                 if not torch.equal(row.nan_to_num(), own[:1].cpu().nan_to_num()):
                     wrong.append(key)

@@ -1,18 +1,18 @@
 """Diffusers folders read strictly: what a library would only warn about is refused and named."""
 
 import inspect
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..dependencies import require
-from ..files.weights import ModelError
+from ..files.weights import ModelError, parse_json, read_header, refuse_quantized
 from ..wording import name_some
 from .checks import (
+    bytes_needed,
     check_keys,
     check_memory,
     check_values,
@@ -20,16 +20,23 @@ from .checks import (
     plain,
     require_weights,
     variant_of,
+    weight_files,
 )
 from .families import FAMILIES
+from .families.family import NETWORKS
+from .families.undeclared import refusal
+from .quantization import LARGE, QUANTIZATIONS, quantization_config
 from .quiet import quiet
 
 COMPONENTS = (
-    "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
+    "unet", "transformer", "transformer_2", "vae",
+    "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4",
 )  # fmt: skip
 """Parts with weights that a score or an image depends on."""
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that are not loaded: images are looked at as they come."""
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
+"""Parts that are not loaded: images are looked at as they come, prompts are read as they are."""
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes a folder may ask for."""
 LEFT_OUT = ("text_encoder_3", "tokenizer_3")
 """T5, which Stable Diffusion 3 does without; diffusers saves nothing about it then, and asks."""
 PURPOSE = "Running a diffusion model"
@@ -59,37 +66,98 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is not a diffusers model: expected model_index.json and a folder for each "
             f"part in it, found {name_some(files) or 'nothing'}. {_meant(folder, files)}"
         )
-    try:
-        index = json.loads(path.read_text("utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error!r}.") from error
-    if name not in FAMILIES:
-        raise ModelError(f"{path} describes a {name}; supported are {', '.join(FAMILIES)}.")
+    index = parse_json(path.read_bytes(), str(path))
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        raise ModelError(f"{path} names no pipeline: expected its class under _class_name.")
+    if name not in FAMILIES and (reason := _refusal(name)):
+        raise ModelError(f"{path} describes a {name}: {reason}")
+    _refuse_foreign(index, path)
     return index
 
 
+def _refusal(name: str) -> str:
+    """Return why pipelines of a class that no family declares cannot be tried, "" if they can."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        return f"this diffusers has no such pipeline; supported are {', '.join(FAMILIES)}."
+    return refusal(cls)
+
+
+def _refuse_foreign(index: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError where any part that is loaded asks for another library's class.
+
+    Some releases of diffusers import a module of that name out of the folder, whatever the part.
+    """
+    for name, part in index.items():
+        if name.startswith("_") or name in UNUSED or not isinstance(part, list):
+            continue
+        known = (*LIBRARIES, None)
+        if len(part) != 2 or any(not isinstance(each, str | None) for each in part):
+            raise ModelError(f"{path}: {name} is {part!r}, expected a library and a class in it.")
+        if part[0] not in known or not str(part[1]).isidentifier():
+            raise ModelError(
+                f"{path} asks for {part[0]}.{part[1]} as {name}: only classes of "
+                f"{' and '.join(LIBRARIES)} are loaded, others could run any program."
+            )
+
+
 def read_components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return library and class of the parts with weights."""
+    """Return library and class of the parts with weights, those that no family names included."""
     index = read_index(folder)
-    parts = {name: tuple(index[name]) for name in COMPONENTS if index.get(name)}
+    named = [name for name in COMPONENTS if index.get(name)]
+    named += [
+        name for name, part in index.items()
+        if isinstance(part, list) and name not in (*COMPONENTS, *UNUSED)
+        and weight_files(folder / name)
+    ]  # fmt: skip
+    parts = {name: tuple(index[name]) for name in named}
     return {name: part for name, part in parts.items() if part[0] is not None}
 
 
-def load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-    """Return the pipeline of a diffusers folder, every part of it checked."""
+def load_folder(
+    folder: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    offload: str | None = None,
+    quantize: str | None = None,
+) -> Any:
+    """Return the pipeline of a diffusers folder, every part of it checked.
+
+    Args:
+        folder: With model_index.json.
+        device: Where it will run; its memory is checked.
+        dtype: What it will compute in.
+        offload: How weights come to the device, see `offload.OFFLOADS`; None: they all lie there.
+        quantize: See `quantization.QUANTIZATIONS`.
+    """
     import diffusers
 
     index, components = read_index(folder), read_components(folder)
     files = {name: require_weights(folder / name) for name in components}
-    everything = [file for part in files.values() for file in part]
-    for place in {"cpu", device}:  # weights pass through the CPU
-        check_memory(everything, dtype, place)
+    sizes = {name: bytes_needed(part, dtype) for name, part in files.items()}
+    check_memory(sum(sizes.values()), dtype, "cpu")  # through which all weights pass
+    formats = {
+        name: quantize if name in NETWORKS or sizes[name] >= LARGE * dtype.itemsize else None
+        for name in components if name != "vae"
+    }  # fmt: skip
+    for name, form in formats.items():
+        if form is not None:
+            sizes[name] = sizes[name] * QUANTIZATIONS[form].bits // (8 * dtype.itemsize)
+    if device != "cpu" and offload in (None, "model"):
+        together = sum if offload is None else max
+        check_memory(together(sizes.values()), dtype, device)
     with quiet():
         loaded = {
-            name: _load_component(folder / name, *components[name], files[name], dtype)
+            name: _load_component(
+                folder / name, *components[name], files[name], dtype,
+                quantize=formats.get(name), device=device,
+            )
             for name in components
-        }
+        }  # fmt: skip
         cls = getattr(diffusers, index["_class_name"])
         takes = inspect.signature(cls).parameters
         absent = {name: None for name in UNUSED if name in index}
@@ -104,18 +172,25 @@ def load_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Any:
 
 
 def _load_component(
-    folder: Path, library: str, name: str, files: list[Path], dtype: torch.dtype
+    folder: Path,
+    library: str,
+    name: str,
+    files: list[Path],
+    dtype: torch.dtype,
+    *,
+    quantize: str | None,
+    device: str,
 ) -> torch.nn.Module:
     """Load one part and refuse it unless every parameter came from the file, and all of it."""
-    if library not in ("diffusers", "transformers"):
-        raise ModelError(
-            f"{folder} asks for {library}.{name}: only classes of diffusers and transformers are "
-            "loaded, others could run any program."
-        )
+    _refuse_quantized(folder, files)
     cls = getattr(require(library, purpose=PURPOSE, extra="models"), name, None)
     if cls is None:
         raise ModelError(f"{folder} asks for {library}.{name}, which this {library} does not have.")
     kwargs: dict[str, Any] = {"variant": variant_of(files), dtype_argument(library): dtype}
+    if quantize is not None:
+        kwargs["quantization_config"] = quantization_config(quantize, library, dtype)
+        if QUANTIZATIONS[quantize].needs_gpu:  # else the first GPU would be taken
+            kwargs["device_map"] = {"": device}
     try:
         module, info = cls.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
@@ -131,6 +206,20 @@ def _load_component(
     )  # fmt: skip
     check_values(module, files, folder)
     return module
+
+
+def _refuse_quantized(folder: Path, files: Sequence[Path]) -> None:
+    """Raise ModelError for a part whose weights are codes."""
+    path = folder / "config.json"
+    config = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    if isinstance(config, dict) and (how := config.get("quantization_config")):
+        method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else how
+        raise ModelError(
+            f"{folder} is quantized ({method}), and what was rounded cannot be compared with the "
+            "file. Give the same model in fp32, bf16 or fp16."
+        )
+    for file in files:
+        refuse_quantized(file, read_header(file))
 
 
 def dtype_argument(library: str) -> str:

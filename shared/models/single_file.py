@@ -1,5 +1,6 @@
 """Checkpoints in one file, read through diffusers without the network, nothing left out."""
 
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.weights import ModelError, read_header
+from ..files.weights import ModelError, read_header, read_metadata, refuse_quantized
 from ..wording import counted, name_some
-from .checks import check_memory
+from .checks import bytes_needed, check_memory
 from .families import FAMILIES
 from .folder import dtype_argument, read_components, read_index
 from .quiet import quiet
@@ -30,8 +31,10 @@ GROUPS = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }  # fmt: skip
 """How the keys of each part begin."""
+PREDICTION = "modelspec.prediction_type"
+"""Key of a header for what the network predicts: "epsilon" or "v"."""
 BOOKKEEPING = re.compile(
-    r"^(model_ema\.|model\.model_ema\.|denoiser\.sigmas$|v_pred$|ztsnr$|edm_)"
+    r"^(model_ema\.|model\.model_ema\.|denoiser\.sigmas$|v_pred$|ztsnr$)"
     r"|position_ids$|logit_scale$|^[a-z0-9_]*(betas|alphas|posterior|cumprod)[a-z0-9_]*$"
     # SD 2 is used one layer below the last, and without a pooled vector.
     r"|^cond_stage_model\.model\.(text_projection$|transformer\.resblocks\.23\.)"
@@ -39,7 +42,14 @@ BOOKKEEPING = re.compile(
 """Keys that no network reads: schedules, averaged copies, constants of the training code."""
 
 
-def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Path | None) -> Any:
+def load_single_file(
+    path: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    config: Path | None,
+    offload: str | None = None,
+) -> Any:
     """Return the pipeline of a checkpoint, or raise ModelError naming what is wrong with it.
 
     Args:
@@ -48,14 +58,16 @@ def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Pat
         dtype: What it will compute in.
         config: Diffusers folder for configuration and tokenizers; None for what the hub's cache
             holds. Nothing is downloaded.
+        offload: Weights rest on the CPU, and less than all are on `device` at a time.
     """
     import diffusers
 
     header = read_header(path)
+    refuse_quantized(path, header)
     _refuse_parts(path, header)
-    for place in {"cpu", device}:
-        check_memory([path], dtype, place)
-    name, folder = _configuration(path, header, config)
+    for place in {"cpu", device} if offload is None else {"cpu"}:
+        check_memory(bytes_needed([path], dtype), dtype, place)
+    name, folder = pipeline_of(path, header, config)
     _refuse_gaps(path, header, folder)
     kwargs = {dtype_argument("diffusers"): dtype, "local_files_only": True}
     if name == "StableDiffusionPipeline":
@@ -71,11 +83,43 @@ def load_single_file(path: Path, *, device: str, dtype: torch.dtype, config: Pat
             "Is the checkpoint whole, and of the same architecture?"
         ) from error
     check_complete(pipeline, path, header)
+    _follow_marks(pipeline, path, header)
     return pipeline
+
+
+def _follow_marks(pipeline: Any, path: Path, header: dict) -> None:
+    """Give the scheduler what the file says of its training; the weights alone do not tell.
+
+    A key ``v_pred`` marks a network that predicts the velocity, ``ztsnr`` one that was trained up
+    to pure noise (Lin et al., arXiv:2305.08891): the convention of NoobAI that ComfyUI reads. The
+    header's ``modelspec.prediction_type`` says v as well; where no key tells and the configuration
+    does not know of it, such models were trained up to pure noise.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler = pipeline.scheduler
+    said = read_metadata(path).get(PREDICTION, "").casefold().replace("-", "_")
+    keyed, flow = "v_pred" in header, "prediction_type" not in scheduler.config
+    if flow or not (keyed or "ztsnr" in header or said in ("v", "v_prediction", "v_pred")):
+        return
+    known = scheduler.config.prediction_type == "v_prediction"
+    settings: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in header or not (keyed or known):
+        settings["rescale_betas_zero_snr"] = True
+    cls = type(scheduler)
+    if any(name not in inspect.signature(cls).parameters for name in settings):
+        cls = DDIMScheduler
+    with quiet():
+        pipeline.scheduler = cls.from_config(scheduler.config, **settings)
 
 
 def _refuse_parts(path: Path, header: dict) -> None:
     """Raise ModelError for files that are no whole checkpoint."""
+    if marks := [key for key in header if key.startswith("edm_")]:
+        raise ModelError(
+            f"{path} is an EDM model ({name_some(marks)}), whose noise levels are not read here. "
+            "Give the model it was made from."
+        )
     if any("lora" in key for key in header):
         raise ModelError(f"{path} is a LoRA: give it with --lora, and its base model as MODEL.")
     prefix = GROUPS["unet"][0]
@@ -86,7 +130,7 @@ def _refuse_parts(path: Path, header: dict) -> None:
         )
 
 
-def _configuration(path: Path, header: dict, config: Path | None) -> tuple[str, Path]:
+def pipeline_of(path: Path, header: dict, config: Path | None) -> tuple[str, Path]:
     """Return pipeline class and the folder its configuration is read from."""
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,

@@ -38,7 +38,7 @@ def input_leaves(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 def encoders_of(pipeline: Any) -> list[tuple[nn.Module, Any]]:
     """Return a diffusers pipeline's text encoders, each with its tokenizer."""
-    ends = ("", "_2", "_3")
+    ends = ("", "_2", "_3", "_4")
     pairs = [
         (getattr(pipeline, f"text_encoder{end}", None), getattr(pipeline, f"tokenizer{end}", None))
         for end in ends

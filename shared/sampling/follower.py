@@ -1,31 +1,19 @@
 """A diffusers pipeline followed from outside: its prompts, its sampling loop, its network calls."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
-from ..models.families import Family, StableDiffusion, family_of
+from ..models.families import Family, family_of
+from ..models.hold import is_followed
+from ..models.network_call import NetworkCall, names_of
 from ..patching import Function, patched
-
-ENCODERS = ("", "_2", "_3")
-"""What the names of arguments end in that hold a text for each text encoder."""
-_FOLLOWED: ContextVar[bool] = ContextVar("followed", default=True)
-
-
-@contextmanager
-def unfollowed() -> Iterator[None]:
-    """Call a followed pipeline's network for another purpose: no follower sees these calls."""
-    token = _FOLLOWED.set(False)
-    try:
-        yield
-    finally:
-        _FOLLOWED.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +37,7 @@ class Follower:
         self.pipeline = pipeline
         self.family: type[Family] = family_of(pipeline)
         self.network = getattr(pipeline, self.family.network_name)
+        self.names = names_of(self.network)
         self._encoded: list[dict[str, Any]] = []
 
     def on_start(self, texts: Texts) -> None:
@@ -72,7 +61,8 @@ class Follower:
                 ("encode_prompt", self._around_encode),
                 ("progress_bar", self._around_loop),
             ):
-                undo.enter_context(patched(self.pipeline, name, wrap))
+                if name == "progress_bar" or hasattr(self.pipeline, name):
+                    undo.enter_context(patched(self.pipeline, name, wrap))
             for register, hook in (
                 (self.network.register_forward_pre_hook, self._before),
                 (self.network.register_forward_hook, self._after),
@@ -81,31 +71,35 @@ class Follower:
             yield
 
     def _before(self, network: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return self.before(args, kwargs) if _FOLLOWED.get() else None
+        return self.before(args, kwargs) if is_followed() else None
 
     def _after(self, network: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        return self.after(args, kwargs, output) if _FOLLOWED.get() else None
+        return self.after(args, kwargs, output) if is_followed() else None
 
     def _around_check(self, original: Function) -> Function:
         """Forget what was encoded before: a call of the pipeline begins by checking its inputs."""
 
         def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            self._encoded = []
+            if is_followed():
+                self._encoded = []
             return original(*args, **kwargs)
 
         return check_inputs
 
     def _around_encode(self, original: Function) -> Function:
-        """Remember the texts: the last argument names differ, the first is the prompt."""
+        """Remember the texts of calls that the pipeline's own call makes."""
+        signature = inspect.signature(original)
+        # Where no check of inputs begins a run, what its own call does not encode is the user's.
+        checked = hasattr(self.pipeline, "check_inputs")
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            text = dict(kwargs)
-            if args:
-                text["prompt"] = args[0]
-            if len(args) > 4 and self.family is StableDiffusion:
-                text["negative_prompt"] = args[4]
-                text.setdefault("negative_prompt_embeds", args[6] if len(args) > 6 else None)
-            self._encoded.append(text)
+            if is_followed() and (checked or local_of(self.pipeline, "self")):
+                # Copied: Z-Image writes its template into the very list of prompts.
+                given = signature.bind(*args, **kwargs).arguments
+                self._encoded.append({
+                    name: list(value) if isinstance(value, list) else value
+                    for name, value in given.items()
+                })  # fmt: skip
             return original(*args, **kwargs)
 
         return encode_prompt
@@ -115,6 +109,10 @@ class Follower:
 
         @contextmanager
         def progress_bar(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            if not is_followed():
+                with original(*args, **kwargs) as inside:
+                    yield inside
+                return
             try:
                 bar = original(*args, **kwargs)
                 self.on_start(self._texts())
@@ -126,30 +124,43 @@ class Follower:
         return progress_bar
 
     def _texts(self) -> Texts:
-        first = self._encoded[0] if self._encoded else {}
-        of_encoders = [first.get(f"negative_prompt{number}") for number in ENCODERS]
+        encoded, self._encoded = self._encoded, []
+        first, guidance = encoded[0] if encoded else {}, self.family.guidance
+        negatives, own = _ordered(first, "negative_prompt"), first.get("negative_prompt")
         embedded = first.get("negative_prompt_embeds") is not None
-        # Flux encodes a second time for the negative prompt, and calls the network twice a step.
-        separate = self.family.guidance_distilled and len(self._encoded) > 1
-        if separate:
-            of_encoders = [self._encoded[1].get(f"prompt{number}") for number in ENCODERS]
-            embedded = self._encoded[1].get("prompt_embeds") is not None
-        self._encoded = []
+        guided = self.guided()
+        # Without a negative in the first call there is a second one for the negatives.
+        if guided and len(encoded) > 1 and not any("negative" in name for name in first):
+            negatives, own = _ordered(encoded[1], "prompt"), encoded[1].get("prompt")
+            embedded = encoded[1].get("prompt_embeds") is not None
         default = "empty prompt"
-        if of_encoders[0] is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            of_encoders, default = [], "zeros"  # whatever the other encoders were given
-        negatives = sum(map(_as_tuple, of_encoders), ())
+        if own is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            negatives, default = (), "zeros"  # whatever the other encoders were given
         return Texts(
             prompts=_as_tuple(first.get("prompt")),
             negatives=negatives,
             negatives_are="embeddings" if embedded else "prompts" if any(negatives) else default,
-            separate=separate,
+            separate=guided and guidance.calls == 2,
         )
 
+    def guided(self) -> bool:
+        """Return whether the running call is guided by negatives."""
+        if not self.family.guidance.scale:
+            return False
+        known = getattr(self.pipeline, "do_classifier_free_guidance", None)
+        if known is None:
+            known = local_of(self.pipeline, *GUIDED)
+        if hasattr(known, "num_conditions"):  # HunyuanImage's guider
+            return bool(known._enabled and known.num_conditions > 1)
+        return bool(known)
 
-def prediction_of(output: Any) -> Tensor:
-    """Return the prediction in what a diffusers network returns."""
-    return output[0] if isinstance(output, tuple) else output.sample
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> NetworkCall:
+        """Return a network call whose latents and time can be read."""
+        return NetworkCall(args=args, kwargs=kwargs, names=self.names)
+
+
+GUIDED = ("do_true_cfg", "do_classifier_free_guidance", "guider")
+"""Local variables in which pipelines keep whether they are guided, where no attribute says it."""
 
 
 def argument_of(pipeline: Any, name: str) -> float:
@@ -162,16 +173,45 @@ def argument_of(pipeline: Any, name: str) -> float:
     Raises:
         ValueError: No pipeline is running that has such an argument.
     """
+    value = local_of(pipeline, name)
+    if value is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no argument `{name}`, so guidance cannot be followed: "
+            "take a method that changes the prompt or the noise."
+        )
+    return float(value)
+
+
+def local_of(pipeline: Any, *names: str) -> Any:
+    """Return the first of these local variables of the pipeline's running `__call__`, or None."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        # Reading a frame's values copies them all: only those of the one that has the argument.
-        if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
-            return float(frame.f_locals[name])
+        # Reading a frame's values copies them all: only those of the one that has the variable.
+        for name in names:
+            if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
+                if name in frame.f_locals:
+                    return frame.f_locals[name]
         frame = frame.f_back
-    raise ValueError(
-        f"{type(pipeline).__name__} has no argument `{name}`, so guidance cannot be followed: take "
-        "a method that changes the prompt or the noise."
-    )
+    return None
+
+
+def latent_size(pipeline: Any, latents: Tensor) -> tuple[int, int]:
+    """Return height and width of the latents of the pipeline's running call, unpacked."""
+    family = family_of(pipeline)
+    if not family.packed:
+        height, width = latents.shape[-2:]
+        return height, width
+    # Patches in a row do not show how they lie.
+    scale = family.pixels(pipeline)
+    multiple = scale * family.patch
+    height, width = (int(argument_of(pipeline, side)) for side in ("height", "width"))
+    return (height - height % multiple) // scale, (width - width % multiple) // scale
+
+
+def _ordered(given: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Return the texts for all text encoders, the first one's first."""
+    ends = ("", "_2", "_3", "_4")
+    return sum((_as_tuple(given.get(f"{name}{end}")) for end in ends), ())
 
 
 def _as_tuple(texts: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ for image in record.runs[0].images:
     print(image.fired, image.score_before, image.threshold, image.score_after)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,14 +19,15 @@ from ..mitigation import DEFAULT, make_method
 from ..mitigation.gate import AppliedGate, Gate, GuardedImage
 from ..mitigation.method import Method, Mitigation, Start
 from ..models.adapter import PipelineDenoiser
+from ..models.hold import unfollowed
+from ..models.network_call import NetworkCall
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
-from .follower import Follower, Texts, unfollowed
+from .follower import Follower, Texts, latent_size
 from .mitigated_run import MitigatedRun
-from .network_call import NetworkCall
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 class GuidanceIsOff(ValueError):
@@ -111,6 +112,11 @@ class PipelineGuard(Follower):
                 "The pipeline has no text encoder, and scores compare with the empty prompt: load "
                 "it with its text encoder; prompts may be given as embeddings all the same."
             )
+        if self.family.video:
+            raise ValueError(
+                f"The guard acts on images, and {type(pipeline).__name__} makes videos: score its "
+                "prompts with detect, its runs with observe."
+            )
         for hook in self.network._forward_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, PipelineGuard) and other.pipeline is pipeline:
@@ -138,33 +144,35 @@ class PipelineGuard(Follower):
 
     def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decide at the first call of a run, then replace what the network reads."""
-        call = NetworkCall(args=args, kwargs=kwargs)
         if self.undecided is not None:
             texts, self.undecided = self.undecided, None
-            self._begin(call, texts)
+            self._begin(self.denoiser.family.call(args, kwargs), texts)
         if self.run is None:
             return None
-        call = self.run.prepare(call)
+        call = self.run.prepare(self.denoiser.family.call(args, kwargs))
         return call.args, call.kwargs
 
     def after(self, args: tuple, kwargs: dict, output: Any) -> Any:
         """Replace what the network answers."""
         if self.run is None:
             return None
-        return self.run.answer(self.network, NetworkCall(args=args, kwargs=kwargs), output)
+        call = self.denoiser.family.call(args, kwargs)
+        return self.run.answer(self.network, call, output)
 
     def _begin(self, call: NetworkCall, texts: Texts) -> None:
         """Decide about each image, and let the method start on those that fired."""
-        together = getattr(self.pipeline, "do_classifier_free_guidance", False)
+        guidance = self.family.guidance
+        together = guidance.calls == 1 and self.guided()
         if self.method.needs_guidance and self.gate.mode != "never":
             self._check_guidance(together or texts.separate)
-        first = len(call.latents) // 2 if together else 0
-        rows = list(range(first, len(call.latents)))
+        images = len(call.latents) // 2 if together else len(call.latents)
+        first = images if together and not guidance.prompt_first else 0
+        rows = list(range(first, first + images))
         per_prompt = len(rows) // max(1, len(texts.prompts))
         prompts = tuple(prompt for prompt in texts.prompts for _ in range(per_prompt))
         with unfollowed():
-            decisions = self.applied.decide(call.conditioning(rows), prompts)
-        images = [
+            decisions = self.applied.decide(self._scored(call, rows, prompts), prompts)
+        decided = [
             GuardedImage(
                 prompt=prompts[image] if prompts else None,
                 fired=decision.fired,
@@ -175,17 +183,27 @@ class PipelineGuard(Follower):
             for image, decision in enumerate(decisions)
         ]
         run = self.record.runs[-1]
-        run.images = tuple(images)  # stands there also when the method refuses
+        run.images = tuple(decided)  # stands there also when the method refuses
         if fired := [image for image, decision in enumerate(decisions) if decision.fired]:
-            denoiser = self._denoiser(call.latent_size)
+            denoiser = self._denoiser(latent_size(self.pipeline, call.latents))
             # Before it starts: the end of the loop closes it whatever happens.
-            self.run = MitigatedRun(
-                denoiser, images=len(rows), fired=fired, separate=texts.separate
-            )
+            self.run = MitigatedRun(denoiser, images=images, fired=fired, follower=self,
+                                    separate=texts.separate)  # fmt: skip
             changes = self._act(self.run, call, tuple(prompts[i] for i in fired if prompts))
             for image, change in zip(fired, changes, strict=True):
-                images[image] = replace(images[image], **change)
-            run.images = tuple(images)
+                decided[image] = replace(decided[image], **change)
+            run.images = tuple(decided)
+
+    def _scored(
+        self, call: NetworkCall, rows: Sequence[int], prompts: Sequence[str]
+    ) -> Conditioning:
+        """Return the text by which the gate decides: at the size and length of an audit."""
+        cond = call.conditioning(rows)
+        if prompts and (self.family.one_by_one or cond.others):
+            distinct = list(dict.fromkeys(prompts))
+            encoded = self.denoiser.encode(distinct)
+            return encoded[[distinct.index(prompt) for prompt in prompts]]
+        return cond
 
     def _act(
         self, run: MitigatedRun, call: NetworkCall, prompts: tuple[str, ...]
@@ -234,7 +252,7 @@ class PipelineGuard(Follower):
     def _denoiser(self, size: tuple[int, ...] | None) -> PipelineDenoiser:
         """Return the pipeline as a denoiser of latents of this height and width."""
         if size not in self._denoisers:
-            factor = self.pipeline.vae_scale_factor
+            factor = self.family.pixels(self.pipeline)
             pixels = None if size is None else (size[0] * factor, size[1] * factor)
             self._denoisers[size] = PipelineDenoiser(self.pipeline, resolution=pixels)
         return self._denoisers[size]
@@ -242,9 +260,15 @@ class PipelineGuard(Follower):
     def _check_guidance(self, guided: bool) -> None:
         if guided:
             return
-        scale = "`guidance_scale` above 1"
-        if self.family.guidance_distilled:
-            scale = "`true_cfg_scale` above 1 and a `negative_prompt`, '' for example"
+        guidance = self.family.guidance
+        scale = f"`{guidance.scale}` above {guidance.off:g}"
+        if guidance.negative:
+            scale += " and a `negative_prompt`, '' for example"
+        if not guidance.scale:
+            raise GuidanceIsOff(
+                f"The method {self.method.name!r} acts on guidance, and this pipeline takes no "
+                "negative prompt: take a method that changes the prompt or the noise."
+            )
         raise GuidanceIsOff(
             f"The method {self.method.name!r} acts on guidance, which is off in this run: give "
             f"{scale}, or take a method that changes the prompt or the noise."

@@ -1,6 +1,5 @@
 """One call of a pipeline with a method at work on some of its images."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,13 +10,14 @@ from torch import Tensor
 from ..mitigation.gate import AppliedGate
 from ..mitigation.method import Method, Mitigation, Start, Step
 from ..models.adapter import PipelineDenoiser
+from ..models.hold import unfollowed
+from ..models.network_call import NetworkCall, written
 from ..patching import patched
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm
 from ..score.noise_levels import noise_per_velocity, output_from_x0, x0_from_output
-from .follower import argument_of, prediction_of, unfollowed
-from .network_call import NetworkCall, written
+from .follower import Follower, argument_of
 
 
 class MitigatedRun:
@@ -28,8 +28,9 @@ class MitigatedRun:
     """
 
     def __init__(
-        self, denoiser: PipelineDenoiser, *, images: int, fired: Sequence[int], separate: bool
-    ):
+        self, denoiser: PipelineDenoiser, *, images: int, fired: Sequence[int], separate: bool,
+        follower: Follower,
+    ):  # fmt: skip
         """Prepare a run.
 
         Args:
@@ -37,14 +38,16 @@ class MitigatedRun:
             images: In the batch.
             fired: Which of them the method acts on.
             separate: The network is called for the prompts first, then for the negatives.
+            follower: Of the running call.
         """
         self.denoiser, self.family, self.pipeline = denoiser, denoiser.family, denoiser.pipeline
         self.images, self.fired, self.separate = images, list(fired), separate
+        self.follower = follower
         self.mitigation = Mitigation()
         self._undo = ExitStack()
         self._moved: list[int] = []
         self._noise: Tensor | None = None  # [moved *latent] as the network reads it
-        self._waiting: tuple[NetworkCall, Tensor] | None = None
+        self._waiting: tuple[NetworkCall, Any] | None = None
         self._written: Tensor | None = None  # the method's prediction at the last guided call
         self._index = 0
 
@@ -85,6 +88,9 @@ class MitigatedRun:
                 network=self.family.network,
                 noises=gate.noises(),
                 score=gate.scores if calibration is not None else None,
+                # Each prompt of these is encoded at its own length, and a call reads one length.
+                any_length=call.any_length
+                or (self.family.one_by_one and len(self.fired) == len(call.latents)),
             )
             with torch.enable_grad():
                 self.mitigation = method.start(start)
@@ -119,23 +125,26 @@ class MitigatedRun:
         pipeline's uncond + scale * (cond - uncond) then is the method's own prediction.
         """
         cond_at, uncond_at = self._at(call)
-        prediction = prediction_of(output)
+        prediction = self.family.prediction(output, call.latents)
         if call.kwargs.get("skip_layers"):
             # SD3 adds (cond - this) * scale; in the rows of the method both are the same.
-            return None if self._written is None else self._put(output, self.fired, self._written)
+            if self._written is None:
+                return None
+            return self.family.answered(output, call.latents, self.fired, self._written)
         if self.separate and uncond_at is None:
-            self._waiting = call, prediction
+            self._waiting = call, output
             return None
         self._written, waiting, self._waiting = None, self._waiting, None
         if uncond_at is None or type(self.mitigation).guide is Mitigation.guide:
             return None
         rows = [uncond_at + image for image in self.fired]
         if waiting is not None:
-            conditional, cond = waiting[0].only(self.fired), waiting[1]
+            conditional, own = waiting[0].only(self.fired), waiting[1]
+            cond = self.family.prediction(own, call.latents)
             guided = self._guide(network, conditional, cond[self.fired], prediction[rows])
             if guided is not None:
                 # The pipeline holds this very tensor and combines it with what is returned now.
-                cond[self.fired] = guided.to(cond)
+                self.family.overwrite(own, self.fired, guided)
         else:
             assert cond_at is not None  # one call reads both
             of_cond = [cond_at + image for image in self.fired]
@@ -144,14 +153,14 @@ class MitigatedRun:
         if guided is None:
             return None
         self._written = guided[: len(self.fired)]
-        return self._put(output, rows, guided)
+        return self.family.answered(output, call.latents, rows, guided)
 
     def _guide(
         self, network: Callable[..., Any], call: NetworkCall, cond: Tensor, uncond: Tensor
     ) -> Tensor | None:
         """Return the method's prediction in the network's shape, one row per fired image."""
         schedule, parametrization = self.denoiser.schedule, self.denoiser.parametrization
-        timestep = call.timestep * self.family.timestep_unit
+        timestep = self.family.training_timestep(float(call.time))
         sigma = schedule.sigma(timestep)
         with unfollowed(), torch.inference_mode(False), torch.no_grad():
             tensors = (call.latents, cond, uncond)  # cloned: autograd refuses inference tensors
@@ -186,7 +195,8 @@ class MitigatedRun:
         """Return one more prediction for the rows of `call`, from other text if it is given."""
         if cond is not None:
             call = call.with_conditioning(range(len(call.latents)), cond)
-        return self.family.unpack(prediction_of(network(*call.args, **call.kwargs)))
+        output = network(*call.args, **call.kwargs)
+        return self.family.unpack(self.family.prediction(output, call.latents))
 
     def _at(self, call: NetworkCall) -> tuple[int | None, int | None]:
         """Return where the rows of the prompts and of the negatives begin; None: not in there."""
@@ -194,14 +204,16 @@ class MitigatedRun:
             return (0, None) if self._waiting is None else (None, 0)
         if call.kwargs.get("skip_layers"):
             return 0, None
-        if getattr(self.pipeline, "do_classifier_free_guidance", False):
-            return self.images, 0
+        if self.family.guidance.calls == 1 and self.follower.guided():
+            return (0, self.images) if self.family.guidance.prompt_first else (self.images, 0)
         return 0, None
 
     def _cond_scale(self) -> float:
-        if self.separate:
-            return argument_of(self.pipeline, "true_cfg_scale")
-        return float(self.pipeline.guidance_scale)
+        guidance = self.family.guidance
+        known = getattr(self.pipeline, guidance.scale, None)
+        if known is None:
+            known = argument_of(self.pipeline, guidance.scale)
+        return float(known) + guidance.offset
 
     def _units_of_noise(self, call: NetworkCall) -> tuple[float, float]:
         """Return what noise of std 1 is at the start, as it is kept and as it is read."""
@@ -209,7 +221,7 @@ class MitigatedRun:
         if self.denoiser.parametrization == "flow":
             return 1.0, 1.0
         latent = float(scheduler.init_noise_sigma)
-        return latent, float(scheduler.scale_model_input(torch.tensor(latent), call.timestep))
+        return latent, float(scheduler.scale_model_input(torch.tensor(latent), float(call.time)))
 
     def _replace_noise(self, noise: Tensor, changed: Tensor, latent: float, read: float) -> None:
         """Let the network read other noise until the first step, which then starts from it."""
@@ -218,7 +230,9 @@ class MitigatedRun:
             return
         self._moved = [self.fired[place] for place in places]
         self._noise = self.family.pack(noise[places] * read)
-        kept = self.family.pack(noise[places] * latent)
+        kept = noise[places] * latent
+        if self.family.packed:  # as the scheduler keeps it
+            kept = self.family.pack(kept)
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def step(
@@ -226,26 +240,23 @@ class MitigatedRun:
             ) -> Any:
                 self._noise = None
                 self._undo.close()
-                sample = written(sample, self._moved, kept)
+                sample = written(sample, self._moved, kept.to(sample))
                 return original(model_output, timestep, sample, *args, **kwargs)
 
             return step
 
         self._undo.enter_context(patched(self.pipeline.scheduler, "step", wrap))
 
-    def _put(self, output: Any, rows: list[int], values: Tensor) -> Any:
-        prediction = written(prediction_of(output), rows, values)
-        if isinstance(output, tuple):
-            return (prediction, *output[1:])
-        return dataclasses.replace(output, sample=prediction)
-
 
 def _check(method: Method, mitigation: Mitigation, start: Start) -> None:
     """Raise ValueError unless what the method replaces has the shape of the run."""
     pairs = [("noise", mitigation.x, start.x)]
     if mitigation.cond is not None:
+        expected = start.cond.embeddings
+        if start.any_length:  # as many tokens as there are
+            expected = expected[:, :1].expand(-1, mitigation.cond.embeddings.shape[1], -1)
         pairs += [
-            ("embeddings", mitigation.cond.embeddings, start.cond.embeddings),
+            ("embeddings", mitigation.cond.embeddings, expected),
             ("pooled text", mitigation.cond.pooled, start.cond.pooled),
         ]
     for what, given, expected in pairs:

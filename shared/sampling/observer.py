@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import Family, StableDiffusion, family_of
+from ..models.families import Family, family_of
 from ..models.families.schedules import DiscreteSchedule
 from ..score.calibration import Calibration
 from ..score.noise_levels import input_scale
 from .first_level import misfit
-from .follower import Follower, Texts, argument_of, prediction_of
+from .follower import Follower, Texts, argument_of, latent_size
 
 NO_GUIDANCE = (
     "guidance was off, so no unconditional prediction was computed, and an observer adds no "
@@ -25,6 +25,10 @@ NO_CALIBRATION = (
 DISTILLED = (
     "the network guides itself, so no unconditional prediction was computed, and an observer adds "
     "no network call; give true_cfg_scale above 1 and a negative prompt, or use detect"
+)
+NEVER_GUIDED = (
+    "the network guides itself and its pipeline takes no negative prompt, so no unconditional "
+    "prediction was computed, and an observer adds no network call; use detect"
 )
 
 
@@ -150,8 +154,7 @@ class _Observer(Follower):
             prompts=texts.prompts, negatives=texts.negatives, negatives_are=texts.negatives_are
         )
         config = self.pipeline.scheduler.config
-        discrete = issubclass(self.family, StableDiffusion)
-        if discrete and config.prediction_type == "v_prediction":
+        if config.get("prediction_type") == "v_prediction":
             self.run._schedule = DiscreteSchedule(config)
         self.record.runs.append(self.run)
 
@@ -165,17 +168,18 @@ class _Observer(Follower):
         run = self.run
         if run is None or kwargs.get("skip_layers"):
             return
-        prediction = prediction_of(output)
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        call = self.call(args, kwargs)
+        prediction = self.family.prediction(output, call.latents)
         if self.separate:
             if run._waiting is None:
                 run._waiting = prediction
                 return
             cond, uncond, run._waiting = run._waiting, prediction, None
-        elif getattr(self.pipeline, "do_classifier_free_guidance", False):
-            uncond, cond = prediction.chunk(2)
+        elif self.family.guidance.calls == 1 and self.guided():
+            first, second = prediction.chunk(2)
+            cond, uncond = (first, second) if self.family.guidance.prompt_first else (second, first)
         else:
-            run.reason = DISTILLED if self.family.guidance_distilled else NO_GUIDANCE
+            run.reason = self._unguided()
             return
         difference = cond.float() - uncond.float()
         if self.controls is not None and not run.measurable:
@@ -184,14 +188,19 @@ class _Observer(Follower):
         run._elements = cond[0].numel()
         run._norms.append(difference.flatten(1).norm(dim=1))
         # Read later: a device must not be waited for inside somebody's sampling loop.
-        run._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        run._timesteps.append(call.time)
+
+    def _unguided(self) -> str:
+        if not self.family.guidance_distilled:
+            return NO_GUIDANCE
+        return DISTILLED if self.family.guidance.scale else NEVER_GUIDED
 
 
 class _Controls:
     """Measures the residual of images outside of what controls add, where the two compare."""
 
     def __init__(self, pipeline: Any, observed: Calibration, model: str | None):
-        scale = pipeline.vae_scale_factor
+        scale = family_of(pipeline).pixels(pipeline)
         height, width = observed.latent_shape[-2:]
         self.pipeline, self.observed = pipeline, observed
         self.family: Family = family_of(pipeline)(pipeline, (height * scale, width * scale))
@@ -211,10 +220,12 @@ class _Controls:
             run: At its first predictions.
             difference: Of the network's predictions from prompt and negative, as it returns them.
         """
-        shape, guidance = self._latent_shape(difference), self._other_guidance(run)
+        shape, guidance = tuple(difference.shape[1:]), self._other_guidance(run)
+        if self.family.packed:
+            shape = (self.family.channels, *latent_size(self.pipeline, difference))
 
         def reason(timestep: float) -> str:
-            sigma = self.schedule.sigma(timestep * self.family.timestep_unit)
+            sigma = self.schedule.sigma(self.family.training_timestep(timestep))
             return guidance or misfit(self.observed, shape, sigma)
 
         run._residual_reason = reason
@@ -224,15 +235,6 @@ class _Controls:
             self.basis = self.basis.to(difference.device)
             rows = self.family.unpack(difference)
             run._residuals = self.basis.residual(rows, [0] * len(rows))
-
-    def _latent_shape(self, prediction: Tensor) -> tuple[int, ...]:
-        """Return the shape of one latent of the running call."""
-        if prediction.ndim == 4:
-            return tuple(prediction.shape[1:])
-        # Patches do not show how they lie.
-        scale, multiple = self.pipeline.vae_scale_factor, self.family.multiple
-        sides = (int(argument_of(self.pipeline, side)) for side in ("height", "width"))
-        return (self.family.channels, *((side - side % multiple) // scale for side in sides))
 
     def _other_guidance(self, run: ObservedRun) -> str:
         """Return how guidance differs from what the controls were measured with, "" if not."""
@@ -244,7 +246,8 @@ class _Controls:
                 f"{expected}: {remedy}"
             )
         known = self.family.guidance_embedding
-        if known is not None and self.family.network.config.guidance_embeds:
-            if (given := self.pipeline.guidance_scale) != known:
-                return f"the network read `guidance_scale` {given}, for the controls {known}"
+        if known is not None and self.family.network.config.get("guidance_embeds", True):
+            name = self.family.guidance_input
+            if (given := argument_of(self.pipeline, name)) != known:
+                return f"the network read `{name}` {given}, for the controls {known}"
         return ""

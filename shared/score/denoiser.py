@@ -1,11 +1,12 @@
 """The one abstraction of the methods: a text-conditional diffusion network seen as a denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Parametrization = Literal["epsilon", "v_prediction", "flow"]
 
@@ -36,6 +37,11 @@ class Conditioning:
     """Per prompt, the end that did not fit the text encoder, empty when all of it did."""
     sources: tuple[str, ...] = ()
     """Per prompt, the host's name for what goes with it besides the embeddings, if it needs one."""
+    lengths: tuple[int, ...] = ()
+    """Per prompt, how many positions of `embeddings` are its own; empty where all are."""
+    others: tuple[Mapping[Any, Any], ...] = ()
+    """Per prompt, what else the network reads of it (masks, other encoders' embeddings), by the
+    argument of the network; empty where there is nothing else."""
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -55,6 +61,8 @@ class Conditioning:
             words=pick(self.words),
             cut=pick(self.cut),
             sources=pick(self.sources),
+            lengths=pick(self.lengths),
+            others=pick(self.others),
         )
 
     def detached(self) -> "Conditioning":
@@ -66,18 +74,31 @@ class Conditioning:
             self,
             embeddings=self.embeddings.detach().clone(),
             pooled=None if self.pooled is None else self.pooled.detach().clone(),
+            others=tuple({key: _detached(v) for key, v in row.items()} for row in self.others),
         )
 
 
+def _detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_detached(each) for each in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """Join conditionings of one network along the prompts."""
+    """Join conditionings of one network along the prompts; shorter embeddings get zeros behind."""
+    longest = max(part.embeddings.shape[1] for part in parts)
+    padded = [pad(part.embeddings, (0, 0, 0, longest - part.embeddings.shape[1])) for part in parts]
+    lengths = [part.lengths or (part.embeddings.shape[1],) * len(part) for part in parts]
+    ragged = any(length < longest for each in lengths for length in each)
     return Conditioning(
-        embeddings=torch.cat([part.embeddings for part in parts]),
+        embeddings=torch.cat(padded),
         pooled=None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]),
         tokens=sum((part.tokens for part in parts), ()),
         words=sum((part.words for part in parts), ()),
         cut=sum((part.cut for part in parts), ()),
         sources=sum((part.sources for part in parts), ()),
+        lengths=sum(lengths, ()) if ragged else (),
+        others=sum((part.others for part in parts), ()),
     )
 
 
@@ -92,10 +113,12 @@ class Denoiser(Protocol):
     """
 
     parametrization: Parametrization
-    latent_shape: tuple[int, ...]
-    """Channels, height and width of one latent (frames first for video)."""
     guidance_distilled: bool
     """The network guides itself; the empty prompt is an extra pass, scores have another scale."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one latent; frames after the channels for video."""
 
     @property
     def device(self) -> torch.device:

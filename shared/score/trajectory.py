@@ -186,15 +186,16 @@ class Trajectory:
                 batch = waiting[: self.rows]
                 try:
                     parts.append(compute(batch))
-                except torch.cuda.OutOfMemoryError:
-                    if self.rows == 1:
-                        raise
-                    self.rows = max(1, len(batch) // 2)
-                    torch.cuda.empty_cache()
-                    log.warning("out of GPU memory: going on with batches of %d", self.rows)
-                else:
                     order += batch
                     waiting = waiting[len(batch) :]
+                    continue
+                except torch.cuda.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                # Outside of `except`, where the error keeps all tensors of the failed pass alive.
+                self.rows = len(batch) // 2
+                torch.cuda.empty_cache()
+                log.warning("out of GPU memory: going on with batches of %d", self.rows)
         found = torch.cat(parts)
         return found[torch.tensor(order, device=found.device).argsort()]
 

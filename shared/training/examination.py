@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.weights import ModelError
+from ..models.lora.layer_names import TEXT_FED
 from .concept.concept import Concept
 from .concept.fitting import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
 from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath, differences
-from .layers.names import TEXT_FED
 from .layers.subspaces import LayerSubspaces
 from .projection.factors import factors_of, saved_state
 from .projection.projection import TOLERANCES, Projection

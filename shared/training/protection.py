@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from ..arrays import Float, Tensor
+from ..files.weights import ModelError
 from .base_targets import BaseTargets, NoTargetSeen
+from .claims import CLAIM, withdraw
 from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath
 from .filter.filter import Gather, MemorizationFilter, alone
@@ -58,7 +60,11 @@ class Protection:
             gather: Needed when there are several.
             span: Lowest and highest timestep of the training.
         """
-        self.settings = settings
+        self.settings, self.process = settings, process
+        self.finished = False
+        """Whether `finish` found that everything requested had happened; in the first process."""
+        self._weighed, self._started = False, False
+        self._saved: list[Path] = []
         self._projected = ProjectedTraining(settings.projection) if settings.projection else None
         self._filtered: FilteredTraining | None = None
         if settings.filter:
@@ -117,8 +123,23 @@ class Protection:
         Weights outside the subspace are left as they are, so that saving and resuming change no
         bit of a training.
         """
+        self._started = True
         if self._projected:
             self._projected.start()
+
+    def check_attached(self) -> None:
+        """Check that the trainer has called what comes before the first step of its optimizer.
+
+        Raises:
+            ProtectionFailed: It has not, so the training would go on unprotected.
+        """
+        faults = []
+        if self._projected and not (self.projection and self._started):
+            faults.append("The LoRA was never given to the projection.")
+        if self._filtered and not self._weighed:
+            faults.append("The memorization filter was given no prediction.")
+        if faults:
+            raise ProtectionFailed(f"{' '.join(faults)} The training ends before its first step.")
 
     def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
         """Return the samples whose prediction on the empty prompt `weigh` needs.
@@ -154,6 +175,7 @@ class Protection:
         network draws random numbers; an adapter that only repeats whole batches needs none.
         """
         assert self._filtered is not None, "no filter was requested"
+        self._weighed = True
         return self._filtered.weigh(
             cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before
         )
@@ -184,8 +206,13 @@ class Protection:
             ProjectionFailed: One of its factors reaches into the subspace.
             ModelError: It is not a whole safetensors LoRA whose text side can be checked.
         """
+        self._saved.append(path)
         if self._projected and self.projection:
-            self._projected.check_file(path)
+            try:
+                self._projected.check_file(path)
+            except (ProjectionFailed, ModelError):
+                self.withdraw()
+                raise
 
     def clear_rounding(self, state: Mapping[str, Tensor], *, source: str) -> None:
         """Project a saved LoRA's tensors in place, where they are wider than those trained.
@@ -214,14 +241,17 @@ class Protection:
         return {PREFIX + name: value for name, value in values.items()}
 
     def metadata(self) -> dict[str, str]:
-        """Return what goes into the saved LoRA's metadata, JSON by key."""
+        """Return what goes into the saved LoRA's metadata, JSON by key.
+
+        A method that has done nothing yet is not in it: no file claims what did not happen.
+        """
         accounts = {}
-        if self._projected and self.projection:
+        if self._projected and self.projection and self.projection.steps:
             self._projected.measure()
             accounts["projection"] = self._projected.account()
-        if self._filtered:
+        if self._filtered and self._filtered.filter.seen:
             accounts["filter"] = self._filtered.account()
-        return {f"unmemorize.{key}": json.dumps(value) for key, value in accounts.items()}
+        return {CLAIM + key: json.dumps(value) for key, value in accounts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, plain data that JSON can hold."""
@@ -258,4 +288,10 @@ class Protection:
             except (ProjectionFailed, NoTargetSeen, NoSampleSeen) as error:
                 faults.append(str(error))
         if faults:
+            self.withdraw()
             raise ProtectionFailed(f"{' '.join(faults)} The LoRA is not what was requested.")
+        self.finished = True
+
+    def withdraw(self) -> None:
+        """Take our metadata out of the files saved so far: what they claim did not happen."""
+        withdraw(self._saved)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..files.weights import ModelError
 from .concept.concept import Concept
+from .concept.subspace import ConceptSubspace
 from .filter.filter import Action
 from .filter.thresholds import AbsoluteThreshold, RelativeThreshold, RunningQuantile, Threshold
 from .layers.subspaces import LayerSubspaces
@@ -46,6 +47,16 @@ class ProjectionSettings:
     def of_text(self) -> bool:
         """Whether layers that read text are projected."""
         return bool(self.concepts) or self.file is not None
+
+    def check_files(self) -> None:
+        """Read the saved subspaces once: before a model is loaded for nothing.
+
+        Raises:
+            ModelError: A file is damaged, or lacks the regions that are requested.
+        """
+        if self.file is not None:
+            ConceptSubspace.load(self.file)
+        self.layer_subspaces()
 
     def layer_subspaces(self) -> LayerSubspaces | None:
         """Return the saved subspaces of layers, None where there are none.

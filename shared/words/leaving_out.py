@@ -17,9 +17,8 @@ from ..score.detection import detect
 from ..wording import bare
 
 TELLING = 0.1
-"""Share of the magnitude that a word's fall must be to be told in a sentence. Compared with other
-starting noises: of 206 words of 28 captions of each bundled model, a smaller fall at one noise was
-a rise at another in 10 % of the cases, a larger one in 1 %."""
+"""Share of the magnitude that a word's fall must be to be told in a sentence: a smaller fall at one
+starting noise is more often a rise at another (``make bench NAME=words ARGS="--only falls"``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

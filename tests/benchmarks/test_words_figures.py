@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import scores.generations
+import torch
 import words
+import words_falls
 from models import MODELS, BenchModel
 from models.truth import Caption, Images
 from PIL import Image
@@ -110,3 +112,11 @@ def test_both_bundled_models_are_measured_without_a_branch(name, tmp_path, monke
     for key in (f"words.{name}", *(f"rivals.words.{name}.{m}" for m in (*words.METHODS,)[1:])):
         assert -1 <= found[f"{key}.spearman"].value <= 1
         assert 0 <= found[f"{key}.top1"].value <= 1
+
+
+def test_falls_that_are_rises_at_another_noise():
+    """Of three words: a small fall that is undone once, a telling one, and one that never falls."""
+    fallen = torch.tensor([[0.05, -0.05, 0.05], [0.5, 0.4, 0.3], [-0.1, -0.2, -0.1]])
+    small, telling = words_falls.rises(fallen)
+    assert sorted(small) == [False, False, True, True]
+    assert telling == [False] * 6

@@ -1,6 +1,7 @@
 """How well each method names the words that bring images back: ``make bench NAME=words``.
 
     ARGS="--models demo scenes"    some of the five; without, all that are made
+    ARGS="--only falls advice"     some of the parts; without, all
 
 Behaviour is what removing a word does to the image: its distance to the caption's own training
 image rises, or not. Every planted caption is drawn as it is and without each of its words, from one
@@ -8,6 +9,9 @@ seed; images stand in --work, and a run that was stopped goes on. Prints per met
 correlation with behaviour (Spearman, mean over captions, and over those whose image is a copy), how
 often its first word is the one that matters most, and the share of copies left after that word is
 dropped, by the audit's own rule.
+
+`falls` says how often the magnitude's fall without a word is a rise at another starting noise,
+`advice` for how many flagged captions there is a wording at or below the threshold.
 """
 
 import argparse
@@ -32,11 +36,14 @@ from unmemorize.shared.files.images import read_image
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.words.explanation import explain
 from unmemorize.shared.words.leaving_out import without_word
+from words_falls import measure_advice, measure_falls
 
 SEED = 0
 """Of the images."""
 LEAST = 3
 """Words of a caption, at least: two words have no rank correlation worth the name."""
+
+PARTS = ("ranks", "falls", "advice")
 
 METHODS = {
     "leave_out": ("leave_out", 1),  # the shipped default
@@ -168,12 +175,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the chosen models, print tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--captions", type=int, help="of each model; default: all")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
     for model in chosen_models(args.models):
-        found = measure(Case.of(model, args.work), args.captions)
+        case, found = Case.of(model, args.work), {}
+        planted = case.groups.of(case.groups.planted)
+        if "ranks" in args.only:
+            found |= measure(case, args.captions)
+        if "falls" in args.only:
+            found |= measure_falls(case, planted[: args.captions])
+        if "advice" in args.only:
+            found |= measure_advice(case, planted[: args.captions])
         record(found, command_of("words", argv), output=args.output)
 
 

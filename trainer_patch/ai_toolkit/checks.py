@@ -5,8 +5,11 @@ from typing import Any
 
 from ...shared.training.settings import ProtectionSettings
 from ..hooks import distribution_faults, refuse, require
-from ..options import OptionError, refuse_unknown, settings_from
+from ..options import NAMES, OptionError, settings_from
+from ..typed import refuse_hidden, refuse_unknown
 
+SECTION = "unmemorize"
+"""Of a process in the configuration: our options."""
 HOOKS = {
     "predict_noise": ("noisy_latents", "timesteps", "conditional_embeds", "batch",
                       "is_primary_pred"),
@@ -58,6 +61,24 @@ NOISE_TRAINING = {
 """Settings of `train` with which the loss is the distance to the noise, with their values."""
 
 
+def check_section(config: Mapping[str, Any]) -> None:
+    """Raise OptionError for a process with an option outside the section, or with none in it.
+
+    Args:
+        config: Of the process.
+    """
+    beside = {name: config[name] for name in config if name != SECTION}
+    refuse_unknown(beside, prefixes=())
+    refuse_hidden(beside, f"to `{SECTION}:`")
+    if outside := sorted(beside.keys() & set(NAMES)):
+        raise OptionError(f"`{outside[0]}` stands beside `{SECTION}:`. Move it into that section.")
+    if not config.get(SECTION):
+        raise OptionError(
+            f"`type: {SECTION}` is asked for nothing, and nothing would be protected. Add "
+            f"`{SECTION}:` with an option in it, such as `mem_filter: x1.5`."
+        )
+
+
 def settings_in(section: Any) -> ProtectionSettings:
     """Return what the section `unmemorize` of a process requests; nothing where there is none.
 
@@ -93,6 +114,8 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
     if settings.projection:
         faults += _projection_faults(process, of_text=settings.projection.of_text)
     refuse(faults)
+    if settings.projection:
+        settings.projection.check_files()
 
 
 def check_model(sd: Any, settings: ProtectionSettings) -> None:

@@ -19,10 +19,15 @@ from ...shared.training.replay import RandomState, aside
 from ..hooks import accelerate_hooks, optimizer_hooks
 from ..step import Call, Step
 from .adapter import StepAdapter, captions_of, samples_of, text_path
-from .checks import check_configuration, check_hooks, check_model, settings_in
+from .checks import (
+    SECTION,
+    check_configuration,
+    check_hooks,
+    check_model,
+    check_section,
+    settings_in,
+)
 
-SECTION = "unmemorize"
-"""Of a process in the configuration: our options."""
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +42,8 @@ class ProtectedProcess:
             UnsupportedTraining: The combination is not supported; the message says what to change.
             HookMissing: The version of ai-toolkit is not supported.
         """
-        settings = settings_in(config.get(SECTION))
+        check_section(config)
+        settings = settings_in(config[SECTION])
         super().__init__(process_id, job, config, **kwargs)
         self._undo = ExitStack()
         self._adapter: StepAdapter | None = None

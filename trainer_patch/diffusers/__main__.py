@@ -10,9 +10,9 @@ import runpy
 import sys
 from pathlib import Path
 
+from ..hooks import ending_in_one_line
 from ..options import add_options
-
-PROGRAM = "accelerate launch -m unmemorize.trainer_patch.diffusers"
+from . import PROGRAM
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(path.resolve().parent))  # as Python does for a script
-    with Launch().attached() as launch:
+    with ending_in_one_line(), Launch().attached() as launch:
         runpy.run_path(script, run_name="__main__")
         launch.finish()
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...shared.models.adapter import PipelineDenoiser
-from ...shared.models.families import family_of
+from ...shared.models.families import (
+    Flux,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    family_of,
+)
 from ...shared.models.folder import UNUSED, dtype_argument
 from ...shared.models.quiet import quiet
 from ...shared.training.filter.sample_log import Sample
@@ -27,6 +33,8 @@ TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
 """Arguments of a network's forward that carry text; SDXL has the pooled one in `ADDED`."""
 ADDED, ADDED_TEXT = "added_cond_kwargs", "text_embeds"
 MASK = "encoder_attention_mask"
+COVERED = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+"""Families whose networks read text and time as `EmptyPrompt` puts them."""
 
 
 class Outline(nn.Module):
@@ -39,6 +47,18 @@ class Outline(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = network.config, network.dtype, torch.device("cpu")
+        self._outlined = [network]  # in a list, so that its weights are no weights of this module
+
+    def __getattr__(self, name: str) -> Any:
+        """Read of the network what pipelines ask besides its configuration: sizes of layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["_outlined"][0], name)
+
+    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        """Name what the pipelines of U-Nets pass without a name; nobody calls it."""
+        raise NotImplementedError("An outline has no weights.")
 
 
 def load_text_side(
@@ -112,6 +132,11 @@ class EmptyPrompt:
             denoiser: Whose text encoders are not trained.
             prediction_type: Of the training, where it is not the scheduler's.
         """
+        if type(denoiser.family) not in COVERED:
+            raise UnsupportedTraining(
+                f"A {type(denoiser.pipeline).__name__} is not covered by the filter; SD 1, SD 2, "
+                "SDXL, SD3 and Flux.1 are. Leave the filter out."
+            )
         cond = denoiser.encode([""])
         velocity = (prediction_type or denoiser.parametrization) == "v_prediction"
         return cls(

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,8 +16,18 @@ from torch.utils.data import DataLoader
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.protection import Protection
 from ...shared.training.settings import ProtectionSettings
-from ..hooks import accelerate_hooks, calling, finish, processes_of, progress_hooks, refuse
+from ..hooks import (
+    accelerate_hooks,
+    calling,
+    finish,
+    first_step_checked,
+    processes_of,
+    progress_hooks,
+    refuse,
+)
 from ..options import add_options, settings_from
+from ..typed import flags_of, refuse_nothing, refuse_unknown
+from . import PROGRAM
 from .adapter import MovedPredictions
 from .data import BatchSamples, captions_of, complete, load_text_side
 from .loop import faults_of, protected, stamp
@@ -67,7 +78,7 @@ class Launch:
             patched(DataLoaderShard, "__iter__", self._iterate),
         )
         with self._undo:
-            for hook in hooks:
+            for hook in (*hooks, first_step_checked(self._check_protected)):
                 self._undo.enter_context(hook)
             yield self
 
@@ -78,22 +89,34 @@ class Launch:
             ProtectionFailed: Something has not.
             HookMissing: The script never came to train a LoRA.
         """
+        self._check_protected()
+        if self.protection and not self._finished:
+            self.protection.finish()
+
+    def _check_protected(self) -> None:
+        if self.arguments is None:
+            raise HookMissing(
+                "The script never called parse_args, by which it gets the options: nothing was "
+                "protected."
+            )
         if self.settings and self.protection is None:
             raise HookMissing(
                 "The script never gave a LoRA of diffusers to accelerate: nothing was protected."
             )
-        if self.protection and not self._finished:
-            self.protection.finish()
 
     def _parse_args(self, original: Function) -> Function:
         def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
             if self.arguments is not None:
                 return original(parser, *args, **kwargs)
             add_options(parser)
+            refuse_unknown(flags_of(sys.argv), prefixes=())
             self.arguments = original(parser, *args, **kwargs)
+            refuse_nothing(vars(self.arguments), PROGRAM, "--mem_filter x1.5")
             self.settings = settings_from(vars(self.arguments))
             if self.settings:
                 _validate_arguments(self.arguments)
+            if self.settings.projection:
+                self.settings.projection.check_files()
             return self.arguments
 
         return parse_args

@@ -24,7 +24,8 @@ from ..hooks import (
     processes_of,
     refuse,
 )
-from ..options import refuse_unknown, settings_from
+from ..options import settings_from
+from ..typed import refuse_unknown
 from .adapter import Samples, StepAdapter
 from .data import EmptyPrompt
 

@@ -21,12 +21,20 @@ from typing import Any
 
 import torch
 
-from ..options import NAMES, refuse_unknown, settings_from
+from ...shared.training.projection.factors import UnsupportedTraining
+from ...shared.training.protection import Protection
+from ..hooks import ending_in_one_line
+from ..options import NAMES
+from .checks import check_training
+from .data import discards_text
 from .hooks import install
-from .training import BASE_MODULE, Training, check_arguments, check_training
+from .request import BASE_MODULE, Request, read_request
+from .training import Training
 
-PLAIN = "networks.lora"
-"""Which module makes the network when none is named."""
+launched: list[Request] = []
+"""What the launcher has read of its command, for the training that it starts in this process."""
+installed: list[Protection] = []
+"""Of the trainings in this process whose network was made; the launcher looks at its end."""
 
 
 def create_network(
@@ -37,13 +45,12 @@ def create_network(
     text_encoder: Any,
     unet: torch.nn.Module,
     **kwargs: Any,
-) -> torch.nn.Module | None:
+) -> torch.nn.Module:
     """Make the base module's network and protect the training; called by sd-scripts.
 
     Raises:
-        OptionError: An option cannot be understood.
-        UnsupportedTraining: The combination is not supported; the message says what to type.
-        HookMissing: The version of sd-scripts is not supported.
+        SystemExit: An option cannot be understood, the combination or the version of sd-scripts is
+            not supported; the message says what to type.
     """
     sizes = (multiplier, network_dim, network_alpha)
 
@@ -86,7 +93,7 @@ def _made(
     make: Callable[[ModuleType, dict[str, Any]], torch.nn.Module | None],
     *,
     protect: bool = True,
-) -> torch.nn.Module | None:
+) -> torch.nn.Module:
     """Return a network with the hooks in place, or refuse before it is made.
 
     Args:
@@ -95,18 +102,23 @@ def _made(
         make: Makes the network from the base module and its own arguments.
         protect: Put the hooks in place.
     """
-    training = Training.of_caller(caller)
-    args = training.args
-    pairs = dict(pair.split("=", 1) for pair in args.network_args or ())
-    refuse_unknown(pairs)
-    base = importlib.import_module(pairs.get(BASE_MODULE, getattr(args, BASE_MODULE, PLAIN)))
-    settings = None
-    if protect:
-        given = {name: pairs.get(name, getattr(args, name, None)) for name in NAMES}
-        settings = settings_from(given)
-        check_arguments(args, settings)
-        check_training(training, settings)
-    network = make(base, {k: kwargs[k] for k in kwargs if k not in (*NAMES, BASE_MODULE)})
-    if settings is not None and network is not None:
-        install(training, network, settings, base.__name__)
-    return network
+    with ending_in_one_line():
+        training = Training.of_caller(caller)
+        args, trainer = training.args, type(training.trainer)
+        request = launched[0] if launched else read_request(args, trainer)
+        base = importlib.import_module(request.base_module)
+        if protect:
+            check_training(trainer, args, request)
+            if discards_text(trainer, args) and not request.empty:
+                raise UnsupportedTraining(
+                    f"{trainer.__name__} has thrown its text encoders away: use the launcher, "
+                    "python -m unmemorize.trainer_patch.kohya, or leave out "
+                    "--cache_text_encoder_outputs."
+                )
+        own = kwargs | dict(request.network_args) if protect else kwargs
+        network = make(base, {k: own[k] for k in own if k not in (*NAMES, BASE_MODULE)})
+        if protect:
+            if network is None:  # sd-scripts would end there, and say nothing
+                raise UnsupportedTraining(f"{request.base_module} made no network.")
+            installed.append(install(training, network, request))
+        return network

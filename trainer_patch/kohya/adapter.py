@@ -16,11 +16,14 @@ from ...shared.score.noise_levels import nearest_timestep, sigma_of
 from ...shared.training.layers.regions import still_noise
 from ...shared.training.protection import Protection
 from ..step import Call, Step
-from .data import BatchSamples, TextSide, without_text
-from .training import Training
+from .data import DISCARDING, BatchSamples, TextSide, without_text
+from .training import Training, network_argument
 
 BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")
 """Arguments of the U-Net's prediction that hold one row for each sample."""
+
+SHARES = ("AnimaNetworkTrainer",)
+"""Trainers whose timesteps go from 0 to 1."""
 
 
 class StepAdapter:
@@ -55,6 +58,7 @@ class StepAdapter:
         self._training, self._protection, self._samples = training, protection, samples
         self._text, self._empty, self._lora = text, text.encode([""]), lora
         self._signal = _noise_per_velocity(training) if training.has_unet else None
+        self._argument = network_argument(type(training.trainer))
         self.device, self.repeats_rows = training.accelerator.device, training.has_unet
 
     def with_weights(self, original: Function) -> Function:
@@ -75,9 +79,10 @@ class StepAdapter:
         def retarget(call: Call) -> tuple:
             step = Step(self._protection, self, call)
             latents = call.given["latents"].clone()  # SD3's trainer may write into them
-            prediction, target, timesteps, *rest = call.again()
+            prediction, target, *rest = result = call.again()
+            timesteps = self._timesteps(result)
             step.call = replace(call, given={**call.given, "latents": latents}, timesteps=timesteps)
-            return prediction, step.target(target, latents), timesteps, *rest
+            return prediction, step.target(target, latents), *rest
 
         return self._in_training(original, retarget)
 
@@ -104,9 +109,9 @@ class StepAdapter:
     def _flow_step(self, call: Call) -> tuple[tuple, Tensor]:
         """Predict first, since only that draws the timesteps."""
         step = Step(self._protection, self, call)
-        with _outputs(call.given["unet"]) as seen:
+        with _outputs(call.given[self._argument]) as seen:
             result = call.again()
-        step.call = replace(call, timesteps=result[2])
+        step.call = replace(call, timesteps=self._timesteps(result))
         step.measure()
         return result, step.weights(seen[0])
 
@@ -118,13 +123,14 @@ class StepAdapter:
             if rows is not None:
                 call = call.only(rows, len(call.samples), BATCHED)
             return call.again(text_conds=without_text(call.given["text_conds"], empty))
-        text = without_text(call.given["text_encoder_conds"], empty)
-        with _outputs(call.given["unet"]) as seen:
-            call.check_timesteps(self._repeat(call, text_encoder_conds=text)[2])
+        padded = type(training.trainer).__name__ in DISCARDING
+        text = without_text(call.given["text_encoder_conds"], empty, padded=padded)
+        with _outputs(call.given[self._argument]) as seen:
+            call.check_timesteps(self._timesteps(self._repeat(call, text_encoder_conds=text)))
         return seen[0]
 
     def network(self, call: Call) -> nn.Module:
-        return self._training.accelerator.unwrap_model(call.given["unet"])
+        return self._training.accelerator.unwrap_model(call.given[self._argument])
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
@@ -137,7 +143,7 @@ class StepAdapter:
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
         result = self._repeat(call)
-        call.check_timesteps(result[2])
+        call.check_timesteps(self._timesteps(result))
         return result[0][rows]
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
@@ -149,6 +155,11 @@ class StepAdapter:
         sigma = self._protection.base_targets.regions.sigma
         with reading(self._training, call.given, latents, sigma):
             self._repeat(call, latents=latents, batch=batch, text_encoder_conds=text)
+
+    def _timesteps(self, result: tuple) -> Tensor:
+        """Return the timesteps of a step, from what its method gives: 0 to 1000."""
+        name = type(self._training.trainer).__name__
+        return result[2] * (1000 if name in SHARES else 1)
 
     def _repeat(self, call: Call, **changed: Any) -> tuple:
         """Return what the method of a step gives once more, in the present random state."""
@@ -215,7 +226,8 @@ def reading(
         inputs, timesteps, *text = args
         return (noisy.to(inputs), torch.full_like(timesteps, timestep), *text), kwargs
 
-    network = training.accelerator.unwrap_model(given["unet"])
+    given_network = given[network_argument(type(training.trainer))]
+    network = training.accelerator.unwrap_model(given_network)
     hook = network.register_forward_pre_hook(swap, with_kwargs=True)
     try:
         yield

@@ -1,19 +1,25 @@
 """What sd-scripts makes of prompts, and which image stands behind each row of a batch."""
 
+import argparse
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...shared.patching import Function, patched
 from ...shared.training.concept.text_states import TextStates, read_states
 from ...shared.training.filter.sample_log import Sample
 from ..step import repeated
 from .training import Training
 
+DISCARDING = ("HunyuanImageNetworkTrainer",)
+"""Trainers that throw their text encoders away once they have cached text, and whose text is padded
+to the longest caption of a batch."""
 Conds = Any
 """What the trainer hands to its network: a tensor, or a sequence of tensors and None."""
 
@@ -21,14 +27,17 @@ Conds = Any
 class TextSide:
     """Encodes prompts as a training does, before the training changes or deletes the encoders."""
 
-    def __init__(self, training: Training):
-        self._training = training
+    def __init__(self, training: Training, kept: Sequence[Tensor | None] = ()):
+        """Take a training, and its encoded empty prompt where the encoders are gone."""
+        self._training, self._kept = training, list(kept)
         # Before v0.10 the dataset tokenizes and the trainer encodes; since then strategies do both.
         self._strategies = sys.modules.get("library.strategy_base")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor | None]:
         """Return the conditioning of prompts, one tensor [prompt ...] for each part of it."""
+        if self._kept and list(prompts) == [""]:
+            return self._kept
         with self._training.accelerator.autocast():
             conds = self._by_strategy(prompts) if self._strategies else self._by_trainer(prompts)
         return [conds] if isinstance(conds, Tensor) else list(conds)
@@ -70,18 +79,70 @@ class TextSide:
         return self._training.trainer.get_tokenizers(tokenize)
 
 
-def without_text(conds: Conds, empty: Sequence[Tensor | None]) -> Conds:
+def discards_text(trainer: type, args: argparse.Namespace) -> bool:
+    """Return whether the text encoders are gone when a trainer makes its network."""
+    return trainer.__name__ in DISCARDING and args.cache_text_encoder_outputs
+
+
+def keeping_empty(empty: list[Tensor | None]) -> Callable[[Function], Function]:
+    """Return what makes a trainer encode the empty prompt too, while it caches captions.
+
+    Args:
+        empty: Is filled with it.
+    """
+
+    def wrap(cache: Function) -> Function:
+        signature = inspect.signature(cache)
+
+        def cache_text(*args: Any, **kwargs: Any) -> None:
+            dataset = signature.bind(*args, **kwargs).arguments["dataset"]
+            with patched(dataset, "new_cache_text_encoder_outputs", encode_too):
+                cache(*args, **kwargs)
+
+        return cache_text
+
+    def encode_too(original: Function) -> Function:
+        def new_cache(models: Sequence[torch.nn.Module], *rest: Any) -> None:
+            strategies = sys.modules["library.strategy_base"]
+            tokenize = strategies.TokenizeStrategy.get_strategy()
+            encode = strategies.TextEncodingStrategy.get_strategy()
+            with torch.no_grad():
+                empty[:] = encode.encode_tokens(tokenize, models, tokenize.tokenize([""]))
+            original(models, *rest)
+
+        return new_cache
+
+    return wrap
+
+
+def without_text(conds: Conds, empty: Sequence[Tensor | None], *, padded: bool = False) -> Conds:
     """Return a conditioning of the same form with the empty prompt in every row.
+
+    Args:
+        conds: Of a batch. Behind what encoders make there may be more that is no text, such as
+            Anima's rates of caption dropout where text is cached.
+        empty: Encoded empty prompt.
+        padded: Batches are padded to their longest caption, with a mask.
 
     Raises:
         UnsupportedTraining: sd-scripts padded the batch to another length.
     """
     parts = [conds] if isinstance(conds, Tensor) else list(conds)
     replaced = [
-        part if part is None or plain is None else repeated(plain, part).clone()
-        for part, plain in zip(parts, empty, strict=True)
+        part
+        if part is None or plain is None
+        else repeated(_padded(plain, part) if padded else plain, part).clone()
+        for part, plain in zip_longest(parts, empty)
     ]
     return replaced[0] if isinstance(conds, Tensor) else type(conds)(replaced)
+
+
+def _padded(plain: Tensor, part: Tensor) -> Tensor:
+    """Return the empty prompt [1 token ...] with zeros behind it, as long as a batch's text."""
+    if part.ndim < 2 or part.shape[1] <= plain.shape[1]:
+        return plain
+    zeros = plain.new_zeros(1, part.shape[1] - plain.shape[1], *plain.shape[2:])
+    return torch.cat([plain, zeros], 1)
 
 
 class BatchSamples:

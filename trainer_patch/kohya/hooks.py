@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,24 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ...shared.training.settings import ProtectionSettings
-from ..hooks import STATE, calling, save_progress
+from ..hooks import STATE, calling, ending_in_one_line, first_step_checked, save_progress
 from ..options import NAMES
 from .adapter import StepAdapter
+from .checks import check_network
 from .data import BatchSamples, TextSide
-from .training import BASE_MODULE, STEP, Training, check_network
+from .request import BASE_MODULE, Request
+from .training import STEP, Training
 
 logger = logging.getLogger(__name__)
 
 
-def install(
-    training: Training, network: torch.nn.Module, settings: ProtectionSettings, base_module: str
-) -> None:
+def install(training: Training, network: torch.nn.Module, request: Request) -> Protection:
     """Hook both methods into a training that has just made its network.
 
     Args:
         training: Its text encoders are still as they were loaded.
         network: Not yet applied to the model.
-        settings: Those of the user.
-        base_module: Which module made the network.
+        request: That of the user.
 
     Raises:
         HookMissing: The version of sd-scripts is not supported.
@@ -42,7 +40,7 @@ def install(
     accelerator, args = training.accelerator, training.args
     output = Path(args.output_dir) / (args.output_name or "last")
     protection = Protection(
-        settings,
+        request.settings,
         output=output,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -50,9 +48,10 @@ def install(
         span=(float(args.min_timestep or 0), float(args.max_timestep or 1000)),
     )
     undo = ExitStack()
-    if settings:
+    if request.settings:
         with aside(RandomState.now(accelerator.device)):
-            _hook_steps(training, network, protection, undo)
+            text = TextSide(training, request.empty)
+            _hook_steps(training, network, protection, text, undo)
         _keep_state(accelerator, protection)
 
     def finish() -> None:
@@ -62,27 +61,33 @@ def install(
     def saving(save: Function) -> Function:
         def save_weights(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
             protection.before_save()
-            own = _of_base(metadata or {}, base_module, args.network_args or ())
+            own = _of_base(metadata or {}, request)
             save(file, dtype, own if args.no_metadata else own | protection.metadata())
-            protection.after_save(Path(file))
-            if Path(file).stem == output.name:
-                finish()  # what it raises ends the training in error
+            with ending_in_one_line():
+                protection.after_save(Path(file))
+                if Path(file).stem == output.name:
+                    finish()  # what it raises ends the training in error
 
         return save_weights
 
     network.save_weights = saving(network.save_weights)
+    return protection
 
 
 def _hook_steps(
-    training: Training, network: torch.nn.Module, protection: Protection, undo: ExitStack
-) -> None:
+    training: Training, network: torch.nn.Module, protection: Protection, text: TextSide,
+    undo: ExitStack,
+) -> None:  # fmt: skip
     """Wrap what the trainer calls in and around its steps."""
-    trainer, accelerator, text = training.trainer, training.accelerator, TextSide(training)
+    trainer, accelerator = training.trainer, training.accelerator
     samples = BatchSamples(training.dataset)
     protection.fit(text.states, samples.captions)
 
     def hook(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
-        undo.enter_context(patched(owner, name, wrap))
+        def wrapped(original: Function) -> Function:
+            return ending_in_one_line()(wrap(original))
+
+        undo.enter_context(patched(owner, name, wrapped))
 
     def meet() -> None:
         """Write every process's records before the first one ranks them all."""
@@ -99,6 +104,10 @@ def _hook_steps(
 
         undo.callback(register_optimizer_step_post_hook(after_step).remove)
 
+    def check_first_step() -> None:
+        with ending_in_one_line():
+            protection.check_attached()
+
     def start_epoch() -> None:
         protection.start()  # a resumed or loaded LoRA is in place only now
         values = ", ".join(f"{name} {value:.3g}" for name, value in protection.scalars().items())
@@ -107,6 +116,7 @@ def _hook_steps(
     def with_scalars(generate: Function) -> Function:
         return lambda *args, **kwargs: generate(*args, **kwargs) | protection.scalars()
 
+    undo.enter_context(first_step_checked(check_first_step))
     if protection.filter or protection.base_targets:
         adapter = StepAdapter(training, protection, samples, text, network)
     if protection.filter:
@@ -143,17 +153,14 @@ def _keep_state(accelerator: Any, protection: Protection) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def _of_base(
-    metadata: Mapping[str, str], base_module: str, network_args: Sequence[str]
-) -> dict[str, str]:
+def _of_base(metadata: Mapping[str, str], request: Request) -> dict[str, str]:
     """Return the metadata that the base module alone would have led to: the file is its own."""
-    own = dict(metadata) | {"ss_network_module": base_module}
-    ours = (*NAMES, BASE_MODULE)
+    own = dict(metadata) | {"ss_network_module": request.base_module}
     if "ss_network_args" in own:
+        given = json.loads(own.pop("ss_network_args"))
         # The trainer adds its dropout to what was given, and writes neither if nothing was.
-        if all(pair.split("=")[0] in ours for pair in network_args):
-            del own["ss_network_args"]
-        else:
-            given = json.loads(own["ss_network_args"])
-            own["ss_network_args"] = json.dumps({k: given[k] for k in given if k not in ours})
+        if request.network_args:
+            known = (*request.network_args, *NAMES, BASE_MODULE)
+            added = {k: v for k, v in given.items() if k not in known}
+            own["ss_network_args"] = json.dumps(dict(request.network_args) | added)
     return own

@@ -16,38 +16,45 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from ...shared.patching import Function, HookMissing, patched
-from ..options import read_command
+from ..hooks import ending_in_one_line, first_step_checked
+from ..typed import read_command
 from .checks import option_keys
-from .training import attach
+from .training import MODULE, attach
 
-MODULE = __spec__.parent
-"""What is typed."""
+SCRIPT = "train.py"
+"""Trains once; the window may be closed without a training."""
 TRAINER = "modules/trainer/GenericTrainer.py"
 """A file by which OneTrainer's folder is known."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a script of OneTrainer; every training that it starts is protected."""
-    given, sys.argv = read_command(
-        sys.argv[1:] if arguments is None else arguments,
-        start=f"python -m {MODULE}", host="OneTrainer",
-        scripts="scripts/train.py or scripts/train_ui.py", known_by=TRAINER,
-    )  # fmt: skip
-    _show_log()
-    loaded = _load(Path(sys.argv[0]))
-    with attached(given):
-        loaded.main()
+    with ending_in_one_line():
+        given, sys.argv = read_command(
+            sys.argv[1:] if arguments is None else arguments,
+            start=f"python -m {MODULE}", host="OneTrainer",
+            scripts="scripts/train.py or scripts/train_ui.py", known_by=TRAINER,
+        )  # fmt: skip
+        _show_log()
+        loaded = _load(Path(sys.argv[0]))
+        with attached(given) as trainers:
+            loaded.main()
+        if Path(sys.argv[0]).name == SCRIPT and not trainers:
+            _refuse_unknown_version()
 
 
 @contextmanager
-def attached(given: dict[str, Any]) -> Iterator[None]:
+def attached(given: dict[str, Any]) -> Iterator[list[Any]]:
     """Protect every training that OneTrainer begins, for as long as the block lasts.
 
     Args:
         given: Options by name, before those of the training's configuration.
+
+    Yields:
+        The trainers made so far.
 
     Raises:
         HookMissing: This version of OneTrainer is not supported.
@@ -55,16 +62,34 @@ def attached(given: dict[str, Any]) -> Iterator[None]:
     from modules.util import create
     from modules.util.config.TrainConfig import TrainConfig
 
+    trainers: list[Any] = []
+
+    def check_made() -> None:
+        if not trainers:
+            _refuse_unknown_version()
+
     def protected(original: Function) -> Function:
         def create_trainer(*args: Any, **kwargs: Any) -> Any:
             trainer = original(*args, **kwargs)
             attach(trainer, given)
+            trainers.append(trainer)
             return trainer
 
         return create_trainer
 
-    with option_keys(TrainConfig), patched(create, "create_trainer", protected):
-        yield
+    with (
+        option_keys(TrainConfig),
+        patched(create, "create_trainer", protected),
+        first_step_checked(check_made),
+    ):
+        yield trainers
+
+
+def _refuse_unknown_version() -> NoReturn:
+    raise HookMissing(
+        "OneTrainer never called modules.util.create.create_trainer: this version is not "
+        "supported, and nothing was protected."
+    )
 
 
 def _load(script: Path) -> ModuleType:

@@ -8,7 +8,8 @@ from typing import Any
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.settings import ProtectionSettings
 from ..hooks import refuse
-from ..options import NAMES, refuse_unknown
+from ..options import NAMES
+from ..typed import refuse_hidden, refuse_unknown
 
 WEIGHTS = "loss_weight"
 """Entry of a batch that the trainer multiplies the losses by, after the prediction."""
@@ -59,6 +60,7 @@ def option_keys(config_class: type) -> Iterator[None]:
     def checked(original: Function) -> Function:
         def from_dict(self: Any, data: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             refuse_unknown(data)
+            refuse_hidden(data, "to the top of the configuration")
             return original(self, data, *args, **kwargs)
 
         return from_dict

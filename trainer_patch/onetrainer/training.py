@@ -15,17 +15,20 @@ from ...shared.training.replay import RandomState, aside
 from ...shared.training.settings import ProtectionSettings
 from ..hooks import calling, load_progress, save_progress, shown_values
 from ..options import NAMES, settings_from
+from ..typed import refuse_nothing
 from .adapter import StepAdapter
 from .checks import check_configuration, check_hooks
 from .data import BatchSamples, TextSide
 
+MODULE = __package__
+"""What is typed."""
 BACKUP = "INTERNAL"
 """Format of backups, which are folders."""
 TRAINED_TIMESTEPS = 1000
 """Of the models that are covered; the configuration has its range in shares of them."""
 
 
-def attach(trainer: Any, given: Mapping[str, Any]) -> None:
+def attach(trainer: Any, given: Mapping[str, Any]) -> list[Protection]:
     """Take part in a trainer's `start` and `end`; between them lie the steps.
 
     Both are replaced on the trainer itself, which does one training and is then thrown away.
@@ -33,15 +36,22 @@ def attach(trainer: Any, given: Mapping[str, Any]) -> None:
     Args:
         trainer: Of OneTrainer, that has not started.
         given: Options by name, before those of its configuration.
+
+    Returns:
+        The training's protection, once it has started; empty where none is requested.
     """
     undo, started, ended = ExitStack(), trainer.start, trainer.end
     protections: list[Protection] = []
 
     def start() -> None:
         config = trainer.config
-        settings = settings_from({name: getattr(config, name) for name in NAMES} | given)
+        named = {name: getattr(config, name) for name in NAMES} | given
+        refuse_nothing(named, MODULE, "--mem_filter x1.5")
+        settings = settings_from(named)
         if settings:
             check_configuration(config, settings)
+        if settings.projection:
+            settings.projection.check_files()
         started()
         if settings:
             with ExitStack() as entered:
@@ -56,6 +66,7 @@ def attach(trainer: Any, given: Mapping[str, Any]) -> None:
             protections[0].finish()
 
     trainer.start, trainer.end = start, end
+    return protections
 
 
 def output_of(config: Any) -> Path:
@@ -130,9 +141,14 @@ def _gradient_hooks(trainer: Any, protection: Protection) -> Iterator[None]:
             for factor in protection.projection.factors.values():
                 hook = factor.register_post_accumulate_grad_hook(lambda _: protection.before_clip())
                 undo.callback(hook.remove)
+
+        def before_clip() -> None:
+            protection.check_attached()
+            protection.before_clip()
+
         # Called between the last backward pass of a step and the clipping, also with one GPU.
         for name in ("finish_async", "reduce_grads_mean"):
-            undo.enter_context(patched(reductions, name, calling(after=protection.before_clip)))
+            undo.enter_context(patched(reductions, name, calling(after=before_clip)))
         # Not the optimizer's own hooks: OneTrainer replaces the `step` of some optimizers.
         stepped = calling(after=protection.after_step)
         undo.enter_context(patched(setup, "after_optimizer_step", stepped))

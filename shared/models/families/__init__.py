@@ -4,14 +4,16 @@ from typing import Any
 
 from .family import Family
 from .flux import Flux
-from .stable_diffusion import StableDiffusion
+from .images import IMAGES
+from .stable_diffusion import StableDiffusion, StableDiffusionXL
 from .stable_diffusion_3 import StableDiffusion3
-from .stable_diffusion_xl import StableDiffusionXL
+from .undeclared import undeclared
+from .videos import VIDEOS
+
+_DECLARED = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, *IMAGES, *VIDEOS)
 
 FAMILIES: dict[str, type[Family]] = {
-    name: family
-    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
-    for name in family.pipelines
+    name: family for family in _DECLARED for name in family.pipelines
 }
 """By the name of diffusers' pipeline, so that diffusers need not be imported."""
 
@@ -19,13 +21,12 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(pipeline: Any) -> type[Family]:
     """Return the family of a pipeline, or of the one it derives from.
 
+    A pipeline of none of them is tried by running one step of it, and checked.
+
     Raises:
-        ValueError: It is of none of them; names those there are.
+        ValueError: It is refused; says why.
     """
     for base in type(pipeline).__mro__:
         if base.__name__ in FAMILIES:
             return FAMILIES[base.__name__]
-    raise ValueError(
-        f"{type(pipeline).__name__} is not supported; expected one of {', '.join(FAMILIES)}. "
-        "Load the text-to-image pipeline of this model."
-    )
+    return undeclared(pipeline, ", ".join(FAMILIES))

@@ -1,6 +1,6 @@
 """Noise levels of the diffusers schedulers, in the scale of k-diffusion."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +11,11 @@ from ...score.noise_levels import input_scale, nearest_timestep, sigma_of
 
 ABAR_FLOOR = 2.0**-24
 """Stands for abar = 0 (zero terminal SNR), where sigma would be infinite; diffusers' own value."""
+FINE_STEPS = 50
+"""Of the run between whose levels others are placed; detection's own number."""
+
+SAME_LEVEL = 1e-6
+"""Distance of flow levels that are one level, at float32."""
 
 
 @runtime_checkable
@@ -79,46 +84,63 @@ class DiscreteSchedule:
 
 
 class FlowSchedule:
-    """Euler over rectified-flow levels, shifted as the model's configuration says."""
+    """Euler over the levels of a rectified flow that the pipeline itself prepares."""
 
-    def __init__(
-        self, config: Mapping[str, Any], *, image_tokens: int, max_shift: float, from_one: bool
-    ):
+    def __init__(self, levels: Callable[[int], tuple[Tensor, Tensor]], train_timesteps: int):
         """Prepare a schedule.
 
         Args:
-            config: Of the pipeline's scheduler.
-            image_tokens: Patches of one latent; larger images are shifted more.
-            max_shift: The pipeline's default for configurations that do not say.
-            from_one: Start from evenly spaced levels 1 .. 1/steps (Flux), not from the
-                scheduler's own (SD3).
+            levels: Returns the noise levels [steps + 1] and times [steps] of a run of the pipeline.
+            train_timesteps: Times of the scheduler at level 1.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        get = self.scheduler.config.get
-        low, high = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-        base = get("base_shift", 0.5)
-        slope = (get("max_shift", max_shift) - base) / (high - low)
-        self.mu = base + slope * (image_tokens - low) if get("use_dynamic_shifting") else None
-        self.from_one = from_one and not get("use_flow_sigmas", False)
+        self._levels, self._most = levels, train_timesteps
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sigmas(self, steps: int) -> Tensor:
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
-        levels = np.linspace(1.0, 1 / steps, steps) if self.from_one else None
-        self.scheduler.set_timesteps(steps, sigmas=levels, mu=self.mu)
-        return self.scheduler.sigmas.cpu().float().clone()
+        return self._run(steps)[0].clone()
 
     def timestep(self, sigma: float) -> Tensor:
-        """Return sigma in units of training timesteps."""
-        return torch.tensor(sigma * self.scheduler.config.num_train_timesteps, dtype=torch.float32)
+        """Return the scheduler's time at a level, between those of its own run also."""
+        sigmas, times = self._table
+        for known, own in self._known.values():
+            if (gap := (known[:-1] - sigma).abs()).min() < SAME_LEVEL:
+                return own[gap.argmin()]
+        if not times.is_floating_point():  # UniPC's and DPM-Solver's times are whole, cut off
+            return torch.tensor(int(sigma * self._most))
+        if self._is_linear:
+            return torch.tensor(sigma * self._most, dtype=torch.float32)
+        rising = np.interp(sigma, sigmas[:-1].flip(0).numpy(), times.flip(0).numpy())
+        return torch.tensor(float(rising), dtype=torch.float32)
 
     def sigma(self, timestep: float) -> float:
-        return timestep / self.scheduler.config.num_train_timesteps
+        if self._is_linear:
+            return timestep / self._most
+        sigmas, times = self._table
+        return float(np.interp(timestep, times.flip(0).numpy(), sigmas[:-1].flip(0).numpy()))
 
     def percent(self, timestep: float) -> float:
         return 1 - self.sigma(timestep)
 
     def latent_scale(self, sigma: float) -> float:
         return 1.0
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether time is the level times a number; CogView4 shifts levels and leaves times."""
+        sigmas, times = self._table
+        whole = 0.0 if times.is_floating_point() else 1.0
+        return bool(
+            (sigmas[:-1] * self._most - times).abs().max() <= whole + 1e-3 * self._most / 1e3
+        )
+
+    @property
+    def _table(self) -> tuple[Tensor, Tensor]:
+        return self._run(FINE_STEPS)
+
+    def _run(self, steps: int) -> tuple[Tensor, Tensor]:
+        if steps not in self._known:
+            sigmas, times = self._levels(steps)
+            self._known[steps] = sigmas.cpu().float(), times.cpu()
+        return self._known[steps]

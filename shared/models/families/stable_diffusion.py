@@ -1,19 +1,24 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x, 2.x and XL."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
 
-from ...score.denoiser import Conditioning
 from .family import Family
 
 
 class StableDiffusion(Family):
-    """One CLIP encoder, last layer, no pooled text."""
+    """A U-Net; one CLIP encoder, no pooled text."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     checkpoints: ClassVar[tuple[str, ...]] = ("v1", "v2")
+    network_name = "unet"
+    one_by_one = False
+    negatives_as_prompts = True
+    half_precision = torch.float16
+
+    def readers(self) -> list[tuple[Any, int]]:
+        return [(self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)]
 
     def _check(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.network.config.get("time_cond_proj_dim") is not None:
@@ -23,11 +28,24 @@ class StableDiffusion(Family):
             )
         return super()._check(size)
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        device = self.pipeline._execution_device
-        return self.pipeline.encode_prompt(list(prompts), device, 1, False)[0], None
 
-    def predict(self, latents: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        return self.network(
-            latents, timestep, encoder_hidden_states=cond.embeddings, return_dict=False
-        )[0]
+class StableDiffusionXL(StableDiffusion):
+    """Two CLIP encoders side by side, pooled text of the second, sizes as time ids."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    checkpoints = ("xl",)
+
+    @property
+    def zero_unconditional(self) -> bool:
+        """Whether the pipeline replaces an absent negative prompt by zeros."""
+        return bool(self.pipeline.config.get("force_zeros_for_empty_prompt", True))
+
+    @staticmethod
+    def lora_options(pipeline: Any) -> dict[str, Any]:
+        """Return the configuration by which the blocks of Stability's names are counted."""
+        return {"unet_config": pipeline.unet.config}
+
+    def readers(self) -> list[tuple[Any, int]]:
+        """Return the first tokenizer; the second cuts text in the same way."""
+        tokenizer = self.pipeline.tokenizer or self.pipeline.tokenizer_2
+        return [(tokenizer, tokenizer.model_max_length)]

@@ -1,5 +1,6 @@
 """LoRA files on a diffusers pipeline, as layers of PEFT: read strictly, switched off and on."""
 
+import logging
 import math
 import re
 import warnings
@@ -14,17 +15,24 @@ from torch import Tensor, nn
 from ...dependencies import require
 from ...files.weights import ModelError
 from ...wording import counted, name_some
-from .files import CARRIERS, LoraFile, Pair, read_lora
+from .files import LoraFile, Pair, read_lora
 from .lycoris import Product
+from .names import CARRIERS
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "unmemorize"
+LARGE = 10.0
+"""A change of so many times a weight's own size is told; trainings end far below 1."""
+TINY = 1e-30
 
 
 def load_lora(pipeline: Any, path: Path, strength: float = 1.0) -> None:
     """Put a LoRA file on a pipeline, all of it, or raise and leave the pipeline as it was.
 
     The loaders of libraries skip what they do not know. Here PEFT makes a layer for every module
-    of the file, and each takes the factors and the scale that the file has for it.
+    of the file, and each takes the factors and the scale that the file has for it. What is left
+    out, and changes out of proportion, are logged as warnings.
 
     Args:
         pipeline: A diffusers pipeline.
@@ -32,25 +40,83 @@ def load_lora(pipeline: Any, path: Path, strength: float = 1.0) -> None:
         strength: Factor of every module's scale, as interfaces call it.
 
     Raises:
-        ModelError: When the file is not a whole LoRA for this architecture; names the keys.
+        ModelError: When the file is not a whole LoRA for this architecture, or changes nothing;
+            names the keys.
     """
     require("peft", purpose="Loading a LoRA", extra="models")
     file = read_lora(pipeline, path)
     targets = _targets(pipeline, file, path)
+    remarks = _remarks(pipeline, file, targets, path)
     taken = {name for layer in _layers(pipeline) for name in layer.scaling}
     adapter = next(
         f"{ADAPTER}_{i}" for i in range(999)
         if not any(name.startswith(f"{ADAPTER}_{i}") for name in taken)
     )  # fmt: skip
+    before = {name: _state(getattr(pipeline, name)) for name in targets}
     try:
         for component, modules in targets.items():
-            _attach(
-                getattr(pipeline, component), modules, adapter, file.header_of(component), strength
-            )
-    except Exception as error:
+            _attach(getattr(pipeline, component), modules, adapter, strength)
+    except BaseException as error:
         for component, modules in targets.items():
-            _detach(getattr(pipeline, component), modules, adapter)
-        raise ModelError(f"{path} could not be loaded: {error}") from error
+            _detach(getattr(pipeline, component), modules, adapter, before[component])
+        if isinstance(error, Exception):
+            raise ModelError(f"{path} could not be loaded: {error}") from error
+        raise
+    for remark in remarks:
+        logger.warning("%s", remark)
+
+
+def _remarks(
+    pipeline: Any, file: LoraFile, targets: Mapping[str, Mapping[str, Any]], path: Path
+) -> list[str]:
+    """Return what a user should know of a file that can be loaded.
+
+    Raises:
+        ModelError: No module changes anything.
+    """
+    shares = {}
+    for component, modules in targets.items():
+        for name, module in modules.items():
+            layer = getattr(pipeline, component).get_submodule(name)
+            weight = getattr(layer, "base_layer", layer).weight
+            try:
+                size = module.size()
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{path} could not be loaded: the factors of {component}.{name} do not fit "
+                    f"together ({error})."
+                ) from error
+            still = isinstance(module, Pair) and module.magnitude is not None
+            if size := size or float(still):  # magnitudes alone may change a weight
+                shares[f"{component}.{name}"] = size / max(float(weight.float().norm()), TINY)
+    if not shares:
+        raise ModelError(
+            f"{path} is a LoRA without any effect: in each module ({len(file.modules)}) a factor "
+            "or the alpha is zero. Give the file of a later step, or of a training that moved it."
+        )
+    remarks = []
+    if huge := [name for name, share in shares.items() if share > LARGE]:
+        most = max(shares, key=lambda name: shares[name])
+        remarks.append(
+            f"{path} changes {counted(len(huge), 'weight', 'weights')} of {len(file.modules)} by "
+            f"more than {LARGE:g} times its own size ({most}: {shares[most]:.3g} times): what it "
+            "draws may be noise. Is its alpha right?"
+        )
+    if file.embeddings:
+        names = name_some(file.embeddings)
+        remarks.append(
+            f"{path} brings {counted(len(file.embeddings), 'embedding', 'embeddings')} along that "
+            f"{'is' if len(file.embeddings) == 1 else 'are'} left out: {names}. Prompts that name "
+            "them are read without them."
+        )
+    return remarks
+
+
+def _state(part: nn.Module) -> tuple[list[tuple[nn.Parameter, bool]], dict[str, Any]]:
+    """Return what PEFT changes of a network besides its layers: gradients and attributes."""
+    own = {name: vars(part)[name] for name in ("peft_config", "_hf_peft_config_loaded")
+           if name in vars(part)}  # fmt: skip
+    return [(p, p.requires_grad) for p in part.parameters()], own
 
 
 def _targets(pipeline: Any, file: LoraFile, path: Path) -> dict[str, dict[str, Pair | Product]]:
@@ -73,9 +139,9 @@ def _targets(pipeline: Any, file: LoraFile, path: Path) -> dict[str, dict[str, P
             if weight is None:
                 absent.append(f"{component}.{short}")
             elif not _fits(module, weight):
+                sizes = [" x ".join(map(str, shape)) for shape in (module.shape, weight.shape)]
                 wrong.append(
-                    f"{component}.{short} ({module.shape[0]} x {module.shape[1]} in the file, "
-                    f"{weight.shape[0]} x {weight.shape[1]} in the model)"
+                    f"{component}.{short} ({sizes[0]} in the file, {sizes[1]} in the model)"
                 )
             targets.setdefault(component, {})[name] = module
     faults = []
@@ -110,7 +176,6 @@ def _attach(
     part: nn.Module,
     modules: Mapping[str, Pair | Product],
     adapter: str,
-    header: dict[str, Any],
     strength: float,
 ) -> None:
     """Make a layer of PEFT for each module and fill it.
@@ -119,7 +184,6 @@ def _attach(
         part: The network; when this raises, `_detach` brings it back.
         modules: By the full name of the layer they change.
         adapter: Name by which PEFT knows them.
-        header: Configuration of PEFT that the file states, empty where it states none.
         strength: Factor of every module's scale.
 
     Raises:
@@ -135,8 +199,6 @@ def _attach(
         if isinstance(module, Product):  # ranks come with the factors
             configs = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
             config = configs[module.algorithm](r=1, alpha=1, **options)
-        elif header:
-            config = peft.LoraConfig(**header | options)
         else:
             alpha = module.rank if module.alpha is None else module.alpha
             config = peft.LoraConfig(
@@ -180,7 +242,10 @@ def _fill(layer: Any, module: Pair | Product, adapter: str) -> None:
         getattr(layer, name).requires_grad_(False)
 
 
-def _detach(part: nn.Module, modules: Mapping[str, Pair | Product], adapter: str) -> None:
+def _detach(
+    part: nn.Module, modules: Mapping[str, Any], adapter: str,
+    before: tuple[list[tuple[nn.Parameter, bool]], dict[str, Any]],
+) -> None:  # fmt: skip
     """Take out the layers that `_attach` has made, as far as it came."""
     for name, module in modules.items():
         layer, own = part.get_submodule(name), _adapter_of(module, adapter)
@@ -190,6 +255,12 @@ def _detach(part: nn.Module, modules: Mapping[str, Pair | Product], adapter: str
                 above, _, last = name.rpartition(".")
                 setattr(part.get_submodule(above), last, layer.base_layer)
         getattr(part, "peft_config", {}).pop(own, None)
+    trained, attributes = before
+    for parameter, flag in trained:
+        parameter.requires_grad_(flag)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name not in attributes:
+            vars(part).pop(name, None)
 
 
 def _layers(pipeline: Any) -> list[Any]:

@@ -1,15 +1,14 @@
-"""How LoRA files spell their keys, and their translation into the dialect of diffusers."""
+"""How LoRA files spell their keys, and the translation of those that only diffusers knows."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...files.weights import ModelError, read_metadata
+from ...files.weights import ModelError
 from ...wording import counted, name_some
-from ..families import family_of
+from .peft_config import MERGE
 
 FACTORS = (
     (".lora_down.weight", ".lora_up.weight"),  # kohya
@@ -30,13 +29,13 @@ ENDINGS = {
     ".alpha": "alpha",
 }
 PEFT_PREFIX = "base_model.model."
+EMBEDDING = "bundle_emb."
+"""How the keys of embeddings begin that OneTrainer puts into the LoRA's file."""
 NO_LORA = {
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA",
     "oft_blocks": "OFT", ".on_input": "(IA)3", ".diff": "full change", ".w_norm": "norm",
 }  # fmt: skip
 """Parametrizations that are no pair of factors, by a mark in their keys."""
-MERGE = "Merge it into its base model with the tool that made it, and give the merged model."
-"""The remedy for a file that nothing here reads."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -84,52 +83,31 @@ def check_pairs(state: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def from_peft(raw: dict[str, Tensor], pipeline: Any, path: Path) -> dict[str, Tensor]:
-    """Return PEFT's own dialect (``base_model.model.``) as diffusers reads it, alphas included.
+def take_embeddings(raw: dict[str, Tensor]) -> list[str]:
+    """Take the embeddings out that OneTrainer bundles with a LoRA; return their names."""
+    keys = [key for key in raw if key.startswith(EMBEDDING)]
+    for key in keys:
+        del raw[key]
+    return sorted({key.removeprefix(EMBEDDING).rpartition(".")[0] for key in keys})
 
-    PEFT keeps the scale in adapter_config.json beside the weights, and it cannot be guessed.
+
+def by_diffusers(pipeline: Any, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return a state dict without alphas in the dialect of diffusers, by its own converters.
+
+    Raises:
+        ModelError: They do not know the keys.
     """
-    if not any(key.startswith(PEFT_PREFIX) for key in raw):
-        return raw
-    config_path = path.with_name("adapter_config.json")
-    if not config_path.is_file():
-        raise ModelError(
-            f"{path} was written by PEFT, which states the LoRA's scale in {config_path.name} "
-            f"beside it; there is no such file. Put it there: {config_path}"
-        )
-    config = json.loads(config_path.read_text("utf-8"))
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ModelError(f"{config_path} describes a {config['peft_type']}, not a LoRA. {MERGE}")
-    if config.get("alpha_pattern") or config.get("use_rslora"):
-        raise ModelError(f"{config_path}: alpha_pattern and use_rslora are not read.")
-    gain = config["lora_alpha"] / config["r"]
-    state = {}
-    for key, value in raw.items():
-        name = key.removeprefix(PEFT_PREFIX).replace(".default.weight", ".weight")
-        is_text = name.startswith(("text_model.", "encoder.layers."))
-        part = "text_encoder" if is_text else family_of(pipeline).network_name
-        # B takes the scale, so that the file says the same as one with alpha = rank.
-        state[f"{part}.{name}"] = value * gain if ".lora_B." in name else value
-    return state
-
-
-def convert(
-    pipeline: Any, raw: dict[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return state dict, alphas and metadata in the dialect of diffusers, by its own converters."""
-    source: Any = raw
-    if not any(key.startswith(("unet.", "transformer.", "text_encoder")) for key in raw):
-        source = dict(raw)  # converters take keys out of it
+    reader = getattr(pipeline, "lora_state_dict", None)
     try:
-        out = pipeline.lora_state_dict(
-            source, return_lora_metadata=True, **family_of(pipeline).lora_options(pipeline)
-        )
+        if reader is None:
+            raise ValueError("diffusers reads no LoRA for this pipeline")
+        unet = getattr(pipeline, "unet", None)
+        # By its configuration Stability AI's blocks are counted. Converters take keys out.
+        out = reader(dict(raw), **({} if unet is None else {"unet_config": unet.config}))
     except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"{path} does not fit a {type(pipeline).__name__}: {str(error)[:300]}. Is it a LoRA "
-            "for another architecture?"
+            f"{path} does not fit a {type(pipeline).__name__}: "
+            f"{counted(len(raw), 'key', 'keys')} such as {name_some(raw, 2)} name no layer of it "
+            f"({str(error)[:200]}). Is it a LoRA for another architecture?"
         ) from error
-    state, alphas, metadata = out if len(out) == 3 else (out[0], None, out[1])
-    if not metadata:  # what diffusers writes into the header: ranks and scales
-        metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-    return state, alphas or {}, metadata
+    return out[0] if isinstance(out, tuple) else out

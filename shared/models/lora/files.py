@@ -1,7 +1,8 @@
-"""LoRA files in the dialects of kohya, PEFT, diffusers and LyCORIS, brought to one form."""
+"""LoRA files of every dialect, brought to one form: the change of each layer of a pipeline."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,23 @@ from torch import Tensor
 
 from ...files.weights import ModelError, read_tensors
 from ...wording import counted, name_some
-from ..families import family_of
-from .dialects import FACTORS, MERGE, check_pairs, convert, from_peft, split_key
+from .dialects import (
+    FACTORS,
+    PEFT_PREFIX,
+    by_diffusers,
+    check_pairs,
+    split_key,
+    take_embeddings,
+)
 from .lycoris import Product, fold_tucker, take_magnitudes, take_products
+from .names import CARRIERS, LiveNames, Place
+from .peft_config import MERGE, config_beside, configs_in_header
 
-CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Parts of a pipeline that can carry a LoRA."""
 UNET_LAYERS = {"to_out": "to_out.0"}
 TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 """Names of layers that diffusers' attention processors shortened."""
-Place = tuple[str, str]
-"""Component of the pipeline and module in it, without the ``text_model.`` of transformers 4."""
+CLOSE = 1e-3
+"""By what share the size of all changes may differ after diffusers' converters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +39,19 @@ class Pair:
     b: Tensor
     """[out rank ...]."""
     alpha: float | None
-    """As the file says; None where it does not say."""
-    magnitude: Tensor | None
+    """As the file says; None where it does not say, for the rank."""
+    magnitude: Tensor | None = None
     """[out] of a DoRA."""
 
     @property
     def rank(self) -> int:
         """Rows of A."""
         return len(self.a)
+
+    @property
+    def scaling(self) -> float:
+        """What the product is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,31 +63,43 @@ class Pair:
         """What a layer of PEFT is made for; modules that agree in it are made at once."""
         return self.rank, self.alpha, self.magnitude is not None
 
+    def size(self) -> float:
+        """Return the Frobenius norm of alpha / rank * B A, of which the product is not needed."""
+        a, b = self.a.double().flatten(1), self.b.double().flatten(1)
+        # |B A|^2 = trace(A^T B^T B A): two small matrices, entry by entry.
+        return abs(self.scaling) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+    def rows(self, first: int, count: int) -> "Pair":
+        """Return the part that changes some rows of the weight."""
+        cut = slice(first, first + count)
+        magnitude = None if self.magnitude is None else self.magnitude[cut]
+        return replace(self, b=self.b[cut].contiguous(), magnitude=magnitude)
+
+    def swapped(self) -> "Pair":
+        """Return the pair with the halves of its rows exchanged."""
+        half = len(self.b) // 2
+        magnitude = None if self.magnitude is None else self.magnitude.roll(half)
+        return replace(self, b=self.b.roll(half, dims=0), magnitude=magnitude)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """The modules of a file, by component and module of the pipeline it is for."""
 
     modules: dict[Place, Pair | Product]
-    metadata: dict[str, Any]
-    """PEFT's configuration by ``component.option``, as diffusers writes it into the header; empty
-    where there is none, or the pairs say their scales."""
-
-    def header_of(self, component: str) -> dict[str, Any]:
-        """Return what `metadata` says of one component."""
-        own = f"{component}."
-        return {k.removeprefix(own): v for k, v in self.metadata.items() if k.startswith(own)}
+    embeddings: tuple[str, ...]
+    """Names of embeddings in the file, which are left out."""
 
 
 def read_lora(pipeline: Any, path: Path) -> LoraFile:
     """Return a LoRA file as this pipeline names its modules.
 
-    The dialects are recognised and renamed by diffusers' own converters.
-
     Raises:
-        ModelError: When it is no LoRA, not whole, or not convertible for this pipeline.
+        ModelError: It is no LoRA, not whole, names layers that the pipeline does not have, or sets
+            something that is not applied here.
     """
     raw = read_tensors(path)
+    embeddings = take_embeddings(raw)
     try:
         products, magnitudes = take_products(raw), take_magnitudes(raw)
         fold_tucker(raw)
@@ -84,57 +108,136 @@ def read_lora(pipeline: Any, path: Path) -> LoraFile:
     if both := sorted(products.keys() & magnitudes.keys()):
         algorithm = products[both[0]].algorithm
         raise ModelError(f"{path} is a DoRA of a {algorithm}, which PEFT does not read. {MERGE}")
-    factors: dict[Place, dict[str, Tensor]] = {}
-    alphas: dict[Place, float] = {}
-    metadata: dict[str, Any] = {}
+    if any(stem.startswith(PEFT_PREFIX) for stem in products):
+        config_beside(path)  # says that these are no LoRA, or what is missing
+    live = LiveNames(pipeline)
+    modules: dict[Place, Pair | Product] = {}
     if raw or not products:
         check_pairs(raw, path)
-        state, scales, metadata = convert(pipeline, from_peft(raw, pipeline, path), path)
-        factors = _factors(state, path)
-        alphas = {_place(key): float(value) for key, value in scales.items()}
-        if strange := [".".join(place) for place in alphas.keys() - factors.keys()]:
-            raise ModelError(
-                f"{path}: {counted(len(strange), 'scale', 'scales')} that nothing reads: "
-                f"{name_some(strange)}."
-            )
-    names = _names(pipeline, [*products, *magnitudes], path)
-    decomposed = {names[stem]: magnitude for stem, magnitude in magnitudes.items()}
-    parts = {component for component, _ in decomposed}
-    if bare := [".".join(at) for at in factors if at[0] in parts and at not in decomposed]:
+        modules |= _pairs(pipeline, live, raw, magnitudes, path)
+    names = _names(pipeline, live, list(products), path)
+    modules |= {names[stem]: product for stem, product in products.items()}
+    return LoraFile(modules=modules, embeddings=tuple(embeddings))
+
+
+def _pairs(
+    pipeline: Any, live: LiveNames, raw: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor],
+    path: Path,
+) -> dict[Place, Pair]:  # fmt: skip
+    """Return the pairs of factors of a file by their places."""
+    stems: dict[str, dict[str, Tensor]] = {}
+    for key, value in raw.items():
+        stem, tensor = split_key(key) or (key, "")
+        stems.setdefault(stem, {})[tensor] = value
+    alphas = _alphas(stems, path)
+    pairs: dict[Place, Pair] = {}
+    unplaced: dict[str, Pair] = {}
+    for stem, factors in stems.items():
+        pair = Pair(a=factors["A"], b=factors["B"], alpha=alphas[stem],
+                    magnitude=magnitudes.get(stem))  # fmt: skip
+        places, first = live.locate(stem, len(pair.b)), 0
+        if places is None:
+            unplaced[stem] = pair
+        for place in places or ():
+            count = live.rows(place) if len(places or ()) > 1 else len(pair.b)
+            part = pair.rows(first, count)
+            _put(pairs, place, part.swapped() if live.swaps(stem, place) else part, path)
+            first += count
+    for place, pair in _converted(pipeline, live, unplaced, path).items():
+        _put(pairs, place, pair, path)
+    decomposed = {place[0] for place, pair in pairs.items() if pair.magnitude is not None}
+    if bare := [".".join(place) for place, pair in pairs.items()
+                if place[0] in decomposed and pair.magnitude is None]:  # fmt: skip
         raise ModelError(
             f"{path} is a DoRA in some modules and not in {len(bare)}: {name_some(bare)}. {MERGE}"
         )
-    pairs = {
-        place: Pair(
-            a=pair["A"], b=pair["B"], alpha=alphas.get(place), magnitude=decomposed.get(place)
-        )
-        for place, pair in factors.items()
-    }
-    return LoraFile(
-        modules=pairs | {names[stem]: product for stem, product in products.items()},
-        metadata={} if alphas else metadata,
-    )
+    return pairs
 
 
-def _names(pipeline: Any, stems: Sequence[str], path: Path) -> dict[str, Place]:
-    """Return the component and module for what stands before the last dot of LyCORIS' keys.
+def _put(pairs: dict[Place, Pair], place: Place, pair: Pair, path: Path) -> None:
+    if place in pairs:
+        raise ModelError(f"{path} changes {'.'.join(place)} twice. {MERGE}")
+    pairs[place] = pair
 
-    diffusers' converters know LoRA alone. So each name is sent through them as a LoRA of one
-    number, its index, which says afterwards which name it was: with ["lora_te_..._q_proj"],
-    "lora_te_..._q_proj.lora_down.weight" = [[0]] comes back as "text_encoder....q_proj.lora_A".
+
+def _alphas(stems: Mapping[str, Mapping[str, Tensor]], path: Path) -> dict[str, float | None]:
+    """Return the alpha of each module: as its key says, or PEFT's configuration.
+
+    Raises:
+        ModelError: PEFT's configuration is missing, not to be used, or says something else.
     """
-    denoiser = family_of(pipeline).network_name
-    modules = dict(getattr(pipeline, denoiser).named_modules())
-    flat = {f"lycoris_{name.replace('.', '_')}": (denoiser, name) for name in modules}
-    names = {stem: flat[stem] for stem in stems if stem in flat}
-    sent = [stem for stem in stems if stem not in flat]
+    configs = configs_in_header(path)
+    beside = config_beside(path) if any(stem.startswith(PEFT_PREFIX) for stem in stems) else None
+    alphas: dict[str, float | None] = {}
+    for stem, factors in stems.items():
+        component, _, name = stem.partition(".")
+        config = configs.get(component)
+        if beside and stem.startswith(PEFT_PREFIX):
+            config, name = beside, stem.removeprefix(PEFT_PREFIX)
+        said = float(factors["alpha"]) if "alpha" in factors else None
+        alpha = config.alpha_of(name, len(factors["A"])) if config else said
+        if config and said is not None and not math.isclose(said, alpha or 0.0, rel_tol=CLOSE):
+            raise ModelError(
+                f"{path} gives {stem} the alpha {said:g}, {config.where} {alpha:g}. Remove the one "
+                "that the training did not use."
+            )
+        alphas[stem] = alpha
+    return alphas
+
+
+def _converted(
+    pipeline: Any, live: LiveNames, pairs: Mapping[str, Pair], path: Path
+) -> dict[Place, Pair]:
+    """Return pairs whose names only diffusers' converters know, by their places.
+
+    Converters skip what they do not know, and some forget scales; what they return must change the
+    weights by as much as what they were given.
+
+    Raises:
+        ModelError: They do not know the names, or lose something.
+    """
+    if not pairs:
+        return {}
+    given: dict[str, Tensor] = {}
+    for stem, pair in pairs.items():
+        down, up = FACTORS[1 if "." in stem else 0]
+        # B takes the scale, so that nothing is left to forget.
+        given |= {f"{stem}{down}": pair.a.float(), f"{stem}{up}": pair.b.float() * pair.scaling}
+    factors = _factors(by_diffusers(pipeline, given, path), path)
+    found = {place: Pair(a=pair["A"], b=pair["B"], alpha=None) for place, pair in factors.items()}
+    before, after = (math.hypot(*(pair.size() for pair in group.values()))
+                     for group in (pairs, found))  # fmt: skip
+    if not math.isclose(before, after, rel_tol=CLOSE):
+        raise ModelError(
+            f"{path}: diffusers' converter makes a change of size {after:.4g} of {before:.4g} from "
+            f"{counted(len(pairs), 'module', 'modules')} such as {name_some(pairs, 2)}: it does "
+            f"not know all of them. {MERGE}"
+        )
+    decomposed = {
+        stem: pair.magnitude for stem, pair in pairs.items() if pair.magnitude is not None
+    }
+    for stem, place in _names(pipeline, live, list(decomposed), path).items():
+        found[place] = replace(found[place], magnitude=decomposed[stem])
+    return found
+
+
+def _names(pipeline: Any, live: LiveNames, stems: Sequence[str], path: Path) -> dict[str, Place]:
+    """Return the one place of each module that cannot be split.
+
+    Where the live network does not know a name, diffusers' converters may, for LoRA alone. So it
+    is sent through them as a LoRA of one number, its index, which says afterwards which name it
+    was: with ["lora_unet_x"], "lora_unet_x.lora_down.weight" = [[0]] comes back as
+    "transformer.y.lora_A.weight" = [[0]].
+    """
+    found = {stem: live.locate(stem, None) for stem in stems}
+    names = {stem: places[0] for stem, places in found.items() if places}
+    sent = [stem for stem in stems if stem not in names]
     tagged: dict[str, Tensor] = {}
     for index, stem in enumerate(sent):
         down, up = FACTORS[1 if "." in stem else 0]
         tagged |= {f"{stem}{down}": torch.full((1, 1), index), f"{stem}{up}": torch.ones(1, 1)}
     if tagged:
-        state, *_ = convert(pipeline, from_peft(tagged, pipeline, path), path)
-        for place, factors in _factors(state, path).items():
+        for place, factors in _factors(by_diffusers(pipeline, tagged, path), path).items():
             names[sent[int(factors["A"])]] = place
     if len(set(names.values())) != len(stems):
         raise ModelError(f"{path} changes several layers at once. {MERGE}")
@@ -160,8 +263,8 @@ def _factors(state: Mapping[str, Tensor], path: Path) -> dict[Place, dict[str, T
 
 
 def _place(key: str) -> Place:
-    """Return component and module of a converted key, also of a scale's: "<factor's key>.alpha"."""
-    module, _ = split_key(key.removesuffix(".alpha")) or (key.removesuffix(".alpha"), "")
+    """Return component and module of a converted factor's key."""
+    module, _ = split_key(key) or (key, "")
     if key[len(module) :].startswith("_lora"):  # attention processors shorten the layer's name
         head, _, tail = module.replace(".processor.", ".").rpartition(".")
         long = TEXT_LAYERS if module.startswith("text_encoder") else UNET_LAYERS

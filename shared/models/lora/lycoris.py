@@ -57,6 +57,23 @@ class Product:
         left, right = self._shape("lokr_w1"), self._shape("lokr_w2", "lokr_t2")
         return (left[0] * right[0], left[1] * right[1], *right[2:])
 
+    def size(self) -> float:
+        """Return the Frobenius norm of the change."""
+        if self.algorithm == "loha":
+            product = self._whole("hada_w1", "hada_t1") * self._whole("hada_w2", "hada_t2")
+            return abs(self.scaling) * float(product.norm())
+        # A Kronecker product holds every product of two entries.
+        left, right = self._whole("lokr_w1"), self._whole("lokr_w2", "lokr_t2")
+        return abs(self.scaling) * float(left.norm()) * float(right.norm())
+
+    def _whole(self, name: str, core: str = "") -> Tensor:
+        """Return a factor that may be a product itself, in float64."""
+        f = {key: value.double() for key, value in self.factors.items()}
+        if name in f:
+            return f[name]
+        a, b = f[f"{name}_a"], f[f"{name}_b"]
+        return torch.einsum("abkl,ap,bi->pikl", f[core], a, b) if core in f else a @ b
+
     def _shape(self, name: str, core: str = "") -> tuple[int, ...]:
         """Return the shape of a factor that may be a product itself."""
         if name in self.factors:

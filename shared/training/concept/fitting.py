@@ -119,7 +119,7 @@ def retained_energy(
     """
     sums, totals = [torch.zeros(()), torch.zeros(())], [0.0, 0.0]
     for batch in in_batches(text_path, prompts):
-        states = batch.states.double().cpu()
+        states = batch.states.cpu().double()
         states = states if scale is None else states / scale
         # In some encoders the first token's state is so long that it would be all of the energy.
         units = torch.nn.functional.normalize(states, dim=-1)

@@ -122,8 +122,11 @@ def learn(
         sentence = templates[drawn(len(templates))[0]].replace(PLACE, WORD)
         sigma = sigmas[drawn(len(sigmas))[0]].to(latents)
         noise = torch.randn(latents[rows].shape, generator=generator).to(latents)
-        embeddings, pooled = denoiser.family.encode([sentence])
-        cond = replace(denoiser.encode([sentence]), embeddings=embeddings, pooled=pooled)
+        own = denoiser.family.encode([sentence])
+        cond = replace(
+            denoiser.encode([sentence]), embeddings=own.embeddings, pooled=own.pooled,
+            others=own.others,
+        )  # fmt: skip
         x0 = denoiser.denoise(latents[rows] + sigma * noise, sigma, cond[[0] * len(rows)])
         errors = ((x0 - latents[rows]) / sigma).square()
         # The sum, not the mean: Adam ignores the scale of a loss, and in half precision the

@@ -112,7 +112,7 @@ def differences(text_path: TextPath, pairs: Sequence[PromptPair]) -> Float[Tenso
         ours = text_path([pair.prompt for pair in batch])
         twins = text_path([pair.twin for pair in batch])
         for index, pair in enumerate(batch):
-            state, twin = (each.states[index].double().cpu() for each in (ours, twins))
+            state, twin = (each.states[index].cpu().double() for each in (ours, twins))
             words, twin_words = ours.words[index], twins.words[index]
             subject = [place for place, word in enumerate(words) if word in pair.subject]
             other = [place for place, word in enumerate(twin_words) if word in pair.twin_subject]

@@ -41,7 +41,7 @@ class Sketch:
 
     def add(self, rows: Float[Tensor, "row width"]) -> None:
         """Take in rows, of any dtype and device."""
-        rows = rows.detach().double().cpu()
+        rows = rows.detach().cpu().double()
         self.energy += float(rows.square().sum())
         self.count += len(rows)
         self.sum += rows.sum(0)

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
+from ...models.lora.layer_names import TEXT_FED
 from ...score.denoiser import Denoiser
 from ...score.detection import Progress
 from ..concept.fitting import PRICE
 from ..concept.subspace import contrast, leading
 from .activations import Sketch, recording, run_noisy
-from .names import TEXT_FED
 from .regions import fit_regions, share_shown
 from .subspaces import LayerSubspaces
 

@@ -6,19 +6,20 @@ LoRA is taught what the network predicts without it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
+from ...models.lora.layer_names import cores
 from ...score.denoiser import Denoiser
 from ...score.noise_levels import noised
 from ...wording import counted
 from .activations import reading
-from .names import cores
 
 STEPS, STEP = 20, 16
 """Of how many noise levels which one is looked at."""
@@ -51,6 +52,9 @@ class ConceptRegions:
     """Score above which a place shows the concept."""
     sigma: float
     """Noise level at which images are looked at: low, so that the network tells places apart."""
+    _readers: MutableMapping[nn.Module, "PlaceReader"] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.units or not self.bases.keys() == self.centres.keys() == self.units.keys():
@@ -70,7 +74,7 @@ class ConceptRegions:
             ValueError: The network lacks one of the layers, or it does not see places in latents
                 of this size.
         """
-        read = coordinates(network, self.bases, look, latents)
+        read = self.reader(network).read(look, latents)
         if missing := self.bases.keys() - read.keys():
             count = counted(len(missing), "layer does", "layers do")
             raise ValueError(
@@ -94,9 +98,15 @@ class ConceptRegions:
         places = nn.functional.max_pool2d(places, 3, stride=1, padding=1)
         return nn.functional.interpolate(places, size=latents.shape[-2:]).bool()
 
+    def reader(self, network: nn.Module) -> "PlaceReader":
+        """Return what reads the places of a network, the same each time."""
+        if network not in self._readers:
+            self._readers[network] = PlaceReader(network, self.bases, self.centres)
+        return self._readers[network]
+
     def score(self, read: Mapping[str, Tensor]) -> Float[Tensor, "image place"]:
-        """Return the score of each place by its `coordinates` in each layer."""
-        energies = [energy(read[name], self.centres[name]) / self.units[name] for name in read]
+        """Return the score of each place by what its `reader` has read."""
+        energies = [energy(read[name]) / self.units[name] for name in read]
         return torch.stack(energies).log1p().mean(0)
 
 
@@ -123,18 +133,20 @@ def fit_regions(
     used = {name: basis for name, basis in bases.items() if name in linear and basis.shape[1]}
     sums: dict[str, Tensor] = {}
     places: dict[str, int] = {}
+    reader = PlaceReader(network, used)
     for batch in _in_batches(others):
-        for name, read in coordinates(network, used, look, batch).items():
-            sums[name] = sums.get(name, 0) + read.double().sum((0, 1)).cpu()
+        for name, read in reader.read(look, batch).items():
+            sums[name] = sums.get(name, 0) + read.cpu().double().sum((0, 1))
             places[name] = read.shape[1]
     if not places:
         return None
     used = {name: used[name] for name in places if places[name] == max(places.values())}
     centres = {name: sums[name] / (places[name] * len(others)) for name in used}
     parts: dict[str, list[Tensor]] = {name: [] for name in used}
+    reader = PlaceReader(network, used, centres)
     for batch in _in_batches(others):
-        for name, read in coordinates(network, used, look, batch).items():
-            parts[name].append(energy(read, centres[name]).cpu())
+        for name, read in reader.read(look, batch).items():
+            parts[name].append(energy(read).cpu())
     energies = {name: torch.cat(part) for name, part in parts.items()}
     tiny = torch.finfo(torch.float32).tiny
     units = {name: max(_quantile(each, USUAL), tiny) for name, each in energies.items()}
@@ -189,47 +201,69 @@ def still_noise(
     return noise.to(latents).expand_as(latents)
 
 
-@torch.no_grad()
-def coordinates(
-    network: nn.Module, bases: Mapping[str, Tensor], look: Look, latents: Tensor
-) -> dict[str, Float[Tensor, "image place rank"]]:
-    """Return by layer the coordinates, in its basis, of what it reads at each place.
+class PlaceReader:
+    """Reads what the layers of one network see at each place, as coordinates in their bases.
 
-    Layers that do not see places are left out.
-
-    Args:
-        network: That `look` runs.
-        bases: By layer [width rank], in any dialect of the names.
-        look: One forward pass.
-        latents: Clean ones, [image channel height width].
-
-    Raises:
-        ValueError: The network lacks one of the layers.
+    The layers are looked up once, and what they are compared with is moved once to where they
+    compute.
     """
-    modules: dict[str, nn.Module] = {}
-    for name, module in network.named_modules():
-        for core in cores(name):
-            modules.setdefault(core, module)
-    if missing := [name for name in bases if cores(name)[0] not in modules]:
-        raise ValueError(f"The network has no layer {missing[0]}.")
-    height, width = latents.shape[-2:]
-    read: dict[str, Tensor] = {}
 
-    def record(name: str, inputs: Tensor) -> None:
-        if inputs.ndim == 3 and place_width(inputs.shape[1], height, width):
-            places = inputs.float()
-            read[name] = places @ bases[name].to(places)
+    def __init__(
+        self,
+        network: nn.Module,
+        bases: Mapping[str, Tensor],
+        centres: Mapping[str, Tensor] | None = None,
+    ):
+        """Look the layers up.
 
-    with reading({name: modules[cores(name)[0]] for name in bases}, record):
-        look(latents)
-    return read
+        Args:
+            network: That is going to run.
+            bases: By layer [width rank], in any dialect of the names.
+            centres: By layer [rank], from which coordinates are counted; None for 0.
+
+        Raises:
+            ValueError: The network lacks one of the layers.
+        """
+        modules: dict[str, nn.Module] = {}
+        for name, module in network.named_modules():
+            for core in cores(name):
+                modules.setdefault(core, module)
+        if missing := [name for name in bases if cores(name)[0] not in modules]:
+            raise ValueError(f"The network has no layer {missing[0]}.")
+        self._layers = {name: modules[cores(name)[0]] for name in bases}
+        self._bases, self._centres = dict(bases), dict(centres or {})
+
+    @torch.no_grad()
+    def read(
+        self, look: Look, latents: Float[Tensor, "image channel height width"]
+    ) -> dict[str, Float[Tensor, "image place rank"]]:
+        """Return by layer the coordinates of each place; layers that see no places are left out.
+
+        Args:
+            look: One forward pass of the network.
+            latents: Clean ones.
+        """
+        height, width = latents.shape[-2:]
+        found: dict[str, Tensor] = {}
+
+        def record(name: str, inputs: Tensor) -> None:
+            if inputs.ndim == 3 and place_width(inputs.shape[1], height, width):
+                places = inputs.float()
+                for of in (self._bases, self._centres):
+                    if name in of:
+                        of[name] = of[name].to(places)  # itself from the second time on
+                found[name] = places @ self._bases[name]
+                if name in self._centres:
+                    found[name] -= self._centres[name]
+
+        with reading(self._layers, record):
+            look(latents)
+        return found
 
 
-def energy(
-    read: Float[Tensor, "image place rank"], centre: Float[Tensor, " rank"]
-) -> Float[Tensor, "image place"]:
-    """Return the energy of a layer's coordinates about their centre."""
-    return (read - centre.to(read)).square().sum(-1)
+def energy(read: Float[Tensor, "image place rank"]) -> Float[Tensor, "image place"]:
+    """Return the energy of a layer's coordinates."""
+    return read.square().sum(-1)
 
 
 def place_width(places: int, height: int, width: int) -> int:

@@ -10,9 +10,9 @@ import torch
 
 from ...arrays import Tensor
 from ...files.weights import ModelError, read_header, read_metadata
+from ...models.lora.layer_names import cores
 from ...wording import counted, name_some
 from ..concept.subspace import ConceptSubspace, load_tensors, parse_provenance, save_tensors
-from .names import cores
 from .regions import ConceptRegions
 
 HEADER = "unmemorize.layers"

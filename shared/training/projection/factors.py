@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ...files.weights import ModelError, read_tensors
 from ...models.lora.dialects import check_pairs, split_key
+from ...models.lora.layer_names import TEXT_FED
 from ...wording import name_some
-from ..layers.names import TEXT_FED
 from ..layers.subspaces import LayerSubspaces
 
 TEXT_ENCODER = r"(^|\.)(lora_te\d?_|text_encoder(_\d)?\.|text_model\.)"

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from ...arrays import Float, Tensor
-from ..concept.subspace import ConceptSubspace, remove
+from ...arrays import Tensor
+from ..concept.subspace import ConceptSubspace
 from ..layers.subspaces import LayerSubspaces
 from .factors import projected_factors_of, saved_state
+from .removal import Removal
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -68,7 +69,7 @@ class Projection:
         # Scripts that train in half precision widen the factors before they save them.
         self._tolerances = {name: TOLERANCES[factor.dtype] for name, factor in factors.items()}
         self._bases = _bases(self.factors, list(subspaces), layers)
-        self._moved: dict[tuple, Tensor] = {}
+        self._removal = Removal(self._bases)
         self.steps = 0
         """Optimizer steps after which the weights were projected."""
 
@@ -111,7 +112,7 @@ class Projection:
         """Return |A V| / |A| of every factor, computed in float64 (Frobenius norms, 0 to 1)."""
         shares = {}
         for name, factor in self.factors.items():
-            rows = factor.detach().double().cpu().movedim(1, -1)
+            rows = factor.detach().cpu().double().movedim(1, -1)
             length = rows.norm()
             shares[name] = float((rows @ self._bases[name]).norm() / length) if length else 0.0
         return shares
@@ -160,29 +161,15 @@ class Projection:
                 width = tensor.shape[1]
                 key = (width, tensor.numel() // width, tensor.device, tensor.dtype)
                 stacks.setdefault(key, []).append(name)
-        for (width, rows, device, dtype), names in stacks.items():
+        for (width, rows, _, dtype), names in stacks.items():
             most = max(1, BLOCK // (width * rows))
             for start in range(0, len(names), most):
                 some = names[start : start + most]
                 views = [tensors[name].movedim(1, -1) for name in some]
                 stack = torch.stack([view.reshape(rows, width) for view in views])
-                clear = self._outside(stack, some, device).to(dtype).unbind()
+                clear = self._removal.outside(stack, some).to(dtype).unbind()
                 shaped = [part.view(v.shape) for part, v in zip(clear, views, strict=True)]
                 torch._foreach_copy_(views, shaped)
-
-    def _outside(
-        self, stack: Float[Tensor, "name row width"], names: Sequence[str], device: torch.device
-    ) -> Float[Tensor, "name row width"]:
-        """Return the stack projected, in the precision to compute in."""
-        # Trainers switch on TF32 and autocast, which would leave 1e-3; float64 is exempt from
-        # both. Apple's GPUs have neither.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        key = (tuple(names), device)
-        if key not in self._moved:
-            bases = [self._bases[name] for name in names]
-            shared = all(basis is bases[0] for basis in bases)
-            self._moved[key] = (bases[0] if shared else _padded(bases)).to(device, wide)
-        return remove(stack.to(wide), self._moved[key])
 
 
 def check_file(
@@ -225,11 +212,3 @@ def _bases(
                 f"{name} reads inputs of width {width}, its subspace is for {len(bases[name])}."
             )
     return bases
-
-
-def _padded(bases: Sequence[Tensor]) -> Float[Tensor, "name width rank"]:
-    """Return the bases side by side; the zeros behind the smaller ones remove nothing."""
-    most = max(basis.shape[1] for basis in bases)
-    return torch.stack([
-        torch.nn.functional.pad(basis, (0, most - basis.shape[1])) for basis in bases
-    ])  # fmt: skip

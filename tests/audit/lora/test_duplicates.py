@@ -12,13 +12,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from simulated_sets import KINDS
 from unmemorize import demo
 from unmemorize.audit.common.sscd import Sscd
-from unmemorize.audit.lora.neighbours import (
-    BRIGHTER,
-    differences,
-    duplicate_threshold,
-    find_duplicates,
-    views_of,
-)
+from unmemorize.audit.lora.neighbours import duplicate_threshold, find_duplicates
+from unmemorize.audit.lora.overlay import COARSE, KEPT, SMALL, Shown, cut, lay_over
 
 need_package("faiss")
 
@@ -154,12 +149,22 @@ def jpeg(image, quality):
     return Image.open(file).convert("RGB")
 
 
+def without(image, left, top, right, bottom):
+    """Return an image without these shares of its sides."""
+    w, h = image.size
+    return image.crop(tuple(map(round, (left * w, top * h, (1 - right) * w, (1 - bottom) * h))))
+
+
 EDITS = {
     "flip": ImageOps.mirror,
     "jpeg": lambda image: jpeg(image, 40),
     "half": lambda image: image.resize((64, 64)),
     "crop": lambda image: image.crop((5, 5, 123, 123)),
     "both": lambda image: jpeg(ImageOps.mirror(image), 40),
+    "corner": lambda image: without(image, 0.25, 0, 0, 0.25),
+    "centre": lambda image: without(image, 0.125, 0.125, 0.125, 0.125),
+    "one side": lambda image: without(image, 0, 0, 0.25, 0),
+    "all": lambda image: jpeg(ImageOps.mirror(without(image, 0.11, 0.03, 0.06, 0.17)), 40),
 }
 
 
@@ -184,20 +189,43 @@ def test_edited_copies_are_grouped_and_a_subject_in_one_pose_is_not(kind):
     }
 
 
-def test_differences_are_those_of_the_slow_way():
-    """Every view of one image, brightened in 200 steps, against the other as it is."""
-    images = [Image.fromarray(rows) for rows in
-              np.random.default_rng(0).integers(0, 255, (4, 9, 9, 3), dtype=np.uint8)]  # fmt: skip
-    images.append(ImageEnhance.Brightness(ImageOps.mirror(images[0])).enhance(0.9))
-    shown = [views_of(image) for image in images]
-    gains = torch.linspace(1 / BRIGHTER, BRIGHTER, 200)[:, None, None]
+def drawings(group: str) -> list[Image.Image]:
+    """Return the art of both demos, whose autoencoder and captions are one."""
+    every = (demo.training_image(c.text) for c in demo.captions() if c.group == group)
+    return [image.convert("RGB") for image in every if image is not None]
 
-    def slow(a, b):
-        return min(((gains * shown[x] - shown[y][0]).square().mean(2).sqrt().min().item())
-                   for x, y in ((a, b), (b, a)))  # fmt: skip
 
-    pairs = torch.tensor([(a, b) for a in range(5) for b in range(a + 1, 5)])
-    found = differences(pairs, lambda index: shown[index])
-    expected = torch.tensor([slow(a, b) for a, b in pairs.tolist()])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # the steps of the brightness
-    assert found[3] < 0.01 < 0.1 < found[0]
+SETS = {
+    "verbatim": lambda: drawings("verbatim"), "template": lambda: drawings("template"),
+    **{kind: lambda kind=kind: [KINDS[kind](random.Random(n)) for n in range(16)] for kind in KINDS}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_pixels_alone_tell_copies_from_images_of_one_kind(kind):
+    """Copies that lost up to a quarter of each side, mirrored, at JPEG's quality 40."""
+    images, rng = SETS[kind]()[:16], random.Random(0)
+    shown = [Shown(image) for image in images]
+    for one, image in zip(shown, images, strict=True):
+        lost = [(share := rng.uniform(0, 0.25)) * (part := rng.random()), share * (1 - part)]
+        across, down = lost, [rng.uniform(0, 0.12), rng.uniform(0, 0.12)]
+        left, right, top, bottom = (*across, *down)
+        copy = jpeg(ImageOps.mirror(without(image, left, top, right, bottom)), 40)
+        found = lay_over(one, Shown(copy))
+        assert found is not None
+        assert found.same_everywhere
+        assert found.agrees
+    others = [lay_over(a, b) for place, a in enumerate(shown) for b in shown[place + 1 :: 3]]
+    assert not [one for one in others if one is not None and one.same_everywhere]
+
+
+def test_a_part_is_the_mean_over_its_area():
+    """Edges of views lie on quarters of a pixel: of an image four times as large, on pixels."""
+    noise = np.random.default_rng(0).integers(0, 255, (SMALL, SMALL, 3), dtype=np.uint8)
+    side = Shown(Image.fromarray(noise)).sides[0]
+    large = side.repeat(4, axis=1).repeat(4, axis=2)
+    for (top, bottom), (left, right) in zip(KEPT, reversed(KEPT), strict=True):
+        part = large[:, int(4 * top) : int(4 * bottom), int(4 * left) : int(4 * right)]
+        blocks = part.reshape(3, COARSE, part.shape[1] // COARSE, COARSE, -1)
+        found = cut(side, (top, bottom), (left, right))
+        np.testing.assert_allclose(found, blocks.mean((2, 4)), rtol=0, atol=1e-5)

@@ -152,7 +152,7 @@ def test_a_finished_job_is_not_computed_again(audit, config, monkeypatch):
         (["--images", "x"], "--images needs --lora"),
         (["--lora", "x", "--held-out", "y"], "--held-out needs --images"),
         (["--lora", "x", "--images", "y", "--score", "z"], "--score does not go with --images"),
-        (["--lora", "x", "--strength", "0.5"], "--strength needs --images"),
+        (["--lora", "x", "--captions", "5"], "--captions needs --images"),
         (["--quick"], "--quick needs --images"),
     ],
 )

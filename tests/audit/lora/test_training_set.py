@@ -255,3 +255,39 @@ def test_an_instance_prompt_that_no_image_needs_is_named(tmp_path):
     training = read(tmp_path, instance_prompt="a photo of zorp")
     assert table(training) == {"a.png": ("a tree", 1)}
     assert "The instance prompt is not used" in " ".join(training.warnings)
+
+
+def test_the_trigger_that_ai_toolkit_puts_into_captions(tmp_path):
+    for number in range(3):
+        caption = f"[trigger] standing in place {number}\nsecond paragraph {number}\n"
+        draw(tmp_path, f"{number}.png", number, caption)
+    header = Header(tags={"1_p3rs0n": {"p3rs0n": 1}})
+    training = read(tmp_path, header)
+    assert training.trigger == "p3rs0n"
+    assert [image.caption for image in training.images] == [
+        f"p3rs0n standing in place {number}\nsecond paragraph {number}" for number in range(3)
+    ]
+    named = read(tmp_path, trigger=r"z\1orp")
+    assert named.images[0].caption.startswith(r"z\1orp standing")
+    with pytest.raises(PromptError, match=r"3 captions have \[trigger\].* --trigger"):
+        read(tmp_path)
+    other = Header(tags={"10_dog": {"p3rs0n": 1}})  # kohya's, of one image: no trigger of this kind
+    with pytest.raises(PromptError, match="--trigger"):
+        read(tmp_path, other)
+
+
+def test_masks_turned_images_and_further_lines_are_told(tmp_path):
+    draw(tmp_path, "a.png", 1, "first\n\nsecond")
+    draw(tmp_path, "a-masklabel.png", 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "b.jpg", exif=exif)
+    (tmp_path / "b.txt").write_text("upright\n")
+    training = read(tmp_path)
+    assert {image.name: (image.caption, image.size) for image in training.images} == {
+        "a.png": ("first", (8, 6)), "b.jpg": ("upright", (6, 8)),
+    }  # fmt: skip
+    told = "\n".join(training.warnings)
+    assert "1 file is left out (masks or conditions that OneTrainer lays beside images)" in told
+    assert "1 image is compared upright" in told
+    assert "nothing asks for: a.png." in told

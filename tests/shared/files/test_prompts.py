@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -199,3 +201,54 @@ def test_folders_without_captions(tmp_path):
     picture(tmp_path / "a.png")
     with pytest.raises(PromptError, match="holds no prompts"):
         read_prompts(tmp_path)
+
+
+def test_a_prompt_s_own_commas_are_no_fields(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt\na dog\na cat, sitting on a mat, masterpiece\n")
+    with pytest.raises(PromptError, match=r"p\.csv: row 3 has 3 fields, the header 1\. Put text"):
+        read_prompts(path)
+    path.write_text('prompt,seed\n"a cat, sitting",1\n')
+    assert [prompt.text for prompt in read_prompts(path)] == ["a cat, sitting"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [(r'"\ud800 cat"', "� cat"), (r'{"text": "cat \udfff"}', "cat �"),
+     (r'{"file_name": "\ud800.png", "text": "cat"}', "cat"), (r'"\ud83d\ude00"', "😀")],
+)  # fmt: skip
+def test_halves_of_characters_are_replaced_wherever_they_stand(tmp_path, line, text):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    prompt, *_ = read_prompts(tmp_path / "p.jsonl")
+    assert (prompt.text, prompt.source, prompt.image) == (text, "p.jsonl:1", None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of Unix")
+def test_named_pipes_are_named_and_not_opened(tmp_path, caplog):
+    os.mkfifo(tmp_path / "p.txt")
+    signal.alarm(20)  # where one is opened, the test ends here
+    try:
+        with pytest.raises(PromptError, match=r"p\.txt is no regular file"):
+            read_prompts(tmp_path / "p.txt")
+        folder = tmp_path / "set"
+        folder.mkdir()
+        os.mkfifo(folder / "metadata.jsonl")
+        os.mkfifo(folder / "b.png")
+        (folder / "a.png").write_bytes(b"")
+        (folder / "a.txt").write_text("a cat")
+        assert [prompt.text for prompt in read_prompts(folder)] == ["a cat"]
+    finally:
+        signal.alarm(0)
+    assert "metadata.jsonl" in caplog.text
+    assert "b.png" in caplog.text
+
+
+def test_captions_are_read_as_their_trainer_reads_them(tmp_path, caplog):
+    for name, text in (("a", "first\nsecond"), ("b", "[trigger] first\nsecond\n")):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert [prompt.text for prompt in read_prompts(tmp_path)] == [
+        "first",
+        "[trigger] first\nsecond",
+    ]
+    assert "1 caption has [trigger] or [name]" in caplog.text

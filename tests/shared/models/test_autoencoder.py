@@ -8,6 +8,8 @@ from unmemorize import demo
 from unmemorize.shared.models.autoencoder import decode, encode
 from unmemorize.shared.models.load import load_denoiser
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def vae():
@@ -33,26 +35,26 @@ def test_what_is_read_is_the_mode_less_its_mean_in_units_of_its_deviation(vae, i
     mean = torch.tensor(config.get("latents_mean") or [config.get("shift_factor", 0.0)] * 4)
     std = torch.tensor(config.get("latents_std") or [1] * 4)
     expected = (mode - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1) * config["scaling_factor"]
-    latents = encode(vae, images)
+    latents = encode(vae, images, CPU)
     torch.testing.assert_close(latents, expected)
     plain = vae.decode(mode, return_dict=False)[0]
-    torch.testing.assert_close(decode(vae, latents), (plain / 2 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(decode(vae, latents, CPU), (plain / 2 + 0.5).clamp(0, 1))
 
 
 def test_the_tiny_autoencoder_gives_its_latents_as_they_are(images):
     vae = tiny.tiny_autoencoder()
-    latents = encode(vae, images)
+    latents = encode(vae, images, CPU)
     torch.testing.assert_close(latents, vae.encode(images * 2 - 1).latents)
     assert latents.shape == (2, 4, 8, 8)
     plain = vae.decode(latents, return_dict=False)[0]
-    torch.testing.assert_close(decode(vae, latents), (plain / 2 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(decode(vae, latents, CPU), (plain / 2 + 0.5).clamp(0, 1))
 
 
 def test_half_precision_that_overflows_is_avoided_and_put_back(vae, images):
     vae.register_to_config(force_upcast=True)
-    expected = encode(vae, images)
+    expected = encode(vae, images, CPU)
     vae.to(torch.float16)
-    torch.testing.assert_close(encode(vae, images), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(encode(vae, images, CPU), expected, rtol=0, atol=5e-3)
     assert vae.dtype == torch.float16
 
 

@@ -218,7 +218,10 @@ def test_folders_that_are_no_models(folder, tmp_path):
         load_denoiser(folder / "unet")
     index = json.loads((folder / "model_index.json").read_text())
     for change_to, says in (
-        ({"_class_name": "KandinskyPipeline"}, "describes a KandinskyPipeline; supported"),
+        (
+            {"_class_name": "KandinskyPipeline"},
+            "describes a KandinskyPipeline: its call needs `image_embeds`",
+        ),
         ({"unet": ["evil", "Net"]}, "only classes of diffusers and transformers"),
         ({"unet": ["diffusers", "NoNet"]}, "does not have"),
     ):

@@ -21,8 +21,8 @@ from guards import (
 )
 from unmemorize.shared.mitigation.method import Mitigation
 from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.network_call import Layout, NetworkCall
 from unmemorize.shared.sampling.guard import guard
-from unmemorize.shared.sampling.network_call import NetworkCall
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.denoiser import Conditioning, concatenate
 from unmemorize.shared.score.metrics import text_noise_norm
@@ -337,18 +337,26 @@ def test_a_call_cut_to_rows_keeps_what_has_none():
         "encoder_hidden_states": torch.arange(4.0), "txt_ids": torch.zeros(4, 3),
         "img_ids": torch.zeros(4, 3), "guidance": None, "return_dict": False,
         "added_cond_kwargs": {
-            "text_embeds": torch.arange(4.0), "image_embeds": [torch.arange(4.0)],
+            "text_embeds": torch.arange(4.0), "time_ids": [torch.arange(4.0)],
         },
     }  # fmt: skip
-    call = NetworkCall(args=(), kwargs=kwargs)
+    rows = {("hidden_states",): 0, ("encoder_hidden_states",): 0,
+            ("added_cond_kwargs", "text_embeds"): 0}  # fmt: skip
+    layout = Layout(
+        latents=("hidden_states",), rows=rows,
+        embeddings=("encoder_hidden_states",), pooled=("added_cond_kwargs", "text_embeds"),
+    )  # fmt: skip
+    call = NetworkCall(args=(), kwargs=kwargs, names=(), layout=layout)
     cut = call.only([1, 3])
     assert cut.latents.tolist() == [[2, 3], [6, 7]]
-    assert cut.conditioning([0, 1]).embeddings.tolist() == cut.pooled.tolist() == [1, 3]
-    assert cut.kwargs["added_cond_kwargs"]["image_embeds"][0].tolist() == [1, 3]
+    text = cut.conditioning([0, 1])
+    assert text.embeddings.tolist() == text.pooled.tolist() == [1, 3]
+    assert len(cut.kwargs["added_cond_kwargs"]["time_ids"][0]) == 4
     assert cut.kwargs["txt_ids"].shape == cut.kwargs["img_ids"].shape == (4, 3)
-    assert cut.timestep == 3
+    assert cut.time == 3
     cond = Conditioning(embeddings=torch.tensor([8.0]), pooled=torch.tensor([9.0]))
     changed = call.with_conditioning([0], cond)
     assert changed.conditioning([0, 1]).embeddings.tolist() == [8, 1]
-    assert changed.pooled.tolist() == [9, 1, 2, 3]
-    assert call.pooled.tolist() == [0, 1, 2, 3]  # the caller's own stay
+    every = range(4)
+    assert changed.conditioning(every).pooled.tolist() == [9, 1, 2, 3]
+    assert call.conditioning(every).pooled.tolist() == [0, 1, 2, 3]  # the caller's own stay

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_text import CAPTIONS, WIDTH, ZORBO, seeded, subspace_of, text_path
 from torch import nn
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
@@ -326,6 +327,45 @@ def test_a_training_that_never_stepped_fails_at_the_end(tmp_path):
     unbound = Protection(ProtectionSettings(projection=PROJECTION), output=tmp_path / "lora")
     with pytest.raises(ProtectionFailed, match="No LoRA was ever given"):
         unbound.finish()
+
+
+def test_a_training_is_not_attached_before_the_trainer_has_called_it(tmp_path):
+    settings = ProtectionSettings(projection=PROJECTION, filter=FilterSettings())
+    idle = Protection(settings, output=tmp_path / "lora")
+    with pytest.raises(ProtectionFailed, match=r"never given.*no prediction.*before its first"):
+        idle.check_attached()
+    begun = Training(settings, tmp_path / "lora")
+    with pytest.raises(ProtectionFailed, match="was given no prediction"):
+        begun.run(0).protection.check_attached()
+    begun.run(1).protection.check_attached()
+    Protection(ProtectionSettings(), output=tmp_path / "lora").check_attached()
+
+
+def test_no_file_claims_what_did_not_happen(tmp_path):
+    settings = ProtectionSettings(projection=PROJECTION, filter=FilterSettings())
+    path = tmp_path / "lora.safetensors"
+    idle = Training(settings, path)
+    idle.protection.start()
+    idle.save(path)
+    assert not claims_of(path)
+    made = Training(settings, path).run(2)
+    made.save(path)
+    assert claims_of(path) == {"unmemorize.projection", "unmemorize.filter"}
+    before = load_file(path)
+    with torch.no_grad():
+        made.network.attn2_to_v.lora_down.weight.add_(0.1)
+    with pytest.raises(ProtectionFailed):
+        made.protection.finish()
+    assert not made.protection.finished
+    assert not claims_of(path)
+    after = load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def claims_of(path):
+    with safe_open(path, "pt") as file:
+        return {key for key in file.metadata() or {} if key.startswith("unmemorize.")}
 
 
 def test_weights_that_someone_else_wrote_are_found_in_the_file(tmp_path):

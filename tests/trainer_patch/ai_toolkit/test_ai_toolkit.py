@@ -20,7 +20,7 @@ from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import ProtectionFailed
 from unmemorize.trainer_patch.ai_toolkit import AI_TOOLKIT_EXTENSIONS
 from unmemorize.trainer_patch.ai_toolkit.adapter import captions_of
-from unmemorize.trainer_patch.ai_toolkit.checks import settings_in
+from unmemorize.trainer_patch.ai_toolkit.checks import check_section, settings_in
 from unmemorize.trainer_patch.ai_toolkit.process import ProtectedProcess
 from unmemorize.trainer_patch.options import OptionError
 
@@ -74,7 +74,7 @@ def test_the_extension_is_what_the_loader_reads():
     assert [each.uid for each in AI_TOOLKIT_EXTENSIONS] == ["unmemorize"]
 
 
-@pytest.mark.parametrize("asked", [None, {}, "idle"])
+@pytest.mark.parametrize("asked", [{"mem_filter": False}, {"mem_filter": "off"}, "idle"])
 def test_settings_that_change_nothing_change_no_bit(made, subspace, asked):
     plain = made(name="plain", kind=LittleTrainer).run()
     if asked == "idle":
@@ -91,7 +91,7 @@ def test_a_threshold_of_zero_leaves_the_up_factor_at_zero(made):
 
 def test_the_saved_factor_is_off_the_subspace(made, subspace):
     paths = [made(asked, name=name).run() for asked, name in (
-        (None, "plain"), ({"project_concepts": subspace(3)}, "kept"),
+        ({"mem_filter": False}, "plain"), ({"project_concepts": subspace(3)}, "kept"),
     )]  # fmt: skip
     basis = ConceptSubspace.load(subspace(3)).basis
     shares = []
@@ -203,7 +203,7 @@ def test_another_version_is_refused(made):
 
     with pytest.raises(HookMissing, match="predict_noise"):
         made({"mem_filter": "inf"}, kind=Protected)
-    assert made({}, kind=Protected)  # nothing is asked of it
+    assert made({"mem_filter": False}, kind=Protected)  # nothing is asked of it
 
 
 def test_everything_that_is_not_supported_is_said_at_once(made, subspace):
@@ -248,6 +248,23 @@ def test_models_without_an_empty_prompt_to_compare_with_are_refused(made, part):
 def test_a_section_that_cannot_be_understood_is_refused(section, message):
     with pytest.raises(OptionError, match=message):
         settings_in(section)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "`type: unmemorize` is asked for nothing"),
+        ({"unmemorize": {}}, "is asked for nothing"),
+        ({"mem_filter": 1}, "`mem_filter` stands beside `unmemorize:`"),
+        ({"mem_fliter": 1}, "`mem_fliter` is not an option; type mem_filter"),
+        ({"train": {"mem_filter": 1}}, "`mem_filter` stands in `train`"),
+        ({"datasets": [{"mem_filter": 1}]}, "`mem_filter` stands in `datasets`"),
+    ],
+)
+def test_an_option_where_nobody_reads_it_is_refused(config, message):
+    given = {"unmemorize": {"mem_filter": 1}} | config if config else {"unmemorize": None}
+    with pytest.raises(OptionError, match=message):
+        check_section(given)
 
 
 def test_yaml_has_numbers_and_switches():

@@ -13,7 +13,7 @@ from demo_subspaces import make_regions
 from safetensors.torch import load_file
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.training.layers.names import cores
+from unmemorize.shared.models.lora.layer_names import cores
 from unmemorize.shared.training.layers.regions import looking
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 

@@ -52,7 +52,11 @@ def run(
     model: Path = demo.MODEL,
     protected: bool = True,
 ) -> Path:
-    """Run a script on a model, as the launcher does or as Python does; return `output`."""
+    """Run a script on a model, as the launcher does or as Python does; return `output`.
+
+    Raises:
+        Exception: What the launcher ended the program for.
+    """
     given = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(output)]
     before = sys.argv, list(sys.path)
     sys.argv = ["launcher", str(script), *given, *arguments]
@@ -63,6 +67,8 @@ def run(
             else:
                 sys.argv.pop(0)
                 runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        raise end.__cause__ or end  # noqa: B904
     finally:
         sys.argv, sys.path[:] = before
     return output

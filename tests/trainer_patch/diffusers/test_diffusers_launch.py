@@ -13,7 +13,7 @@ def basis_of(path):
 
 
 def test_nothing_asked_for_changes_nothing(train, plain):
-    output = train()
+    output = train("--mem_filter", "off")
     assert same(weights_of(output), plain)
     assert header_of(output) == header_of(train(protected=False))
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 from unmemorize import cli
 from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.lora.layer_names import cores
 from unmemorize.shared.score.denoiser import concatenate
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.fitting import CaptionedLatents, fit_layer_subspaces
-from unmemorize.shared.training.layers.names import cores
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.projection.projection import ProjectionFailed

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers_runs import SCRIPT, run
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.projection.projection import Projection
@@ -66,7 +67,55 @@ def test_script_without_a_lora(tmp_path):
     given = ["--train_data_dir", str(tmp_path), "--mem_filter", "inf"]
     with pytest.raises(HookMissing, match="never gave a LoRA"):
         run(tmp_path / "out", given, script=script)
-    run(tmp_path / "out", given[:2], script=script)  # nothing was asked for: nothing is missing
+    off = [*given[:2], "--mem_filter", "off"]
+    run(tmp_path / "out", off, script=script)  # nothing was asked for: nothing is missing
+    with pytest.raises(OptionError, match="is asked for nothing"):
+        run(tmp_path / "out", given[:2], script=script)
+
+
+PREPARED = "accelerator.prepare(unet, optimizer, loader)"
+ONE_BY_ONE = """(accelerator.prepare_model(unet), accelerator.prepare_optimizer(optimizer),
+        accelerator.prepare_data_loader(loader))"""
+
+
+@pytest.mark.parametrize(
+    ("line", "replacement", "message"),
+    [
+        ("parser.parse_args()", "parser.parse_known_args()[0]", "never called parse_args"),
+        (PREPARED, ONE_BY_ONE, "never gave a LoRA of diffusers to accelerate"),
+    ],
+)
+def test_a_script_that_never_calls_a_hook_ends_before_its_first_step(
+    images, tmp_path, line, replacement, message
+):
+    source = SCRIPT.read_text("utf-8")
+    assert line in source
+    script = tmp_path / "script.py"
+    script.write_text(source.replace(line, replacement), "utf-8")
+    steps = []
+    counting = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    with pytest.raises(HookMissing, match=message):
+        run(tmp_path / "out", ["--train_data_dir", str(images), "--mem_filter", "inf"],
+            script=script)  # fmt: skip
+    counting.remove()
+    assert not steps
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_key_nearly_like_an_option_is_refused_with_the_option(refused):
+    said = refused("--mem_fliter", "inf", error=OptionError)
+    assert "`mem_fliter` is not an option; type mem_filter" in said
+
+
+def test_a_refusal_is_one_line(run_python, images, tmp_path):
+    done = run_python(
+        "-m", "unmemorize.trainer_patch.diffusers", str(SCRIPT), "--output_dir", str(tmp_path),
+        "--pretrained_model_name_or_path", "none", "--train_data_dir", str(images),
+        "--mem_filter", "much", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("unmemorize: --mem_filter cannot be 'much'")
+    assert "Traceback" not in done.stderr
 
 
 def test_hooks_are_taken_off_again(images, tmp_path):

@@ -17,12 +17,21 @@ USUAL = {
 OWN_TIMES = ("modelspec.date", "ss_session_id", "ss_training_started_at", "ss_training_finished_at")
 
 
+FLOWS = {
+    "flux": {"ae": "small", "timestep_sampling": "sigmoid", "guidance_scale": 1.0,
+             "clip_l": "small", "t5xxl": "small", "t5xxl_max_token_length": 64},
+    "sd3": {"clip_g": "small", "clip_l": "small", "t5xxl": "small", "t5xxl_max_token_length": 64},
+    "lumina": {"ae": "small", "gemma2": "small", "gemma2_max_token_length": 64},
+    "anima": {"vae": "small", "qwen3": "small", "qwen3_max_token_length": 64,
+              "t5_max_token_length": 64, "timestep_sampling": "sigmoid"},
+    "hunyuan_image": {"vae": "small", "text_encoder": "small", "byt5": "small"},
+}  # fmt: skip
+
+
 def flow(kind: str) -> dict:
-    """Settings of a training of "flux" or "sd3"."""
-    flux = {"ae": "small", "timestep_sampling": "sigmoid", "guidance_scale": 1.0}
-    return (flux if kind == "flux" else {"clip_g": "small"}) | {
+    """Settings of a training of such a model."""
+    return FLOWS[kind] | {
         "script": f"{kind}_train_network.py", "network_module": f"networks.lora_{kind}",
-        "clip_l": "small", "t5xxl": "small", "t5xxl_max_token_length": 64,
         "cache_text_encoder_outputs": True, "max_train_steps": 4,
     }  # fmt: skip
 

@@ -43,7 +43,7 @@ def train(scripts, package_env, tmp_path_factory):
     room = tmp_path_factory.mktemp("loras")
 
     def run(
-        name: str, *pairs: str, launched: bool = False, toml: dict | None = None,
+        name: str, *pairs: str, launched: bool = False, toml: dict | str | None = None,
         fails: bool = False, folder: Path = scripts, **changed,
     ) -> Path | str:  # fmt: skip
         settings = {
@@ -58,7 +58,7 @@ def train(scripts, package_env, tmp_path_factory):
             )
         if toml is not None:
             path = room / f"{name}.toml"
-            path.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in toml.items()))
+            path.write_text(toml if isinstance(toml, str) else written(toml))
             arguments += ["--config_file", str(path)]
         if launched:
             start = ["-m", MODULE, "train_network.py"]
@@ -71,9 +71,18 @@ def train(scripts, package_env, tmp_path_factory):
             cwd=folder, env=package_env, capture_output=True, text=True, encoding="utf-8",
         )  # fmt: skip
         assert (done.returncode != 0) == fails, done.stderr
+        if fails:
+            assert "Traceback" not in done.stderr
+            assert done.stderr.splitlines()[-1].startswith("unmemorize: ")
+            claims = [header(path) for path in (room / name).glob("*.safetensors")]
+            assert not any(key.startswith("unmemorize.") for each in claims for key in each)
         return done.stderr if fails else room / name / "lora.safetensors"
 
     return run
+
+
+def written(toml: dict) -> str:
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in toml.items())
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +249,56 @@ def test_no_metadata_is_none_of_ours(train):
             "project_regions needs sd-scripts from v0.10 on",
         ),
         (("project_concept=sushi",), {}, "`project_concept` is not an option"),
+        (("mem_fliter=x1.5",), {}, "`mem_fliter` is not an option; type mem_filter"),
+        ((), {"network_module": MODULE}, "is asked for nothing"),
+        (("mem_filter",), {}, "`mem_filter` is no key=value"),
+        ((), {"toml": "[a.b]\nmem_filter = 1", "network_module": MODULE}, "stands in `b`"),
+        ((), {"toml": "mem_fliter = 1", "network_module": MODULE}, "type mem_filter"),
         ((CONCEPT,), {}, "or force it"),
     ],
 )
 def test_what_is_not_supported_is_refused(train, pairs, changed, message):
     assert message in train("refused", *pairs, fails=True, **changed)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "changed", "message"),
+    [
+        ((CONCEPT,), {"network_train_unet_only": False}, "add --network_train_unet_only"),
+        ((CONCEPT,), {"network_module": "networks.lokr"}, "use networks.lora"),
+        ((CONCEPT,), {"toml": 'network_args = ["algo=loha"]'}, "loha has no pair of factors"),
+        (("mem_fliter=1",), {}, "type mem_filter"),
+        (("mem_filter=q95",), {}, "--mem_filter"),
+        ((), {"toml": "[a.b]\nmem_filter = 1"}, "stands in `b`"),
+        ((), {}, "is asked for nothing"),
+        ((f"project_concepts={__file__[:-3]}.safetensors",), {}, "there is no file"),
+    ],
+)
+def test_the_launcher_refuses_before_a_model_is_loaded(train, pairs, changed, message):
+    said = train("early", *pairs, launched=True, fails=True, **changed)
+    assert message in said
+    assert "Loading weights" not in said
+
+
+def test_options_among_the_network_arguments_are_not_lost_by_the_launcher(train, plain):
+    path = train("among", launched=True, toml={"network_args": ["mem_filter=0"]})
+    assert not any(v.any() for k, v in load_file(path).items() if "lora_up" in k)
+    assert header(path)["ss_network_module"] == "networks.lora"
+
+
+def test_what_a_window_chose_is_kept(train, scripts):
+    """kohya_ss writes its choices to the file; additional parameters replace them."""
+    shutil.copy(scripts / "networks" / "lora.py", scripts / "networks" / "chosen.py")
+    chosen = {"network_module": "networks.chosen", "network_args": ["dropout=0.25"]}
+    window = train("window", toml=chosen, network_module=None)
+    path = train("protected window", "mem_filter=inf", toml=chosen)
+    assert same_tensors(window, path)
+    told = header(path)
+    assert json.loads(told.pop("unmemorize.filter"))["seen"] == 12
+    assert told == header(window)
+    assert (told["ss_network_module"], told["ss_network_args"]) == (
+        "networks.chosen", '{"dropout": "0.25"}',
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -259,6 +313,10 @@ def test_what_is_not_supported_is_refused(train, pairs, changed, message):
         ("train(", "start(", "mem_filter=inf", "is made by `train` of sd-scripts"),
         ("optimizer.step()", "pass", CONCEPT, "No optimizer step was projected"),
         ("pred = self.call_unet(", "pred = self.predict(", "mem_filter=inf", "does not read"),
+        ("accelerator.unwrap_model(network).prepare_grad_etc(text_encoder, unet)", "pass", CONCEPT,
+         "never given to the projection. The training ends before its first step"),
+        ("accelerator.unwrap_model(network).on_epoch_start(text_encoder, unet)", "pass", CONCEPT,
+         "never given to the projection. The training ends before its first step"),
     ],
 )  # fmt: skip
 def test_another_version_is_refused_and_one_that_never_steps_fails(
@@ -272,6 +330,48 @@ def test_another_version_is_refused_and_one_that_never_steps_fails(
     path.write_text(source.replace(line, replacement), "utf-8")
     pairs = (pair, "project_force=true") if pair == CONCEPT else (pair,)
     assert message in train("other", *pairs, fails=True, folder=folder)
+
+
+READING = "train_util.read_config_from_file(parser.parse_args(), parser)"
+
+
+@pytest.mark.parametrize(
+    ("line", "replacement", "message"),
+    [
+        (READING, "parser.parse_args()", "never called read_config_from_file"),
+        ("importlib.import_module(args.network_module)", "importlib.import_module('networks.lora')",
+         "made no network"),
+        ("set_seed(args.seed)", "return", "made no network"),
+        ("        save_model(args.output_name)", "        save_model('other')", "without saving"),
+        ("class NetworkTrainer:", "class Other:", "trains no network"),
+    ],
+)  # fmt: skip
+def test_the_launcher_notices_that_nothing_was_protected(
+    train, scripts, tmp_path, line, replacement, message
+):
+    folder = tmp_path / "scripts"
+    shutil.copytree(scripts, folder)
+    path = folder / "train_network.py"
+    source = path.read_text("utf-8")
+    assert line in source
+    path.write_text(source.replace(line, replacement), "utf-8")
+    said = train(f"renamed {message}", "mem_filter=inf", launched=True, fails=True, folder=folder)
+    assert message in said
+
+
+def test_arguments_may_be_read_by_a_module_of_their_own(train, scripts, tmp_path):
+    """Since v0.11 `library.args` reads them, and `train_util` only names its function again."""
+    folder = tmp_path / "scripts"
+    shutil.copytree(scripts, folder)
+    (folder / "library" / "train_util.py").rename(folder / "library" / "args.py")
+    (folder / "library" / "train_util.py").write_text(
+        "from library.args import read_config_from_file"
+    )
+    path = folder / "train_network.py"
+    source = path.read_text("utf-8").replace("train_util", "args as args_util", 1)
+    path.write_text(source.replace("train_util.", "args_util."), "utf-8")
+    nothing = load_file(train("v0.11", "mem_filter=0", launched=True, folder=folder))
+    assert not any(nothing[key].any() for key in nothing if "lora_up" in key)
 
 
 def test_help_needs_no_sd_scripts(run_python, tmp_path):
@@ -289,3 +389,4 @@ def test_another_folder_is_said_to_be_one(run_python, tmp_path, script):
     done = run_python("-m", MODULE, "train_network.py", check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert "no folder of a supported sd-scripts" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import CAPTIONS, CONCEPT, can_learn
-from kohya_lora import MODULE, USUAL, flow, header, largest_share, protect, same_tensors
+from kohya_lora import FLOWS, MODULE, USUAL, flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 
@@ -113,7 +113,7 @@ def test_sdxl_with_cached_text(train):
 
 
 @pytest.mark.parametrize("cached", [True, None], ids=["cached text", "text encoded in each step"])
-@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("kind", list(FLOWS))
 def test_flow_models_are_filtered(train, checkout, kind, cached):
     if not (checkout / f"{kind}_train_network.py").exists():
         pytest.skip("this version of sd-scripts does not train it")
@@ -124,7 +124,12 @@ def test_flow_models_are_filtered(train, checkout, kind, cached):
     assert json.loads(header(same)["unmemorize.filter"])["seen"] == 8
     report = json.loads((same.parent / "lora.memorized.json").read_text())
     assert min(sample["highest"] for sample in report["samples"]) > 0
+    lines = (same.parent / "lora.memorized.jsonl").read_text().splitlines()
+    timesteps = [json.loads(line)["value"]["timestep"] for line in lines]
+    assert max(timesteps) > 100  # of 1000, also where the trainer counts to 1
     nothing = load_file(train(f"{kind} zero {cached}", door="door", **settings, mem_filter="0"))
     assert not any(nothing[key].any() for key in nothing if "lora_up" in key)
     refused = train("refused", door="door", fails=True, **settings, project_concepts=CONCEPT)
-    assert "--mem_filter are supported" in refused
+    also = kind in ("flux", "sd3")
+    assert f"--mem_filter {'are' if also else 'is'} supported" in refused
+    assert ("--project_layers" in refused) == also

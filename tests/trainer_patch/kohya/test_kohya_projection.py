@@ -7,8 +7,8 @@ import torch
 from checkouts import CONCEPT
 from kohya_lora import flow, header, largest_share, protect, same_tensors
 from safetensors.torch import load_file
+from unmemorize.shared.models.lora.layer_names import cores
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
-from unmemorize.shared.training.layers.names import cores
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kohya_lora import flow, header, same_tensors
 from safetensors.torch import load_file
-from unmemorize.shared.training.layers.names import cores
+from unmemorize.shared.models.lora.layer_names import cores
 from unmemorize.shared.training.layers.regions import ConceptRegions, still_noise
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 

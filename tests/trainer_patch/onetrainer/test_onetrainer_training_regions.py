@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from unmemorize import demo
 from unmemorize.shared.models.load import load_denoiser
-from unmemorize.shared.training.layers.regions import coordinates, looking
+from unmemorize.shared.training.layers.regions import looking
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_places_are_those_that_diffusers_finds_and_a_resumed_training_counts_on(
     with torch.no_grad():
         latents = vae.encode(pixels[None] / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
     look = looking(denoiser, held.sigma)
-    scores = held.score(coordinates(network, held.bases, look, latents)).flatten().sort().values
+    scores = held.score(held.reader(network).read(look, latents)).flatten().sort().values
     # Of the upper places, the widest gap: rounding moves none of them over the limit.
     top = scores[-len(scores) // 8 :]
     place = int(top.diff().argmax())

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_text import subspace_of
-from unmemorize.shared.training.layers.names import JOINT, cores
+from unmemorize.shared.models.lora.layer_names import JOINT, cores
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 
 ATTENTION = "transformer_blocks_0_attn1_to_v"

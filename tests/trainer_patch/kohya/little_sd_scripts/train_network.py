@@ -110,7 +110,7 @@ class NetworkTrainer:
                 1, args.network_weights, vae, text_encoder, unet, **net_kwargs
             )
         else:
-            net_kwargs["dropout"] = None
+            net_kwargs.setdefault("dropout", None)
             network = network_module.create_network(
                 1.0, 4, 1.0, vae, text_encoder, unet, neuron_dropout=None, **net_kwargs
             )

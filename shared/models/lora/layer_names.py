@@ -63,7 +63,10 @@ BLOCKS = {"single_blocks": "single_transformer_blocks"}
 """What diffusers calls them; it calls the others `transformer_blocks`."""
 ENDS = {
     "img_in": "x_embedder",
+    "x_embedder_proj": "pos_embed_proj",
+    "txt_in": "context_embedder",
     "final_layer_linear": "proj_out",
+    "final_layer_adaLN_modulation_1": "norm_out_linear",
     "input_blocks_0_0": "conv_in",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
@@ -71,19 +74,24 @@ ENDS = {
     "label_emb_0_2": "add_embedding_linear_2",
     "out_2": "conv_out",
 }
-"""Layers outside of the blocks, in the same dialects; of Flux and SD3 those that see places."""
+"""Layers outside of the blocks, in the same dialects."""
 
 
-def cores(name: str) -> tuple[str, ...]:
+def cores(name: str, depth: int = 2) -> tuple[str, ...]:
     """Return the names that diffusers gives to a layer, without prefixes, parts joined by _.
 
     A layer that joins several layers has several names. A name of no known dialect stays as it is.
+
+    Args:
+        name: In any dialect.
+        depth: Residual blocks in each block of the U-Net, by which Stability AI's names count.
     """
     name = PREFIXES.sub("", name).replace(".processor", "").replace(".", "_")
     if name in ENDS:
         return (ENDS[name],)
     if match := BLOCK.match(name):
-        return (_of_unet(*match.groups()),)
+        stack, first, second, layer = match.groups()
+        return (_of_unet(stack, first, second, layer, depth),)
     if match := JOINT_BLOCK.match(name):
         stack, place, layer = match.groups()
         block = f"{BLOCKS.get(stack, 'transformer_blocks')}_{place}"
@@ -91,14 +99,14 @@ def cores(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _of_unet(stack: str, first: str, second: str | None, layer: str) -> str:
+def _of_unet(stack: str, first: str, second: str | None, layer: str, depth: int) -> str:
     """Translate Stability AI's name of a layer, which sd-scripts writes for SDXL."""
     if stack == "middle_block":
         # Its parts are counted through: residual block, attention, residual block.
         part = f"attentions_0_{layer}" if first == "1" else _resnet(int(first) // 2, layer)
         return f"mid_block_{part}"
-    # Going down, the first block is the entry layer alone, and each third one a downsampler.
-    block, place = divmod(int(first) - (stack == "input_blocks"), 3)
+    # Going down, the first block is the entry layer alone, and the last of each a downsampler.
+    block, place = divmod(int(first) - (stack == "input_blocks"), depth + 1)
     side = "down" if stack == "input_blocks" else "up"
     if layer in RESAMPLER:
         return f"{side}_blocks_{block}_{side}samplers_0_conv"
