@@ -481,7 +481,7 @@ class Calibration:
         """
         try:
             values = json.loads(Path(path).read_text("utf-8"))
-        except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, or bytes that are not UTF-8
             raise CalibrationError(f"{path} is not a calibration: {error}. {AGAIN}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version == 1:  # of magnitudes alone; versions between were never released
@@ -491,10 +491,20 @@ class Calibration:
             raise CalibrationError(
                 f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
             )
-        parts = (values, *(values.get(name) or {} for name in BESIDE))
-        known = {part["basis"]["sha256"] for part in parts if part.get("basis")}
-        bases = _read_bases(basis_path(path), known) if known else {}
-        return cls._from_values(values, Path(path), bases)
+        try:
+            parts = (values, *(values.get(name) or {} for name in BESIDE))
+            known = {part["basis"]["sha256"] for part in parts if part.get("basis")}
+            bases = _read_bases(basis_path(path), known) if known else {}
+            return cls._from_values(values, Path(path), bases)
+        except CalibrationError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
+            # A value of another kind fails wherever it is first computed with.
+            raise CalibrationError(
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); expected what "
+                f"`unmemorize calibrate` wrote. {AGAIN}"
+            ) from error
 
     @classmethod
     def _from_values(

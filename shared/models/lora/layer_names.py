@@ -90,8 +90,7 @@ def cores(name: str, depth: int = 2) -> tuple[str, ...]:
     if name in ENDS:
         return (ENDS[name],)
     if match := BLOCK.match(name):
-        stack, first, second, layer = match.groups()
-        return (_of_unet(stack, first, second, layer, depth),)
+        return (_of_unet(depth, *match.groups()),)
     if match := JOINT_BLOCK.match(name):
         stack, place, layer = match.groups()
         block = f"{BLOCKS.get(stack, 'transformer_blocks')}_{place}"
@@ -99,7 +98,7 @@ def cores(name: str, depth: int = 2) -> tuple[str, ...]:
     return (name,)
 
 
-def _of_unet(stack: str, first: str, second: str | None, layer: str, depth: int) -> str:
+def _of_unet(depth: int, stack: str, first: str, second: str | None, layer: str) -> str:
     """Translate Stability AI's name of a layer, which sd-scripts writes for SDXL."""
     if stack == "middle_block":
         # Its parts are counted through: residual block, attention, residual block.

@@ -174,14 +174,17 @@ class LiveNames:
         layers = self.layers.get(component, {})
         for names in self._spellings(component, name):
             there = [layers[each] for each in names if each in layers]
-            sizes = [len(layer.weight) for _, layer in there]
-            if len(there) == len(names) and (len(names) == 1 or sum(sizes) == rows):
-                return [(component, short) for short, _ in there]
+            places = [(component, short) for short, _ in there]
+            if len(there) == len(names) and (
+                len(names) == 1 or sum(map(self.rows, places)) == rows
+            ):
+                return places
         return None
 
     def rows(self, place: Place) -> int:
         """Return how many rows the weight of a layer has."""
-        return len(self.layers[place[0]][place[1].replace(".", "_")][1].weight)
+        layer: Any = self.layers[place[0]][place[1].replace(".", "_")][1]
+        return getattr(layer, "out_features", None) or len(layer.weight)  # codes have another shape
 
     def swaps(self, stem: str, place: Place) -> bool:
         """Return whether diffusers keeps scale and shift of a layer in the other order.

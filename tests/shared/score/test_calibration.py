@@ -221,6 +221,39 @@ def test_files_that_are_not_json_are_refused(tmp_path, content):
         Calibration.load(path)
 
 
+def places(value, path=()):
+    """Yield the way to every value inside of JSON."""
+    yield path
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value[:2])
+        for key, inner in inside:
+            yield from places(inner, (*path, key))
+
+
+def test_a_value_of_another_kind_anywhere_is_told_as_damage(tmp_path):
+    """Read as before, or refused by a message of this package: never a library's own error."""
+    path = tmp_path / "c.json"
+    calibrate(normal(99, 2)).save(path)
+    text = path.read_text("utf-8")
+    refused = 0
+    strange = (None, "x", -1, 1e400, [], {}, [[]], {"a": 1}, True)
+    for way in [way for way in places(json.loads(text)) if way]:
+        for value in strange:
+            values = json.loads(text)
+            *above, last = way
+            holder = values
+            for key in above:
+                holder = holder[key]
+            holder[last] = value
+            path.write_text(json.dumps(values), "utf-8")
+            try:
+                Calibration.load(path)
+            except CalibrationError as error:
+                refused += 1
+                assert "unmemorize calibrate" in str(error)  # noqa: PT017
+    assert refused > 100
+
+
 def test_another_model_or_setting_is_refused_with_both_values_unless_forced():
     calibration = calibrate(normal(99, 2))
     assert calibration.check("abc", dict(SETTINGS)) == ""
