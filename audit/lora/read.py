@@ -9,15 +9,15 @@ from typing import Literal
 
 from ...shared.files.prompts import PromptError, clean, read_prompts
 from ...shared.files.weights import ModelError, file_sha256, sha256_of
-from ...shared.models.lora.dialects import FACTORS, MAGNITUDES, PEFT_PREFIX
-from ...shared.wording import counted, visible
+from ...shared.models.lora.dialects import EMBEDDING, FACTORS, MAGNITUDES, PEFT_PREFIX
+from ...shared.wording import counted, name_some, visible
 from .config import LoraAuditConfig
 from .header import LONGEST, Header, read_header
 from .remarks import compare_header, unknown_captions
 from .result import LoraFacts, TrainingSet
 from .training_set import read_training_set
 
-Dialect = Literal["kohya", "peft", "diffusers", "lycoris"]
+Dialect = Literal["kohya", "peft", "diffusers", "lycoris", "comfyui"]
 PARTS = ("unet.", "transformer.", "text_encoder")
 """How diffusers' keys begin."""
 PRODUCTS = {"hada_": "loha", "lokr_": "lokr"}
@@ -25,6 +25,8 @@ PRODUCTS = {"hada_": "loha", "lokr_": "lokr"}
 DOWN = tuple(down for down, _ in FACTORS)
 INNER = (*DOWN, ".hada_w1_b", ".lokr_w2_b", ".lokr_w1_b")
 """Endings of factors whose first dimension is the rank."""
+ABSURD = 100.0
+"""Of alpha / rank; trainers write 1 or a little more, down to the inverse of the rank."""
 READS_TEXT = ("attn2_to_k", "attn2.to_k")
 """Layers whose inputs are the text's embeddings."""
 Shapes = Mapping[str, tuple[int, ...]]
@@ -128,6 +130,7 @@ def lora_facts(path: Path, header: Header, training: TrainingSet, base: str | Pa
     remarks = compare_header(
         header, training, base, base_name=base_name, rank=rank, text_width=_text_width(shapes)
     )
+    own = [*_left_out(shapes), *_absurd_scales(path, shapes)]
     by_lycoris = (header.module or "").startswith("lycoris")  # its LoCon looks like kohya's
     return LoraFacts(
         name=path.name,
@@ -142,9 +145,40 @@ def lora_facts(path: Path, header: Header, training: TrainingSet, base: str | Pa
         images=header.images,
         base_name=base_name,
         base_hash=header.base_sha256 or header.base_hash,
-        says=tuple(remark.text for remark in remarks),
-        warnings=tuple(remark.text for remark in remarks if remark.urgent),
+        says=(*own, *(remark.text for remark in remarks)),
+        warnings=(*own, *(remark.text for remark in remarks if remark.urgent)),
     )
+
+
+def _left_out(shapes: Shapes) -> list[str]:
+    """Return a sentence on what the file holds besides the LoRA."""
+    bundled = [key.removeprefix(EMBEDDING) for key in shapes if key.startswith(EMBEDDING)]
+    names = {name.rpartition(".")[0] for name in bundled}
+    if not names:
+        return []
+    held = counted(len(names), "embedding", "embeddings")
+    return [f"The file holds {held} besides the LoRA, left out here: {name_some(names)}. Captions "
+            "that name them are asked without them, so what was learnt with them may not come "
+            "back."]  # fmt: skip
+
+
+def _absurd_scales(path: Path, shapes: Shapes) -> list[str]:
+    """Return a sentence on modules whose alpha makes far more of the factors than they are."""
+    from safetensors import safe_open
+
+    absurd = {}
+    with safe_open(path, "pt") as file:
+        for stem, end in ((k.removesuffix(e), e) for k in shapes for e in DOWN if k.endswith(e)):
+            if f"{stem}.alpha" in shapes and (rank := shapes[f"{stem}{end}"][0]):
+                scale = float(file.get_tensor(f"{stem}.alpha")) / rank
+                if not abs(scale) <= ABSURD:
+                    absurd[stem] = scale
+    if not absurd:
+        return []
+    modules = counted(len(absurd), "module is", "modules are")
+    return [f"{modules} multiplied by more than {ABSURD:g} (alpha / rank, such as "
+            f"{max(absurd.values(), key=abs):.3g} at {name_some(absurd, 1)}): what the LoRA draws "
+            "may be noise, and that nothing came back would say nothing."]  # fmt: skip
 
 
 def _modules(shapes: Shapes) -> dict[str, str]:
@@ -174,6 +208,8 @@ def _dialect(shapes: Shapes) -> Dialect:
         return "peft"
     if any(key.startswith(PARTS) for key in shapes):
         return "diffusers"
+    if any(key.startswith("diffusion_model.") for key in shapes):
+        return "comfyui"
     marks = (".hada_", ".lokr_", ".lora_mid.", MAGNITUDES[0])
     return "lycoris" if any(mark in key for key in shapes for mark in marks) else "kohya"
 

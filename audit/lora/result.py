@@ -97,7 +97,7 @@ class LoraFacts:
     name: str
     """File name."""
     sha256: str
-    dialect: Literal["kohya", "peft", "diffusers", "lycoris"]
+    dialect: Literal["kohya", "peft", "diffusers", "lycoris", "comfyui"]
     kinds: tuple[str, ...]
     """lora, locon, loha, lokr, dora: what its modules are."""
     rank: int | None

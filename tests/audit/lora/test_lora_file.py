@@ -201,3 +201,23 @@ def test_nonsense_is_left_out(tmp_path, training, value):
     facts = facts_of(written(tmp_path, **dict.fromkeys(keys, value)), training, demo.MODEL)
     assert "\u202e" not in json.dumps([facts.says, facts.base_name], ensure_ascii=False)
     "".join(facts.says).encode()
+
+
+def test_what_is_left_out_and_absurd_scales_are_warnings_of_the_report(tmp_path, training):
+    plain = facts_of(written(tmp_path), training, "m")
+    assert not [text for text in plain.warnings if "multiplied" in text or "embedding" in text]
+    state = kohya() | {"bundle_emb.zorp.clip_l": torch.ones(1, 4)}
+    facts = facts_of(written(tmp_path, state), training, "m")
+    assert any("1 embedding besides the LoRA, left out here: zorp." in w for w in facts.warnings)
+    for alpha, told in ((400.0, False), (401.0, True), (-1e30, True), (float("nan"), True)):
+        state = kohya() | {f"{LAYER}.alpha": torch.tensor(alpha)}
+        facts = facts_of(written(tmp_path, state), training, "m")
+        assert any("1 module is multiplied by more than 100" in w for w in facts.warnings) == told
+        assert set(facts.warnings) <= set(facts.says)
+
+
+def test_comfyui_s_own_names_are_a_dialect(tmp_path, training):
+    state = {f"diffusion_model.{key}": torch.ones(4, 4) for key in
+             ("double_blocks.0.img_attn.proj.lora_A.weight",
+              "double_blocks.0.img_attn.proj.lora_B.weight")}  # fmt: skip
+    assert facts_of(written(tmp_path, state), training, "m").dialect == "comfyui"
