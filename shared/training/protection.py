@@ -261,12 +261,25 @@ class Protection:
             state["filter"] = self.filter.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; a method that the other run did not use starts anew."""
-        if self._projected and self.projection:
-            self._projected.load_state_dict(state)
-        if self.filter and "filter" in state:
-            self.filter.load_state_dict(state["filter"])
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from `state_dict`; a method that the other run did not use starts anew.
+
+        Raises:
+            ValueError: The state is damaged, or of other settings.
+        """
+        try:
+            if self._projected and self.projection:
+                self._projected.load_state_dict(state)
+            if self.filter and "filter" in state:
+                self.filter.load_state_dict(state["filter"])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
+            # A value of another kind fails wherever it is first computed with.
+            raise ValueError(
+                f"The saved state of the protection cannot be continued ({type(error).__name__}: "
+                f"{str(error)[:200]}); expected what was saved with this checkpoint, by a training "
+                "with the same settings. Resume from another checkpoint."
+            ) from error
         self.start()
 
     def finish(self) -> None:

@@ -269,6 +269,34 @@ def test_under_dropout_a_batch_is_repeated_whole_or_not_at_all(tmp_path):
     assert due(resumed, known, fresh) == [True, True]
 
 
+def test_a_damaged_state_is_told_as_such(tmp_path):
+    """Continued as before, or refused by a message of this package."""
+    made = Training(filtering(quantile=0.75, recall=1), tmp_path / "made").run(STEPS)
+    text = json.dumps(made.protection.state_dict())
+
+    def places(value, way=()):
+        yield way
+        if isinstance(value, dict) and len(way) < 3:
+            for key in value:
+                yield from places(value[key], (*way, key))
+
+    refused = 0
+    for way in places(json.loads(text)):
+        for strange in (None, "x", [[]]):
+            state = holder = {"whole": json.loads(text)}
+            *above, last = ("whole", *way)
+            for key in above:
+                holder = holder[key]
+            holder[last] = strange
+            protection = Protection(filtering(quantile=0.75, recall=1), output=tmp_path / "again")
+            try:
+                protection.load_state_dict(state["whole"])
+            except ValueError as error:
+                refused += 1
+                assert "cannot be continued" in str(error)  # noqa: PT017
+    assert refused > 10
+
+
 def test_everything_left_out_leaves_the_up_factors_at_zero(tmp_path):
     made = Training(filtering(limit=0.0), tmp_path / "lora").run(STEPS)
     assert not made.network.attn2_to_k.lora_up.weight.any()
