@@ -202,7 +202,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
                                    ("text_encoder", pipeline.text_encoder))}  # fmt: skip
     state = kohya(factors(pipeline))
     for key in [key for key in state if "attn1_to_q.lora" in key]:
-        state[key] = (state[key][:2] if "down" in key else state[key][:, :2]).contiguous()
+        state[key] = (state[key][:2] if "lora_down" in key else state[key][:, :2]).contiguous()
     path = written(tmp_path, state)  # two groups of ranks, each made by a call
     calls, inject = [], library.inject_adapter_in_model
 
