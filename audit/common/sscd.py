@@ -5,6 +5,7 @@ opinion. On photographs the literature calls .5 a copy and .7 a verbatim one; on
 images pass .5, so there is no fixed threshold here.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
@@ -157,6 +158,8 @@ def _installed(variant: Variant) -> Path:
 
 def _load_onnx(path: Path) -> tuple[Network, int]:
     """Return a network and how many images it takes at once."""
+    # Read when the library is loaded: without it, the library reports on its own to its maker.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     runtime: Any = require("onnxruntime", purpose=PURPOSE, extra="sscd")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
