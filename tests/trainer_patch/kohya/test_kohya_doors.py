@@ -117,6 +117,8 @@ def test_sdxl_with_cached_text(train):
 def test_flow_models_are_filtered(train, checkout, kind, cached):
     if not (checkout / f"{kind}_train_network.py").exists():
         pytest.skip("this version of sd-scripts does not train it")
+    if kind == "hunyuan_image" and cached:
+        pytest.skip("numpy 2 cannot make sd-scripts' own batches of its cached text")
     settings = flow(kind) | {"cache_text_encoder_outputs": cached}
     before = train(f"{kind} plain {cached}", **settings)
     same = train(f"{kind} inf {cached}", door="door", **settings, mem_filter="inf")
