@@ -299,7 +299,7 @@ class PipelineDenoiser:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if len(self.latent_shape) == 4:
+        if self.family.video:
             raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
         arguments = {
             "prompt": list(prompts),
