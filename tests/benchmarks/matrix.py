@@ -28,7 +28,7 @@ import tiny_families  # noqa: E402
 from unmemorize.shared.mitigation import METHODS, make_method  # noqa: E402
 from unmemorize.shared.models.adapter import PipelineDenoiser  # noqa: E402
 from unmemorize.shared.models.calibrate import calibrate  # noqa: E402
-from unmemorize.shared.models.hold import accepted  # noqa: E402
+from unmemorize.shared.models.calls.hold import accepted  # noqa: E402
 from unmemorize.shared.models.lora.attach import load_lora  # noqa: E402
 from unmemorize.shared.sampling.guard import guard  # noqa: E402
 from unmemorize.shared.sampling.observer import observe  # noqa: E402

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ...score.denoiser import Conditioning
-from ..autoencoder import decode
-from ..hold import accepted, unfollowed
-from ..network_call import NetworkCall, NotFollowed, names_of
-from ..quiet import quiet
+from ..calls.hold import accepted, unfollowed
+from ..calls.network_call import NetworkCall, NotFollowed, names_of
+from ..calls.quiet import quiet
 from .family import NETWORKS, OTHER_PROMPT, Family, Guidance
 
 _TRIED: "WeakKeyDictionary[Any, type[Family]]" = WeakKeyDictionary()

@@ -7,8 +7,8 @@ import torch
 from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models import checks
 from unmemorize.shared.models.adapter import PipelineDenoiser
+from unmemorize.shared.models.calls.hold import accepted
 from unmemorize.shared.models.families import FAMILIES, family_of
-from unmemorize.shared.models.hold import accepted
 from unmemorize.shared.models.load import load_denoiser
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.config import DetectionConfig

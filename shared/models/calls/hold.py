@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import Function, patched
+from ...patching import Function, patched
 from .network_call import NetworkCall, NotFollowed, names_of
 from .quiet import quiet
 
