@@ -165,7 +165,7 @@ def test_an_observer_reads_the_score_of_the_denoiser_and_changes_nothing(denoise
     torch.testing.assert_close(run.l2[:, 0].float(), expected, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["z_image", "cogview4", "wan"])
+@pytest.mark.parametrize("name", ["z_image", "chroma", "wan"])
 def test_a_saved_pipeline_loads_as_it_was(name, tmp_path):
     pipeline = NEW[name]()
     pipeline.save_pretrained(tmp_path)
