@@ -17,12 +17,12 @@ from ..arrays import Float
 from ..score.denoiser import Conditioning, TextInputs, Token
 from ..score.noise_levels import x0_from_output
 from .autoencoder import decode, encode
+from .calls.quiet import quiet
 from .checks import check_frames
 from .families import family_of
 from .lora.attach import has_lora, lora_disabled
 from .lora.names import CARRIERS
 from .offload import moving_weights, put_away, weights_of
-from .quiet import quiet
 from .text_inputs import encoders_of, input_leaves
 from .tokens import Reading, read, split_words
 
@@ -299,7 +299,7 @@ class PipelineDenoiser:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if len(self.latent_shape) == 4:
+        if self.family.video:
             raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
         arguments = {
             "prompt": list(prompts),

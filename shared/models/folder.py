@@ -11,6 +11,7 @@ import torch
 from ..dependencies import require
 from ..files.weights import ModelError, parse_json, read_header, refuse_quantized
 from ..wording import name_some
+from .calls.quiet import quiet
 from .checks import (
     bytes_needed,
     check_keys,
@@ -26,7 +27,6 @@ from .families import FAMILIES
 from .families.family import NETWORKS
 from .families.undeclared import refusal
 from .quantization import LARGE, QUANTIZATIONS, quantization_config
-from .quiet import quiet
 
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "vae",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.weights import ModelError
-from .quiet import quiet
+from .calls.quiet import quiet
 
 VARIANTS = ("fp16", "bf16")
 """Copies in half precision, one of which may be all that a repository has."""

@@ -11,6 +11,7 @@ import torch
 from ..dependencies import require
 from ..files.weights import ModelError, check_finite, read_header, refuse_pickle, sha256_of
 from .adapter import PipelineDenoiser
+from .calls.quiet import quiet
 from .checks import require_weights
 from .families import FAMILIES
 from .families.family import Family
@@ -19,7 +20,6 @@ from .hub import download as _download
 from .lora.attach import load_lora
 from .offload import OFFLOADS, enable_offload
 from .quantization import RoundedWeights, check_quantization
-from .quiet import quiet
 from .single_file import load_single_file, pipeline_of
 
 FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..files.weights import ModelError, read_header, read_metadata, refuse_quantized
 from ..wording import counted, name_some
+from .calls.quiet import quiet
 from .checks import bytes_needed, check_memory
 from .families import FAMILIES
 from .folder import dtype_argument, read_components, read_index
-from .quiet import quiet
 
 PIPELINES = {start: name for name, family in FAMILIES.items() for start in family.checkpoints}
 """By the start of what diffusers calls a checkpoint's architecture."""

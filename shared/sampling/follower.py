@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.calls.hold import is_followed
+from ..models.calls.network_call import NetworkCall, names_of
 from ..models.families import Family, family_of
-from ..models.hold import is_followed
-from ..models.network_call import NetworkCall, names_of
 from ..patching import Function, patched
 
 

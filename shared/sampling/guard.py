@@ -19,8 +19,8 @@ from ..mitigation import DEFAULT, make_method
 from ..mitigation.gate import AppliedGate, Gate, GuardedImage
 from ..mitigation.method import Method, Mitigation, Start
 from ..models.adapter import PipelineDenoiser
-from ..models.hold import unfollowed
-from ..models.network_call import NetworkCall
+from ..models.calls.hold import unfollowed
+from ..models.calls.network_call import NetworkCall
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning
 from ..score.metrics import text_noise_norm

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..mitigation.gate import AppliedGate
 from ..mitigation.method import Method, Mitigation, Start, Step
 from ..models.adapter import PipelineDenoiser
-from ..models.hold import unfollowed
-from ..models.network_call import NetworkCall, written
+from ..models.calls.hold import unfollowed
+from ..models.calls.network_call import NetworkCall, written
 from ..patching import patched
 from ..score.calibration import Calibration
 from ..score.denoiser import Conditioning

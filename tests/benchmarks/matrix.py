@@ -28,7 +28,7 @@ import tiny_families  # noqa: E402
 from unmemorize.shared.mitigation import METHODS, make_method  # noqa: E402
 from unmemorize.shared.models.adapter import PipelineDenoiser  # noqa: E402
 from unmemorize.shared.models.calibrate import calibrate  # noqa: E402
-from unmemorize.shared.models.hold import accepted  # noqa: E402
+from unmemorize.shared.models.calls.hold import accepted  # noqa: E402
 from unmemorize.shared.models.lora.attach import load_lora  # noqa: E402
 from unmemorize.shared.sampling.guard import guard  # noqa: E402
 from unmemorize.shared.sampling.observer import observe  # noqa: E402
@@ -183,7 +183,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
             return WORKS
         if text not in notes:
             notes.append(text)
-        return f"[{text.split(':')[0]} {notes.index(text) + 1}](#notes)"
+        return f"[{text.split(':')[0]}](#note-{notes.index(text) + 1})"
 
     table = [
         f"| {name} | " + " | ".join(cell(row[column]) for column in columns) + " |"
@@ -200,17 +200,17 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "of `shared/models/families/undeclared.py`, and else refused with the reason.", "",
         "| family | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|", *table, "", "## Notes", "",
-        *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "",
+        *(f'{at}. <a id="note-{at}"></a>{note}' for at, note in enumerate(notes, 1)), "",
     ])  # fmt: skip
 
 
 def read_page(text: str) -> dict[str, dict[str, str]]:
     """Return the rows of docs/models.md, with the notes in place of their numbers."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.M))
+    notes = dict(re.findall(r'^\d+\. <a id="note-(\d+)"></a>(.*)$', text, re.M))
 
     def whole(cell: str) -> str:
-        number = re.fullmatch(r"\[\w+ (\d+)\]\(#notes\)", cell)
+        number = re.fullmatch(r"\[\w+\]\(#note-(\d+)\)", cell)
         return notes[number[1]] if number else cell
 
     return {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...shared.models.adapter import PipelineDenoiser
+from ...shared.models.calls.quiet import quiet
 from ...shared.models.families import (
     Flux,
     StableDiffusion,
@@ -24,7 +25,6 @@ from ...shared.models.families import (
     family_of,
 )
 from ...shared.models.folder import UNUSED, dtype_argument
-from ...shared.models.quiet import quiet
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.projection.factors import UnsupportedTraining
 from ..step import repeated

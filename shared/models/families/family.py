@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...score.denoiser import Conditioning, Parametrization, concatenate
-from ..hold import HeldCall, accepted, hold
-from ..network_call import Layout, NetworkCall, NotFollowed, learn_layout, written
+from ..calls.hold import HeldCall, accepted, hold
+from ..calls.network_call import Layout, NetworkCall, NotFollowed, learn_layout, written
 from .schedules import FINE_STEPS, DiscreteSchedule, FlowSchedule, Schedule
 
 OTHER_PROMPT = "a red cat under a tall tree, painted in oil"

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ...score.denoiser import Conditioning
-from ..autoencoder import decode
-from ..hold import accepted, unfollowed
-from ..network_call import NetworkCall, NotFollowed, names_of
-from ..quiet import quiet
+from ..calls.hold import accepted, unfollowed
+from ..calls.network_call import NetworkCall, NotFollowed, names_of
+from ..calls.quiet import quiet
 from .family import NETWORKS, OTHER_PROMPT, Family, Guidance
 
 _TRIED: "WeakKeyDictionary[Any, type[Family]]" = WeakKeyDictionary()
@@ -237,7 +236,7 @@ def check(family: Family, trial: _Trial) -> None:
         raise NotFollowed("its first prediction, repeated without a change, comes out differently")
     if torch.equal(family.predict(latents, time, family.encode([""])), own):
         raise NotFollowed("the empty prompt gives the same prediction as another one")
-    if not torch.isfinite(
-        decode(family.pipeline.vae, family.to_autoencoder(latents.float()), latents.device)
-    ).all():
+    vae = family.pipeline.vae
+    clean = family.to_autoencoder(latents).to(latents.device, vae.dtype)
+    if not torch.isfinite(vae.decode(clean, return_dict=False)[0]).all():
         raise NotFollowed("its autoencoder gives no finite image of its latents")

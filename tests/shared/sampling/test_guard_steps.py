@@ -21,7 +21,7 @@ from guards import (
 )
 from unmemorize.shared.mitigation.method import Mitigation
 from unmemorize.shared.models.adapter import PipelineDenoiser
-from unmemorize.shared.models.network_call import Layout, NetworkCall
+from unmemorize.shared.models.calls.network_call import Layout, NetworkCall
 from unmemorize.shared.sampling.guard import guard
 from unmemorize.shared.sampling.observer import observe
 from unmemorize.shared.score.denoiser import Conditioning, concatenate

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..score.denoiser import Conditioning
-from ..wording import name_some
+from ...score.denoiser import Conditioning
+from ...wording import name_some
 
 Path = tuple[str, ...]
 """Name of an argument, and the keys of the mappings in it."""

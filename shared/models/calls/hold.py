@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import Function, patched
+from ...patching import Function, patched
 from .network_call import NetworkCall, NotFollowed, names_of
 from .quiet import quiet
 
@@ -113,7 +113,7 @@ def hold(
                 hook = network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
                 undo.callback(hook.remove)
                 if second:
-                    undo.enter_context(patched(network, "forward", _returning_latents(network)))
+                    undo.enter_context(_passing(network))
             if not graph:
                 undo.enter_context(torch.inference_mode(False))
                 undo.enter_context(torch.no_grad())
@@ -171,14 +171,23 @@ class _Stop:
         raise _Reached(network, args, dict(kwargs))
 
 
-def _returning_latents(network: nn.Module) -> Callable[[Function], Function]:
+@contextmanager
+def _passing(network: nn.Module) -> Iterator[None]:
+    """Let a network return the latents that it is given, unseen by whoever hooked into it."""
+
     def wrap(original: Function) -> Function:
         def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
             return (NetworkCall(args=args, kwargs=kwargs, names=names_of(network)).latents,)
 
         return forward
 
-    return wrap
+    hooks = vars(network)["_forward_hooks"]
+    vars(network)["_forward_hooks"] = type(hooks)()
+    try:
+        with patched(network, "forward", wrap):
+            yield
+    finally:
+        vars(network)["_forward_hooks"] = hooks
 
 
 def _beginning_at(scheduler: Any, time: float) -> Callable[[Function], Function]:

@@ -1,0 +1,1 @@
+"""A pipeline's own call, held and read by meaning, and its libraries kept quiet."""
