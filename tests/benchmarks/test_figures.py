@@ -9,7 +9,6 @@ from figures import Figure, count_of, mean_of, plain, record, share_of
 
 EXEMPT = {
     "command": "how long targets may take",
-    "family": "numbers of notes",
     "field": "formats of files",
     "file": "formats of files",
     "group": "sizes of the demo's data",
