@@ -157,11 +157,6 @@ class Family:
             )
         return predicted
 
-    @staticmethod
-    def lora_options(pipeline: Any) -> dict[str, Any]:
-        """Return the arguments that diffusers' converter of LoRA files takes besides the file."""
-        return {}
-
     def schedule(self) -> Schedule:
         """Return the noise levels of this model."""
         config = self.pipeline.scheduler.config

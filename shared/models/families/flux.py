@@ -19,11 +19,6 @@ class Flux(Family):
     packed = True
     patch = 2
 
-    @staticmethod
-    def lora_options(pipeline: Any) -> dict[str, Any]:
-        """Return that the scales are to be returned beside the factors."""
-        return {"return_alphas": True}
-
     def readers(self) -> list[tuple[Any, int]]:
         """Return T5's tokenizer: the embeddings hold no CLIP tokens."""
         return [(self.pipeline.tokenizer_2, self.t5_length)]

@@ -40,11 +40,6 @@ class StableDiffusionXL(StableDiffusion):
         """Whether the pipeline replaces an absent negative prompt by zeros."""
         return bool(self.pipeline.config.get("force_zeros_for_empty_prompt", True))
 
-    @staticmethod
-    def lora_options(pipeline: Any) -> dict[str, Any]:
-        """Return the configuration by which the blocks of Stability's names are counted."""
-        return {"unet_config": pipeline.unet.config}
-
     def readers(self) -> list[tuple[Any, int]]:
         """Return the first tokenizer; the second cuts text in the same way."""
         tokenizer = self.pipeline.tokenizer or self.pipeline.tokenizer_2
