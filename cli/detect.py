@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..audit.common.wording import near_ones
+from ..shared.score.config import CLIP_PARTS
 from ..shared.wording import counted
 from .common.options import (
     CALIBRATION,
@@ -83,7 +84,7 @@ def detect(options: DetectOptions) -> None:
         typer.echo(NO_VERDICTS.format(_calibrate_line(options), CALIBRATION), err=True)
     if not (options.prompts or options.prompt):
         typer.echo(OF_THE_DEMO.format(options.model), err=True)
-    found = any(row["memorized"] for row in rows)
+    found = any(row["memorized"] or any(_clip_hits(row)) for row in rows)
     raise typer.Exit(FOUND if found else NOTHING_FOUND)
 
 
@@ -102,9 +103,11 @@ def _calibrate_line(options: DetectOptions) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]], *, judged: bool) -> Table:
     sampled = any(row["collapse"] is not None for row in rows)
+    clips = rows[0]["clip"] is not None
     columns = [
         "score",
         *["magnitude", *["collapse"] * sampled, "p", "memorized"] * judged,
+        *[column for name in CLIP_PARTS for column in (name, *["p"] * judged)] * clips,
         "prompt",
     ]
     measure = (
@@ -124,6 +127,9 @@ def _table(rows: Sequence[Mapping[str, Any]], *, judged: bool) -> Table:
         [f"{r['score']:.4g}",
          *[f"{r['magnitude']:.4g}", *[_cell(r["collapse"])] * sampled, _cell(r["p_value"]),
            "near" if r["near"] else _cell(r["memorized"])] * judged,
+         *[cell for name in CLIP_PARTS if clips
+           for cell in (f"{r['clip'][name]['magnitude']:.4g}",
+                        *[_cell(r["clip"][name]["p_value"])] * judged)],
          shortened(r["prompt"])]
         for r in map(rows.__getitem__, sorted(range(len(rows)), key=place))
     ]  # fmt: skip
@@ -134,7 +140,19 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     hits, near = (sum(map(bool, (r[key] for r in rows))) for key in ("memorized", "near"))
     are = "is" if 1 in (hits, len(rows)) else "are"
     prompts = counted(len(rows), "prompt", "prompts")
-    return f"{hits} of {prompts} {are} above the threshold{near_ones(near, hits)}."
+    said = f"{hits} of {prompts} {are} above the threshold{near_ones(near, hits)}."
+    if rows[0]["clip"] is None or rows[0]["clip"]["motion"]["memorized"] is None:
+        return said
+    content, motion = (sum(flags) for flags in zip(*map(_clip_hits, rows), strict=True))
+    return (
+        f"{said}\nBy thresholds of their own: content of {content}, motion of {motion}. "
+        "Content is what all frames share, motion is the rest."
+    )
+
+
+def _clip_hits(row: Mapping[str, Any]) -> list[bool]:
+    """Return whether content and motion are above their thresholds; nothing of images."""
+    return [bool(row["clip"][name]["memorized"]) for name in CLIP_PARTS if row["clip"]]
 
 
 def _cell(value: Any) -> str:

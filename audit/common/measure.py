@@ -13,6 +13,7 @@ from ...shared.arrays import Float, Tensor
 from ...shared.files.storage import Journal
 from ...shared.files.tensors import TensorFolder
 from ...shared.score.calibration import Calibration
+from ...shared.score.clips import DIMENSIONS, ClipNorms
 from ...shared.score.collapse import SEEDS, collapses
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import ControlBasis
@@ -99,6 +100,9 @@ class Measured:
     magnitudes: tuple[float, ...] = ()
     """Per prompt, |D| of the first step at the first seed (Wen et al.), beside residual scores;
     empty where they are not measured yet, and where the scores themselves are magnitudes."""
+    clips: ClipNorms | None = None
+    """Of a model of videos, the parts of |D| [prompt seed step]; None where they are not measured
+    yet, and for images."""
     collapses: tuple[float | None, ...] | None = None
     """Per prompt, its collapse, or None where it was not sampled; None without a second stage."""
 
@@ -163,14 +167,22 @@ def measure(
 
             def on_result(index: int, trace: Tensor) -> None:
                 cut = watched.cuts.get(prompts[index], "")
-                pending[keys[index]] = {"trace": finite(trace.tolist()), "cut": cut}
+                value = {"trace": finite(trace.tolist()), "cut": cut}
+                pending[keys[index]] = pending.get(keys[index], {}) | value
+
+            def on_clip(index: int, parts: Tensor) -> None:
+                pending[keys[index]] = {"clip": finite(parts.tolist())}
 
             keep = None if differences is None else differences.put
-            score = partial(detect, basis=basis, on_difference=keep)
+            score = partial(detect, basis=basis, on_difference=keep, on_clip=on_clip)
             if sequentially is not None:
                 score = partial(detect_sequentially, calibration=sequentially)
             score(watched, prompts, config, known=known, on_result=on_result, progress=store)
             store()
+    parts = [journal.get(key).get("clip") for key in keys]
+    clips = None
+    if len(facts.info.latent_shape) == DIMENSIONS and all(parts):
+        clips = ClipNorms.unpacked(torch.tensor(parts, dtype=torch.float64))
     return Measured(
         detection=Detection(
             prompts=tuple(prompts),
@@ -178,7 +190,9 @@ def measure(
             latent_elements=math.prod(facts.info.latent_shape),
             config=config,
             seed_levels=sequentially.seed_scores.median(0).values if sequentially else None,
+            clips=clips,
         ),
+        clips=clips,
         cuts=tuple(journal.get(key)["cut"] for key in keys),
     )
 
@@ -237,10 +251,12 @@ def with_magnitudes(
     job_key: str,
     bars: Bars,
 ) -> Measured:
-    """Return residual scores with |D| of each prompt at the first seed beside them.
+    """Return scores with |D| of each prompt at the first seed beside them.
+
+    Of a model of videos |D| is measured at all seeds, since its parts are judged by their means.
 
     Args:
-        measured: From `measure_judged`, by a residual score.
+        measured: From `measure_judged`, by a residual score or sequentially.
         subject: The model.
         facts: Of the same job.
         journal: Of the phase that scored the prompts.
@@ -248,12 +264,15 @@ def with_magnitudes(
         bars: Makes the progress bar.
     """
     detection = measured.detection
-    config = replace(detection.config, seeds=detection.config.seeds[:1])
+    config = detection.config
+    if len(facts.info.latent_shape) < DIMENSIONS:
+        config = replace(config, seeds=config.seeds[:1])
     first = measure(
         subject, facts, detection.prompts, config, journal,
         job_key=content_key(job_key, "magnitude"), bars=bars, phase="magnitude",
     )  # fmt: skip
-    return replace(measured, magnitudes=tuple(first.detection.scores.tolist()))
+    magnitudes = first.detection.traces[:, 0].mean(1)
+    return replace(measured, magnitudes=tuple(magnitudes.tolist()), clips=first.clips)
 
 
 def measure_collapses(

@@ -44,6 +44,7 @@ class Subject:
         dtype: str | None = None,
         revision: str | None = None,
         resolution: int | None = None,
+        frames: int | None = None,
         config: Path | None = None,
         offload: str | None = None,
         quantize: str | None = None,
@@ -56,7 +57,7 @@ class Subject:
             )
         if strength != 1 and lora is None:
             raise ValueError(f"`strength` is that of a LoRA, got {strength} and no LoRA.")
-        self.strength = strength
+        self.strength, self.frames = strength, frames
         self.lora, self.revision, self.resolution, self.config = lora, revision, resolution, config
         self.device = usable_device(device)
         check_offload(offload, self.device)
@@ -72,7 +73,7 @@ class Subject:
         """Return the model that the settings of an audit or the options of a command name."""
         return cls(
             settings.model, lora=settings.lora, strength=settings.strength,
-            device=settings.device, dtype=settings.dtype,
+            device=settings.device, dtype=settings.dtype, frames=getattr(settings, "frames", None),
             revision=settings.revision, resolution=settings.resolution,
             config=settings.model_config, offload=settings.offload, quantize=settings.quantize,
         )  # fmt: skip
@@ -104,7 +105,7 @@ class Subject:
         return load_denoiser(
             self.location, lora=self.lora, strength=self.strength, device=self.device,
             dtype=getattr(torch, self.dtype), revision=self.revision, resolution=self.resolution,
-            config=self.config, offload=self.offload, quantize=self.quantize,
+            frames=self.frames, config=self.config, offload=self.offload, quantize=self.quantize,
         )  # fmt: skip
 
     @property

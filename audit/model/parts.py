@@ -12,6 +12,7 @@ from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.images import save_png
 from ...shared.files.storage import Journal, write_text
 from ...shared.score.calibration import Calibration
+from ...shared.score.clips import DIMENSIONS
 from ...shared.score.collapse import SecondStage
 from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import require_direction
@@ -22,6 +23,7 @@ from ..common.job import content_key
 from ..common.measure import Bars, measure_judged, with_magnitudes
 from ..common.result import dumps, finite, versions
 from ..common.subject import Subject
+from .clips import NO_CLIP_CONTROLS, clip_verdicts
 from .config import measured_score
 from .explain import to_values
 from .families import relate
@@ -65,10 +67,11 @@ def score_prompts(
         raise ValueError("Which prompts are suspicious follows from controls: give --calibration "
                          "FILE, made by `unmemorize calibrate --collapse`, or leave --collapse "
                          "out.")  # fmt: skip
-    judge = Calibration.load(calibration).judge if calibration else None
+    given = Calibration.load(calibration) if calibration else None
+    judge = given.judge if given else None
     if judge and collapse:
         judge.require_second()
-    by = (judge.to_values(), sequential, collapse) if judge else None
+    by = (given.to_values(), sequential, collapse) if given else None
     with _kept(subject, config, output, by) as (journal, key):
         facts = subject.facts(journal, config)
         caveat = judge.check(subject.fingerprint, facts.of(judge), force=force) if judge else ""
@@ -77,9 +80,11 @@ def score_prompts(
             collapse=collapse, job_key=key, bars=bars,
         )  # fmt: skip
         name = "residual" if judge and judge.basis else "magnitude"
-        if name == "residual":
+        if name == "residual" or (sequential and len(facts.info.latent_shape) == DIMENSIONS):
             measured = with_magnitudes(measured, subject, facts, journal, job_key=key, bars=bars)
         rows = verdicts(measured, judge)
+        parts = clip_verdicts(measured, given)
+        clips: list[Any] = parts or [None] * len(rows)
         near: Mapping[int, NearPrompt] = {}
         if judge:
             scores = measured.detection.scores
@@ -92,10 +97,12 @@ def score_prompts(
                 folder=journal.path.with_suffix(".families"), bars=bars,
             )  # fmt: skip
             near, caveat = related.near(), " ".join(filter(None, [caveat, *related.caveats]))
+            if parts and given and given.motion is None:
+                caveat = " ".join(filter(None, [caveat, NO_CLIP_CONTROLS]))
         more = {"measure": name, "caveat": caveat}
         rows = [
-            row | {"near": asdict(near[index]) if index in near else None} | more
-            for index, row in enumerate(rows)
+            row | {"near": asdict(near[index]) if index in near else None, "clip": clip} | more
+            for index, (row, clip) in enumerate(zip(rows, clips, strict=True))
         ]
         if output:
             write_text(output, "".join(dumps(row) + "\n" for row in rows))
@@ -179,7 +186,7 @@ def _kept(
     """Yield a journal beside `output` and the key of this work; it goes when the work is done."""
     key = content_key(
         subject.fingerprint, subject.device, subject.dtype, list(config.seeds), config.steps,
-        config.schedule_steps, config.cond_scale, subject.resolution, versions(), more,
+        config.schedule_steps, config.cond_scale, subject.resolution, subject.frames, versions(), more,
     )  # fmt: skip
     if output is None:
         with tempfile.TemporaryDirectory(prefix="unmemorize-") as folder:

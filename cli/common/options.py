@@ -107,6 +107,10 @@ Resolution = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=8, help="Side of the images in pixels. Default: the model's own."),
 ]
+Frames = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Frames of a video. Default: the pipeline's own."),
+]
 ModelConfig = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Diffusers folder a single-file checkpoint takes its configuration from."),
@@ -133,6 +137,7 @@ class ModelOptions:
     revision: Revision = None
     model_config: ModelConfig = None
     resolution: Resolution = None
+    frames: Frames = None
     device: Device = None
     dtype: Dtype = None
     offload: Offload = None

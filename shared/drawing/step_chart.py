@@ -59,7 +59,7 @@ def _rows(run: WatchedRun, verdict: RunVerdict) -> list[tuple[str, int, str]]:
     """Return the lines below the plot, each with its letters' size and its colour's role."""
     order = sorted(range(len(verdict.images)), key=lambda i: -verdict.images[i].score)
     rows = [
-        (image_line(verdict, i), LETTERS, "flagged" if verdict.images[i].memorized else "ink")
+        (image_line(verdict, i), LETTERS, "flagged" if verdict.images[i].hit else "ink")
         for i in order[:LISTED]
     ]
     if len(order) > LISTED:
@@ -91,7 +91,7 @@ def _plot(run: WatchedRun, verdict: RunVerdict, theme: Theme) -> "Image":
     if verdict.controls is not None:
         chart.band(*verdict.controls, "control", until=until, opacity=0.45)
     for image, trace in zip(verdict.images, traces.tolist(), strict=True):
-        role, points = "flagged" if image.memorized else "other", list(enumerate(trace, 1))
+        role, points = "flagged" if image.hit else "other", list(enumerate(trace, 1))
         chart.line(points, role)
         residual = verdict.measure == "residual"
         chart.dots([(1, image.score)] if residual else points[: verdict.steps], role)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..arrays import Float, Tensor
 from ..models.families import Family, family_of
 from ..models.families.schedules import DiscreteSchedule
 from ..score.calibration import Calibration
+from ..score.clips import DIMENSIONS, ClipNorms, clip_norms
 from ..score.noise_levels import input_scale
 from .first_level import misfit
 from .follower import Follower, Texts, argument_of, latent_size
@@ -48,6 +49,7 @@ class ObservedRun:
     _residuals: Tensor | None = field(default=None, repr=False)
     _residual_reason: Callable[[float], str] = field(default=lambda _: NO_CALIBRATION, repr=False)
     _norms: list[Tensor] = field(default_factory=list, repr=False)
+    _clips: list[Tensor] = field(default_factory=list, repr=False)
     _timesteps: list[Tensor | float] = field(default_factory=list, repr=False)
     _elements: int = 0
     _waiting: Tensor | None = field(default=None, repr=False)
@@ -68,7 +70,20 @@ class ObservedRun:
         """[image step] L2 norm of the text-conditional noise, float64 on the CPU."""
         if not self._norms:
             return torch.zeros(0, 0, dtype=torch.float64)
-        norms = torch.stack(self._norms, dim=1).cpu().double()
+        return self._as_noise(torch.stack(self._norms, dim=1).cpu().double())
+
+    @property
+    def clips(self) -> ClipNorms | None:
+        """[image step] parts of `l2` of videos: of each frame, of content and of motion.
+
+        Float64 on the CPU; None for images and without scores. They are numbers and no verdicts.
+        """
+        if not self._clips:
+            return None
+        norms = torch.stack(self._clips, dim=1).cpu().double()
+        return ClipNorms.unpacked(self._as_noise(norms.movedim(-1, 1)).movedim(1, -1))
+
+    def _as_noise(self, norms: Float[Tensor, " *row step"]) -> Float[Tensor, " *row step"]:
         if self._schedule is None:
             return norms
         # eps = sqrt(abar) v + sqrt(1 - abar) x turns differences of velocities into those of noise.
@@ -187,6 +202,8 @@ class _Observer(Follower):
         run.measurable, run.reason = True, ""
         run._elements = cond[0].numel()
         run._norms.append(difference.flatten(1).norm(dim=1))
+        if (clips := self.family.by_frame(self.pipeline, call, difference)) is not None:
+            run._clips.append(clip_norms(clips).packed())
         # Read later: a device must not be waited for inside somebody's sampling loop.
         run._timesteps.append(call.time)
 
@@ -203,7 +220,11 @@ class _Controls:
         scale = family_of(pipeline).pixels(pipeline)
         height, width = observed.latent_shape[-2:]
         self.pipeline, self.observed = pipeline, observed
-        self.family: Family = family_of(pipeline)(pipeline, (height * scale, width * scale))
+        kind, size = family_of(pipeline), (height * scale, width * scale)
+        self.family: Family = kind(pipeline, size)
+        if len(observed.latent_shape) == DIMENSIONS:
+            frames = (observed.latent_shape[1] - 1) * self.family.frames_per_latent + 1
+            self.family = kind(pipeline, size, frames)
         self.schedule = self.family.schedule()
         now = {
             "parametrization": self.family.parametrization(),
@@ -223,6 +244,9 @@ class _Controls:
         shape, guidance = tuple(difference.shape[1:]), self._other_guidance(run)
         if self.family.packed:
             shape = (self.family.channels, *latent_size(self.pipeline, difference))
+            if self.family.frames is not None:
+                frames = int(argument_of(self.pipeline, "num_frames"))
+                shape = (shape[0], (frames - 1) // self.family.frames_per_latent + 1, *shape[1:])
 
         def reason(timestep: float) -> str:
             sigma = self.schedule.sigma(self.family.training_timestep(timestep))

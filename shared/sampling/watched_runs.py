@@ -8,6 +8,8 @@ import torch
 from ..arrays import Float, Tensor
 from ..mitigation.gate import GuardedImage
 from ..score.calibration import Calibration
+from ..score.clips import DIMENSIONS, ClipNorms, clip_norms
+from ..score.config import CLIP_PARTS
 from ..score.metrics import per_element, text_noise, text_noise_norm
 from ..wording import counted
 from .first_level import misfit
@@ -17,6 +19,9 @@ NO_CALIBRATION = "A verdict needs a calibration of this model."
 NO_RESIDUAL = (
     "the calibration has none for sampled images. Run Calibrate again, with two seeds or more and "
     "one step"
+)
+NO_PARTS = (
+    "No verdict on content and motion: each needs controls of its own, of such clips on this model."
 )
 SAME_LEVEL = 1e-4
 """Relative distance of noise levels that are one level, computed in two ways."""
@@ -42,6 +47,7 @@ class WatchedRun:
     """What the prompt was compared with, as calibrations name it; empty where nobody knows."""
     _first: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    """Level, and per image sigma * |D| of the latent, then of the parts of a clip, if it is one."""
 
     def add(self, x0_cond: Tensor, x0_uncond: Tensor, sigma: Float[Tensor, " image"]) -> None:
         """Measure one pair of predictions; a level of 0 measures nothing.
@@ -52,10 +58,14 @@ class WatchedRun:
             sigma: Noise level of each image, all the same.
         """
         self.latent_shape = tuple(x0_cond.shape[1:])
-        if not self._rows and x0_cond.ndim == 4:  # calibrations are of images alone
+        if not self._rows:
             self._first = text_noise(x0_uncond, x0_cond, sigma.flatten()[0])
+        norms = text_noise_norm(x0_cond, x0_uncond)[:, None]
+        if len(self.latent_shape) == DIMENSIONS and self.latent_shape[1] > 1:
+            parts = clip_norms(text_noise(x0_uncond, x0_cond, 1.0)).packed()
+            norms = torch.cat([norms, parts], dim=1)
         # Read later: a device must not be waited for inside somebody's sampling loop.
-        self._rows.append((sigma.flatten()[0], text_noise_norm(x0_cond, x0_uncond)))
+        self._rows.append((sigma.flatten()[0], norms))
 
     def end(self) -> None:
         """Bring what was measured to the CPU: sampling is over and may wait for the device."""
@@ -101,7 +111,15 @@ class WatchedRun:
         levels = self._levels()
         if not levels:
             return torch.zeros(0, 0, dtype=torch.float64)
-        return torch.stack([norms for _, norms in levels], dim=1)
+        return torch.stack([norms[:, 0] for _, norms in levels], dim=1)
+
+    @property
+    def clips(self) -> ClipNorms | None:
+        """Return the parts of `traces` of clips [image level]; None of images and of one frame."""
+        levels = self._levels()
+        if not levels or levels[0][1].shape[1] == 1:
+            return None
+        return ClipNorms.unpacked(torch.stack([norms[:, 1:] for _, norms in levels], dim=1))
 
     def _levels(self) -> list[tuple[float, Tensor]]:
         """Return the last evaluation at each level: samplers of second order correct themselves."""
@@ -138,6 +156,20 @@ class WatchRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartVerdict:
+    """Content or motion of a clip."""
+
+    name: str
+    """One of `CLIP_PARTS`."""
+    score: float
+    """L2 norm of this part of D, latent units, mean over the judged steps."""
+    p_value: float | None = None
+    """Among the same part of the controls, 0..1; None where they have none."""
+    memorized: bool | None = None
+    """Whether it is above the threshold of this part; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageVerdict:
     """One image of a batch."""
 
@@ -151,6 +183,13 @@ class ImageVerdict:
     """Of the score among the controls', 0..1; None without a calibration."""
     memorized: bool | None = None
     """Whether the score is above the threshold; None without a calibration."""
+    parts: tuple[PartVerdict, ...] = ()
+    """Content and motion of a clip; none of images."""
+
+    @property
+    def hit(self) -> bool:
+        """Return whether the score, or a part of it, is above its threshold."""
+        return any(each.memorized for each in (self, *self.parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +211,8 @@ class RunVerdict:
 
     @property
     def hits(self) -> int:
-        """Return how many images are above the threshold."""
-        return sum(bool(image.memorized) for image in self.images)
+        """Return how many images are above a threshold."""
+        return sum(image.hit for image in self.images)
 
 
 def judge(
@@ -210,13 +249,12 @@ def judge(
             per_element(scores, run.latent_shape).tolist(), strict=True,
         )
     ]  # fmt: skip
+    fits = calibration is not None and not _caveats(run, calibration, model)
+    parts = _parts(run, calibration if fits else None, steps)
+    images = [replace(image, parts=own) for image, own in zip(images, parts, strict=True)]
     if judging is None:
         return RunVerdict(images=tuple(images), steps=steps)
-    single = replace(
-        judging,
-        control_scores=tuple(scores[:1] for scores in judging.control_scores),
-        threshold=judging.threshold_for(1),
-    )
+    single = _of_one_seed(judging)
     p_values, flags = single.p_values(scores).tolist(), single.flags(scores).tolist()
     quantiles = single.sorted_scores.quantile(torch.tensor([0.05, 0.95]).double())
     return RunVerdict(
@@ -231,6 +269,35 @@ def judge(
         controls=tuple(quantiles.tolist()),
         caveats=_caveats(run, judging, model),
     )
+
+
+def _of_one_seed(calibration: Calibration) -> Calibration:
+    return replace(
+        calibration,
+        control_scores=tuple(scores[:1] for scores in calibration.control_scores),
+        threshold=calibration.threshold_for(1),
+    )
+
+
+def _parts(
+    run: WatchedRun, calibration: Calibration | None, steps: int
+) -> list[tuple[PartVerdict, ...]]:
+    """Return content and motion per image, judged where the calibration knows both."""
+    if run.clips is None:
+        return [()] * len(run.traces)
+    columns = []
+    for name in CLIP_PARTS:
+        scores = getattr(run.clips, name)[:, :steps].mean(1)
+        p_values: list = [None] * len(scores)
+        flags: list = [None] * len(scores)
+        if calibration is not None and (controls := getattr(calibration, name)) is not None:
+            single = _of_one_seed(controls)
+            p_values, flags = single.p_values(scores).tolist(), single.flags(scores).tolist()
+        columns.append([
+            PartVerdict(name=name, score=score, p_value=p_value, memorized=flag)
+            for score, p_value, flag in zip(scores.tolist(), p_values, flags, strict=True)
+        ])  # fmt: skip
+    return [*zip(*columns, strict=True)]
 
 
 def _caveats(run: WatchedRun, calibration: Calibration, model: str | None) -> tuple[str, ...]:
@@ -271,6 +338,9 @@ def image_line(verdict: RunVerdict, index: int) -> str:
         parts.append(f"magnitude {image.magnitude:.3g}")
     if image.p_value is not None:
         parts += [f"p = {image.p_value:.2g}", "looks memorized" if image.memorized else "ordinary"]
+    for part in image.parts:
+        looks = {True: ", looks memorized", False: ", ordinary", None: ""}[part.memorized]
+        parts.append(f"{part.name} {part.score:.3g}{looks}")
     return "  ·  ".join(parts)
 
 
@@ -284,6 +354,10 @@ def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_pas
         lines.append(f"Magnitude: {magnitude}")
     else:
         lines.append(f"Score: magnitude, {magnitude}")
+    if verdict.images[0].parts:
+        lines.append("Content: L2 norm of what the text adds to all frames alike; motion: of the rest.")
+        if verdict.images[0].parts[0].memorized is None:
+            lines.append(NO_PARTS)
     if calibration is None:
         lines.append(NO_CALIBRATION)
     else:
@@ -328,5 +402,11 @@ def metadata(verdict: RunVerdict) -> dict:
         "threshold": verdict.threshold,
         "p_value": [image.p_value for image in images],
         "memorized": [image.memorized for image in images],
+        "clips": [
+            {part.name: {"score": part.score, "p_value": part.p_value, "memorized": part.memorized}
+             for part in image.parts}
+            for image in images
+            if image.parts
+        ],
         "caveats": list(verdict.caveats),
     }

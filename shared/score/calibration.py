@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from ..arrays import Float, Tensor
 from ..files.storage import replace_atomically
 from .collapse import SecondStage
-from .config import DetectionConfig
+from .config import CLIP_PARTS, DetectionConfig
 from .control_basis import ControlBasis, directions_for, fit_controls, require_direction
 from .denoiser import Denoiser
 from .detection import Detection
@@ -26,7 +26,7 @@ from .families import cosine_limit
 from .pooled_basis import pooled
 from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 AGAIN = "Make a new one with `unmemorize calibrate`."
 OBSERVED = "observed."
 HIGH = 0.05
@@ -35,7 +35,7 @@ FEWEST = 10
 """Prompts whose middle one says something of their kind."""
 RESOLVED = 0.05
 """q-value that controls should be enough for."""
-BESIDE = {"residual": "", "observed": OBSERVED}
+BESIDE = {"residual": "", "observed": OBSERVED, **dict.fromkeys(CLIP_PARTS, "")}
 """Calibrations beside that of magnitudes, and what their tensors' names begin with in the file."""
 
 
@@ -100,6 +100,11 @@ class Calibration:
     """Of the residual at the first level of a sampler, at any starting noise, from the same
     controls: sampled images are judged by it. None with one seed, with several steps, of magnitudes
     alone, and of files from before there was one."""
+    content: "Calibration | None" = None
+    """Of the part of the magnitude that all frames of a clip share, from the same controls; None
+    for images, and in files from before there was one."""
+    motion: "Calibration | None" = None
+    """Of the rest of the magnitude, in which the frames of a clip differ; None as `content` is."""
     basis: ControlBasis | None = field(default=None, compare=False)
     """What the scores are residuals outside of; None for scores that are magnitudes."""
     second: SecondStage | None = None
@@ -139,7 +144,7 @@ class Calibration:
         seed_scores = detection.traces.mean(2)
         if not seed_scores.isfinite().all():
             raise ValueError("Controls need a score for every seed; got NaN. Use `detect`.")
-        return cls(
+        made = cls(
             model=model,
             settings=settings,
             controls=name,
@@ -147,6 +152,14 @@ class Calibration:
             false_positive_rate=false_positive_rate,
             **_supported(seed_scores, false_positive_rate),
         )
+        if detection.clips is None:
+            return made
+        parts = {name: getattr(detection.clips, name).mean(2) for name in CLIP_PARTS}
+        return replace(made, **{
+            name: replace(made, settings={"score": name} | settings,
+                          **_supported(scores, false_positive_rate))
+            for name, scores in parts.items()
+        })  # fmt: skip
 
     @classmethod
     def of_residual(
@@ -193,7 +206,7 @@ class Calibration:
             NotEnoughControls: They carry no direction.
         """
         fields = _of_residual(differences, settings, self.false_positive_rate)
-        return replace(self, residual=replace(self, observed=None, **fields))
+        return replace(self, residual=replace(self._alone(), **fields))
 
     def with_observed(self, differences: Float[Tensor, " seed control element"]) -> "Calibration":
         """Return this calibration with one for sampled images beside it; of one seed, itself.
@@ -211,13 +224,15 @@ class Calibration:
             return self
         basis, scores = pooled(differences)
         observed = replace(
-            self,
-            residual=None,
+            self._alone(),
             settings={"score": "observed residual"} | self.settings,
             basis=basis,
             **_supported(scores.amax(1, keepdim=True), self.false_positive_rate),
         )
         return replace(self, observed=observed)
+
+    def _alone(self) -> "Calibration":
+        return replace(self, **dict.fromkeys(BESIDE))
 
     def with_second(self, collapses: Mapping[int, float]) -> "Calibration":
         """Return this calibration with the second stage of what prompts are judged by.
@@ -292,6 +307,7 @@ class Calibration:
                 tuple(score * factor for score in scores) for scores in self.control_scores
             ),
             threshold=self.threshold * factor,
+            **dict.fromkeys(CLIP_PARTS),  # a threshold of motion is of so many frames
         )
 
     def p_values(
@@ -487,6 +503,9 @@ class Calibration:
         if version == 1:  # of magnitudes alone; versions between were never released
             values |= {name: None for name in ("basis", "second", "family_cosine", *BESIDE)}
             values["schema_version"] = SCHEMA_VERSION
+        elif version == 5:  # from before clips had thresholds
+            for part in (values, *filter(None, map(values.get, BESIDE))):
+                part |= dict.fromkeys(CLIP_PARTS) | {"schema_version": SCHEMA_VERSION}
         elif version != SCHEMA_VERSION:
             raise CalibrationError(
                 f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"

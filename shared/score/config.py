@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+CLIP_PARTS = ("content", "motion")
+"""Of a clip's magnitude: what all frames share, and the rest; each has a threshold of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arrays import Float, Tensor
+from .clips import DIMENSIONS, ClipNorms
 from .config import DetectionConfig
 from .control_basis import ControlBasis
 from .denoiser import Denoiser
@@ -39,6 +40,10 @@ class Detection:
     config: DetectionConfig
     seed_levels: Float[Tensor, " seed"] | None = None
     """Median score of the controls at each seed; levels the scores where seeds were not drawn."""
+    clips: ClipNorms | None = None
+    """Of magnitudes of a model of videos, their parts [prompt seed step]: of every frame, of what
+    all frames share (content) and of the rest (motion); float64 on the CPU, NaN for prompts whose
+    trace was known. None for images, for residuals and for sequential runs."""
 
     @property
     def scores(self) -> Float[Tensor, " prompt"]:
@@ -81,6 +86,7 @@ def detect(
     known: Mapping[int, Tensor] | None = None,
     on_result: OnResult | None = None,
     on_difference: OnResult | None = None,
+    on_clip: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Detection:
     """Score prompts by the magnitude of the text-conditional prediction, or outside of a basis.
@@ -98,6 +104,8 @@ def detect(
         on_result: Called once per prompt that was not known, with its index and trace [seed step].
         on_difference: Called before it with the index and D of the first step [seed element],
             float32 on the CPU, from the same forward passes.
+        on_clip: Called before it with the index and the packed `ClipNorms` [seed step part], where
+            `Detection.clips` has them.
         progress: Called with the number of prompts finished since the last call.
 
     Raises:
@@ -109,6 +117,9 @@ def detect(
     at_once = max(1, trajectory.rows * len(set(trajectory.told)) // seeds)
     chunk = at_once * math.ceil(ENCODED_AT_ONCE / at_once)
     traces = torch.full((len(prompts), seeds, config.steps), torch.nan, dtype=torch.float64)
+    clips = None
+    if len(denoiser.latent_shape) == DIMENSIONS and basis is None:
+        clips = traces.new_full((*traces.shape, denoiser.latent_shape[1] + 2), torch.nan)
     for start in range(0, len(prompts), chunk):
         texts, cond = prompts[start : start + chunk], None
         for first in range(0, len(texts), at_once):
@@ -117,14 +128,21 @@ def detect(
                 cond = encode(denoiser, texts) if cond is None else cond
                 prompt_of_row = [i for i in part for _ in range(seeds)]
                 differences: list[Tensor] | None = None if on_difference is None else []
+                parts: list[Tensor] | None = None if clips is None else []
                 rows = trajectory.traces(
-                    texts, cond, prompt_of_row, [*range(seeds)] * len(part), differences
+                    texts, cond, prompt_of_row, [*range(seeds)] * len(part), differences, parts
                 )
                 traces[[start + i for i in part]] = rows.view(len(part), seeds, -1)
-                if on_difference is not None and differences is not None:
-                    for i, own in zip(part, torch.cat(differences).split(seeds), strict=True):
-                        if start + i not in known:
-                            on_difference(start + i, own.clone())
+                new = [i for i in part if start + i not in known]
+                for take, kept in ((on_difference, differences), (on_clip, parts)):
+                    if take is not None and kept is not None:
+                        own = torch.cat(kept).split(seeds)
+                        for i in new:
+                            take(start + i, own[i - first].clone())
+                if clips is not None and parts is not None:
+                    own = torch.cat(parts).split(seeds)
+                    for i in new:
+                        clips[start + i] = own[i - first]
             emit([start + i for i in part], traces, known, on_result)
             if progress is not None:
                 progress(len(part))
@@ -133,6 +151,7 @@ def detect(
         traces=traces,
         latent_elements=math.prod(denoiser.latent_shape),
         config=config,
+        clips=None if clips is None else ClipNorms.unpacked(clips),
     )
 
 

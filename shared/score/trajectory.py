@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ..arrays import Float, Tensor
+from .clips import clip_norms
 from .config import DetectionConfig
 from .control_basis import ControlBasis
 from .denoiser import Conditioning, Denoiser
@@ -130,6 +131,7 @@ class Trajectory:
     def traces(
         self, texts: Sequence[str], cond: Conditioning, prompts: Sequence[int],
         seeds: Sequence[int], differences: list[Tensor] | None = None,
+        clips: list[Tensor] | None = None,
     ) -> Float[Tensor, " row step"]:  # fmt: skip
         """Return |D| per step, or the score that the basis gives, float64 on the CPU.
 
@@ -140,13 +142,16 @@ class Trajectory:
             seeds: Index into the config's seeds, one a row.
             differences: Takes D of the first step as well, [row element] float32 on the CPU, as
                 many tensors as there are batches; of the same forward passes. Without a basis.
+            clips: Takes `ClipNorms` of every step as well, packed, [row step part] float64 on the
+                CPU, in the same way. Without a basis, of latents with frames.
 
         Raises:
             PredictionError: A prediction is NaN or infinite; names the prompt.
         """
-        if differences is not None and len(set(self.told)) > 1:
-            raise ValueError("`differences` come in the order of batches: of one level alone.")
-        rows = self._rows(texts, cond, prompts, seeds, partial(self._traces, kept=differences))
+        if len(set(self.told)) > 1 and not differences is clips is None:
+            raise ValueError("What is kept comes in the order of batches: of one level alone.")
+        measure = partial(self._traces, kept=differences, clips=clips)
+        rows = self._rows(texts, cond, prompts, seeds, measure)
         rows = rows.double()
         return rows if self.basis is None else self.basis.scores(rows[:, 0], seeds)[:, None]
 
@@ -204,8 +209,11 @@ class Trajectory:
         sigma = self.sigmas[self.told[seeds[0]]]
         return self.denoiser.denoise(x, sigma, self.empty[[0] * len(x)])
 
-    def _traces(self, cond: Conditioning, seeds: list[int], kept: list[Tensor] | None) -> Tensor:
-        x, x0_uncond, norms = self.noise[seeds], self.x0_uncond[seeds], []
+    def _traces(
+        self, cond: Conditioning, seeds: list[int], kept: list[Tensor] | None,
+        clips: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        x, x0_uncond, norms, parts = self.noise[seeds], self.x0_uncond[seeds], [], []
         start = self.told[seeds[0]]
         for step in range(self.config.steps):
             sigma = self.sigmas[start + step]
@@ -216,6 +224,8 @@ class Trajectory:
                 norms.append(text_noise_norm(x0_cond, x0_uncond) / sigma)
             else:
                 norms.append(self.basis.residual(text_noise(x0_uncond, x0_cond, sigma), seeds))
+            if clips is not None:
+                parts.append(clip_norms(text_noise(x0_uncond, x0_cond, sigma)).packed())
             if step + 1 < self.config.steps:
                 sigma_next = self.sigmas[start + step + 1]
                 x = guided_step(x, x0_uncond, x0_cond, sigma, sigma_next, self.cond_scale)
@@ -223,6 +233,8 @@ class Trajectory:
                 first = text_noise(x0_uncond, x0_cond, sigma).flatten(1).float().cpu()
         if kept is not None:  # at the end: a batch that ran out of memory on its way comes again
             kept.append(first)
+        if clips is not None:
+            clips.append(torch.stack(parts, 1).cpu().double())
         return torch.stack(norms, 1).cpu()
 
     def _differences(self, cond: Conditioning, seeds: list[int]) -> Tensor:

@@ -92,6 +92,17 @@ class Family:
         self, pipeline: Any, resolution: int | tuple[int, int] | None, frames: int | None = None
     ):
         self.pipeline, self.frames = pipeline, frames
+        if frames is not None and not accepted(pipeline, {"num_frames": frames}):
+            raise ValueError(
+                f"`frames` is of videos, and {type(pipeline).__name__} makes images: leave it out."
+            )
+        together = self.frames_per_latent
+        if frames is not None and (frames < 1 or frames % together != 1 % together):
+            fewer = max(0, frames - 1) // together * together + 1
+            raise ValueError(
+                f"`frames` must be 1 more than a multiple of {together}, got {frames}: take {fewer} "
+                f"or {fewer + together}."
+            )
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.height, self.width = self._check(self._pixels() if size is None else size)
         self._held: dict[Any, HeldCall] = {}
@@ -115,6 +126,17 @@ class Family:
         return (
             next(getattr(pipeline, name) for name in names if hasattr(pipeline, name)) * cls.stack
         )
+
+    @classmethod
+    def by_frame(cls, pipeline: Any, call: NetworkCall, rows: Tensor) -> Tensor | None:
+        """Return latents as clips [row channel frame *place], None of images.
+
+        Args:
+            pipeline: Of this family.
+            call: Of its network.
+            rows: In the shape in which the network reads and answers.
+        """
+        return rows if rows.ndim == 5 and not (cls.one_frame or cls.packed) else None
 
     @property
     def multiple(self) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..network_call import NetworkCall
 from .family import Family, Guidance
 
 
@@ -40,6 +41,11 @@ class LTX(Family):
         call, pipeline = self.held().call, self.pipeline
         sides = (call.get((name,)) for name in ("num_frames", "height", "width"))
         return pipeline._unpack_latents(packed, *sides, *self._patches())
+
+    @classmethod
+    def by_frame(cls, pipeline: Any, call: NetworkCall, rows: Tensor) -> Tensor | None:
+        frames = int(call.get(("num_frames",))) // pipeline.transformer_temporal_patch_size
+        return rows.unflatten(1, (frames, -1)).movedim(-1, 1)  # patches stand frame after frame
 
     def to_autoencoder(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
