@@ -17,6 +17,10 @@ from unmemorize.shared.sampling.watched_runs import (
     metadata,
     verdict_text,
 )
+from unmemorize.shared.score.calibration import Calibration
+from unmemorize.shared.score.clips import ClipNorms
+from unmemorize.shared.score.config import DetectionConfig
+from unmemorize.shared.score.detection import Detection
 
 
 def test_scores_are_norms_over_sigma_image_by_image():
@@ -181,3 +185,68 @@ def test_what_a_guard_decided_is_told_image_by_image():
         "image 2  ·  guard acted by initial_noise  ·  initial noise 9 to 1.5",
     ]
     assert guard_lines(run([1.0]).guarded) == []
+
+
+CLIP = (4, 3, 8, 8)
+
+
+def moving(content: float, motion: float) -> WatchedRun:
+    """Return a run of one clip whose D has these parts at both of its levels."""
+    made, generator = WatchedRun(), torch.Generator().manual_seed(0)
+    noise = torch.randn(1, *CLIP, generator=generator, dtype=torch.float64)
+    shared = noise.mean(2, keepdim=True).expand_as(noise)
+    rest = noise - shared
+    d = content * shared / shared.norm() + motion * rest / rest.norm()
+    for sigma in (14.6, 3.0):
+        made.add(torch.zeros_like(d), sigma * d, torch.full((1,), sigma))
+    made.end()
+    return made
+
+
+def of_clips() -> Calibration:
+    """Return a calibration whose controls have content of 1 to 3 and half as much motion."""
+    spread = torch.linspace(1, 3, 120, dtype=torch.float64)[:, None, None].expand(-1, 2, 1)
+    frames = (spread * math.sqrt(1.25 / 3))[..., None].expand(-1, -1, -1, 3)
+    detection = Detection(
+        prompts=tuple(map(str, range(120))), traces=spread * math.sqrt(1.25), latent_elements=768,
+        config=DetectionConfig(seeds=(0, 1)), clips=ClipNorms(frames, spread, spread / 2),
+    )  # fmt: skip
+    settings = {"steps": 1, "latent_shape": list(CLIP), "sigmas": [14.6]}
+    return Calibration.from_controls(detection, model="m", settings=settings, name="made up")
+
+
+def test_content_and_motion_of_a_clip_stand_beside_its_score():
+    made = moving(3.0, 4.0)
+    assert made.traces[0].tolist() == pytest.approx([5.0, 5.0])
+    assert made.clips.content[0].tolist() == pytest.approx([3.0, 3.0])
+    assert made.clips.motion[0].tolist() == pytest.approx([4.0, 4.0])
+    verdict = judge(made)
+    assert [part.memorized for part in verdict.images[0].parts] == [None, None]
+    assert "content 3  ·  motion 4" in image_line(verdict, 0)
+    assert "No verdict on content and motion" in verdict_text(verdict, None, 0)
+    assert metadata(verdict)["clips"][0]["motion"]["score"] == pytest.approx(4.0)
+    still = run([1.0])
+    assert still.clips is None
+    assert judge(still).images[0].parts == ()
+    assert metadata(judge(still))["clips"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "motion", "looks"),
+    [(2.0, 1.0, (False, False)), (3.5, 1.0, (True, False)), (2.0, 1.7, (False, True))],
+)
+def test_each_part_is_judged_by_the_same_part_of_the_controls(content, motion, looks):
+    verdict = judge(moving(content, motion), of_clips(), model="m")
+    assert verdict.caveats == ()
+    parts = verdict.images[0].parts
+    assert tuple(part.memorized for part in parts) == looks
+    assert verdict.hits == any(looks)
+    assert parts[1].p_value == pytest.approx((1 / 121) if looks[1] else (1 + 60) / 121, abs=0.01)
+
+
+def test_parts_are_not_judged_where_the_calibration_does_not_fit():
+    other = moving(3.5, 1.7)
+    other.from_noise = False
+    verdict = judge(other, of_clips(), model="m")
+    assert verdict.caveats
+    assert [part.memorized for part in verdict.images[0].parts] == [None, None]
