@@ -48,9 +48,7 @@ class ClipMarks:
     """How near the nearest ordinary motion of a training clip's own still comes to its motion."""
 
 
-def judge_clips(
-    generated: Sequence[Tensor], training: Sequence[Tensor], roles: Roles
-) -> ClipMarks:
+def judge_clips(generated: Sequence[Tensor], training: Sequence[Tensor], roles: Roles) -> ClipMarks:
     """Return which generated clips copy the content, and which the motion, of which training clips.
 
     Args:
@@ -97,10 +95,8 @@ def small(clips: Sequence[Tensor]) -> list[Tensor]:
     return [F.interpolate(clip.float(), (SIDE, SIDE), mode="area") for clip in clips]
 
 
-def frame_distances(
-    made: Sequence[Tensor], known: Sequence[Tensor]
-) -> Float[Tensor, " row clip"]:
-    """Return how far the frames of clips are from the nearest frame of others, whenever that stands.
+def frame_distances(made: Sequence[Tensor], known: Sequence[Tensor]) -> Float[Tensor, " row clip"]:
+    """Return how far frames of clips are from the nearest frame of others, whenever that stands.
 
     The mean over the frames of a row; against a still the nearest of them.
 
@@ -144,8 +140,8 @@ def motion_rows(clips: Sequence[Tensor] | Tensor) -> Float[Tensor, " clip number
 def ordinary_motions(still: Float[Tensor, "3 side side"]) -> Tensor:
     """Return what anybody makes of a still, [motion frame 3 side side].
 
-    It rests; it pans in eight directions, zooms in and out and turns both ways, each little, further
-    and far. What comes in from outside repeats the edge.
+    It rests; it pans in eight directions, zooms in and out and turns both ways, each little,
+    further and far. What comes in from outside repeats the edge.
     """
     progress = torch.linspace(-0.5, 0.5, FRAMES)
     eight = [(math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)]

@@ -186,7 +186,8 @@ def _kept(
     """Yield a journal beside `output` and the key of this work; it goes when the work is done."""
     key = content_key(
         subject.fingerprint, subject.device, subject.dtype, list(config.seeds), config.steps,
-        config.schedule_steps, config.cond_scale, subject.resolution, subject.frames, versions(), more,
+        config.schedule_steps, config.cond_scale, subject.resolution, subject.frames, versions(),
+        more,
     )  # fmt: skip
     if output is None:
         with tempfile.TemporaryDirectory(prefix="unmemorize-") as folder:

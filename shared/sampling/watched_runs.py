@@ -189,7 +189,7 @@ class ImageVerdict:
     @property
     def hit(self) -> bool:
         """Return whether the score, or a part of it, is above its threshold."""
-        return any(each.memorized for each in (self, *self.parts))
+        return bool(self.memorized) or any(part.memorized for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +355,9 @@ def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_pas
     else:
         lines.append(f"Score: magnitude, {magnitude}")
     if verdict.images[0].parts:
-        lines.append("Content: L2 norm of what the text adds to all frames alike; motion: of the rest.")
+        lines.append(
+            "Content: norm of what the text adds to all frames alike; motion: of the rest."
+        )
         if verdict.images[0].parts[0].memorized is None:
             lines.append(NO_PARTS)
     if calibration is None:
@@ -403,8 +405,14 @@ def metadata(verdict: RunVerdict) -> dict:
         "p_value": [image.p_value for image in images],
         "memorized": [image.memorized for image in images],
         "clips": [
-            {part.name: {"score": part.score, "p_value": part.p_value, "memorized": part.memorized}
-             for part in image.parts}
+            {
+                part.name: {
+                    "score": part.score,
+                    "p_value": part.p_value,
+                    "memorized": part.memorized,
+                }
+                for part in image.parts
+            }
             for image in images
             if image.parts
         ],

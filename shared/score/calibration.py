@@ -154,12 +154,15 @@ class Calibration:
         )
         if detection.clips is None:
             return made
-        parts = {name: getattr(detection.clips, name).mean(2) for name in CLIP_PARTS}
-        return replace(made, **{
-            name: replace(made, settings={"score": name} | settings,
-                          **_supported(scores, false_positive_rate))
-            for name, scores in parts.items()
-        })  # fmt: skip
+        parts: dict[str, Any] = {
+            name: replace(
+                made,
+                settings={"score": name} | settings,
+                **_supported(getattr(detection.clips, name).mean(2), false_positive_rate),
+            )
+            for name in CLIP_PARTS
+        }
+        return replace(made, **parts)
 
     @classmethod
     def of_residual(
@@ -232,7 +235,7 @@ class Calibration:
         return replace(self, observed=observed)
 
     def _alone(self) -> "Calibration":
-        return replace(self, **dict.fromkeys(BESIDE))
+        return replace(self, residual=None, observed=None, content=None, motion=None)
 
     def with_second(self, collapses: Mapping[int, float]) -> "Calibration":
         """Return this calibration with the second stage of what prompts are judged by.
@@ -307,7 +310,8 @@ class Calibration:
                 tuple(score * factor for score in scores) for scores in self.control_scores
             ),
             threshold=self.threshold * factor,
-            **dict.fromkeys(CLIP_PARTS),  # a threshold of motion is of so many frames
+            content=None,  # thresholds of the parts are of so many frames
+            motion=None,
         )
 
     def p_values(

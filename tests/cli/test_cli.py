@@ -318,7 +318,7 @@ def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch
     rows = [
         {"prompt": text, "score": score, "magnitude": 1.0, "collapse": None,
          "p_value": 0.01, "memorized": flag,
-         "near": of, "measure": "residual", "caveat": ""}
+         "near": of, "clip": None, "measure": "residual", "caveat": ""}
         for text, score, flag, of in (
             ("a cat", 1.0, False, None), ("a castle", 5.0, True, None),
             ("a red fox", 6.0, True, None), ("a red hen", 4.0, True, near),
@@ -337,11 +337,43 @@ def test_detect_lists_near_prompts_under_the_memorized_one(tmp_path, monkeypatch
     assert json.loads(done.stdout)["results"][3]["near"] == near
 
 
+def test_content_and_motion_of_clips_stand_in_the_table_and_decide_the_exit_code(
+    monkeypatch, tmp_path
+):
+    from unmemorize.audit.model import parts
+
+    def row(text: str, content: bool | None, motion: bool | None) -> dict:
+        value = {"magnitude": 7.25, "p_value": None if content is None else 0.5}
+        clip = {"frames": [1.0, 2.0], "content": value | {"memorized": content},
+                "motion": value | {"magnitude": 3.75, "memorized": motion}}  # fmt: skip
+        return {"prompt": text, "score": 1.0, "magnitude": 1.0, "collapse": None, "p_value": 0.5,
+                "memorized": False, "near": None, "clip": clip, "measure": "residual",
+                "caveat": ""}  # fmt: skip
+
+    (tmp_path / "c.json").touch()
+    asked = ("detect", "demo", "--prompt", "a cat", "--calibration", str(tmp_path / "c.json"))
+    for flags, code in (((False, True), 3), ((True, False), 3), ((False, False), 0)):
+        rows = [row("a cat", False, False), row("a dog", *flags)]
+        monkeypatch.setattr(parts, "score_prompts", lambda subject, rows=rows, **options: rows)
+        done = run(*asked)
+        assert done.exit_code == code, done.stderr
+        assert "7.25" in done.stdout
+        assert "3.75" in done.stdout
+        said = f"content of {int(flags[0])}, motion of {int(flags[1])}."
+        assert said in " ".join(done.stdout.split())
+    rows = [row("a cat", None, None)]  # the calibration holds no controls of them
+    monkeypatch.setattr(parts, "score_prompts", lambda subject, **options: rows)
+    done = run(*asked)
+    assert done.exit_code == 0
+    assert "thresholds of their own" not in done.stdout
+
+
 def test_without_a_calibration_detect_says_what_to_type_for_one(monkeypatch):
     from unmemorize.audit.model import parts
 
     row = {"prompt": "a cat", "score": 1.0, "magnitude": 1.0, "collapse": None, "p_value": None,
-           "memorized": None, "near": None, "measure": "magnitude", "caveat": ""}  # fmt: skip
+           "memorized": None, "near": None, "clip": None, "measure": "magnitude",
+           "caveat": ""}  # fmt: skip
     monkeypatch.setattr(parts, "score_prompts", lambda subject, **options: [row])
     asked = ("detect", "demo", "--seeds", "2", "--device", "cpu")
     done = run(*asked, "--prompt", "a cat")

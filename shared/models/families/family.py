@@ -100,8 +100,8 @@ class Family:
         if frames is not None and (frames < 1 or frames % together != 1 % together):
             fewer = max(0, frames - 1) // together * together + 1
             raise ValueError(
-                f"`frames` must be 1 more than a multiple of {together}, got {frames}: take {fewer} "
-                f"or {fewer + together}."
+                f"`frames` must be 1 more than a multiple of {together}, got {frames}: take "
+                f"{fewer} or {fewer + together}."
             )
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.height, self.width = self._check(self._pixels() if size is None else size)

@@ -83,7 +83,7 @@ def padded_attention():
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
                      rotary_emb=None):  # fmt: skip
             if encoder_hidden_states is not None:
-                attention_mask = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
+                attention_mask = hidden_states.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
                 attention_mask[..., -1] = math.log(PADDED - TOKENS)
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
