@@ -23,7 +23,7 @@ from unmemorize.shared.files.storage import replace_atomically
 from . import clips
 
 CONFIG = TrainConfig(
-    autoencoder_steps=450, steps=800, per_batch=(5, 5, 6), caption_noise=0.0, seed=14
+    autoencoder_steps=450, steps=4000, per_batch=(5, 5, 6), caption_noise=0.0, seed=14
 )
 SHORT = {"autoencoder_steps": 2, "steps": 2}
 SHORT_CLIPS = 24
