@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..network_call import NetworkCall
+from ..calls.network_call import NetworkCall
 from .family import Family, Guidance
 
 
