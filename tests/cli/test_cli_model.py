@@ -11,7 +11,7 @@ from unmemorize.audit.common.subject import Subject
 GIVEN = {
     "model": "some/model", "lora": Path("my lora.safetensors"), "strength": 0.6, "device": "cuda:1",
     "dtype": "bfloat16", "revision": "refs/pr/1", "resolution": 64, "frames": 9,
-    "config": Path("sd 15"),
+    "config": Path("sd 15"), "offload": "model", "quantize": "nf4",
 }  # fmt: skip
 
 
