@@ -14,7 +14,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +34,8 @@ OTHERS = 24
 """Other prompts whose unmitigated images tell what a copy and what a blank image is."""
 
 
-def measure(case: Case, args: argparse.Namespace) -> dict[str, Figure]:
-    """Draw and judge one model's captions in every way, and print and return the figures."""
+def measure(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Figure]]:
+    """Draw and judge one model's captions in every way; yield the figures of each group of them."""
     studio, groups = Studio(case, args.work), case.groups
     chosen = random.Random(0)
     asked = {
@@ -46,13 +46,14 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Figure]:
              for name, texts in asked.items() if texts}  # fmt: skip
     more = [text for text in groups.of(groups.negatives) if text not in asked["learnt"]]
     others = [studio.draw(NONE, text, SEEDS[:1]) for text in tqdm(more[:OTHERS], "other prompts")]
-    critic, found = Critic(case, others, args.art), {}
+    critic = Critic(case, others, args.art)
     start = f"mitigation.{case.model.name}"
-    found[f"{start}.others.quality"] = plain(critic.quality(others), len(others))
+    yield {f"{start}.others.quality": plain(critic.quality(others), len(others))}
     columns = ("reproduced", "fidelity", "quality", "blank", "time_ratio", "acted")
     print(f"\n{case.model.name:<20}{'':<10}" + "".join(f"{name:>12}" for name in columns))
     for group, texts in asked.items():
         usual = [studio.draw(NONE, text) for text in tqdm(texts, f"{group}: {NONE}", leave=False)]
+        found = {}
         for way in args.ways if group != "learnt" else (NONE, DEFAULT):
             bar = tqdm(texts, f"{group}: {way}", leave=False)
             line = critic.figures([studio.draw(way, text) for text in bar], usual)
@@ -60,7 +61,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Figure]:
                 found |= {f"{start}.{name}.{group}.{what}": f for what, f in line.items()}
             cells = "".join(f"{line[name].value:>12.3f}" for name in columns)
             print(f"{way:<20}{group:<10}{cells}", flush=True)
-    return found
+        yield found
 
 
 def measure_embedding(denoiser, found: dict[str, Figure]) -> None:
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record(found, command, output=args.output)
         return
     for model in chosen_models(args.models):
-        record(measure(Case.of(model, WORK), args), command, output=args.output)
+        for found in measure(Case.of(model, WORK), args):
+            record(found, command, output=args.output)
 
 
 if __name__ == "__main__":
