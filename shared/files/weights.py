@@ -27,18 +27,14 @@ class ModelError(ValueError):
     """A model or LoRA that cannot be used as it is; the message says what to do."""
 
 
-def _require_file(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raise ModelError where there is no file, or one that could run code when it is read."""
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         meant = f"Did you mean {inside[0]}?" if inside else "Give a .safetensors file."
         raise ModelError(f"{path} is a folder, expected one file. {meant}")
     if not path.is_file():
         raise ModelError(f"There is no such file: {path}")
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise ModelError where there is no file, or one that could run code when it is read."""
-    _require_file(path)
     with path.open("rb") as file:
         start = file.read(9)
     # Old and new torch.save; the length that opens a safetensors file can begin with 80, too.

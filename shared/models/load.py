@@ -206,7 +206,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise ValueError(
-            f"--revision is that of a hub id, and {path} lies on this machine. Leave --revision out."
+            f"--revision is that of a hub id, and {path} lies on this machine. Leave --revision "
+            "out."
         )
     if path.is_file():
         refuse_pickle(path)
