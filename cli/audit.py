@@ -23,6 +23,7 @@ from .common.options import (
     Prompts,
     Rate,
     Score,
+    check_calibration,
     settings_in,
     takes_options,
 )
@@ -166,6 +167,7 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
                 raise typer.BadParameter(f"--{name} {goes} --images.")
         if self.images and not self.lora:
             raise typer.BadParameter("--images needs --lora, the file that was trained on them.")
+        check_calibration(self)
 
     @property
     def of_prompts(self) -> AuditConfig:

@@ -22,6 +22,7 @@ from .common.options import (
     ModelOptions,
     Prompts,
     Texts,
+    check_calibration,
     takes_options,
 )
 from .common.terminal import (
@@ -64,6 +65,7 @@ class DetectOptions(AnswerOptions, ModelOptions, DetectionOptions):
 @takes_options
 def detect(options: DetectOptions) -> None:
     """Score prompts. A verdict needs --calibration; without one there are only numbers."""
+    check_calibration(options)
     with answering(options, resumes=options.output is not None):
         from ..audit.model.parts import score_prompts
 

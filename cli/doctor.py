@@ -30,8 +30,11 @@ class DoctorOptions(AnswerOptions, ModelOptions):
 @takes_options
 def doctor(options: DoctorOptions) -> None:
     """Say what is installed, which device there is, what is missing and what to type."""
-    given = [field.name for field in fields(ModelOptions)
-             if field.name != "model" and getattr(options, field.name) is not None]  # fmt: skip
+    given = [
+        field.name
+        for field in fields(ModelOptions)
+        if field.name != "model" and getattr(options, field.name) != field.default
+    ]
     if given and not options.model:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --model.")
     with answering(options):

@@ -19,6 +19,7 @@ from .common.options import (
     Prompts,
     Rate,
     Texts,
+    check_calibration,
     settings_in,
     takes_options,
 )
@@ -77,6 +78,7 @@ def mitigate(options: MitigateOptions) -> None:
 
     Without prompts, a few captions of the demo. Interrupted, the same command continues.
     """
+    check_calibration(options)
     with answering(options, resumes=True):
         from ..audit.model.mitigation import run_mitigation
         from ..audit.model.mitigation_result import MitigationConfig

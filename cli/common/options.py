@@ -167,6 +167,25 @@ class DetectionOptions:
         )
 
 
+def check_calibration(options: Any) -> None:
+    """Refuse --force without a calibration, and beside one what it has decided.
+
+    Raises:
+        typer.BadParameter: Names the option.
+    """
+    if options.calibration is None:
+        if options.force:
+            raise typer.BadParameter("--force needs --calibration.")
+        return
+    for name in ("controls", "score", "false_positive_rate"):
+        usual = getattr(AuditConfig, name)
+        if getattr(options, name, usual) != usual:
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} does not go with --calibration, which was made with "
+                "its own. Leave one of them out, or make another: unmemorize calibrate."
+            )
+
+
 def settings_in(options: Any, kind: type) -> dict[str, Any]:
     """Return the options that are settings of the same name; lists become tuples."""
     names = {field.name for field in fields(kind)} & {field.name for field in fields(options)}

@@ -66,8 +66,10 @@ def bar(description: str, total: int, initial: int, unit: str) -> Any:
 def explain_error(error: BaseException) -> str:
     """Return one paragraph that says what happened and, where it is known, what to type."""
     known = type(error).__module__.split(".")[0] == PACKAGE
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return f"Not enough memory: {error}. Try --batch-size 1, or --dtype float16 on a GPU."
+    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if full or "can't allocate memory" in str(error):  # on a CPU PyTorch has no class for it
+        return (f"Not enough memory: {error}. Try --batch-size 1, a smaller --resolution, or "
+                "--dtype float16 on a GPU.")  # fmt: skip
     if isinstance(error, OSError) and error.strerror and not known:
         return f"{error.strerror}: {error.filename}."
     if isinstance(error, ModuleNotFoundError):

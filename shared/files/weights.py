@@ -28,7 +28,13 @@ class ModelError(ValueError):
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise ModelError for a file that could run code when it is read."""
+    """Raise ModelError where there is no file, or one that could run code when it is read."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        meant = f"Did you mean {inside[0]}?" if inside else "Give a .safetensors file."
+        raise ModelError(f"{path} is a folder, expected one file. {meant}")
+    if not path.is_file():
+        raise ModelError(f"There is no such file: {path}")
     with path.open("rb") as file:
         start = file.read(9)
     # Old and new torch.save; the length that opens a safetensors file can begin with 80, too.
@@ -50,8 +56,6 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise ModelError(f"There is no such file: {path}")
     refuse_pickle(path)
     try:
         with safe_open(path, "pt") as file:

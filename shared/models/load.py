@@ -80,6 +80,11 @@ def load_denoiser(
     check_offload(offload, device)
     check_quantization(quantize, device=device, offload=offload, lora=lora is not None)
     path = resolve(model, revision)
+    if config is not None and not path.is_file():
+        raise ValueError(
+            f"--model-config describes a checkpoint in one file, and {path} is a folder, which "
+            "describes itself. Leave --model-config out."
+        )
     dtype = dtype or default_dtype(path, device, config)
     if path.is_file():
         if quantize is not None:
@@ -154,7 +159,7 @@ def usable_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # on "meta" tensors have no values
     except (AssertionError, RuntimeError) as error:  # torch raises either, by how it was built
         raise ValueError(
             f"The device {device} cannot be used: {str(error).splitlines()[0]}. Leave the device "
@@ -196,8 +201,14 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         ModelError: When there is no such file, and `model` is not a hub id either.
+        ValueError: A revision of what lies on this machine.
     """
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise ValueError(
+            f"--revision is that of a hub id, and {path} lies on this machine. Leave --revision "
+            "out."
+        )
     if path.is_file():
         refuse_pickle(path)
         if path.suffix.lower() == ".gguf":

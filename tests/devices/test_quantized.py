@@ -47,6 +47,13 @@ def test_what_does_not_go_together_is_refused(offload, lora, message, monkeypatc
         quantization.check_quantization("nf4", device="cuda:0", offload=offload, lora=lora)
 
 
+def test_what_cannot_be_here_asks_for_no_package(folder, monkeypatch):
+    """Nobody installs a package to be told that it needs a GPU."""
+    monkeypatch.setattr(quantization, "has", lambda package: False)
+    with pytest.raises(ValueError, match="needs a GPU, and the device is cpu"):
+        load_denoiser(folder, device="cpu", quantize="nf4")
+
+
 def test_a_missing_backend_says_what_to_type(folder, monkeypatch):
     monkeypatch.setattr(quantization, "has", lambda package: False)
     with pytest.raises(ImportError, match="Type: pip install torchao"):

@@ -257,7 +257,8 @@ def _factors(state: Mapping[str, Tensor], path: Path) -> dict[Place, dict[str, T
     stray += [".".join(place) for place, pair in factors.items() if len(pair) < 2]
     if stray:
         raise ModelError(
-            f"{path}: {counted(len(stray), 'key', 'keys')} that nothing reads: {name_some(stray)}."
+            f"{path}: {counted(len(stray), 'key', 'keys')} that nothing reads: {name_some(stray)}. "
+            "Give the base model that it was trained on."
         )
     return factors
 

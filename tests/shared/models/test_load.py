@@ -213,6 +213,19 @@ def test_a_hub_id_is_asked_of_the_hub_and_failure_is_told(monkeypatch, folder):
         load_denoiser("owner/other")
 
 
+@pytest.mark.parametrize("option", ["revision", "config"])
+def test_what_a_folder_does_not_take_is_refused(option, folder):
+    given = {"revision": "v1", "config": folder}[option]
+    flag = {"revision": "--revision", "config": "--model-config"}[option]
+    with pytest.raises(ValueError, match=rf"{flag} .*Leave {flag} out"):
+        load_denoiser(folder, device="cpu", **{option: given})
+
+
+def test_a_device_without_values_is_refused_as_one():
+    with pytest.raises(ValueError, match="The device meta cannot be used"):
+        models.usable_device("meta")
+
+
 def test_folders_that_are_no_models(folder, tmp_path):
     with pytest.raises(ModelError, match=r"expected model_index\.json.* Did you mean .*\?"):
         load_denoiser(folder / "unet")

@@ -266,3 +266,18 @@ def test_loras_for_sd3_have_the_effect_of_the_changed_network(tmp_path, trainer)
     load_lora(pipeline, written(tmp_path, state))
     torch.testing.assert_close(answer(pipeline), answer(reference), rtol=1e-3, atol=1e-3)
     assert (answer(reference) - plain).abs().max() > 0.05
+
+
+def test_a_folder_says_which_file_in_it_is_meant(tmp_path):
+    pipeline = tiny.stable_diffusion()
+    with pytest.raises(ModelError, match=r"is a folder, expected one file\. Give a \.safetensors"):
+        load_lora(pipeline, tmp_path)
+    path = written(tmp_path, kohya(factors(pipeline)), "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"Did you mean {path}"):
+        load_lora(pipeline, tmp_path)
+
+
+def test_a_lora_of_another_family_says_what_to_give(tmp_path):
+    path = written(tmp_path, kohya(factors(tiny.stable_diffusion())))
+    with pytest.raises(ModelError, match="Give the base model"):
+        load_lora(tiny.stable_diffusion_3(), path)
