@@ -67,6 +67,11 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
     """
     inputs = read_inputs(config.audit, config.texts, DEMO_PROMPTS)
     training = has_training_images(config, inputs)
+    if config.probe and not training:
+        raise ValueError(
+            "The probe searches for known training images, and none are known: give their folder "
+            "with --training, or leave --probe out."
+        )
     config = replace(config, methods=chosen_methods(config.methods, training=training))
     deciding = {name: getattr(config, name) for name in ("gate", "images", "advise", "probe")}
     more = {"work": "mitigation", "methods": list(config.methods), **deciding}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...shared.mitigation.gate import MODES
 from ...shared.score.calibration import Calibration
 from ..common.result import dumps, versions
 from .config import AuditConfig
@@ -39,6 +40,10 @@ class MitigationConfig:
     training: Path | None = None
     """Folder of training images that all images are compared with and that `neighbour` keeps away
     from; None for those beside the prompts, and for the demo's own."""
+
+    def __post_init__(self) -> None:
+        if self.gate not in MODES:
+            raise ValueError(f"`gate` must be one of {', '.join(MODES)}, got {self.gate!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

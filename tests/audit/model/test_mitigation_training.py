@@ -106,3 +106,11 @@ def test_images_are_compared_with_the_folder_and_leave_it(config, captions, tmp_
         Image.open(result.folder / trial.images[0].path).convert("RGB") for trial in (plain, acted)
     )
     assert ImageChops.difference(before, after).getbbox()
+
+
+def test_a_probe_without_training_images_and_an_unknown_gate_are_refused_at_once(tmp_path):
+    audit = AuditConfig(model="mine", output=tmp_path / "out")
+    with pytest.raises(ValueError, match="none are known: give their folder with --training"):
+        run_mitigation(MitigationConfig(audit=audit, texts=("a cat",), probe=True))
+    with pytest.raises(ValueError, match="`gate` must be one of calibrated, always, never"):
+        MitigationConfig(audit=audit, gate="sometimes")
