@@ -167,6 +167,11 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
                 raise typer.BadParameter(f"--{name} {goes} --images.")
         if self.images and not self.lora:
             raise typer.BadParameter("--images needs --lora, the file that was trained on them.")
+        if self.frames is not None:
+            raise typer.BadParameter(
+                "--frames: an audit draws images and no videos. Score a video model's prompts with "
+                "`unmemorize detect`."
+            )
         check_calibration(self)
 
     @property

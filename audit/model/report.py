@@ -30,8 +30,8 @@ WORDS = 16
 RUN, RUNS = 12, 24
 """Words in a row, and such rows, that are shown of how two prompts differ."""
 OPTIONS = (
-    "score", "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured", "sample",
-    "generation_steps", "revision", "resolution", "dtype", "quantize",
+    "strength", "score", "false_positive_rate", "explain", "images_per_prompt", "flagged_pictured",
+    "sample", "generation_steps", "revision", "resolution", "dtype", "quantize",
 )  # fmt: skip
 """Settings that are options of the same name."""
 
@@ -352,7 +352,7 @@ def reproduce(result: AuditResult) -> str:
     config, detection, usual = result.config, result.config.detection, AuditConfig()
     words = ["unmemorize", "audit", *([] if config.model == demo.NAME else [result.model.name])]
     options = [
-        ("lora", result.model.lora),
+        ("lora", config.lora and config.lora.name),
         *(("prompts", path.name) for path in config.prompts),
         ("controls", Path(config.controls).name if config.controls else None),
         ("calibration", config.calibration and config.calibration.name),

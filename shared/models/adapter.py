@@ -66,6 +66,11 @@ class PipelineDenoiser:
         """
         self.pipeline, self._weights = pipeline, weights
         self.family = family_of(pipeline)(pipeline, resolution, frames)
+        if frames is not None and not self.family.video:
+            raise ValueError(
+                f"`frames` is the length of a video, and {type(pipeline).__name__} makes images: "
+                "leave it out."
+            )
         self.schedule = self.family.schedule()
         self.parametrization = self.family.parametrization()
         self.guidance_distilled = self.family.guidance_distilled

@@ -27,11 +27,17 @@ PARAMETERS = {
     if name
     not in {
         "images",
+        "frames",  # refused: what is audited are images
         *(field.name for field in dataclasses.fields(OfLora)),
     }  # they ask for the audit of a LoRA instead
 }
-CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "as_json", "debug"}
+CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "offload", "as_json", "debug"}
 """Need not be given again to get the same page."""
+GO_WITH = {"strength": ["--lora", "my.safetensors"], "force": ["--calibration", "my file.txt"]}
+"""What an option is refused without."""
+OF_CALIBRATION = {"calibration", "force"}
+MAKE_ONE = {"controls", "score", "false_positive_rate"}
+"""Refused beside a calibration."""
 
 
 def innermost(kind: Any) -> type:
@@ -94,8 +100,10 @@ def named(result, config: AuditConfig) -> list[str]:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_report_names_every_option_that_can_move_a_result(name, configured, result):
-    words = changed(name)
-    assert named(result, configured(*words)) == ([] if name in CHANGE_NO_RESULT else words)
+    words, needed = changed(name), GO_WITH.get(name, [])
+    expected = [] if name in CHANGE_NO_RESULT else words
+    given = named(result, configured(*words, *needed))
+    assert sorted(given) == sorted([*expected, *needed])
 
 
 def test_what_changes_no_result_are_options():
@@ -103,15 +111,22 @@ def test_what_changes_no_result_are_options():
 
 
 def test_the_command_of_the_report_makes_the_same_settings(configured, result):
-    everything = [w for n in PARAMETERS if n not in CHANGE_NO_RESULT for w in changed(n)]
-    config = configured(*everything)
-    assert configured(*named(result, config)) == config != configured()
+    for left_out in (OF_CALIBRATION, MAKE_ONE):
+        given = PARAMETERS.keys() - CHANGE_NO_RESULT - left_out
+        config = configured(*(word for name in sorted(given) for word in changed(name)))
+        assert configured(*named(result, config)) == config != configured()
+
+
+def test_frames_are_refused(configured):
+    done = CliRunner().invoke(cli.app, ["audit", "--frames", "9"])
+    assert done.exit_code == 2
+    assert "unmemorize detect" in done.output
 
 
 def test_every_setting_has_an_option(configured):
     default, reached = configured(), set()
     for name in PARAMETERS:
-        config = configured(*changed(name))
+        config = configured(*changed(name), *GO_WITH.get(name, []))
         reached |= {
             field.name
             for field in dataclasses.fields(config)

@@ -33,6 +33,9 @@ class NetworkTrainer:
     def get_noise_pred_and_target(self):
         pass
 
+    def call_unet(self, args, accelerator, unet, noisy_latents, timesteps, text_conds):
+        pass
+
 
 class FlowTrainer(NetworkTrainer):
     """Of a model whose step is its own."""
