@@ -109,7 +109,7 @@ def _report(result: MitigatedPrompt, threshold: float | None) -> str:
     elif not result.acted:
         lines = [f"Not changed, already at its target{measured}."]
     else:
-        lines = [f"Changed{''.join(f': {each}' for each in result.changes[:1])}{measured}."]
+        lines = [f"{' '.join(('Changed', *result.changes[:1]))}{measured}."]
     if search is not None:
         images = zip(
             search.before.tolist(), search.after.tolist(), search.iterations.tolist(), strict=True

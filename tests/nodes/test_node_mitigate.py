@@ -56,7 +56,7 @@ def test_only_what_the_gate_lets_through_is_changed_and_falls_to_the_target(comf
     assert run["magnitude"] == pytest.approx(run["after"], rel=1e-4)  # as Detect finds afterwards
     assert f"scores {run['score']:.4g} at the gate's own noises" in run["report"]
     assert ("still above the threshold" in run["report"]) == run["flag"]
-    assert run["report"].startswith("Changed: the prompt scores")
+    assert run["report"].startswith("Changed the embedding: the prompt scores")
     changed = (run[f"{part} memorized"]["samples"] for part in ("plain", "mitigated"))
     assert np.abs(np.subtract(*changed)).max() > 0.1
 
@@ -72,7 +72,7 @@ def test_by_residual_the_score_falls_and_the_rest_stays(comfy):
     assert run["acted"] is True
     judge = Calibration.load(comfy.base / "models" / "unmemorize" / "demo.json").judge
     assert run["after"] < judge.threshold < run["before"]
-    assert run["report"].startswith("Changed: the embedding in ")
+    assert run["report"].startswith("Changed the embedding in ")
     assert f"scores {run['after']:.4g} at the gate's own noises" in run["report"]
 
 
