@@ -6,6 +6,7 @@ network's output, another one how it is guided. What was learnt so is then put t
 
 import inspect
 import re
+import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -123,7 +124,10 @@ def instead(cls: type) -> str:
     their name: QwenImageEditPlusPipeline comes from QwenImagePipeline.
     """
     import diffusers
-    from diffusers.pipelines import auto_pipeline
+
+    with warnings.catch_warnings():  # all pipelines are imported, and what some import warns
+        warnings.simplefilter("ignore")
+        from diffusers.pipelines import auto_pipeline
 
     names = []
     texts = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
