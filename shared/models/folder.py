@@ -81,7 +81,7 @@ def _refusal(name: str) -> str:
     import diffusers
 
     cls = getattr(diffusers, name, None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         return f"this diffusers has no such pipeline; supported are {', '.join(FAMILIES)}."
     return refusal(cls)
 

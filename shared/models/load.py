@@ -16,7 +16,7 @@ from .checks import require_weights
 from .families import FAMILIES
 from .families.family import Family
 from .folder import COMPONENTS, PURPOSE, load_folder, read_components, read_index
-from .hub import download as _download
+from .hub import download
 from .lora.attach import load_lora
 from .offload import OFFLOADS, enable_offload
 from .quantization import RoundedWeights, check_quantization
@@ -45,7 +45,7 @@ def load_denoiser(
     Args:
         model: Diffusers folder, single-file .safetensors checkpoint, or hub id (``owner/name``);
             or a diffusers text-to-image pipeline, which stays as it is and to which none of the
-            arguments but `resolution` and `frames` applies.
+            arguments but `resolution` and `frames` apply.
         lora: LoRA file to put on it.
         strength: Of the LoRA; 1 is what was trained.
         device: Of torch; None for CUDA where there is one.
@@ -221,12 +221,10 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         return path
     text = str(model)
     is_id = isinstance(model, str) and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
-    is_path = (
-        path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt", ".bin") or path.parent.is_dir()
-    )
+    is_path = path.suffix in FILES or path.parent.is_dir()
     if not is_id or (is_path and str(path.parent) != "."):
         raise ModelError(
             f"There is no such file or folder: {text}. Give a diffusers folder, a .safetensors "
             "checkpoint, or a hub id of the form owner/name."
         )
-    return _download(text, revision)
+    return download(text, revision)

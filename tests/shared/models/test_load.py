@@ -190,7 +190,7 @@ def test_a_pickle_is_never_executed(tmp_path):
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(models, "download", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="no such file or folder"):
         load_denoiser(name)
 
@@ -224,6 +224,13 @@ def test_what_a_folder_does_not_take_is_refused(option, folder):
 def test_a_device_without_values_is_refused_as_one():
     with pytest.raises(ValueError, match="The device meta cannot be used"):
         models.usable_device("meta")
+
+
+@pytest.mark.parametrize("name", ["utils", "UNet2DConditionModel", "NoSuchPipeline"])
+def test_a_folder_of_what_is_no_pipeline_is_refused(tmp_path, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}), "utf-8")
+    with pytest.raises(ModelError, match=f"describes a {name}: this diffusers has no such"):
+        load_denoiser(tmp_path)
 
 
 def test_folders_that_are_no_models(folder, tmp_path):

@@ -301,6 +301,17 @@ def test_what_a_window_chose_is_kept(train, scripts):
     )  # fmt: skip
 
 
+def altered(scripts: Path, tmp_path: Path, line: str, replacement: str) -> Path:
+    """Return a copy of the scripts with another line in its place."""
+    folder = tmp_path / "scripts"
+    shutil.copytree(scripts, folder)
+    path = folder / "train_network.py"
+    source = path.read_text("utf-8")
+    assert line in source
+    path.write_text(source.replace(line, replacement), "utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("line", "replacement", "pair", "message"),
     [
@@ -322,12 +333,7 @@ def test_what_a_window_chose_is_kept(train, scripts):
 def test_another_version_is_refused_and_one_that_never_steps_fails(
     train, scripts, tmp_path, line, replacement, pair, message
 ):
-    folder = tmp_path / "scripts"
-    shutil.copytree(scripts, folder)
-    path = folder / "train_network.py"
-    source = path.read_text("utf-8")
-    assert line in source
-    path.write_text(source.replace(line, replacement), "utf-8")
+    folder = altered(scripts, tmp_path, line, replacement)
     pairs = (pair, "project_force=true") if pair == CONCEPT else (pair,)
     assert message in train("other", *pairs, fails=True, folder=folder)
 
@@ -349,12 +355,7 @@ READING = "train_util.read_config_from_file(parser.parse_args(), parser)"
 def test_the_launcher_notices_that_nothing_was_protected(
     train, scripts, tmp_path, line, replacement, message
 ):
-    folder = tmp_path / "scripts"
-    shutil.copytree(scripts, folder)
-    path = folder / "train_network.py"
-    source = path.read_text("utf-8")
-    assert line in source
-    path.write_text(source.replace(line, replacement), "utf-8")
+    folder = altered(scripts, tmp_path, line, replacement)
     said = train(f"renamed {message}", "mem_filter=inf", launched=True, fails=True, folder=folder)
     assert message in said
 
