@@ -4,18 +4,11 @@ The tests here need no GPU. What they cannot show is how fast one is, and what i
 `make gpu-check` does.
 """
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foreign import ForeignDevice
-
-SHARED = Path(__file__).resolve().parents[1] / "shared"
-for folder in (str(SHARED), str(SHARED / "training")):
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
 
 
 @pytest.fixture

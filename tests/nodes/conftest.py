@@ -1,18 +1,10 @@
 """One process of real ComfyUI per version and test module."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-FOLDER = str(Path(__file__).resolve().parent)
-if FOLDER not in sys.path:
-    sys.path.insert(0, FOLDER)
-
-from comfyui import ComfyUI, make_base, missing  # noqa: E402  found in the folder added above
-from comfyui_server import Server  # noqa: E402
-from comfyui_trees import NEWEST, VERSIONS, tree  # noqa: E402
-from cpu_torch import tolerate_cpu_torch  # noqa: E402
+from comfyui import ComfyUI, make_base, missing
+from comfyui_server import Server
+from comfyui_trees import NEWEST, VERSIONS, tree
+from cpu_torch import tolerate_cpu_torch
 
 tolerate_cpu_torch()
 
