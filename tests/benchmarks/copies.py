@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bench_models import MODELS, chosen_models
+from bench_models.truth import SIDE
 from copies_truth import Generations, ask, generations_of
 from figures import Figure, command_of, record, share_of
-from models import MODELS, chosen_models
-from models.truth import SIDE
 from PIL import Image, ImageDraw
 from scores.case import WORK, Case
 from scores.generations import SEEDS, training_of

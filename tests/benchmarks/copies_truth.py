@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from models import BenchModel
-from models.truth import SIDE
+from bench_models import BenchModel
+from bench_models.truth import SIDE
 from PIL import Image
 from scores.case import Case
 from scores.generations import SEEDS, drawn

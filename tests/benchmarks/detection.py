@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bench_models import MODELS, chosen_models
 from families import measure_families
 from figures import Figure, command_of, record
-from models import MODELS, chosen_models
 from scores.case import WORK, Case, magnitudes, residuals
 from scores.generations import reproduced
 from scores.grid import measure_grid

@@ -12,7 +12,7 @@ from unmemorize.shared.score.detection import control_differences, detect
 from unmemorize.shared.score.families import near_members, related_pairs, sharing_words
 
 if TYPE_CHECKING:
-    from models import Caption
+    from bench_models import Caption
 
 
 def measure_families(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from models import BenchModel
+from bench_models import BenchModel
 from safetensors.torch import load_file, save_file
 from unmemorize.audit.common.subject import Subject
 from unmemorize.shared.files.storage import replace_atomically

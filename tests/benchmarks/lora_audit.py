@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench_models import MODELS, chosen_models
 from figures import Figure, command_of, count_of, plain, record, share_of
 from lora_known import measure_known, measure_simulated
 from lora_training import LEVELS, WORD, Sets, choose, train_lora
-from models import MODELS, chosen_models
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from unmemorize import demo

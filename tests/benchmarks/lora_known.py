@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from bench_models import BenchModel
+from bench_models.truth import SIDE
 from copies_truth import least_correlation, patterns
 from figures import Figure, share_of
 from known_lora import split
 from known_sets import Judge, Made, Trained, saved
-from models import BenchModel
-from models.truth import SIDE
 from PIL import Image, ImageOps
 from simulated_sets import KINDS, Simulated
 from tqdm.auto import tqdm

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from models import FOLDER, video
-from models.recipes import RECIPES
-from models.train import make
+from bench_models import FOLDER, video
+from bench_models.recipes import RECIPES
+from bench_models.train import make
 
 MAKERS = {name: partial(make, recipe) for name, recipe in RECIPES.items()} | {"video": video.make}
 """By name, what makes a model in a folder of its own."""

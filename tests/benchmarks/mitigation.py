@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from bench_models import MODELS, chosen_models
 from figures import Figure, command_of, plain, record
 from mitigation_pictures import NONE, SEEDS, WAYS, Critic, Studio
-from models import MODELS, chosen_models
 from scores.case import WORK, Case
 from tqdm.auto import tqdm
 from unmemorize import demo

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_models.recipes import RECIPES
 from figures import Figure, mean_of, plain, share_of
-from models.recipes import RECIPES
 from PIL import Image
 from scores.case import Case
 from scores.generations import training_of

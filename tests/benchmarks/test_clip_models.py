@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from models import clips, video
+from bench_models import clips, video
 
 CAPTIONS = clips.sort(video.CONFIG.seed)
 

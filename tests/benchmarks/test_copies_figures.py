@@ -6,9 +6,9 @@ from pathlib import Path
 import copies
 import numpy as np
 import pytest
+from bench_models import MODELS, BenchModel
+from bench_models.truth import Caption, Images
 from copies_truth import ask, draw_planted, least_correlation, patterns, seeds_that_come_back
-from models import MODELS, BenchModel
-from models.truth import Caption, Images
 from PIL import Image, ImageFilter
 from scores.case import Case
 from scores.generations import SEEDS, drawn

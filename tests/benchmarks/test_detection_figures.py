@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_models import MODELS
+from bench_models.recipes import RECIPES
+from bench_models.truth import sort
 from detection import coordinates, text_alone
-from models import MODELS
-from models.recipes import RECIPES
-from models.truth import sort
 from scores import grid, rivals, stages
 from scores.case import Case, magnitudes, over_seeds, residuals
 from scores.groups import Groups, foreign_controls, groups_of

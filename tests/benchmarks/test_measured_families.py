@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from bench_models import Caption
 from families import measure_families
-from models import Caption
 from scripted import ScriptedDenoiser, noise
 from unmemorize.shared.score.calibration import Calibration, settings_of
 from unmemorize.shared.score.config import DetectionConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import MODELS, chosen_models, train, truth
-from models.recipes import RECIPES
-from models.unet import velocity_loss
+from bench_models import MODELS, chosen_models, train, truth
+from bench_models.recipes import RECIPES
+from bench_models.unet import velocity_loss
 from needs import skip_unless_ci
 from safetensors.torch import load_file
 from torch import nn
@@ -177,7 +177,7 @@ def test_the_others_are_made_too_and_continue(name, predicts, tmp_path, monkeypa
     if name == "drawings":
         if shutil.which("npm") is None:  # CI does without, too
             pytest.skip("npm, which brings the drawings, is not installed")
-        from models.drawings import PACKAGES
+        from bench_models.drawings import PACKAGES
 
         try:
             fetch(tmp_path / "art", PACKAGES)

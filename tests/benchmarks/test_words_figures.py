@@ -8,8 +8,8 @@ import scores.generations
 import torch
 import words
 import words_falls
-from models import MODELS, BenchModel
-from models.truth import Caption, Images
+from bench_models import MODELS, BenchModel
+from bench_models.truth import Caption, Images
 from PIL import Image
 from scores.case import Case
 from scores.groups import Groups

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_models import FOLDER, clips
 from figures import Figure, command_of, record, share_of
-from models import FOLDER, clips
 from scores.ranking import Draw, flagged, ranked
 from unmemorize.audit.lora.clips import judge_clips
 from unmemorize.audit.lora.rule import COPY, Roles

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench_models import MODELS, chosen_models
 from figures import Figure, command_of, mean_of, plain, record, share_of
-from models import MODELS, chosen_models
 from scipy.stats import spearmanr
 from scores.case import WORK, Case
 from scores.generations import drawn, training_of

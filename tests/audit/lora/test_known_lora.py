@@ -1,8 +1,8 @@
 """Whole audits of LoRAs of exactly known truth, made of the demos without training."""
 
 import pytest
+from bench_models import MODELS
 from known_lora import split
-from models import MODELS
 from needs import need_package, need_sscd
 from small_audit import example_lora, write_drawings
 from unmemorize import demo

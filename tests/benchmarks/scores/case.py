@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from models import BenchModel
+from bench_models import BenchModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import BenchModel
+from bench_models import BenchModel
 from PIL import Image
 from tqdm.auto import tqdm
 from unmemorize.audit.common.copies import OTHERS, TrainingImages, judge

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import MODELS, BenchModel
-from models.recipes import RECIPES
-from models.truth import sort
+from bench_models import MODELS, BenchModel
+from bench_models.recipes import RECIPES
+from bench_models.truth import sort
 from unmemorize import demo
 from unmemorize.shared.score.controls import CONTROLS, load_controls
 
