@@ -26,8 +26,8 @@ from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.detection import detect
 
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
-import tiny  # noqa: E402  found in the folder added above
-import tiny_families  # noqa: E402
+import tiny
+import tiny_families
 
 RESOLUTION = 128
 PROMPTS = 24

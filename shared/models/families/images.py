@@ -29,6 +29,7 @@ class ZImage(Family):
 
     pipelines = ("ZImagePipeline",)
     guidance = Guidance(prompt_first=True, off=0.0, offset=1.0)
+    one_by_one = False  # each entry keeps its own length
     negated = True
     backwards = True
     patch = 2
