@@ -30,10 +30,10 @@ import tiny
 import tiny_families
 
 RESOLUTION = 128
-PROMPTS = 24
+PROMPTS = 16
 SEEDS = (0, 1)
 REPEATS = 7
-HEADS = 24
+HEADS = 12
 """Of the wide transformers; each keeps the width of one head, which its positions are made for."""
 MODELS = {**tiny.PIPELINES, **tiny_families.IMAGES}
 FAMILIES = ("sd1", "sdxl", "sd3", "flux", "flux2", "qwen_image", "z_image", "lumina2")
@@ -43,7 +43,7 @@ def widened(network: nn.Module) -> nn.Module:
     """Return a network of the same class and text width with several times the channels."""
     config = network.config
     if "block_out_channels" in config:
-        change = {"block_out_channels": [8 * width for width in config.block_out_channels]}
+        change = {"block_out_channels": [4 * width for width in config.block_out_channels]}
     elif "n_heads" in config:
         width = config.dim // config.n_heads * HEADS
         change = {"dim": width, "n_heads": HEADS, "n_kv_heads": HEADS}
