@@ -3,17 +3,17 @@
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ..common.options import OutputFile, takes_options
 from ..common.terminal import answering, bar, print_json, print_table
+from .answers import adapter_document, adapter_lines
 from .options import ConceptOptions, retained_captions
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
-    from ...shared.training.concept.adapter import ConceptAdapter
     from ...shared.training.concept.learning import ConceptImages
     from ...shared.training.layers.fitting import CaptionedLatents
 
@@ -118,25 +118,3 @@ def _drawn(options: LearnOptions, denoiser: "PipelineDenoiser") -> "CaptionedLat
             latents.append(denoiser.encode_images(drawn))
             progress.update(len(some))
     return CaptionedLatents(latents=torch.cat(latents), captions=tuple(texts))
-
-
-def adapter_document(made: "ConceptAdapter") -> dict[str, Any]:
-    """Return what a concept's file says of itself."""
-    return {"schema_version": 1} | dict(made.account)
-
-
-def adapter_lines(made: "ConceptAdapter") -> list[tuple[str, str]]:
-    """Return the lines of a table of a concept's file."""
-    account = made.account
-    how, numbers, model = account["made"], account["numbers"], account["model"]
-    taught = f" in {how['steps']} steps, rank {how['rank']}" if "steps" in how else ""
-    source = how.get("file") or f"{how['concept_images']} images"
-    return [
-        ("named", ", ".join(made.names) or "no name: trainers need a list of images, or all"),
-        ("model", f"{model['pipeline']}, sha256 {model['sha256'][:12]}"),
-        ("learnt", f"from {source}{taught}"),
-        ("lowers the loss", f"of the concept's held-out images by {numbers['concept']:.4f}, of "
-         f"others by {numbers['others']:.4f}"),
-        ("tells apart", f"{numbers['recall']:.0%} of the concept's above {numbers['threshold']:.4f}"
-         f", {numbers['false_positives']:.0%} of others"),
-    ]  # fmt: skip

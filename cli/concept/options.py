@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ...audit.common.subject import Subject
     from ...shared.models.adapter import PipelineDenoiser
 
-File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build` or `layers`.")]
+File = Annotated[
+    Path, typer.Argument(help="Made by `unmemorize concept learn`, `build` or `layers`.")
+]
 Energy = Annotated[float, typer.Option(help="Share of the concept that its subspace is to cover.")]
 Captions = Annotated[
     Optional[list[Path]],  # noqa: UP045

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...arrays import Float, Tensor
-from ...files.weights import ModelError
+from ...files.weights import ModelError, read_header, read_metadata
 from ...models.lora.layer_names import cores
 from ...models.offload import weights_of
 from ...wording import counted, name_some
@@ -115,6 +115,16 @@ class ConceptAdapter:
         if fault := not_learnt(account["numbers"]):
             raise ModelError(f"{path} is of no use: {fault}")
         return made
+
+
+def holds_adapter(path: Path) -> bool:
+    """Return whether a file holds a concept's adapter, as `ConceptAdapter.save` wrote it.
+
+    Raises:
+        ModelError: The file is missing, or not a whole safetensors file.
+    """
+    read_header(path)
+    return HEADER in read_metadata(path)
 
 
 def not_learnt(numbers: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Learning a concept on real tiny networks: what is learnt, on what, and what is refused."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -69,8 +70,6 @@ def test_a_mark_is_learnt_and_told_from_images_that_were_never_taught(denoiser, 
         found = gains(denoiser, switch.on, fresh.latents, fresh.captions)
         assert (found > numbers["threshold"]).tolist() == [marked] * 6
     # With the adapter off on both sides nothing is gained: the number is a difference.
-    from contextlib import nullcontext
-
     assert not gains(denoiser, nullcontext, fresh.latents, fresh.captions).any()
 
 
@@ -140,7 +139,7 @@ def test_the_line_is_above_every_control_and_needs_some():
         line_above(controls[1:])
 
 
-def test_half_of_the_visits_leave_the_name_out(denoiser, monkeypatch):
+def test_half_of_the_visits_leave_the_name_out(denoiser, learnt, monkeypatch):
     asked = []
     original = ConceptImages.caption
 
@@ -149,7 +148,7 @@ def test_half_of_the_visits_leave_the_name_out(denoiser, monkeypatch):
         return original(self, row, named=named)
 
     monkeypatch.setattr(ConceptImages, "caption", caption)
-    monkeypatch.setattr(learning, "accept", lambda *_, **__: None)
+    monkeypatch.setattr(learning, "accept", lambda *_, **__: learnt)
     learn_concept(denoiser, some_images(), steps=10)
     visits = asked[-10 * learning.LEVELS * learning.AT_ONCE :]
     assert 0.25 < sum(visits) / len(visits) < 0.75
