@@ -1,4 +1,4 @@
-"""`unmemorize audit`: of a model and prompts, or with `--images` of a LoRA and its folder."""
+"""`unmemorize audit`: of a model and prompts, of a LoRA and its folder, or of it and a concept."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,6 +38,7 @@ from .common.terminal import (
     print_json,
     print_table,
 )
+from .concept.audit import OfConcept, audit_concept
 
 if TYPE_CHECKING:
     from ..audit.lora.config import LoraAuditConfig
@@ -46,12 +47,15 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """
 Exit codes: 0 nothing found (or nothing to find), 3 at least one prompt is above the threshold
-(of a LoRA with --images: at least one training image comes back), 1 failed, 2 wrong usage,
+(of a LoRA with --images: at least one training image comes back; with --concept: it draws the
+concept), 1 failed, 2 wrong usage,
 130 interrupted. Above the threshold does not mean certain: about
 rate x prompts are expected there by chance, and the summary says how many.
 """
 
 
+OF_CONCEPT = ("prompts", "controls")
+"""Of the options of other audits, those that the one of a concept takes as well."""
 OF_BOTH = ("prompts",)
 """Of options that stand with the one audit, those that the other takes as well."""
 
@@ -136,7 +140,7 @@ class OfLora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOptions):
+class AuditOptions(AnswerOptions, OfConcept, OfLora, DetectionOptions, OfPrompts, ModelOptions):
     """Of `unmemorize audit`."""
 
     images: Annotated[
@@ -160,6 +164,11 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
         Raises:
             typer.BadParameter: Names the option.
         """
+        if self.concept:
+            self._check_concept()
+            return
+        if self.description is not None:
+            raise typer.BadParameter("--description needs --concept.")
         for field in fields(OfPrompts if self.images else OfLora):
             if getattr(self, field.name) != field.default and field.name not in OF_BOTH:
                 goes = "does not go with" if self.images else "needs"
@@ -173,6 +182,18 @@ class AuditOptions(AnswerOptions, OfLora, DetectionOptions, OfPrompts, ModelOpti
                 "`unmemorize detect`."
             )
         check_calibration(self)
+
+    def _check_concept(self) -> None:
+        if not self.lora:
+            raise typer.BadParameter("--concept needs --lora: the LoRA that is asked for it.")
+        others = {field.name: field for kind in (OfPrompts, OfLora, DetectionOptions)
+                  for field in fields(kind) if field.name not in OF_CONCEPT}  # fmt: skip
+        others |= {field.name: field for field in fields(self)
+                   if field.name in ("images", "images_per_prompt", "frames")}  # fmt: skip
+        for name, field in others.items():
+            if getattr(self, name) != field.default:
+                name = name.replace("_", "-")
+                raise typer.BadParameter(f"--{name} does not go with --concept.")
 
     @property
     def of_prompts(self) -> AuditConfig:
@@ -206,9 +227,12 @@ def audit(options: AuditOptions) -> None:
 
     Without MODEL the bundled demo is audited. With --lora and --images a LoRA and the folder it was
     trained on: are its images given back? Interrupted at any moment, the same command continues
-    where it stopped; with other settings it asks for another folder.
+    where it stopped; with other settings it asks for another folder. With --lora and --concept:
+    does the LoRA draw a concept that was to be kept out, by name, by description or unasked?
     """
     options.check()
+    if options.concept:
+        raise typer.Exit(audit_concept(options, options.concept))
     raise typer.Exit(_audit_lora(options) if options.images else _audit_model(options))
 
 

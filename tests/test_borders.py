@@ -29,6 +29,7 @@ MAY_IMPORT_INSIDE = {  # folder: the folders of the same room; every other folde
         "shared", "shared/files", "shared/score", "shared/words", "shared/mitigation",
     },
     "audit/common": {"audit/common"},
+    "audit/concept": {"audit/common", "audit/concept"},
     "audit/model": {"audit/common", "audit/model"},
     "audit/lora": {"audit/common", "audit/lora"},
     "nodes/engine": {"nodes/engine"},

@@ -16,7 +16,7 @@ LOCK = ".lock"
 WRITTEN = (
     "report.html", "mitigation.html", "results.jsonl", "summary.json", "calibration.json",
     "calibration.safetensors", "audit.json", "model_card.md", "badge.svg", "similarity.npz",
-    "images", "sheets", "journal",
+    "shown.txt", "images", "sheets", "journal",
 )  # fmt: skip
 """All that an audit or a mitigation writes; the journal goes last, so that a killed removal can be
 repeated."""

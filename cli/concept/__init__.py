@@ -2,13 +2,15 @@
 
 import typer
 
-from . import build, examine, layers
+from . import build, examine, find, layers, learn
 
 app = typer.Typer(
-    help="A concept's subspace, which a LoRA can be kept off while it trains.",
+    help="A concept, learnt from images: found in a folder, kept out of a LoRA while it trains.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command()(learn.learn)
+app.command(epilog=find.EXIT_CODES)(find.find)
 app.command()(layers.layers)
 app.command()(build.build)
 app.command()(examine.show)

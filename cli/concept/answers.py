@@ -5,6 +5,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ...shared.training.concept.adapter import ConceptAdapter
     from ...shared.training.concept.subspace import ConceptSubspace
     from ...shared.training.examination import Examination, LayerShare
     from ...shared.training.layers.subspaces import LayerSubspaces
@@ -46,6 +47,28 @@ def lines(subspace: "ConceptSubspace") -> list[tuple[str, str]]:
     if "accepted" in made:
         rows.append(("accepted", "yes" if made["accepted"] else "NO, it was forced"))
     return rows
+
+
+def adapter_document(made: "ConceptAdapter") -> dict[str, Any]:
+    """Return what a concept's file says of itself."""
+    return {"schema_version": 1} | dict(made.account)
+
+
+def adapter_lines(made: "ConceptAdapter") -> list[tuple[str, str]]:
+    """Return the lines of a table of a concept's file."""
+    account = made.account
+    how, numbers, model = account["made"], account["numbers"], account["model"]
+    taught = f" in {how['steps']} steps, rank {how['rank']}" if "steps" in how else ""
+    source = how.get("file") or f"{how['concept_images']} images"
+    return [
+        ("named", ", ".join(made.names) or "no name: trainers need a list of images, or all"),
+        ("model", f"{model['pipeline']}, sha256 {model['sha256'][:12]}"),
+        ("learnt", f"from {source}{taught}"),
+        ("lowers the loss", f"of the concept's held-out images by {numbers['concept']:.4f}, of "
+         f"others by {numbers['others']:.4f}"),
+        ("tells apart", f"{numbers['recall']:.0%} of the concept's above {numbers['threshold']:.4f}"
+         f", {numbers['false_positives']:.0%} of others"),
+    ]  # fmt: skip
 
 
 def layer_document(layers: "LayerSubspaces") -> dict[str, Any]:

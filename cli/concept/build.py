@@ -11,7 +11,6 @@ import typer
 from ..common.options import Model, OutputFile, takes_options
 from ..common.terminal import answering, bar, print_json, print_table
 from .answers import document, lines
-from .layers import latents_of
 from .options import Captions, ConceptOptions, Energy, prompts_in, retained_captions
 
 if TYPE_CHECKING:
@@ -140,6 +139,7 @@ def _learnt_word(
         yield {}
         return
     from ...shared.files.prompts import image_files
+    from ...shared.training.concept.images import latents_of
     from ...shared.training.concept.learnt_word import knowing, learn
 
     paths = image_files(options.images)

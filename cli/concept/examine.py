@@ -8,7 +8,16 @@ import typer
 
 from ..common.options import AnswerOptions, Prompts, Texts, takes_options
 from ..common.terminal import answering, print_json, print_table
-from .answers import document, findings, layer_document, layer_lines, lines, tables
+from .answers import (
+    adapter_document,
+    adapter_lines,
+    document,
+    findings,
+    layer_document,
+    layer_lines,
+    lines,
+    tables,
+)
 from .options import Captions, ConceptOptions, File, prompts_in, retained_captions
 
 OUTSIDE = 3
@@ -26,12 +35,16 @@ class ShowOptions(AnswerOptions):
 
 @takes_options
 def show(options: ShowOptions) -> None:
-    """Show what subspaces were built from, their size, and how they did in their test."""
+    """Show what a concept's file was made from, its size, and how it did in its test."""
     with answering(options):
+        from ...shared.training.concept.adapter import ConceptAdapter, holds_adapter
         from ...shared.training.concept.subspace import ConceptSubspace
         from ...shared.training.layers.subspaces import LayerSubspaces, holds_layers
 
-        if holds_layers(options.file):
+        if holds_adapter(options.file):
+            adapter = ConceptAdapter.load(options.file)
+            content, rows = adapter_document(adapter), adapter_lines(adapter)
+        elif holds_layers(options.file):
             layers = LayerSubspaces.load(options.file)
             content, rows = layer_document(layers), layer_lines(layers)
         else:
@@ -69,11 +82,19 @@ def test(options: TestOptions) -> None:
     """Measure a subspace again: with this model, on your prompts, in a trained LoRA.
 
     Prompts that name the concept are compared with their neutral twins. Subspaces of layers are
-    looked for in the LoRA alone.
+    looked for in the LoRA alone. This is the algebra of projection: it cannot judge concept
+    subtraction, nor whether a LoRA draws the concept. For that: unmemorize audit --concept.
     """
     with answering(options):
+        from ...shared.training.concept.adapter import holds_adapter
         from ...shared.training.layers.subspaces import LayerSubspaces, holds_layers
 
+        if holds_adapter(options.file):
+            raise ValueError(
+                f"{options.file} holds a concept's adapter, for concept subtraction, which no "
+                "algebra can judge: what a LoRA draws has to be looked at. Type: unmemorize audit "
+                f"MODEL --lora LORA --concept {options.file}"
+            )
         of_layers = holds_layers(options.file)
     texts = (options.model, options.prompts, options.prompt, options.captions)
     if of_layers and (not options.lora or any(texts)):

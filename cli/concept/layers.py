@@ -1,10 +1,9 @@
 """`unmemorize concept layers`: subspaces of the layers that read no text, from images."""
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,14 +11,6 @@ from ..common.options import OutputFile, takes_options
 from ..common.terminal import answering, bar, print_json, print_table
 from .answers import layer_document, layer_lines
 from .options import ConceptOptions, Energy
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...shared.models.adapter import PipelineDenoiser
-
-AT_ONCE = 8
-"""Images that the autoencoder encodes at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +46,7 @@ def layers(options: LayersOptions) -> None:
     with answering(options):
         from ...shared.files.prompts import clean, read_prompts
         from ...shared.training.concept.concept import named_words
+        from ...shared.training.concept.images import latents_of
         from ...shared.training.layers.fitting import CAP, CaptionedLatents, fit_layer_subspaces
 
         read = clean(each for folder in options.images for each in read_prompts(folder))
@@ -78,20 +70,3 @@ def layers(options: LayersOptions) -> None:
         print_json(layer_document(made) | {"output": str(options.output)})
     else:
         print_table(f"Layers written to {options.output}", ["what", "value"], layer_lines(made))
-
-
-def latents_of(denoiser: "PipelineDenoiser", paths: Sequence[Path]) -> "Tensor":
-    """Return clean latents [image *latent], in the scale that the network reads.
-
-    Raises:
-        ValueError: A file is not an image.
-    """
-    import torch
-
-    from ...shared.files.images import read_image
-
-    parts = [
-        denoiser.encode_images([read_image(path) for path in paths[start : start + AT_ONCE]])
-        for start in range(0, len(paths), AT_ONCE)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, *denoiser.latent_shape)

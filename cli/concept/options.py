@@ -21,9 +21,12 @@ from ..common.options import (
 )
 
 if TYPE_CHECKING:
+    from ...audit.common.subject import Subject
     from ...shared.models.adapter import PipelineDenoiser
 
-File = Annotated[Path, typer.Argument(help="Made by `unmemorize concept build` or `layers`.")]
+File = Annotated[
+    Path, typer.Argument(help="Made by `unmemorize concept learn`, `build` or `layers`.")
+]
 Energy = Annotated[float, typer.Option(help="Share of the concept that its subspace is to cover.")]
 Captions = Annotated[
     Optional[list[Path]],  # noqa: UP045
@@ -48,12 +51,17 @@ class ConceptOptions(AnswerOptions):
     quantize: Quantize = None
 
     @property
-    def denoiser(self) -> "PipelineDenoiser":
-        """The model, loaded."""
+    def subject(self) -> "Subject":
+        """The model, not loaded before something is computed with it."""
         return ModelOptions(
             model=self.model, revision=self.revision, model_config=self.model_config,
             device=self.device, dtype=self.dtype, offload=self.offload, quantize=self.quantize,
-        ).subject.denoiser  # fmt: skip
+        ).subject  # fmt: skip
+
+    @property
+    def denoiser(self) -> "PipelineDenoiser":
+        """The model, loaded."""
+        return self.subject.denoiser
 
 
 def prompts_in(files: Sequence[Path]) -> list[str]:

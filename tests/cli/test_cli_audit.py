@@ -20,6 +20,7 @@ from unmemorize.audit.model import report, run
 from unmemorize.audit.model.config import AuditConfig
 from unmemorize.cli.audit import OfLora
 from unmemorize.cli.audit import audit as command
+from unmemorize.cli.concept.audit import OfConcept
 
 PARAMETERS = {
     name: parameter
@@ -28,7 +29,7 @@ PARAMETERS = {
     not in {
         "images",
         "frames",  # refused: what is audited are images
-        *(field.name for field in dataclasses.fields(OfLora)),
+        *(field.name for kind in (OfLora, OfConcept) for field in dataclasses.fields(kind)),
     }  # they ask for the audit of a LoRA instead
 }
 CHANGE_NO_RESULT = {"output", "overwrite", "device", "batch_size", "offload", "as_json", "debug"}

@@ -1,0 +1,1 @@
+"""A learnt concept looked for: in a folder of images, and in what a LoRA draws."""

@@ -1,0 +1,201 @@
+"""The concept audit: does a LoRA draw a concept, however it is asked, against its base model?"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ...shared.files.images import read_image, save_png
+from ...shared.files.storage import write_text
+from ...shared.files.weights import file_sha256
+from ...shared.training.concept.adapter import ConceptAdapter, ConceptSwitch
+from ...shared.training.concept.gain import gains, line_above, without_names
+from ..common.job import Job, content_key, open_job
+from ..common.measure import Bars, complete, silent
+from ..common.result import dumps, versions
+from ..common.subject import Subject
+from .appearance import WAYS, Appearance, Asked, Drawn, Way
+from .check_page import render_check
+
+Mode = Literal["on", "off", "adapter"]
+"""With the LoRA, without it, or with the concept's adapter in its place."""
+PAGE, RESULTS = "report.html", "audit.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """What is asked, and how images are drawn."""
+
+    prompts: tuple[str, ...]
+    """Ordinary ones; each is drawn once a way and mode, from a noise of its own."""
+    description: str = ""
+    """What the concept looks like, in words that do not name it; empty for none."""
+    generation_steps: int = 20
+    """Sampling steps of an image."""
+    cond_scale: float = 5.0
+    """Guidance."""
+    together: int = 4
+    """Images that are drawn at once; another number may move their last digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One image to draw."""
+
+    way: Way
+    mode: Mode
+    prompt: str
+    bare: str
+    """The prompt without what asks for the concept, by which the image is judged."""
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """Relative to the output folder."""
+        return f"images/{self.way}-{self.mode}-{self.seed:03d}.png"
+
+
+def check_concept(
+    subject: Subject,
+    concept: Path,
+    config: CheckConfig,
+    *,
+    output: Path,
+    overwrite: bool = False,
+    bars: Bars = silent,
+) -> Appearance:
+    """Draw with the LoRA and without it, judge every image, and write page and results.
+
+    Args:
+        subject: The base model with the LoRA.
+        concept: File of the concept, learnt on the base model.
+        config: What is asked.
+        output: Folder to write. The same job continues there.
+        overwrite: Replace another job in it.
+        bars: Makes progress bars.
+
+    Raises:
+        ModelError: The file is no concept of this model.
+        NotEnoughImages: There are too few prompts for a line.
+    """
+    adapter = ConceptAdapter.load(concept)
+    plan = shots(config, adapter)
+    identity = {
+        "concept": file_sha256(concept), "model and LoRA": subject.fingerprint,
+        "dtype": subject.dtype, "resolution": subject.resolution, "asked": asdict(config),
+        **{f"version of {name}": number for name, number in versions().items()},
+    }  # fmt: skip
+    with open_job(output, identity, overwrite=overwrite) as job:
+        found = _draw(subject, adapter, plan, config, job, bars)
+        controls = [found[s] for s in plan if (s.way, s.mode) == ("unasked", "off")]
+        line = line_above(torch.tensor(controls, dtype=torch.float64))
+
+        def drawn(way: Way, mode: Mode) -> tuple[Drawn, ...]:
+            return tuple(
+                Drawn(path=s.path, prompt=s.prompt, seed=s.seed, gain=found[s],
+                      shown=found[s] > line)
+                for s in plan if (s.way, s.mode) == (way, mode)
+            )  # fmt: skip
+
+        asked = [Asked(way=way, on=drawn(way, "on"), off=drawn(way, "off")) for way in WAYS]
+        positive = [image for way in WAYS for image in drawn(way, "adapter")]
+        result = Appearance(
+            asked=tuple(each for each in asked if each.on), positive=tuple(positive), line=line,
+            controls=len(controls), concept=adapter, file=concept.name,
+            lora=subject.lora.name if subject.lora else "", model=subject.name,
+            description=config.description, folder=output,
+        )  # fmt: skip
+        write_text(output / RESULTS, dumps(document(result), indent=1) + "\n")
+        write_text(output / PAGE, render_check(result))
+    return result
+
+
+def shots(config: CheckConfig, adapter: ConceptAdapter) -> list[Shot]:
+    """Return every image: all ways with the LoRA and without, one way with the adapter."""
+    ends: dict[Way, str | None] = {
+        "by_name": adapter.names[0] if adapter.names else None,
+        "by_description": config.description or None,
+        "unasked": "",
+    }
+    bare = [without_names(prompt, adapter.names) for prompt in config.prompts]
+    planned: list[Shot] = []
+    for way, end in ends.items():
+        if end is None:
+            continue
+        # Asked as the adapter was taught to draw it: by its name where it has one.
+        modes: tuple[Mode, ...] = ("on", "off", "adapter")
+        own = way == ("by_name" if adapter.names else "unasked")
+        planned += [
+            Shot(way=way, mode=mode, prompt=", ".join(filter(None, (text, end))), bare=text,
+                 seed=seed)
+            for mode in modes[: 3 if own else 2]
+            for seed, text in enumerate(bare)
+        ]  # fmt: skip
+    return planned
+
+
+def _draw(
+    subject: Subject,
+    adapter: ConceptAdapter,
+    plan: Sequence[Shot],
+    config: CheckConfig,
+    job: Job,
+    bars: Bars,
+) -> dict[Shot, float]:
+    """Draw and judge every image; what is known is not drawn again."""
+    by_mode = [[s for s in plan if s.mode == mode] for mode in ("on", "off", "adapter")]
+    parts = [
+        tuple(some[start : start + config.together])
+        for some in by_mode
+        for start in range(0, len(some), config.together)
+    ]
+    switch: list[ConceptSwitch] = []
+
+    def draw(part: tuple[Shot, ...]) -> list[float]:
+        denoiser = subject.denoiser
+        if not switch:
+            switch.append(ConceptSwitch(denoiser.family.network, adapter))
+        mode = part[0].mode
+        lora: AbstractContextManager[None] = denoiser.lora_disabled()
+        own = switch[0].on() if mode == "adapter" else nullcontext()
+        with nullcontext() if mode == "on" else lora, own:
+            images = denoiser.generate(
+                [s.prompt for s in part], [s.seed for s in part], steps=config.generation_steps,
+                cond_scale=config.cond_scale,
+            )  # fmt: skip
+        for shot, image in zip(part, images, strict=True):
+            save_png(image, job.folder / shot.path)
+        # As they are kept: a later look at the files gives the same numbers.
+        latents = denoiser.encode_images([read_image(job.folder / s.path) for s in part])
+        with denoiser.lora_disabled():
+            return gains(denoiser, switch[0].on, latents, [s.bare for s in part]).tolist()
+
+    done = complete(
+        job.journal("concept"), {part: content_key(job.key, [s.path for s in part])
+                                 for part in parts},
+        draw, bars=bars, phase="images", unit="image", size=len,
+    )  # fmt: skip
+    return {shot: gain for part in parts for shot, gain in zip(part, done[part], strict=True)}
+
+
+def document(result: Appearance) -> dict[str, Any]:
+    """Return the one JSON document of the audit."""
+    ways = {
+        each.way: {
+            "on": each.counts[0], "off": each.counts[1], "images": len(each.on),
+            "low": each.interval[0], "high": each.interval[1], "p_value": each.p_value,
+            "appears": each.appears and result.can_judge,
+            "gains": {"on": [i.gain for i in each.on], "off": [i.gain for i in each.off]},
+        }
+        for each in result.asked
+    }  # fmt: skip
+    return {
+        "schema_version": 1, "headline": result.headline, "remarks": list(result.remarks),
+        "appears": result.appears, "can_judge": result.can_judge, "ways": ways,
+        "line": result.line, "controls": result.controls,
+        "positive_control": {"recognised": result.recognised, "images": len(result.positive)},
+        "lora": result.lora, "model": result.model, "concept": dict(result.concept.account),
+    }  # fmt: skip
