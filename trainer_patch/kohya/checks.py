@@ -76,6 +76,11 @@ def _argument_faults(args: argparse.Namespace, request: Request) -> Iterator[str
         return
     if getattr(args, "network_train_text_encoder_only", False):
         yield "only the text encoder is trained, which no subspace of its own states protects"
+    if request.settings.regions and not args.network_train_unet_only:
+        yield (
+            "project_regions teaches what the base model does with the text as it was: add "
+            "--network_train_unet_only"
+        )
     if args.save_model_as not in (None, "safetensors"):
         yield "the saved LoRA cannot be checked: use --save_model_as safetensors"
     kind = request.network_args.get("algo") or request.base_module.rpartition(".")[2]
