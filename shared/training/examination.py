@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.weights import ModelError
+from ..models.lora.dialects import check_pairs
 from ..models.lora.layer_names import TEXT_FED
 from .concept.concept import Concept
 from .concept.fitting import COLLATERAL, RESIDUAL, collateral, residual, retained_energy
@@ -14,6 +15,7 @@ from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath, differences
 from .layers.subspaces import LayerSubspaces
 from .projection.factors import factors_of, saved_state
+from .projection.products import Products
 from .projection.projection import TOLERANCES, Projection
 
 
@@ -127,8 +129,10 @@ def shares_read(lora: Path, subspace: ConceptSubspace | LayerSubspaces) -> dict[
     state, source = saved_state(lora), str(lora)
     if isinstance(subspace, ConceptSubspace):
         factors = factors_of(state, source=source)
-        shares = Projection(factors, [subspace]).residuals()
+        products = Products.of(state.items(), factors)
+        shares = Projection(factors, [subspace], products=products).residuals()
     else:
+        check_pairs(state, lora)
         every = factors_of(state, text_fed="", source=source)
         factors = {name: each for name, each in every.items() if not re.search(TEXT_FED, name)}
         held = subspace.among(factors)

@@ -13,11 +13,19 @@ from .concept.fitting import fit_subspace
 from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath
 from .layers.subspaces import LayerSubspaces
-from .projection.factors import projected_factors, projected_factors_of
+from .projection.factors import projected_factors, projected_factors_of, trains_text_encoder
+from .projection.products import Products
 from .projection.projection import Projection, ProjectionFailed, check_file
 from .settings import ProjectionSettings
 
 logger = logging.getLogger(__name__)
+
+TRAINED_TEXT = (
+    "The text encoder is trained too. The network's layers are kept off the concept's states "
+    "exactly, but as the text encoder makes them now: a trained one can move the concept's words "
+    "out of that subspace, so the LoRA can still learn to react to them. The whole guarantee needs "
+    "a text encoder that stays as it is."
+)
 
 
 class ProjectedTraining:
@@ -34,6 +42,9 @@ class ProjectedTraining:
         self.projection: Projection | None = None
         self.residual: float | None = None
         """Largest |A V| / |A| when it was last measured."""
+        self.text_encoder = False
+        """Whether a text encoder is trained too; then only the network's side is kept."""
+        self._products = Products()
 
     def fit(self, text_path: TextPath, captions: Sequence[str]) -> None:
         """Build or load the subspaces; see `Protection.fit`."""
@@ -56,8 +67,13 @@ class ProjectedTraining:
 
     def protect(self, network: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
         """Find the factors to project; see `Protection.protect`."""
+        named = list(network.named_parameters() if isinstance(network, nn.Module) else network)
         text = self.subspace is not None
-        factors = projected_factors(network, text=text, layers=self.layers)
+        factors = projected_factors(named, text=text, layers=self.layers)
+        self._products = Products.of(named, factors)
+        self.text_encoder = trains_text_encoder(named)
+        if self.text_encoder:
+            logger.warning("%s", TRAINED_TEXT)
         if self.layers is not None:
             known, self.layers = self.layers, self.layers.among(factors)
             idle = known.bases.keys() - self.layers.bases.keys()
@@ -65,12 +81,12 @@ class ProjectedTraining:
                 "Layers with a subspace: %d; of the file's %d, this LoRA does not train %s",
                 len(self.layers.bases), len(known.bases), name_some(idle, 3) or "none",
             )  # fmt: skip
-        self.projection = self._projection_of(factors)
+        self.projection = self._projection_of(factors, self._products)
 
     def start(self) -> None:
         """Project the weights, unless they are outside their subspaces but for rounding."""
         # A new projection, since the factors may be of another dtype now than when training began.
-        if self.projection and not self._projection_of(self.projection.factors).is_clear():
+        if self.projection and not self._projection_of(self.projection.factors, self._products).is_clear():
             self.projection.project_weights()
 
     def measure(self) -> None:
@@ -80,13 +96,15 @@ class ProjectedTraining:
 
     def check_file(self, path: Path) -> None:
         """Check a saved LoRA; see `Protection.after_save`."""
-        check_file(path, self._subspaces, self.layers)
+        check_file(path, self._subspaces, self.layers, text_encoder=self.text_encoder)
 
     def clear_rounding(self, state: Mapping[str, Tensor], *, source: str) -> None:
         """Project a saved LoRA's tensors in place; see `Protection.clear_rounding`."""
         text = self.subspace is not None
-        factors = projected_factors_of(state, text=text, layers=self.layers, source=source)
-        projection = self._projection_of(factors)
+        factors = projected_factors_of(
+            state, text=text, layers=self.layers, source=source, text_encoder=self.text_encoder
+        )
+        projection = self._projection_of(factors, Products.of(state.items(), factors))
         if not projection.is_clear():
             projection.project_weights()
 
@@ -135,14 +153,16 @@ class ProjectedTraining:
             "steps": self.projection.steps,
             "residual": self.residual,
         }
+        if self.text_encoder:
+            account["text_encoder"] = "trained: only the network's layers are kept off the concept"
         return account | ({"regions": self.base_targets.account()} if self.base_targets else {})
 
     @property
     def _subspaces(self) -> list[ConceptSubspace]:
         return [] if self.subspace is None else [self.subspace]
 
-    def _projection_of(self, factors: Mapping[str, Tensor]) -> Projection:
-        return Projection(factors, self._subspaces, layers=self.layers)
+    def _projection_of(self, factors: Mapping[str, Tensor], products: Products) -> Projection:
+        return Projection(factors, self._subspaces, layers=self.layers, products=products)
 
 
 def _described(subspace: ConceptSubspace) -> str:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ class StepAdapter:
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
         training = self._training
-        trained = training.trainer.is_train_text_encoder(training.args)
-        empty = self._text.encode([""]) if trained else self._empty
+        empty = self._empty
+        if training.trainer.is_train_text_encoder(training.args):
+            now = self._text.encode_again([""])
+            empty = [was if part is None else part for part, was in zip_longest(now, empty)]
         if training.has_unet:
             if rows is not None:
                 call = call.only(rows, len(call.samples), BATCHED)

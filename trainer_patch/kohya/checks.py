@@ -23,11 +23,11 @@ WEIGHTS = 'batch["loss_weights"]'
 """Where the trainer reads the weight of each sample's loss."""
 REGION_TRAINERS = ("FluxNetworkTrainer", "Sd3NetworkTrainer")
 """Beside those with a U-Net: their layers have known names."""
-INEXACT = (
-    "dylora", "loha", "lokr", "oft", "oft_flux", "ia3", "boft", "diag-oft", "glora", "full",
-)  # fmt: skip
-"""Networks without a pair of factors of which one could be kept off a subspace: modules of
-sd-scripts, and algorithms of LyCORIS."""
+INEXACT = ("dylora", "oft", "oft_flux", "ia3", "boft", "diag-oft", "glora", "full")
+"""Networks without a factor that could be kept off a subspace: modules of sd-scripts, and algorithms
+of LyCORIS."""
+ON = ("true", "1")
+"""How LyCORIS reads a switch."""
 
 
 def check_training(trainer: type, args: argparse.Namespace, request: Request) -> None:
@@ -74,9 +74,11 @@ def _argument_faults(args: argparse.Namespace, request: Request) -> Iterator[str
         yield "DeepSpeed keeps its own copies of weights and gradients: leave out --deepspeed"
     if not request.settings.projection:
         return
-    if not args.network_train_unet_only:
+    if getattr(args, "network_train_text_encoder_only", False):
+        yield "only the text encoder is trained, which no subspace of its own states protects"
+    if request.settings.regions and not args.network_train_unet_only:
         yield (
-            "projection is exact only while the text encoder stays as it is: add "
+            "project_regions teaches what the base model does with the text as it was: add "
             "--network_train_unet_only"
         )
     if args.save_model_as not in (None, "safetensors"):
@@ -84,9 +86,11 @@ def _argument_faults(args: argparse.Namespace, request: Request) -> Iterator[str
     kind = request.network_args.get("algo") or request.base_module.rpartition(".")[2]
     if kind.lower() in INEXACT:
         yield (
-            f"{kind} has no pair of factors of which one could be kept off a subspace "
-            f"exactly: use {PLAIN['NetworkTrainer']}"
+            f"{kind} has no factor that could be kept off a subspace exactly: use "
+            f"{PLAIN['NetworkTrainer']}, or LyCORIS' algo=locon, loha or lokr"
         )
+    if request.network_args.get("dora_wd", "").lower() in ON:
+        yield "DoRA rescales the base weight, and what that reads with it: leave out dora_wd"
 
 
 def _flow_faults(
@@ -109,8 +113,6 @@ def _flow_faults(
             f"{name}: --project_layers is there for SD 1, SD 2, SDXL and "
             f"{' and '.join(REGION_TRAINERS)}; {others}"
         )
-    if settings.filter and not args.network_train_unet_only:
-        yield "the filter needs the text as it was: add --network_train_unet_only"
 
 
 def _check_order(trainer: type) -> None:

@@ -33,13 +33,29 @@ class TextSide:
         # Before v0.10 the dataset tokenizes and the trainer encodes; since then strategies do both.
         self._strategies = sys.modules.get("library.strategy_base")
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor | None]:
         """Return the conditioning of prompts, one tensor [prompt ...] for each part of it."""
         if self._kept and list(prompts) == [""]:
             return self._kept
+        return self._encoded(prompts, self._training.text_encoders)
+
+    def encode_again(self, prompts: Sequence[str]) -> list[Tensor | None]:
+        """Return the same while text encoders are trained; None for parts of others put away."""
+        training, models = self._training, self._training.text_encoders
+        if self._strategies and not training.has_unet:
+            models = training.trainer.get_models_for_text_encoding(
+                training.args, training.accelerator, models
+            )
+        return self._encoded(prompts, models)
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str], models: Any) -> list[Tensor | None]:
         with self._training.accelerator.autocast():
-            conds = self._by_strategy(prompts) if self._strategies else self._by_trainer(prompts)
+            conds = (
+                self._by_strategy(prompts, models)
+                if self._strategies
+                else self._by_trainer(prompts)
+            )
         return [conds] if isinstance(conds, Tensor) else list(conds)
 
     def states(self, prompts: Sequence[str]) -> TextStates:
@@ -47,7 +63,7 @@ class TextSide:
         parts = [cond for cond in self.encode(prompts) if cond is not None and cond.ndim == 3]
         return read_states([part.float() for part in parts], self._tokenizers()[0], prompts)
 
-    def _by_strategy(self, prompts: Sequence[str]) -> Conds:
+    def _by_strategy(self, prompts: Sequence[str], models: Any) -> Conds:
         tokenize = self._strategies.TokenizeStrategy.get_strategy()
         encode = self._strategies.TextEncodingStrategy.get_strategy()
         known = inspect.signature(encode.encode_tokens).parameters
@@ -56,7 +72,7 @@ class TextSide:
             masks = {name for name in known if name.startswith("apply_")}
             settings |= {name: getattr(self._training.args, name) for name in masks}
         tokens = tokenize.tokenize(list(prompts))
-        return encode.encode_tokens(tokenize, self._training.text_encoders, tokens, **settings)
+        return encode.encode_tokens(tokenize, models, tokens, **settings)
 
     def _by_trainer(self, prompts: Sequence[str]) -> Conds:
         training = self._training

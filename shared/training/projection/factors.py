@@ -11,6 +11,7 @@ from ...models.lora.dialects import check_pairs, split_key
 from ...models.lora.layer_names import TEXT_FED
 from ...wording import name_some
 from ..layers.subspaces import LayerSubspaces
+from .products import BESIDE, READING
 
 TEXT_ENCODER = r"(^|\.)(lora_te\d?_|text_encoder(_\d)?\.|text_model\.)"
 """Parameters of a text encoder, in the names of trainers."""
@@ -18,8 +19,10 @@ DOWN = re.compile(r"\.(?:lora_down|lora_A|lora\.down)(?:\.[^.]+)?\.weight$")
 UP = re.compile(r"\.(?:lora_up|lora_B|lora\.up)(?:\.[^.]+)?\.weight$")
 """What ends the names of live factors, an adapter's name in between (PEFT)."""
 OTHER_METHODS = {
-    "hada_": "LoHa: a product of entries, which no factor of its own can keep off a subspace",
-    "lokr_": "LoKr: a Kronecker product mixes the input's coordinates",
+    "hada_t": "LoHa in Tucker form: its core reads what the other factors read",
+    "lokr_t": "LoKr in Tucker form: its core reads what the other factors read",
+    "hada_": "LoHa with names or shapes that are not known here",
+    "lokr_": "LoKr with names or shapes that are not known here",
     "lora_magnitude_vector": "DoRA: it rescales the base weight, and what that reads with it",
     "dora_scale": "DoRA: it rescales the base weight, and what that reads with it",
     "ia3_": "(IA)3: it rescales the base weight's output, whatever was read",
@@ -36,36 +39,38 @@ class UnsupportedTraining(ValueError):
 def text_factors(
     network: nn.Module | Iterable[tuple[str, nn.Parameter]], text_fed: str = TEXT_FED
 ) -> dict[str, nn.Parameter]:
-    """Return the down factors of the plain LoRA on text-fed layers, by module.
+    """Return the factors that read the input of text-fed layers, by module.
 
     With y = W x + s B A x, A V = 0 gives B A V = 0 for every B. A convolution's down factor is
-    exact too, of any kernel: it is a linear map of the channels at each place of the kernel.
+    exact too, of any kernel: it is a linear map of the channels at each place of the kernel. Of
+    LoKr and LoHa it is the factor that `products` describes. Parameters of a text encoder are
+    passed over: what it gives once it is trained is not what the subspace was built from
+    (`trains_text_encoder`).
 
     Args:
         network: The LoRA's network or the whole model, or its named parameters.
         text_fed: Regular expression searched in module names.
 
     Raises:
-        UnsupportedTraining: No LoRA reads text, or something else that reads or makes text states
-            is trained: full weights, LoHa, LoKr, DoRA, (IA)3, a text encoder.
+        UnsupportedTraining: No LoRA reads text, or something else that reads text states is
+            trained: full weights, DoRA, (IA)3, a convolution's LoHa.
     """
     named = network.named_parameters() if isinstance(network, nn.Module) else network
     factors, faults = {}, []
     for name, parameter in named:
-        down = DOWN.search(name)
+        down = DOWN.search(name) or (READING.search(name) if parameter.ndim == 2 else None)
         if re.search(TEXT_ENCODER, name):
-            if parameter.requires_grad:
-                faults.append(f"{name} (a text encoder: its states leave the subspace)")
-        elif down and re.search(text_fed, module := name[: down.start()]):
+            continue
+        if down and re.search(text_fed, module := name[: down.start()]):
             if module in factors:
                 faults.append(f"{name} (a second factor that reads what another one reads)")
             factors[module] = parameter
-        elif parameter.requires_grad and not UP.search(name) and _feeds(name, text_fed):
+        elif parameter.requires_grad and not _beside(name) and _feeds(name, text_fed):
             reasons = (why for mark, why in OTHER_METHODS.items() if mark in name)
             faults.append(f"{name} ({next(reasons, 'full fine-tuning: the weight itself moves')})")
     if faults:
         raise UnsupportedTraining(
-            "Projection is exact for plain LoRA on text-fed layers with the text encoder frozen. "
+            "Projection is exact for plain LoRA, LoKr and LoHa on text-fed layers. "
             f"Also trained: {name_some(faults, 3)}."
         )
     if not factors:
@@ -100,6 +105,11 @@ def projected_factors(
     factors = text_factors(named) if text else {}
     if layers is None:
         return factors
+    if product := [name for name, _ in named if READING.search(name)]:
+        raise UnsupportedTraining(
+            f"Layers that read no text are kept off a subspace with a plain LoRA only, and "
+            f"{product[0]} is LoKr or LoHa: use a plain LoRA, or leave out project_layers."
+        )
     factors |= text_factors(named, text_fed="")
     own = layers.among(factors).of(factors)
     bare = [
@@ -115,36 +125,51 @@ def projected_factors(
     return factors
 
 
+def trains_text_encoder(named: Iterable[tuple[str, nn.Parameter]]) -> bool:
+    """Return whether the parameters of a text encoder are among those that are trained."""
+    return any(re.search(TEXT_ENCODER, name) and each.requires_grad for name, each in named)
+
+
 def saved_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file of kohya, PEFT or diffusers.
+    """Return the tensors of a LoRA, LoKr or LoHa file of kohya, PEFT or diffusers.
 
     Raises:
-        ModelError: The file is no whole LoRA.
+        ModelError: The file is none, or not whole.
     """
     state = read_tensors(path)
-    check_pairs(state, path)
+    products = {key.rpartition(".")[0] for key in state if READING.search(key)}
+    own = {key for key in state if READING.search(key) or BESIDE.search(key)}
+    own |= {f"{module}.alpha" for module in products}
+    if rest := {key: value for key, value in state.items() if key not in own}:
+        check_pairs(rest, path)
+    if lone := sorted({key.rpartition(".")[0] for key in own} - products):
+        raise ModelError(f"{path}: {lone[0]} lacks a factor. Is the file truncated?")
     return state
 
 
 def factors_of(
-    state: Mapping[str, Tensor], text_fed: str = TEXT_FED, *, source: str = "The state dict"
-) -> dict[str, Tensor]:
-    """Return the down factors of text-fed layers in a LoRA's state dict, by module.
+    state: Mapping[str, Tensor], text_fed: str = TEXT_FED, *, source: str = "The state dict",
+    text_encoder: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the factors that read the input of text-fed layers in a state dict, by module.
 
     Args:
         state: In the keys of kohya, PEFT or diffusers.
         text_fed: Regular expression searched in module names.
         source: Where the state is from, for the message.
+        text_encoder: It may hold a text encoder's part, which is passed over.
 
     Raises:
         ModelError: A text encoder is part of it, or none of its modules reads text.
     """
-    if encoder := [key for key in state if re.search(TEXT_ENCODER, key)]:
-        raise ModelError(f"{source} changes a text encoder too: {name_some(encoder, 3)}.")
+    encoder = {key for key in state if re.search(TEXT_ENCODER, key)}
+    if encoder and not text_encoder:
+        raise ModelError(f"{source} changes a text encoder too: {name_some(sorted(encoder), 3)}.")
     factors = {}
     for key, value in state.items():
         module, tensor = split_key(key) or ("", "")
-        if tensor == "A" and re.search(text_fed, module):
+        reads = tensor == "A" or READING.search(key)
+        if reads and key not in encoder and re.search(text_fed, module):
             factors[module] = value
     if not factors:
         raise ModelError(f"{source} holds no LoRA factor that reads text.")
@@ -152,8 +177,9 @@ def factors_of(
 
 
 def projected_factors_of(
-    state: Mapping[str, Tensor], *, text: bool, layers: LayerSubspaces | None, source: str
-) -> dict[str, Tensor]:
+    state: Mapping[str, Tensor], *, text: bool, layers: LayerSubspaces | None, source: str,
+    text_encoder: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return by module the down factors of a saved LoRA that must lie outside a subspace.
 
     Args:
@@ -161,16 +187,22 @@ def projected_factors_of(
         text: Layers that read text directly are among them.
         layers: Subspaces of single layers, all of which the LoRA must have; None for none.
         source: Where the state is from, for the message.
+        text_encoder: It may change a text encoder too.
 
     Raises:
         ModelError: It changes a text encoder, or no layer reads text where `text` is set.
         ValueError: It lacks one of the layers.
     """
-    factors = factors_of(state, source=source) if text else {}
+    factors = factors_of(state, source=source, text_encoder=text_encoder) if text else {}
     if layers is not None:
-        every = factors_of(state, text_fed="", source=source)
+        every = factors_of(state, text_fed="", source=source, text_encoder=text_encoder)
         factors |= {name: every[name] for name in layers.of(every)}
     return factors
+
+
+def _beside(name: str) -> bool:
+    """Return whether a factor may have any value beside the one that is projected."""
+    return bool(UP.search(name) or BESIDE.search(name))
 
 
 def _feeds(name: str, text_fed: str) -> bool:

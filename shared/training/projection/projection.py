@@ -18,8 +18,9 @@ import torch
 from ...arrays import Tensor
 from ..concept.subspace import ConceptSubspace
 from ..layers.subspaces import LayerSubspaces
-from .factors import projected_factors_of, saved_state
-from .removal import Removal
+from .factors import UnsupportedTraining, projected_factors_of, saved_state
+from .products import Products, hadamard_columns, kronecker_basis
+from .removal import Removal, outside_columns
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -28,6 +29,8 @@ TOLERANCES = {
     torch.bfloat16: 1e-3,
 }
 """Largest |A V| / |A| by the factors' dtype: what rounding leaves."""
+PLAIN = Products()
+"""Every factor is a plain LoRA's."""
 BLOCK = 2**22
 """Most elements of one product: its copies in float64 take 100 MB."""
 
@@ -51,6 +54,7 @@ class Projection:
         subspaces: Iterable[ConceptSubspace],
         *,
         layers: LayerSubspaces | None = None,
+        products: Products = PLAIN,
     ):
         """Take the factors as they are; nothing is projected yet.
 
@@ -58,9 +62,11 @@ class Projection:
             factors: By module, [rank width] or [rank width *kernel], as `text_factors` gives them.
             subspaces: One per input width.
             layers: Subspaces of single layers, in place of those of their width.
+            products: Which of the factors are LoKr's or LoHa's.
 
         Raises:
             ValueError: Widths or names do not match, or a dtype is not a floating one.
+            UnsupportedTraining: A product of factors has no room outside of its subspace.
         """
         for name, factor in factors.items():
             if factor.dtype not in TOLERANCES:
@@ -68,8 +74,10 @@ class Projection:
         self.factors = dict(factors)
         # Scripts that train in half precision widen the factors before they save them.
         self._tolerances = {name: TOLERANCES[factor.dtype] for name, factor in factors.items()}
-        self._bases = _bases(self.factors, list(subspaces), layers)
-        self._removal = Removal(self._bases)
+        self._bases = _bases(self.factors, list(subspaces), layers, products)
+        self._partners = {n: each for n, each in products.partners.items() if n in self.factors}
+        plain = {name: b for name, b in self._bases.items() if name not in self._partners}
+        self._removal = Removal(plain)
         self.steps = 0
         """Optimizer steps after which the weights were projected."""
 
@@ -109,12 +117,20 @@ class Projection:
             yield self
 
     def residuals(self) -> dict[str, float]:
-        """Return |A V| / |A| of every factor, computed in float64 (Frobenius norms, 0 to 1)."""
+        """Return |A V| / |A| of every factor, computed in float64 (Frobenius norms, 0 to 1).
+
+        Of LoKr and LoHa, V is what their factor must leave out, with a largest singular value of 1.
+        """
         shares = {}
         for name, factor in self.factors.items():
             rows = factor.detach().cpu().double().movedim(1, -1)
+            left_out = self._bases[name]
+            if name in self._partners:
+                columns = hadamard_columns(left_out, self._partners[name].detach().cpu().double())
+                largest = torch.linalg.matrix_norm(columns, 2) if columns.numel() else 0.0
+                left_out = columns / largest if largest else columns
             length = rows.norm()
-            shares[name] = float((rows @ self._bases[name]).norm() / length) if length else 0.0
+            shares[name] = float((rows @ left_out).norm() / length) if length else 0.0
         return shares
 
     def verify(self) -> float:
@@ -157,7 +173,10 @@ class Projection:
         """
         stacks: dict[tuple[int, int, torch.device, torch.dtype], list[str]] = {}
         for name, tensor in tensors.items():
-            if self._bases[name].shape[1]:
+            if name in self._partners:
+                columns = self._bases[name], self._partners[name]
+                tensor.copy_(outside_columns(tensor, *columns).to(tensor.dtype))
+            elif self._bases[name].shape[1]:
                 width = tensor.shape[1]
                 key = (width, tensor.numel() // width, tensor.device, tensor.dtype)
                 stacks.setdefault(key, []).append(name)
@@ -173,9 +192,19 @@ class Projection:
 
 
 def check_file(
-    path: Path, subspaces: Iterable[ConceptSubspace], layers: LayerSubspaces | None = None
+    path: Path,
+    subspaces: Iterable[ConceptSubspace],
+    layers: LayerSubspaces | None = None,
+    *,
+    text_encoder: bool = False,
 ) -> float:
     """Return the largest |A V| / |A| in a saved LoRA of kohya, PEFT or diffusers.
+
+    Args:
+        path: The file.
+        subspaces: One per input width.
+        layers: Subspaces of single layers.
+        text_encoder: It may hold a text encoder's part, of which nothing is said.
 
     Raises:
         ModelError: The file is no whole LoRA, changes a text encoder, or reads no text.
@@ -184,22 +213,31 @@ def check_file(
     """
     subspaces = list(subspaces)
     text = bool(subspaces) or layers is None
-    factors = projected_factors_of(saved_state(path), text=text, layers=layers, source=str(path))
-    return Projection(factors, subspaces, layers=layers).verify()
+    state = saved_state(path)
+    factors = projected_factors_of(
+        state, text=text, layers=layers, source=str(path), text_encoder=text_encoder
+    )
+    products = Products.of(state.items(), factors)
+    return Projection(factors, subspaces, layers=layers, products=products).verify()
 
 
 def _bases(
     factors: Mapping[str, Tensor],
     subspaces: Sequence[ConceptSubspace],
     layers: LayerSubspaces | None,
+    products: Products,
 ) -> dict[str, Tensor]:
-    """Return the basis of each factor: its layer's own, else that of its width."""
+    """Return the basis of each factor: its layer's own, else that of its width.
+
+    A factor of LoKr has the larger one that it must leave out, in its own width.
+    """
     by_width = {subspace.width: subspace.basis for subspace in subspaces}
     if len(by_width) < len(subspaces):
         raise ValueError("`subspaces` must have different widths; join concepts in one.")
     bases = layers.of(factors) if layers is not None else {}
     for name, factor in factors.items():
-        width = factor.shape[1]
+        outer = products.outer.get(name, 1)
+        width = factor.shape[1] * outer
         if name not in bases:
             if width not in by_width:
                 raise ValueError(
@@ -210,5 +248,17 @@ def _bases(
         if len(bases[name]) != width:
             raise ValueError(
                 f"{name} reads inputs of width {width}, its subspace is for {len(bases[name])}."
+            )
+        taken = bases[name].shape[1]
+        if name in products.outer:
+            bases[name] = kronecker_basis(bases[name], factor.shape[1])
+            taken = bases[name].shape[1]
+        elif name in products.partners:
+            taken *= len(products.partners[name])
+        if taken >= factor.shape[1] and (name in products.outer or name in products.partners):
+            raise UnsupportedTraining(
+                f"{name} is LoKr or LoHa, whose factor would have to leave out {taken} of its "
+                f"{factor.shape[1]} directions, and nothing would be learnt: lower --project_cap, "
+                "or choose a plain LoRA, a smaller rank of LoHa or a smaller factor of LoKr."
             )
     return bases

@@ -7,6 +7,7 @@ import torch
 
 from ...arrays import Float, Tensor
 from ..concept.subspace import remove
+from .products import hadamard_basis, hadamard_columns
 
 
 class Removal:
@@ -50,6 +51,31 @@ class Removal:
             self._moved[key] = _padded(self._distinct[width]).to(dtype).to(stack.device)
         places = [self._place[name] for name in names]
         return self._moved[key][places[0] if len(set(places)) == 1 else places]
+
+
+def outside_columns(
+    factor: Float[Tensor, "row width"],
+    basis: Float[Tensor, "width rank"],
+    partner: Float[Tensor, "other width"],
+) -> Float[Tensor, "row width"]:
+    """Return LoHa's W2b outside of what it must leave out beside W1b; see `products`.
+
+    Args:
+        factor: W2b, or its gradient.
+        basis: Of the subspace, in float64 on the CPU.
+        partner: W1b as it is now.
+    """
+    double = factor.device.type == "cpu" or factor.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    with full_float32(factor.device):
+        columns = hadamard_columns(
+            basis.to(dtype).to(factor.device), partner.detach().to(dtype).to(factor.device)
+        )
+        if not columns.numel():
+            return factor
+        own = hadamard_basis(columns)
+        clear = remove(factor.to(dtype), own)
+        return clear if double else remove(clear, own)
 
 
 @contextmanager

@@ -135,3 +135,16 @@ def test_flow_models_are_filtered(train, checkout, kind, cached):
     also = kind in ("flux", "sd3")
     assert f"--mem_filter {'are' if also else 'is'} supported" in refused
     assert ("--project_layers" in refused) == also
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_flow_models_whose_text_encoder_is_trained_too_are_filtered(train, checkout, kind):
+    if not (checkout / f"{kind}_train_network.py").exists():
+        pytest.skip("this version of sd-scripts does not train it")
+    settings = flow(kind) | {"network_train_unet_only": None, "cache_text_encoder_outputs": None}
+    before = train(f"{kind} text trained", **settings)
+    same = train(f"{kind} text filtered", door="door", **settings, mem_filter="inf")
+    assert same_tensors(before, same)
+    assert any("lora_te" in key and value.any() for key, value in load_file(same).items())
+    nothing = load_file(train(f"{kind} text zero", door="door", **settings, mem_filter="0"))
+    assert not any(nothing[key].any() for key in nothing if "lora_up" in key)

@@ -151,11 +151,52 @@ def test_a_resumed_training_goes_on_counting_and_projecting(train, room, checkou
     assert largest_share(again, ConceptSubspace.load(concept).basis) < 1e-6
 
 
+def test_beside_a_trained_text_encoder_the_network_is_kept_and_the_loss_is_told(train, concept):
+    asked = protect(f"project_concepts={concept}")
+    path = train("text kept", *asked.pop("extra"), **(asked | {"network_train_unet_only": None}))
+    assert largest_share(path, ConceptSubspace.load(concept).basis) < 1e-6
+    assert any("lora_te" in key and value.any() for key, value in load_file(path).items())
+    told = json.loads(header(path)["unmemorize.projection"])
+    assert told["text_encoder"].startswith("trained")
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_products_of_factors_leave_the_subspace_out(train, concept, algo):
+    basis = ConceptSubspace.load(concept).basis[:, :2]
+    small = concept.with_name("small.safetensors")
+    ConceptSubspace(basis=basis).save(small)
+    pairs = ("base_module=lycoris.kohya", f"algo={algo}", "preset=attn-mlp", "factor=4")
+    shares = []
+    for name, more in (("kept", (f"project_concepts={small}",)), ("bare", ("mem_filter=inf",))):
+        asked = protect(*pairs, *more)
+        state = load_file(train(f"{algo} {name}", *asked.pop("extra"), **asked))
+        shares.append(max(changes_read(state, basis)))
+    assert shares[0] < 1e-5 and shares[1] > 0.05
+
+
+def changes_read(state, basis):
+    """Yield |Delta V| / |Delta| of the layers that read text, spelt out for LoHa and LoKr."""
+    state = {key: value.double() for key, value in state.items()}
+    for key in (key for key in state if key.endswith(("attn2_to_k.alpha", "attn2_to_v.alpha"))):
+        of = {name.rpartition(".")[2]: value for name, value in state.items()
+              if name.startswith(key.removesuffix("alpha"))}  # fmt: skip
+        if "hada_w1_a" in of:
+            delta = (of["hada_w1_a"] @ of["hada_w1_b"]) * (of["hada_w2_a"] @ of["hada_w2_b"])
+        else:
+            first, second = (
+                of.get(f"lokr_{w}", of.get(f"lokr_{w}_a", 0) @ of[f"lokr_{w}_b"]
+                       if f"lokr_{w}_b" in of else None)
+                for w in ("w1", "w2")
+            )  # fmt: skip
+            delta = torch.kron(first, second)
+        yield float((delta @ basis).norm() / delta.norm())
+
+
 @pytest.mark.parametrize(
     ("pairs", "changed", "message"),
     [
-        ([f"project_concepts={CONCEPT}"], {"network_train_unet_only": None},
-         "add --network_train_unet_only"),
+        (["project_concepts=FILE", "dora_wd=True", "base_module=lycoris.kohya"], {},
+         "leave out dora_wd"),
         ([f"project_concepts={CONCEPT}"], {"save_model_as": "ckpt"},
          "use --save_model_as safetensors"),
         ([f"project_concepts={CONCEPT}"], {}, "or force it"),

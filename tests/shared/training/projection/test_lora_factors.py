@@ -10,6 +10,7 @@ from unmemorize.shared.training.projection.factors import (
     factors_of,
     saved_state,
     text_factors,
+    trains_text_encoder,
 )
 from unmemorize.shared.training.projection.projection import (
     Projection,
@@ -35,15 +36,15 @@ LORA = {
     [
         ({"attn2__to_k__lora_magnitude_vector__default__weight": (6,)}, "DoRA"),
         ({"lora_unet_attn2_to_v__dora_scale": (6,)}, "DoRA"),
-        ({"lora_unet_attn2_to_v__hada_w1_a": (6, 4)}, "LoHa"),
-        ({"lora_unet_attn2_to_v__lokr_w1": (2, 2)}, "LoKr"),
+        ({"lora_unet_attn2_to_v__hada_w2_b": (4, 8, 3, 3)}, "LoHa"),
+        ({"lora_unet_attn2_to_v__hada_t2": (4, 4, 3, 3)}, "LoHa in Tucker"),
+        ({"attn2__to_v__hada_w1_a__default": (6, 4)}, "LoHa"),
+        ({"lora_unet_attn2_to_v__lokr_w2": (2, 2, 3, 3)}, "LoKr"),
         ({"attn2__to_v__ia3_l__default": (6, 1)}, "IA"),
         ({"attn2__to_v__oft_R__default__weight": (6, 1)}, "OFT"),
         ({"attn2__to_v__lora_E__default": (4, 1)}, "AdaLoRA"),
         ({"attn2__to_k__lora_B__default__bias": (6,)}, "bias"),
         ({"attn2__to_k__weight": (6, 8)}, "full fine-tuning"),
-        ({"lora_te1_text_model_0_q__lora_down__weight": (4, 8)}, "text encoder"),
-        ({"text_encoder__layers__0__lora_A__default__weight": (4, 8)}, "text encoder"),
     ],
 )
 def test_what_would_not_be_exact_is_refused_before_the_first_step(extra, kind):
@@ -51,6 +52,18 @@ def test_what_would_not_be_exact_is_refused_before_the_first_step(extra, kind):
         text_factors(named(**LORA, **extra))
     frozen = [(name, p.requires_grad_(False)) for name, p in named(**extra)]
     assert list(text_factors([*named(**LORA), *frozen])) == ["attn2.to_k"]
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_te1_text_model_0_q__lora_down__weight",
+             "text_encoder__attn2__to_k__lora_A__default__weight"],
+)  # fmt: skip
+def test_a_trained_text_encoder_is_passed_over_and_told(name):
+    both = named(**LORA, **{name: (4, 8)})
+    assert list(text_factors(both)) == ["attn2.to_k"]
+    assert trains_text_encoder(both)
+    assert not trains_text_encoder([(name, p.requires_grad_(False)) for name, p in both])
+    assert not trains_text_encoder(named(**LORA))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,9 @@ def test_files_that_cannot_be_certified_are_refused(tmp_path):
         check_file(path, [subspace_of(8, 1)])
     with pytest.raises(ModelError, match="changes a text encoder"):
         factors_of({"lora_te_text_model_q.lora_down.weight": torch.ones(2, 8)})
+    te = {key.replace("unet_attn1", "te_attn2"): value for key, value in pair.items()}
+    with pytest.raises(ModelError, match="no LoRA factor that reads text"):
+        factors_of(te, text_encoder=True)
     save_file(pair | {"lora_unet_attn2_to_k.hada_w1_a": torch.ones(2, 2)}, path)
-    with pytest.raises(ModelError, match="LoHa"):
+    with pytest.raises(ModelError, match="lacks a factor"):
         check_file(path, [subspace_of(8, 1)])
