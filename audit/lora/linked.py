@@ -15,11 +15,11 @@ from .training_set import read_files
 
 
 def link_kept(found: FolderDuplicates, target: Path) -> int:
-    """Make a folder like the one that was examined, without the surplus images; return how many
-    images it has, regularisation images among them.
+    """Make a folder like the examined one without the surplus images; return its images' number.
 
-    Images are hard links where the disk can make them, so they take no space. Captions are copies,
-    since programs write into them. Rows of tables that name a surplus image are left out.
+    Regularisation images come along. Images are hard links where the disk can make them, so they
+    take no space. Captions are copies, since programs write into them. Rows of tables that name a
+    surplus image are left out.
 
     Raises:
         PromptError: `target` is not empty or lies in the folder, or a table is a parquet file.
