@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..wording import name_some
 from .filter.expectation import Expectation, Recall
 from .filter.filter import Gather, MemorizationFilter, scores_of
 from .filter.sample_log import RankedSample, Sample, SampleLog, records_path, write_report
@@ -117,16 +118,24 @@ class FilteredTraining:
 
     def after_save(self, path: Path) -> None:
         """Report at a saved file, and find out whether it is the last one to be trained."""
-        if self.filter.watch is None or not self.filter.seen:
+        watch = self.filter.watch
+        if watch is None or not self.filter.seen:
             return
-        finding = self.report()
+        watch.update(self.filter.calls)
+        finding = watch.judge()
         if finding is None:
-            logger.info("%s: no verdict yet: %s.", path.name, self.filter.watch.missing)
-            return
+            logger.info("%s: no verdict yet: %s.", path.name, watch.missing)
+        else:
+            self._note(path, finding)
+        self.report()
+
+    def _note(self, path: Path, finding: Finding) -> None:
+        """Say what a saved file's verdict is, and remember the last one that is inside."""
         self._judged = True
+        names = f" ({name_some(finding.memorized)})" if finding.memorized else ""
+        count = f"{len(finding.memorized)} of {finding.images} images are being memorized{names}"
         where = "inside" if finding.inside else "outside"
-        count = f"{len(finding.memorized)} of {finding.images} images are being memorized"
-        logger.warning("%s: %s, %s what the base's controls explain.", path.name, count, where)
+        logger.warning("%s: %s, %s the controls' interval.", path.name, count, where)
         if finding.inside:
             self._inside = path
         elif self.settings.stop:
@@ -136,20 +145,19 @@ class FilteredTraining:
                 else "No saved file is inside the controls' interval: save more often."
             )
 
-    def report(self) -> Finding | None:
-        """Write the ranked list as it is now, and return what the latest visits say.
+    def report(self) -> None:
+        """Write the ranked list as it is now.
 
         Raises:
-            StorageError: The report cannot be written.
+            StorageError: It cannot be written.
         """
         self.flush()
-        watch, account = self.filter.watch, self.account()
-        if watch is not None:  # names of files stand here, and not in the LoRA's header
+        account = self.account()
+        if self.filter.watch is not None:  # names stand here, and not in the LoRA's header
             inside = None if self._inside is None else self._inside.name
-            account |= {"memorized_since": watch.since, "last_inside": inside}
+            account |= {"memorized_since": self.filter.watch.since, "last_inside": inside}
         if records_path(self._report, self._process).is_file():
             self._ranked = write_report(self._report, self._processes, account)
-        return None if watch is None else watch.judge()
 
     def account(self) -> dict[str, Any]:
         """Return settings and counts for the report and the LoRA's metadata, plain data."""

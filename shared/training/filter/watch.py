@@ -99,8 +99,11 @@ class Watch:
                 visits = self._latest.setdefault(record.sample.file, deque(maxlen=VISITS))
                 visits.append((record.timestep, math.log(record.score)))
                 self._captions[record.sample.file] = record.sample.caption
-        finding = None if call % EVERY else self.judge()
-        if finding is None:
+        return [] if call % EVERY else self.update(call)
+
+    def update(self, call: int) -> list[str]:
+        """Note from which call on which files are memorized, and return the new ones."""
+        if (finding := self.judge()) is None:
             return []
         new = [file for file in finding.memorized if file not in self.since]
         self.since = {file: self.since.get(file, call) for file in finding.memorized}
