@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import audit, calibrate, concept, demo, detect, doctor, explain, mitigate, verify
+from . import audit, calibrate, concept, dedupe, demo, detect, doctor, explain, mitigate, verify
 
 app = typer.Typer(
     help="Find training images that a text-to-image model gives back, and the words that do it."
@@ -26,6 +26,7 @@ app.command(epilog=audit.EXIT_CODES)(detect.detect)
 app.command()(explain.explain)
 app.command(epilog=audit.EXIT_CODES)(mitigate.mitigate)
 app.command()(calibrate.calibrate)
+app.command(epilog=dedupe.EXIT_CODES)(dedupe.dedupe)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 

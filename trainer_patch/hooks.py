@@ -31,7 +31,7 @@ REFUSALS = (
     ProjectionFailed, ProtectionFailed,
 )  # fmt: skip
 """What the user can do something about; anything else is a defect, and keeps its traceback."""
-SHOWN = {"filtered_share": "filtered", "residual": "residual"}
+SHOWN = {"filtered_share": "filtered", "memorized_images": "memorized", "residual": "residual"}
 """Values in the progress bar, and their names there."""
 STATE = "unmemorize.json"
 """In the folder of a checkpoint: what a resumed training needs."""
@@ -152,6 +152,22 @@ def finish(protection: Protection, accelerator: Any = None) -> None:
         accelerator.wait_for_everyone()
     if accelerator is None or accelerator.is_main_process:
         protection.finish()
+
+
+def end_in_time(protection: Protection, finish: Callable[[], None]) -> None:
+    """End the program, in success, where a training is to end at the file that was just saved.
+
+    Args:
+        protection: Of the training.
+        finish: Ends the training as at its last step.
+
+    Raises:
+        SystemExit: With the exit code 0.
+    """
+    if protection.ends:
+        finish()
+        logger.warning("The training ends here, as --mem_stop asks: %s", protection.ends)
+        raise SystemExit(0)
 
 
 @contextmanager

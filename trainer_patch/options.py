@@ -10,10 +10,12 @@ from ..shared.training.concept.concept import parse_concepts
 from ..shared.training.filter.filter import Action
 from ..shared.training.settings import FilterSettings, ProjectionSettings, ProtectionSettings
 
-PREFIXES = ("project_", "mem_filter")
+PREFIXES = ("project_", "mem_")
 """How all of the names begin."""
-ALONE = ("project_layers", "project_regions")
-"""Of the projection, what goes without the concept's names."""
+ALONE = ("project_layers", "project_regions", "mem_warn", "mem_stop")
+"""What goes without the concept's names, and without a threshold."""
+NEEDED = (("project_concepts",), ("mem_filter", "mem_warn", "mem_stop"))
+"""By prefix, the options of which one is needed for the others."""
 FILES = (".safetensors", ".txt")
 """How a value of --project_concepts ends that is a file's name."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -99,6 +101,18 @@ OPTIONS = (
         help="ranked list of the most memorized samples, .json (next to the LoRA); a .txt to read "
         "and every decision as .jsonl stand beside it",
     ),
+    Option(
+        name="mem_warn",
+        help="say in the progress bar and the log from when on which images are being memorized, "
+        "and write the ranked list at every saving. Against what the model does with the same "
+        "images without the LoRA: two more forward passes without gradient on the first 6 visits "
+        "of each image. Alone it only records. Needs captions that differ.",
+    ),
+    Option(
+        name="mem_stop",
+        help="--mem_warn, and end the training at the first saved file with more memorized images "
+        "than chance explains; the log names the last one before it. Save every epoch.",
+    ),
 )
 NAMES = tuple(option.name for option in OPTIONS)
 
@@ -128,10 +142,10 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
         if values.get(name) is not None and values[name] is not False
     }
     given = {name: text for name, text in texts.items() if text}
-    for prefix, needed in zip(PREFIXES, ("project_concepts", "mem_filter"), strict=True):
+    for prefix, needed in zip(PREFIXES, NEEDED, strict=True):
         idle = [name for name in given if name.startswith(prefix) and name not in ALONE]
-        if idle and needed not in given:
-            raise OptionError(f"--{idle[0]} does nothing without --{needed}.")
+        if idle and not given.keys() & set(needed):
+            raise OptionError(f"--{idle[0]} does nothing without --{needed[0]}.")
     if _switch(given, "project_regions") and "project_layers" not in given:
         raise OptionError(
             "--project_regions needs --project_layers: the file says where images show the concept."
@@ -168,8 +182,12 @@ def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
 
 
 def _filter(given: Mapping[str, str]) -> FilterSettings | None:
-    text = given.get("mem_filter", "off")
+    warn, stop = (_switch(given, name) for name in ("mem_warn", "mem_stop"))
+    text = given.get("mem_filter", "inf" if warn or stop else "off")
     if text.lower() in OFF and text != "0":
+        if warn or stop:
+            name = "mem_stop" if stop else "mem_warn"
+            raise OptionError(f"--{name} does nothing with mem_filter {text}: leave that out.")
         return None
     unit = {"q": "quantile", "x": "ratio"}.get(text[0].lower())
     try:
@@ -184,6 +202,8 @@ def _filter(given: Mapping[str, str]) -> FilterSettings | None:
         **{unit or "limit": number},
         action=action,
         recall=_number(given, "mem_filter_recall", int, None),
+        warn=warn,
+        stop=stop,
         report=Path(f"{report.removesuffix('.json')}.json") if report else None,
     )
 

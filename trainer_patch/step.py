@@ -73,8 +73,9 @@ class Call:
 class TrainerAdapter(Protocol):
     """What a trainer has to bring. The extra passes run without gradient and leave no trace.
 
-    The first two members serve both methods, `without_text` the memorization filter, the others
-    base targets. Besides, the trainer makes a `Call` of each step's own prediction.
+    The first two members serve both methods, `without_text` the memorization filter, `with_text`
+    and `without_lora` its controls, the last four base targets. Besides, the trainer makes a `Call`
+    of each step's own prediction.
     """
 
     device: torch.device
@@ -90,6 +91,9 @@ class TrainerAdapter(Protocol):
             call: Of the step.
             rows: Rows of the batch to predict, [row]; None for all.
         """
+
+    def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        """Return the prediction with the captions once more, as `without_text` returns it."""
 
     def network(self, call: Call) -> nn.Module:
         """Return the bare network that `look` runs, whose layers show where the concept is."""
@@ -126,6 +130,7 @@ class Step:
         self._protection, self._trainer = protection, trainer
         self._state = RandomState.now(trainer.device)
         self._plain: Tensor | None = None
+        self._controls: tuple[Tensor, Tensor] | None = None
 
     def measure(self) -> None:
         """Predict on the empty prompt, where the filter needs that in this step.
@@ -135,12 +140,25 @@ class Step:
         """
         rows, samples, timesteps = self._measured()
         due = self._protection.due(samples, timesteps)
-        if not due.any():
-            return
-        some = rows[due] if self._trainer.repeats_rows and not due.all() else None
+        if due.any():
+            some = rows[due] if self._trainer.repeats_rows and not due.all() else None
+            with aside(self._state):
+                plain = self._trainer.without_text(self.call, some)
+            self._plain = plain[rows] if some is None and len(plain) != len(rows) else plain
+        controls = rows[self._protection.controls_due(samples)]
+        if len(controls):
+            with self._trainer.without_lora():
+                self._controls = (
+                    self._predicted(self._trainer.with_text, controls),
+                    self._predicted(self._trainer.without_text, controls),
+                )
+
+    def _predicted(self, predict: Callable[[Call, Tensor | None], Tensor], rows: Tensor) -> Tensor:
+        """Return what an extra pass predicts for some rows of the batch."""
+        single = self._trainer.repeats_rows
         with aside(self._state):
-            plain = self._trainer.without_text(self.call, some)
-        self._plain = plain[rows] if some is None and len(plain) != len(rows) else plain
+            prediction = predict(self.call, rows if single else None)
+        return prediction if single else prediction[rows]
 
     def weights(self, prediction: Tensor, signal: Tensor | None = None) -> Tensor:
         """Return what to multiply the loss of each row by, [row]; 1 for rows without a sample.
@@ -160,6 +178,7 @@ class Step:
             scale=None if signal is None else signal[timesteps.cpu().long()],
             # Dropout matters only where single rows might be repeated.
             before=self._state if self._trainer.repeats_rows else None,
+            controls=self._controls,
         )
         if len(rows) == len(prediction):
             return weights

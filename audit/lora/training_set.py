@@ -91,7 +91,7 @@ def read_training_set(
     folder = _existing(folder)
     held_out = _existing(held_out) if held_out else None
     layout = read_layout(folder, header, without=held_out)
-    images, broken = _open_all(layout.shown, folder)
+    images, broken = open_images(layout.shown, folder)
     warnings = [*layout.warnings, *broken]
     if not images:
         raise PromptError(" ".join([
@@ -170,7 +170,7 @@ def _existing(folder: Path) -> Path:
 
 def read_layout(folder: Path, header: Header, *, without: Path | None = None) -> Layout:
     """Return the image files that a trainer reads in a folder, leaving out a folder below it."""
-    files = [path for path in _files(folder) if without is None or without not in path.parents]
+    files = [path for path in read_files(folder) if without is None or without not in path.parents]
     read = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES or p.name in METADATA]
     read, warnings = without_leftovers(read, folder)
     images = [path for path in read if path.name not in METADATA]
@@ -192,7 +192,7 @@ def read_layout(folder: Path, header: Header, *, without: Path | None = None) ->
     return Layout(kind="plain", shown=shown, warnings=warnings)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def read_files(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder in order, through links to folders, each real folder once."""
     seen = set()
     for place, names, files in os.walk(folder, followlinks=True):
@@ -260,7 +260,7 @@ def _from_tables(folder: Path, tables: Sequence[Path], images: Sequence[Path]) -
     )  # fmt: skip
 
 
-def _open_all(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage], list[str]]:
+def open_images(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage], list[str]]:
     """Return the images that can be read, by name, and warnings about the others."""
     images, nameless, broken, turned, longer = [], [], [], [], []
     named = {one.path.relative_to(folder).as_posix(): one for one in shown}
@@ -302,7 +302,7 @@ def _further(
 ) -> tuple[list[TrainingImage], list[str]]:
     """Return the images of a held-out folder that were not trained on, and warnings."""
     layout = read_layout(folder, Header())
-    images, warnings = _open_all(layout.shown, folder)
+    images, warnings = open_images(layout.shown, folder)
     known = {image.sha256 for image in trained}
     if same := [image.name for image in images if image.sha256 in known]:
         warnings.append(

@@ -21,7 +21,7 @@ from .concept.subspace import ConceptSubspace
 from .concept.text_states import TextPath
 from .filter.filter import Gather, MemorizationFilter, alone
 from .filter.sample_log import Sample
-from .filtered import FilteredTraining, NoSampleSeen
+from .filtered import FilteredTraining, NoSampleSeen, NothingJudged
 from .projected import ProjectedTraining
 from .projection.projection import Projection, ProjectionFailed
 from .replay import RandomState
@@ -87,6 +87,16 @@ class Protection:
     def base_targets(self) -> BaseTargets | None:
         """Of the concept's regions, once they are fitted; None where none are requested."""
         return None if self._projected is None else self._projected.base_targets
+
+    @property
+    def watches(self) -> bool:
+        """Whether the filter's scores are compared with those without the LoRA."""
+        return self.filter is not None and self.filter.watch is not None
+
+    @property
+    def ends(self) -> str:
+        """Why the training is to end now, empty while it is to go on."""
+        return "" if self._filtered is None else self._filtered.ends
 
     @property
     def filter(self) -> MemorizationFilter | None:
@@ -159,6 +169,15 @@ class Protection:
         assert self._filtered is not None, "no filter was requested"
         return self._filtered.due(samples, timesteps)
 
+    def controls_due(self, samples: Sequence[Sample]) -> Tensor:
+        """Return of which samples `weigh` needs the predictions without the LoRA.
+
+        Returns:
+            [sample] of booleans; none unless images are watched, nor after their first visits.
+        """
+        assert self._filtered is not None, "no filter was requested"
+        return self._filtered.controls_due(samples)
+
     def weigh(
         self,
         cond: Float[Tensor, " sample *latent"],
@@ -168,17 +187,21 @@ class Protection:
         samples: Sequence[Sample],
         scale: Float[Tensor, " sample"] | None = None,
         before: RandomState | None = None,
+        controls: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, " sample"]:
         """Return what to multiply each sample's loss by; see `MemorizationFilter.weigh`.
 
         `before` is the random state before the step's own prediction, which shows whether the
         network draws random numbers; an adapter that only repeats whole batches needs none.
+        `controls` are the predictions without the LoRA, with the captions and without, of the
+        samples that `controls_due` names.
         """
         assert self._filtered is not None, "no filter was requested"
         self._weighed = True
         return self._filtered.weigh(
-            cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before
-        )
+            cond, uncond, timesteps=timesteps, samples=samples, scale=scale, before=before,
+            controls=controls,
+        )  # fmt: skip
 
     def before_clip(self) -> None:
         """Project the gradients: when they are complete, before they are clipped."""
@@ -207,6 +230,8 @@ class Protection:
             ModelError: It is not a whole safetensors LoRA whose text side can be checked.
         """
         self._saved.append(path)
+        if self._filtered:
+            self._filtered.after_save(path)
         if self._projected and self.projection:
             try:
                 self._projected.check_file(path)
@@ -298,7 +323,7 @@ class Protection:
             try:
                 if part is not None:
                     part.finish()
-            except (ProjectionFailed, NoTargetSeen, NoSampleSeen) as error:
+            except (ProjectionFailed, NoTargetSeen, NoSampleSeen, NothingJudged) as error:
                 faults.append(str(error))
         if faults:
             self.withdraw()

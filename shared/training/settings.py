@@ -91,6 +91,10 @@ class FilterSettings:
     recall: int | None = None
     """Visits of a sample of which at least one is measured; the others are measured only where
     the decision is open. None measures all."""
+    warn: bool = False
+    """Say from when on which images are being memorized, and report at every saving."""
+    stop: bool = False
+    """End the training at the first saving outside the controls' interval."""
     report: Path | None = None
     """Ranked list of samples, JSON; None is next to the LoRA."""
 
@@ -104,6 +108,11 @@ class FilterSettings:
                 "so many visits."
             )
         self.threshold((0.0, 1.0))  # refuses what is out of range
+
+    @property
+    def watches(self) -> bool:
+        """Whether images are compared with what the base model does with them."""
+        return self.warn or self.stop
 
     @property
     def text(self) -> str:

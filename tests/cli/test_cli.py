@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 from forked import Forked, fork_server
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 from unmemorize import cli, demo
@@ -176,6 +178,21 @@ def test_exit_codes_are_documented_and_wrong_usage_is_2(run_python):
     assert run("audit", "--seeds", "0").exit_code == 2
     assert run("audit", "--no-such-option").exit_code == 2
     assert run_python("-m", "unmemorize", "no-such-command", check=False).returncode == 2
+
+
+def test_dedupe_lists_equal_files_and_says_what_takes_the_list(tmp_path):
+    folder, output = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    for number in range(3):
+        colour = (60 * number, 90, 200)
+        Image.new("RGB", (24, 24), colour).save(folder / f"{number}.png")
+    assert run("dedupe", str(folder), "--exact", "--output", str(output)).exit_code == 0
+    shutil.copy(folder / "1.png", folder / "again.png")
+    done = run("dedupe", str(folder), "--exact", "--output", str(output))
+    assert done.exit_code == 3
+    assert f"--in_json {output / 'kept.json'} --dataset_repeats 1" in done.stdout
+    assert len(json.loads((output / "kept.json").read_text("utf-8"))) == 3
+    assert run("dedupe", str(tmp_path / "none"), "--exact").exit_code == 1
 
 
 def fails(done: Result, *words: str, code: int = 1) -> None:

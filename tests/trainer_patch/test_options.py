@@ -149,6 +149,20 @@ def test_concepts_may_stand_in_a_file(tmp_path):
     assert (told.concepts[0].neutral, told.cap) == ("a character", 8)
 
 
+def test_watching_alone_only_records():
+    for name in ("warn", "stop"):
+        watched = FilterSettings(**{name: True})
+        assert settings_from({f"mem_{name}": "true"}).filter == watched
+        assert watched.watches
+        with_threshold = settings_from({f"mem_{name}": True, "mem_filter": "x1.5"}).filter
+        assert with_threshold == FilterSettings(ratio=1.5, **{name: True})
+        with pytest.raises(OptionError, match=f"--mem_{name} does nothing with mem_filter off"):
+            settings_from({f"mem_{name}": True, "mem_filter": "off"})
+    assert settings_from({"mem_warn": True, "mem_filter_report": "a"}).filter.report == Path(
+        "a.json"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("mem_fliter", "mem_filter"), ("mem-filter", "mem_filter"), ("MemFilter", "mem_filter"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.shared.training.filter.watch import VISITS
 from unmemorize.shared.training.layers.regions import ConceptRegions
 from unmemorize.shared.training.layers.subspaces import LayerSubspaces
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
@@ -50,6 +51,9 @@ class Trainer:
     def without_text(self, call, rows):
         some = call if rows is None else call.only(rows, ROWS)
         return some.again(text=repeated(torch.zeros(1), some.given["text"]))
+
+    def with_text(self, call, rows):
+        return (call if rows is None else call.only(rows, ROWS)).again()
 
     def network(self, call):
         return self.net
@@ -129,6 +133,48 @@ def test_single_rows_are_repeated_only_where_they_can_be(tmp_path, repeats_rows,
     assert trainer.passes == [(rows, False)]
     second.weights(second.call.again())
     assert protection.filter.measured == 3 + rows
+
+
+class Louder(Trainer):
+    """Its LoRA doubles what the text adds."""
+
+    def predict(self, latents, text):
+        return super().predict(latents, (1 + self.lora) * text)
+
+
+@pytest.mark.parametrize("repeats_rows", [True, False])
+def test_controls_are_measured_without_the_lora_and_leave_no_trace(tmp_path, repeats_rows):
+    trainer = Louder(repeats_rows)
+    step, protection = begin(tmp_path, trainer, rows=[2, 1], warn=True)
+    learnt = {}
+
+    def learn_base(samples, timesteps, scores):
+        visits = zip(timesteps.tolist(), scores.tolist(), strict=True)
+        learnt.update(zip((sample.file for sample in samples), visits, strict=True))
+
+    protection.filter.watch.learn_base = learn_base
+    step.measure()
+    step.weights(step.call.again())
+    # The text alone, and not twice that: row 1 adds 2 and row 2 adds 3.
+    assert learnt == {"1.png": (500, pytest.approx(2.0)), "2.png": (900, pytest.approx(3.0))}
+    assert protection.filter.latest == pytest.approx(5.0)
+    assert trainer.lora == 1.0
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    step.call.again()
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_controls_are_measured_on_the_first_visits_alone(tmp_path):
+    trainer = Trainer()
+    step, protection = begin(tmp_path, trainer, warn=True)
+    for _ in range(VISITS):
+        step.measure()
+        step.weights(step.call.again())
+    trainer.passes.clear()
+    step.measure()
+    assert trainer.passes == [(ROWS, False)]
+    assert not protection.controls_due(list(step.call.samples.values())).any()
 
 
 def test_rows_without_a_sample_are_left_alone(tmp_path):

@@ -43,6 +43,9 @@ class StepAdapter:
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
         return call.again(conditional_embeds=self._without_text(len(call.samples)))
 
+    def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        return call.again()
+
     def network(self, call: Call) -> nn.Module:
         return self._process.accelerator.unwrap_model(self._sd.unet)
 

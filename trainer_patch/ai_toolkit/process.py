@@ -16,7 +16,7 @@ from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ..hooks import accelerate_hooks, optimizer_hooks
+from ..hooks import accelerate_hooks, end_in_time, optimizer_hooks
 from ..step import Call, Step
 from .adapter import StepAdapter, captions_of, samples_of, text_path
 from .checks import (
@@ -105,10 +105,13 @@ class ProtectedProcess:
 
     def done_hook(self) -> None:
         """Check that what was requested has happened, before ai-toolkit says that all is done."""
-        self._undo.close()
         with printed():
-            self.protection.finish()
+            self._end()
         super().done_hook()
+
+    def _end(self) -> None:
+        self._undo.close()
+        self.protection.finish()
 
     def on_error(self, error: BaseException) -> None:
         """Take the hooks off: other trainings may follow in this process."""
@@ -155,6 +158,8 @@ class ProtectedProcess:
             self.protection.after_save(Path(file))
             state = {"step": self.step_num, "protection": self.protection.state_dict()}
             write_text(self._state_path, json.dumps(state))
+            with printed():
+                end_in_time(self.protection, self._end)
 
         return save_weights
 

@@ -50,7 +50,7 @@ class StepAdapter:
             protection: Fitted already.
             empty: In place of the prompts.
             samples: Called in each step.
-            denoiser: Of the same network, needed for base targets.
+            denoiser: Of the same network, needed for base targets and controls.
             prior_preservation: The second half of each batch are class images that the model
                 made itself; they are neither measured nor left out.
         """
@@ -116,6 +116,9 @@ class StepAdapter:
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
         some = call if rows is None else call.only(rows, _rows(call))
         return some.run(**self._empty.in_place_of_prompt(some.given))[0]
+
+    def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        return (call if rows is None else call.only(rows, _rows(call))).again()[0]
 
     def network(self, call: Call) -> nn.Module:
         return self._network

@@ -19,6 +19,7 @@ from ...shared.training.settings import ProtectionSettings
 from ..hooks import (
     accelerate_hooks,
     calling,
+    end_in_time,
     finish,
     first_step_checked,
     processes_of,
@@ -167,8 +168,9 @@ class Launch:
                 prior_preservation=prior_preservation,
             )
         )
-        if protection.base_targets:
+        if protection.base_targets or protection.watches:
             complete(text_side, network)
+        if protection.base_targets:
             predictions = MovedPredictions(
                 network, adapter.target, self._samples, prior_preservation=prior_preservation
             )
@@ -180,6 +182,7 @@ class Launch:
             accelerate_hooks(accelerator, protection),
             progress_hooks(protection),
             patched(accelerator, "end_training", calling(before=partial(self._end, accelerator))),
+            patched(accelerator, "save_state", calling(after=partial(self._stop, accelerator))),
             patched(LoraBaseMixin, "write_lora_layers", self._write),
         ):
             self._undo.enter_context(hook)
@@ -208,6 +211,9 @@ class Launch:
 
     def _iterate(self, original: Function) -> Function:
         return lambda loader: self._samples.unsigned(original(loader))
+
+    def _stop(self, accelerator: Any) -> None:
+        end_in_time(self.protection, accelerator.end_training)
 
     def _end(self, accelerator: Any) -> None:
         if not self._finished:

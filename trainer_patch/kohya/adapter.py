@@ -48,12 +48,13 @@ class StepAdapter:
             lora: The trainer's network of LoRA factors.
 
         Raises:
-            HookMissing: Base targets are requested, and the LoRA cannot be turned off.
+            HookMissing: Base targets or controls are requested, and the LoRA cannot be turned off.
         """
-        if protection.base_targets and not hasattr(lora, "set_multiplier"):
+        compares = protection.base_targets or protection.watches
+        if compares and not hasattr(lora, "set_multiplier"):
             raise HookMissing(
-                f"{type(lora).__name__} has no set_multiplier, by which project_regions turns "
-                "the LoRA off."
+                f"{type(lora).__name__} has no set_multiplier, by which project_regions, mem_warn "
+                "and mem_stop turn the LoRA off."
             )
         samples.show()
         self._training, self._protection, self._samples = training, protection, samples
@@ -130,6 +131,13 @@ class StepAdapter:
         text = without_text(call.given["text_encoder_conds"], empty, padded=padded)
         with _outputs(call.given[self._argument]) as seen:
             call.check_timesteps(self._timesteps(self._repeat(call, text_encoder_conds=text)))
+        return seen[0]
+
+    def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        if self._training.has_unet:
+            return (call if rows is None else call.only(rows, len(call.samples), BATCHED)).again()
+        with _outputs(call.given[self._argument]) as seen:
+            call.check_timesteps(self._timesteps(self._repeat(call)))
         return seen[0]
 
     def network(self, call: Call) -> nn.Module:

@@ -13,7 +13,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
-from ..hooks import STATE, calling, ending_in_one_line, first_step_checked, save_progress
+from ..hooks import (
+    STATE,
+    calling,
+    end_in_time,
+    ending_in_one_line,
+    first_step_checked,
+    save_progress,
+)
 from ..options import NAMES
 from .adapter import StepAdapter
 from .checks import check_network
@@ -58,6 +65,10 @@ def install(training: Training, network: torch.nn.Module, request: Request) -> P
         undo.close()
         protection.finish()
 
+    def ended() -> None:
+        accelerator.end_training()
+        finish()
+
     def saving(save: Function) -> Function:
         def save_weights(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
             protection.before_save()
@@ -67,6 +78,8 @@ def install(training: Training, network: torch.nn.Module, request: Request) -> P
                 protection.after_save(Path(file))
                 if Path(file).stem == output.name:
                     finish()  # what it raises ends the training in error
+                else:
+                    end_in_time(protection, ended)
 
         return save_weights
 

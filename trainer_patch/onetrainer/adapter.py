@@ -92,6 +92,9 @@ class StepAdapter:
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
         return call.again(batch=without_text(call.given["batch"], self._empty))["predicted"]
 
+    def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
+        return call.again()["predicted"]
+
     def network(self, call: Call | None = None) -> nn.Module:
         model = self._trainer.model
         return model.unet if has_unet(self._trainer.config) else model.transformer

@@ -1,6 +1,7 @@
 """One protected training of OneTrainer, from its start to its end."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..typed import refuse_nothing
 from .adapter import StepAdapter
 from .checks import check_configuration, check_hooks
 from .data import BatchSamples, TextSide
+
+logger = logging.getLogger(__name__)
 
 MODULE = __package__
 """What is typed."""
@@ -200,6 +203,9 @@ def _saving_hooks(trainer: Any, protection: Protection) -> Iterator[None]:
                 save_progress(protection, path)
             else:
                 protection.after_save(path)
+                if protection.ends:  # OneTrainer then saves once more, and ends as it does
+                    logger.warning("The training ends, as mem_stop asks: %s", protection.ends)
+                    trainer.commands.stop()
 
         return save
 

@@ -5,6 +5,7 @@ is being memorized. The adapter runs its network once more, on the empty prompt 
 same input, inside `replay.aside`; everything else happens here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,9 +13,13 @@ import torch
 
 from ...arrays import Float, Tensor
 from ...score.metrics import per_element, text_noise_norm
+from ...wording import name_some
 from .expectation import Expectation, Recall, Visits
 from .sample_log import Record, Sample, SampleLog
 from .thresholds import Threshold
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
 
 Action = Literal["drop", "downweight", "log"]
 Gather = Callable[[Tensor], Tensor]
@@ -22,7 +27,7 @@ Gather = Callable[[Tensor], Tensor]
 joined along the first axis, in the same order in every process."""
 COUNTS = ("calls", "seen", "measured", "flagged")
 """Attributes of a filter that a resumed training goes on counting."""
-REMEMBERING = ("threshold", "expectation", "recall")
+REMEMBERING = ("threshold", "expectation", "recall", "watch")
 """Attributes with a state of their own."""
 
 
@@ -43,6 +48,7 @@ class MemorizationFilter:
         gather: Gather = alone,
         expectation: Expectation | None = None,
         recall: Recall | None = None,
+        watch: Watch | None = None,
     ):
         """Set up the filter.
 
@@ -56,11 +62,12 @@ class MemorizationFilter:
             expectation: Predicts scores, for a relative threshold and for `recall`; it learns the
                 samples of all processes. None makes one where it is needed.
             recall: Skips the extra pass on most visits; None measures every visit.
+            watch: Learns the records, and says which images are being memorized.
         """
         if action not in get_args(Action):
             raise ValueError(f"`action` must be one of {get_args(Action)}, got {action!r}.")
         self.threshold, self.action = threshold, action
-        self.log, self.gather, self.recall = log, gather, recall
+        self.log, self.gather, self.recall, self.watch = log, gather, recall, watch
         needed = threshold.relative or recall is not None
         self.expectation = (expectation or Expectation()) if needed else None
         self.calls = self.seen = self.measured = self.flagged = 0
@@ -166,9 +173,7 @@ class MemorizationFilter:
     ) -> Float[Tensor, " due"]:
         """Return the scores of the samples that are due."""
         ours = cond if due.all() else cond[due.to(cond.device)]
-        # The CPU decides: the same numbers on every device, and no half precision.
-        scores = per_element(text_noise_norm(ours, uncond).cpu().double(), cond.shape[1:])
-        return scores if scale is None else scores * scale.cpu().double()[due]
+        return scores_of(ours, uncond, None if scale is None else scale[due.to(scale.device)])
 
     def _learn(self, everyone: Visits, flagged: Tensor) -> None:
         """Count the samples of all processes, and learn their scores."""
@@ -196,15 +201,33 @@ class MemorizationFilter:
             return
         columns = (own.timesteps, own.scores, own.measured.bool(), flagged, remaining)
         rows = zip(samples, *(column.tolist() for column in columns), strict=True)
-        self.log.add(self.calls, [
+        records = [
             Record(sample=sample, timestep=timestep, score=score, measured=measured,
                    flagged=over, kept=kept)
             for sample, timestep, score, measured, over, kept in rows
-        ])  # fmt: skip
+        ]  # fmt: skip
+        self.log.add(self.calls, records)
+        if self.watch is not None and (new := self.watch.learn(self.calls, records)):
+            logger.warning(
+                "From batch %d on %s being memorized: %s. %d of the training's images are.",
+                self.calls, "this image is" if len(new) == 1 else "these images are",
+                name_some(new), len(self.watch.since),
+            )  # fmt: skip
 
     def _parts(self) -> list[str]:
         """Return the names of the attributes that remember something."""
         return [name for name in REMEMBERING if getattr(self, name) is not None]
+
+
+def scores_of(
+    cond: Float[Tensor, " sample *latent"],
+    uncond: Float[Tensor, " sample *latent"],
+    scale: Float[Tensor, " sample"] | None,
+) -> Float[Tensor, " sample"]:
+    """Return the scores of predictions with the captions and with the empty prompt, float64."""
+    # The CPU decides: the same numbers on every device, and no half precision.
+    scores = per_element(text_noise_norm(cond, uncond).cpu().double(), cond.shape[1:])
+    return scores if scale is None else scores * scale.cpu().double()
 
 
 def scale_gradient(
