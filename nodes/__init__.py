@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate, LoadCalibration
+from .check import MemorizationCheck
 from .detect import DetectMemorization
 from .engine.calibrations import add_folder
 from .guard import MemorizationGuard
@@ -15,6 +16,7 @@ from .watch import MemorizationReport, MemorizationWatch
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDemoModel,
+    MemorizationCheck,
     MemorizationWatch,
     MemorizationReport,
     DetectMemorization,

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 STRANGER = (
     "this latent was not made by a sampler of the watched model. Connect the LATENT of the sampler "
-    "that the MODEL of Memorization Watch leads to"
+    "that the MODEL of Memorization Watch leads to, as it leaves the sampler"
 )
 
 
