@@ -12,11 +12,13 @@ from .load_demo import LoadDemoModel, add_lora_folder
 from .lora_check import LoraCheck
 from .mitigate import MitigateMemorization
 from .switch import MemorizationSwitch
+from .unmemorize import Unmemorize
 from .watch import MemorizationReport, MemorizationWatch
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDemoModel,
     MemorizationCheck,
+    Unmemorize,
     MemorizationWatch,
     MemorizationReport,
     DetectMemorization,

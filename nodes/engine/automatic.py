@@ -29,6 +29,11 @@ NUMBER = 100
 OWN_CONTROLS = "unmemorize controls"
 """Attachment of a MODEL that knows ordinary prompts of its own kind: a tuple of texts."""
 NAME = "photographs and art"
+MAKE_ONE = (
+    "No calibration is connected, and none was made by itself for this model, size and negative. "
+    "Put Memorization Check in front with the same negative, which makes one on first use; or "
+    "connect Calibrate or Load Calibration."
+)
 
 
 def automatic(

@@ -40,6 +40,10 @@ class Check:
     """One per entry of the CONDITIONING, as the calibration scores."""
     calibration: Calibration
     """What they are compared with."""
+    texts: tuple[list, ...]
+    """One CONDITIONING per entry: the text alone, as it was measured."""
+    against: list
+    """CONDITIONING that it was compared with."""
     left_out: tuple[str, ...]
     """What the entries hold besides their text, by ComfyUI's names; it was not measured."""
     residual: bool
@@ -121,6 +125,8 @@ def check_prompt(
     return Check(
         scores=tuple(score for score, _ in rows),
         calibration=judge,
+        texts=tuple(texts),
+        against=against,
         left_out=tuple({key for _, extra in positive for key in extra} - plain),
         residual=basis is not None,
         misfit=differing and MISFIT.format(differing),

@@ -16,6 +16,7 @@ from comfy.sampler_helpers import convert_cond
 
 from ...shared.mitigation.gate import GuardedImage
 from ...shared.sampling.watched_runs import WatchedRun, WatchRecord
+from .automatic import found
 from .model_identity import digest_of_negative, weights_sha256
 
 KEY = "unmemorize"
@@ -69,7 +70,10 @@ def watch(
         guarded: Returns what a guard decided about the images of the run that has just ended.
     """
     watched = model.clone()
-    record = WatchRecord(model=lambda: weights_sha256(watched))
+    record = WatchRecord(
+        model=lambda: weights_sha256(watched),
+        calibration=lambda run: found(watched, run.against, run.latent_shape),
+    )
     guider: Any = None
     run: WatchedRun | None = None
     compared: list = []  # conds of the negative
@@ -88,6 +92,7 @@ def watch(
             latent = executor(noise, image, sampler, sigmas, *args, **kwargs)
             run.latent_id, run.guarded = latent_id(latent), guarded()
             run.negative = digest_of_negative(compared)
+            run.against = tuple(one["cross_attn"] for one in compared if "cross_attn" in one)
             run.end()
             record.start(run)
             return latent

@@ -53,6 +53,8 @@ class WatchedRun:
     """Why there are no scores; of no meaning when there are."""
     negative: str = ""
     """What the prompt was compared with, as calibrations name it; empty where nobody knows."""
+    against: tuple[Tensor, ...] = field(default=(), repr=False)
+    """Its embeddings [1 token width]; none where nobody knows."""
     _first: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     """Level, and per image sigma * |D| of the latent, then of the parts of a clip, if it is one."""
@@ -163,6 +165,8 @@ class WatchRecord:
 
     model: Callable[[], str] | None = None
     """Returns the sha256 of the watched weights; reading them all takes its time."""
+    calibration: Callable[[WatchedRun], Calibration | None] | None = None
+    """Returns the calibration that a host has made by itself for such a run, if it has."""
     runs: list[WatchedRun] = field(default_factory=list)
 
     def start(self, run: WatchedRun) -> None:
