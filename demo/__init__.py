@@ -63,14 +63,13 @@ def controls() -> list[str]:
     Held-out captions that share half of their words with a repeated one ("open mailbox with raised
     flag" beside "open mailbox with lowered flag") are no ordinary prompts and are audited instead.
     """
-    from ..shared.score.families import HALF, overlap
+    from ..shared.score.families import unlike
 
     texts: dict[str, list[str]] = {}
     for caption in captions():
         texts.setdefault(caption.group, []).append(caption.text)
     repeated = [*texts["verbatim"], *texts["template"]]
-    ordinary = [t for t in texts["held_out"] if all(overlap(t, r) < HALF for r in repeated)]
-    return ordinary[::2] + texts["learnt"][::2]
+    return unlike(texts["held_out"], repeated)[::2] + texts["learnt"][::2]
 
 
 def audited() -> "list[Caption]":

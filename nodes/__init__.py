@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate, LoadCalibration
+from .check import MemorizationCheck
 from .detect import DetectMemorization
 from .engine.calibrations import add_folder
 from .guard import MemorizationGuard
@@ -11,10 +12,13 @@ from .load_demo import LoadDemoModel, add_lora_folder
 from .lora_check import LoraCheck
 from .mitigate import MitigateMemorization
 from .switch import MemorizationSwitch
+from .unmemorize import Unmemorize
 from .watch import MemorizationReport, MemorizationWatch
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDemoModel,
+    MemorizationCheck,
+    Unmemorize,
     MemorizationWatch,
     MemorizationReport,
     DetectMemorization,

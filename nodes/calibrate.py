@@ -53,10 +53,11 @@ class Calibrate(io.ComfyNode):
     ) -> io.NodeOutput:
         typed = list(dict.fromkeys(filter(None, map(str.strip, prompts.splitlines()))))
         texts = typed or load_controls(controls)
-        calibration, path = calibrations.calibrate(
+        path = calibrations.new_path(name)
+        calibration = calibrations.calibrate(
             model, clip, texts, negative, latent, config_of(seeds, steps),
             controls="typed prompts" if typed else controls,
-            false_positive_rate=false_positive_rate, name=name,
+            false_positive_rate=false_positive_rate, path=path,
         )  # fmt: skip
         report = (
             f"Threshold {calibration.threshold:.4g} (L2), from {len(texts)} controls; at most "

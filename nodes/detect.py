@@ -5,13 +5,14 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from .engine.measuring import caveat_of, scores_in_order
+from .engine.automatic import CONFIG, found
+from .engine.measuring import caveat_of, latent_shape, scores_in_order
 from .engine.model_identity import weights_sha256
 from .inputs import CalibrationSocket, config_of, schema, seed_inputs
 
 NO_VERDICT = (
     "No verdict: a score alone does not say whether a prompt is memorized. Connect a calibration "
-    "of this model (nodes Calibrate or Load Calibration)."
+    "of this model (nodes Calibrate or Load Calibration), or use Memorization Check."
 )
 
 
@@ -57,6 +58,10 @@ class DetectMemorization(io.ComfyNode):
     ) -> io.NodeOutput:
         config = config_of(seeds[0], steps[0])
         judge = calibration[0].judge if calibration else None
+        if judge is None:  # made by itself: it decides what is measured
+            shape = latent_shape(model[0], latent[0])
+            if own := found(model[0], [text for text, _ in negative[0]], shape):
+                judge, config = own.judge, CONFIG
         basis = judge.basis if judge else None
         rows, settings = scores_in_order(model[0], positive, negative[0], latent[0], config, basis)
         l2, per_element = map(list, zip(*rows, strict=True))

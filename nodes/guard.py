@@ -62,7 +62,10 @@ class MemorizationGuard(io.ComfyNode):
         if gate == "never":
             return io.NodeOutput(*watch(model))
         chosen = chosen_method(method, parameters, vae)
-        guarded = guard(model, chosen, gate_of(gate, calibration), empty=negative, force=force)
+        # Without a calibration the run looks for the one that was made by itself at its size.
+        waits = gate == "auto" and calibration is None
+        decides = None if waits else gate_of(gate, calibration)
+        guarded = guard(model, chosen, decides, empty=negative, force=force)
         return io.NodeOutput(*guarded)
 
 

@@ -14,6 +14,7 @@ from ..shared.arrays import Float, Tensor
 from ..shared.mitigation.gate import Gate
 from ..shared.score.calibration import Calibration
 from ..shared.score.config import DetectionConfig
+from .engine.automatic import MAKE_ONE
 from .engine.measuring import ROWS
 
 if TYPE_CHECKING:
@@ -88,10 +89,7 @@ def gate_of(choice: str, calibration: Calibration | None) -> Gate:
         ValueError: It would have nothing to decide by.
     """
     if choice == "auto" and calibration is None:
-        raise ValueError(
-            "The gate auto needs a calibration to decide by: connect one (nodes Calibrate or Load "
-            "Calibration), or set the gate to always."
-        )
+        raise ValueError(f"The gate auto needs a calibration. {MAKE_ONE} Or set it to always.")
     return Gate(mode=GATES[choice], calibration=calibration)
 
 

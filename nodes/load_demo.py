@@ -5,7 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from .engine.demo_model import load_model
+from .engine.automatic import NUMBER, OWN_CONTROLS
+from .engine.demo_model import load_model, ordinary_captions
 from .inputs import schema
 
 LORAS = Path(__file__).resolve().parent.parent / "example_workflows" / "loras"
@@ -30,4 +31,7 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_model())
+        model, clip, vae = load_model()
+        # Prompts of another kind than its few subjects would be no controls.
+        model.set_attachments(OWN_CONTROLS, ordinary_captions(NUMBER))
+        return io.NodeOutput(model, clip, vae)

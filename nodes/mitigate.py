@@ -8,6 +8,8 @@ from comfy_api.latest import io
 from ..shared.mitigation.embedding import EmbeddingOptimisation
 from ..shared.mitigation.ordinary import OrdinaryEmbedding
 from ..shared.score.calibration import Calibration
+from .engine.automatic import found
+from .engine.measuring import latent_shape
 from .engine.mitigating import MitigatedPrompt, mitigate_prompt
 from .inputs import GATES, TARGETS, CalibrationSocket, gate_of, schema, target_inputs, target_of
 
@@ -81,6 +83,9 @@ class MitigateMemorization(io.ComfyNode):
         else:
             target = target_of(target_from, target_quantile, target_norm)
             method = EmbeddingOptimisation(**steps, **target)
+        calibration = calibration or found(
+            model, [text for text, _ in negative], latent_shape(model, latent)
+        )
         chosen = gate_of(gate, calibration)
         result = mitigate_prompt(
             model, positive, negative, latent, seed, method=method, gate=chosen, force=force

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 STRANGER = (
     "this latent was not made by a sampler of the watched model. Connect the LATENT of the sampler "
-    "that the MODEL of Memorization Watch leads to"
+    "that the MODEL of Memorization Watch leads to, as it leaves the sampler"
 )
 
 
@@ -101,6 +101,8 @@ class MemorizationReport(io.ComfyNode):
             text = f"Not measurable in this run: {run.reason if run else STRANGER}."
             drawn, score, memorized = draw_note(text), math.nan, False
         else:
+            if calibration is None and record.calibration is not None:
+                calibration = record.calibration(run)
             known = calibration is not None and record.model is not None
             model = record.model() if known else None
             verdict = judge(run, calibration, steps=steps, model=model)

@@ -98,7 +98,8 @@ def imported_modules(root: Path) -> dict[str, set[str]]:
     found = {}
     for name, path in named.items():
         names = imports_of(path.read_text("utf-8"), package_of(root, path))
-        inside = {other.removeprefix("unmemorize.") for other in names}
+        # A bare `nodes` is ComfyUI's.
+        inside = {o.removeprefix("unmemorize.") for o in names if o.startswith("unmemorize.")}
         # `from .a import b` names a module a.b where there is one, else a name in the module a.
         parents = {other.rpartition(".")[0] for other in inside if other in named}
         found[name] = {other for other in inside & named.keys() if other not in parents} - {name}

@@ -55,6 +55,15 @@ def load(name: str) -> Calibration:
         raise ValueError(f"{error} In ComfyUI: run the node Calibrate.") from error
 
 
+def new_path(name: str) -> Path:
+    """Return the file that a calibration is saved in under a name; an older one is replaced.
+
+    Raises:
+        ValueError: The name is not the plain name of a file.
+    """
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{checked_name(name)}.json"
+
+
 def calibrate(
     model: ModelPatcher,
     clip: Any,
@@ -65,9 +74,9 @@ def calibrate(
     *,
     controls: str,
     false_positive_rate: float,
-    name: str,
-) -> tuple[Calibration, Path]:
-    """Score control prompts, and save the calibration under a name; an older one is replaced.
+    path: Path,
+) -> Calibration:
+    """Score control prompts, and save the calibration.
 
     An interrupted run leaves its scores in ComfyUI's temporary folder, and the next one goes on.
 
@@ -80,12 +89,11 @@ def calibrate(
         config: What to measure.
         controls: Name of the list of prompts, for reports.
         false_positive_rate: Share of ordinary prompts that may be flagged.
-        name: Of the file, without its ending.
+        path: Where to save it, as JSON with what belongs to it beside it.
 
     Raises:
-        ValueError: The name is not the plain name of a file, or the prompts are too few.
+        ValueError: The prompts are too few.
     """
-    path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{checked_name(name)}.json"
     if len(prompts) < controls_needed(false_positive_rate):
         raise ValueError(
             f"{len(prompts)} control prompts cannot support a false-positive rate of "
@@ -131,7 +139,7 @@ def calibrate(
     journal.path.unlink(missing_ok=True)
     first.remove()
     told.remove()
-    return calibration, path
+    return calibration
 
 
 def checked_name(name: str) -> str:

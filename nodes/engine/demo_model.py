@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ...shared.files.weights import ModelError
 from ...shared.models.checks import check_keys
+from ...shared.score.controls import spread
+from ...shared.score.families import unlike
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -35,6 +37,16 @@ def load_model(folder: Path = FOLDER) -> "tuple[ModelPatcher, CLIP, VAE]":
             "with its folder `demo`."
         )
     return _unet(folder), _text_encoder(folder), _autoencoder(folder)
+
+
+def ordinary_captions(number: int) -> tuple[str, ...]:
+    """Return captions that the model does not memorize: half it knows, half it never saw."""
+    groups: dict[str, list[str]] = {}
+    for caption in json.loads((FOLDER / "captions.json").read_text("utf-8")):
+        groups.setdefault(caption["group"], []).append(caption["text"])
+    # What is near a repeated one is no ordinary caption.
+    held_out = unlike(groups["held_out"], [*groups["verbatim"], *groups["template"]])
+    return tuple(spread(held_out, number // 2) + spread(groups["learnt"], number // 2))
 
 
 def _read(folder: Path, weights: str) -> dict[str, Tensor]:

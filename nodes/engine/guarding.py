@@ -22,6 +22,7 @@ from ...shared.mitigation.method import Method, Mitigation, Start, Step
 from ...shared.mitigation.optimisation import Optimised
 from ...shared.sampling.watched_runs import WatchRecord
 from ...shared.score.metrics import text_noise_norm
+from .automatic import MAKE_ONE, found
 from .comfy_denoiser import ModelDenoiser, Prompt, percent_of
 from .damped_attention import ComfyTwoForces
 from .measuring import live_progress
@@ -52,7 +53,7 @@ NOT_FROM_NOISE = (
 def guard(
     model: ModelPatcher,
     method: Method,
-    gate: Gate,
+    gate: Gate | None,
     *,
     empty: list | None = None,
     force: bool = False,
@@ -64,24 +65,25 @@ def guard(
     Args:
         model: Stays as it is.
         method: What to do to a run whose prompt the gate lets through.
-        gate: When to do it.
+        gate: When to do it; None finds the automatic calibration once the size of a run is known.
         empty: CONDITIONING that scores are measured against; None takes the guider's negative.
         force: Use a calibration that does not fit.
     """
     run: GuardedSampling | None = None
-    acting = method
+    acting, deciding = method, gate
     decided: tuple[GuardedImage, ...] = ()
     weights = ""
     guarded, record = watch(model, guarded=lambda: decided)
 
     def on_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal acting, decided, weights
+        nonlocal acting, decided, weights, deciding
         guider, decided = executor.class_obj, ()
         if empty:
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
         if isinstance(method, FolderNeighbours):  # its VAE is loaded before the model
             acting = method.at(guider.model_patcher, tuple(args[0].shape[1:]))
-        if gate.calibration is not None:
+        deciding = gate or automatic_gate(guider, EMPTY if empty else "negative", args[0])
+        if deciding.calibration is not None:
             weights = weights_sha256(guider.model_patcher)
         return executor(*args, **kwargs)
 
@@ -99,7 +101,8 @@ def guard(
         run = GuardedSampling(guider, acting, empty=EMPTY if empty else "negative")
         try:
             options = extra_args["model_options"]
-            noise = run.start(gate, sigmas, options, noise, weights=weights, force=force)
+            assert deciding is not None  # since the run began
+            noise = run.start(deciding, sigmas, options, noise, weights=weights, force=force)
             decided = run.images
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         finally:
@@ -122,6 +125,24 @@ def guard(
     guarded.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, on_predictions)
     guarded.set_model_sampler_post_cfg_function(on_guided)
     return guarded, record
+
+
+def automatic_gate(guider: Any, empty: str, noise: Tensor) -> Gate:
+    """Return the gate of the calibration that was made by itself.
+
+    Args:
+        guider: As its run begins.
+        empty: Under which key it holds what scores are measured against.
+        noise: [image *latent].
+
+    Raises:
+        ValueError: There is none for this model, size and negative.
+    """
+    negative = [entry["cross_attn"] for entry in guider.conds.get(empty, ())]
+    calibration = found(guider.model_patcher, negative, tuple(noise.shape[1:]))
+    if calibration is None:
+        raise ValueError(MAKE_ONE)
+    return Gate(calibration=calibration)
 
 
 class GuardedSampling:

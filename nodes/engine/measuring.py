@@ -62,13 +62,7 @@ def with_denoiser(
     """
     sampling = model.get_model_object("model_sampling")
     parametrization_of(sampling)
-    samples = latent["samples"]
-    if getattr(samples, "is_nested", False) or samples.ndim != 4:
-        raise ValueError("Only images can be measured: connect an empty latent image.")
-    # Newer versions say in the LATENT how many pixels a place stands for.
-    scales = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
-    samples = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples), **scales)
-    noise = torch.zeros(ROWS, *samples.shape[1:])
+    noise = torch.zeros(ROWS, *latent_shape(model, latent))
     conds = {name: prompt.entries for name, prompt in prompts.items()} | {NEGATIVE: negative}
     if not all(conds.values()):
         raise ValueError("A conditioning is empty: connect an encoded text.")
@@ -78,6 +72,21 @@ def with_denoiser(
     sampler = _Work(work, prompts, live_progress(model, forward_rows), gradients)
     guider.sample(noise, noise.clone(), sampler, levels, disable_pbar=True, seed=0)
     return sampler.result
+
+
+def latent_shape(model: ModelPatcher, latent: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of one latent of this LATENT's size as the network reads it.
+
+    Raises:
+        ValueError: It is no image.
+    """
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or samples.ndim != 4:
+        raise ValueError("Only images can be measured: connect an empty latent image.")
+    # Newer versions say in the LATENT how many pixels a place stands for.
+    scales = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
+    fixed = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples), **scales)
+    return tuple(fixed.shape[1:])
 
 
 class _Work(comfy.samplers.Sampler):

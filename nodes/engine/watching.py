@@ -5,7 +5,8 @@ them. It is a closure: versions before 0.16 copy callable objects when a model i
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from comfy.sampler_helpers import convert_cond
 
 from ...shared.mitigation.gate import GuardedImage
 from ...shared.sampling.watched_runs import WatchedRun, WatchRecord
+from .automatic import found
 from .model_identity import digest_of_negative, weights_sha256
 
 KEY = "unmemorize"
@@ -28,6 +30,9 @@ NO_NEGATIVE = (
     "the guider has no negative prompt. Connect an encoded empty text to Memorization Watch to "
     "have it measured anyway"
 )
+SWITCHED_OFF = "the time range of a prompt leaves out every step that was sampled"
+BESIDE_TEXT = ("area", "mask", "control", "gligen", "hooks")
+"""What changes a prediction for a text and no control has, by ComfyUI's names."""
 NO_PAIR = "the guider never predicts the positive and the negative prompt together"
 
 
@@ -38,10 +43,13 @@ def begins_at_noise(model: ModelPatcher, sigmas: torch.Tensor) -> bool:
 
 
 def latent_id(samples: torch.Tensor) -> str:
-    """Return what a latent is recognised by, also after it was moved to another device."""
+    """Return what a latent is recognised by, also on another device and in half precision.
+
+    ComfyUI casts latents after sampling where it keeps intermediate results in float16.
+    """
     if getattr(samples, "is_nested", False):
         samples = samples.unbind()[0]
-    plain = samples.detach().float().cpu().contiguous()
+    plain = samples.detach().cpu().half().contiguous()
     return hashlib.sha256(plain.numpy().tobytes()).hexdigest()
 
 
@@ -62,7 +70,10 @@ def watch(
         guarded: Returns what a guard decided about the images of the run that has just ended.
     """
     watched = model.clone()
-    record = WatchRecord(model=lambda: weights_sha256(watched))
+    record = WatchRecord(
+        model=lambda: weights_sha256(watched),
+        calibration=lambda run: found(watched, run.against, run.latent_shape),
+    )
     guider: Any = None
     run: WatchedRun | None = None
     compared: list = []  # conds of the negative
@@ -74,12 +85,14 @@ def watch(
         # Where another sampler has begun, this one adds zeros.
         adds_noise = getattr(noise, "is_nested", False) or bool(noise.any())
         run.from_noise = adds_noise and begins_at_noise(guider.model_patcher, sigmas)
+        run.begins = float(sigmas[0])
         if measure_anyway and empty and not guider.conds.get("negative"):
             guider.conds[EMPTY] = convert_cond(empty)  # prepared with the others, by ComfyUI
         try:
             latent = executor(noise, image, sampler, sigmas, *args, **kwargs)
             run.latent_id, run.guarded = latent_id(latent), guarded()
             run.negative = digest_of_negative(compared)
+            run.against = tuple(one["cross_attn"] for one in compared if "cross_attn" in one)
             run.end()
             record.start(run)
             return latent
@@ -94,14 +107,19 @@ def watch(
         if run is None:
             return predictions
         positive, negative = places(guider, conds)
-        if positive is not None and negative is not None:
+        asked = [conds[place] for place in (positive, negative) if place is not None]
+        if not all(active(entries, sigma) for entries in asked):
+            run.reason = SWITCHED_OFF  # ComfyUI returns zeros, which no prompt has predicted
+        elif positive is not None and negative is not None:
             compared = compared or conds[negative]
+            run.unlike = run.unlike or beside_text(conds[positive]) or beside_text(conds[negative])
             run.add(predictions[positive], predictions[negative], sigma)
         elif positive is not None and len(conds) > 1 and conds[1 - positive] is None:
             other = guider.conds.get("negative") or guider.conds.get(EMPTY)
             run.reason = NO_NEGATIVE if measure_anyway else NO_GUIDANCE
             if measure_anyway and other:
                 compared = compared or other
+                run.unlike = run.unlike or beside_text(conds[positive])
                 (uncond,) = executor(network, [other], x, sigma, options)
                 run.add(predictions[positive], uncond, sigma)
                 run.extra_passes += 1
@@ -110,6 +128,26 @@ def watch(
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, on_run)
     watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, on_predictions)
     return watched, record
+
+
+def active(entries: Sequence[Mapping[str, Any]], sigma: torch.Tensor) -> bool:
+    """Return whether the time range of any entry of a prepared CONDITIONING holds a level."""
+    ranges = [
+        (each.get("timestep_end", 0.0), each.get("timestep_start", math.inf)) for each in entries
+    ]
+    if (0.0, math.inf) in ranges:  # without a look at the level, for which a device would be waited
+        return True
+    return any(end <= float(sigma.flatten()[0]) <= start for end, start in ranges)
+
+
+def beside_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a prepared CONDITIONING is besides one text, "" of a text alone."""
+    if len(entries) > 1:
+        return f"a prompt has {len(entries)} parts, which are averaged"
+    (entry,) = entries
+    more = [name for name in BESIDE_TEXT if entry.get(name) is not None]
+    more += ["strength"] if entry.get("strength", 1.0) != 1.0 else []
+    return f"a prompt has {', '.join(more)}" if more else ""
 
 
 def places(guider: Any, conds: Sequence) -> tuple[int | None, int | None]:

@@ -69,6 +69,7 @@ def score_distribution(
     control_scores: Sequence[Number] | np.ndarray,
     threshold: Number | None,
     *,
+    audited: str = "audited",
     theme: Theme = "light",
     width: int = 1760,
 ) -> "Image":
@@ -79,30 +80,31 @@ def score_distribution(
         flagged: Whether each is above the threshold; these are diamonds.
         control_scores: Of the control prompts, same unit.
         threshold: Same unit, drawn as an upright line; None when there is none.
+        audited: What stands beside the dots of the audited prompts.
         theme: Colours.
         width: Pixels.
     """
-    audited, controls = (np.asarray(v, dtype=float) for v in (scores, control_scores))
+    own, controls = (np.asarray(v, dtype=float) for v in (scores, control_scores))
     hits = np.asarray(flagged, dtype=bool)
-    if audited.shape != hits.shape:
-        raise ValueError(f"{len(audited)} `scores` but {len(hits)} `flagged`.")
-    every = np.concatenate([audited, controls, [] if threshold is None else [threshold]])
+    if own.shape != hits.shape:
+        raise ValueError(f"{len(own)} `scores` but {len(hits)} `flagged`.")
+    every = np.concatenate([own, controls, [] if threshold is None else [threshold]])
     every = every[np.isfinite(every)]
     if not every.size:
         raise ValueError("There is no finite score to draw.")
     x = _range_axis(float(every.min()), float(every.max()), most=width // 120)
-    y = Axis(label="", low=-0.1, high=2.15, ticks=[(0, "controls"), (1, "audited")])
+    y = Axis(label="", low=-0.1, high=2.15, ticks=[(0, "controls"), (1, audited)])
     height = max(640, round(0.46 * width))
     chart = Chart(x, y, width=width, height=height, size=LETTERS, theme=theme)
-    radius = float(np.clip(4.1 / max(len(audited) + len(controls), 1) ** 0.5, 0.12, 0.27))
-    audited_heights, control_heights = (
+    radius = float(np.clip(4.1 / max(len(own) + len(controls), 1) ** 0.5, 0.12, 0.27))
+    own_heights, control_heights = (
         base + _stack([x.part(value) for value in values], width // COLUMN)
-        for base, values in ((1.05, audited), (0.05, controls))
+        for base, values in ((1.05, own), (0.05, controls))
     )
     for values, heights, role in (
         (controls, control_heights, "control"),
-        (audited[~hits], audited_heights[~hits], "other"),
-        (audited[hits], audited_heights[hits], "flagged"),
+        (own[~hits], own_heights[~hits], "other"),
+        (own[hits], own_heights[hits], "flagged"),
     ):
         shape: Shape = "diamond" if role == "flagged" else "disc"
         size = 1.25 * radius if role == "flagged" else radius

@@ -68,10 +68,10 @@ def _rows(run: WatchedRun, verdict: RunVerdict) -> list[tuple[str, int, str]]:
         rows.append(("Dots: the residual, which decides. Lines: the magnitude.", SMALL, "muted"))
     if _replaced(run):
         rows.append(("Rings: with the noise that the guard replaced.", SMALL, "muted"))
-    if verdict.threshold is None:
-        rows.append((NO_CALIBRATION, SMALL, "muted"))
-    elif verdict.caveats:
+    if verdict.caveats:
         rows.append(("The calibration does not fit; see the report text.", SMALL, "muted"))
+    elif verdict.threshold is None:
+        rows.append((NO_CALIBRATION, SMALL, "muted"))
     return rows
 
 

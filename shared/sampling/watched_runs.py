@@ -12,13 +12,17 @@ from ..score.clips import DIMENSIONS, ClipNorms, clip_norms
 from ..score.config import CLIP_PARTS
 from ..score.metrics import per_element, text_noise, text_noise_norm
 from ..wording import counted
-from .first_level import misfit
+from .first_level import HIGHEST, LOWEST, misfit
 
 KEPT_RUNS = 16
 NO_CALIBRATION = "A verdict needs a calibration of this model."
 NO_RESIDUAL = (
     "the calibration has none for sampled images. Run Calibrate again, with two seeds or more and "
     "one step"
+)
+PROMPTS_ALONE = "The calibration judges prompts and no sampled images."
+BEFORE_SAMPLING = (
+    "Memorization Check judges the prompt before it is sampled, whatever the sampler does."
 )
 NO_PARTS = (
     "No verdict on content and motion: each needs controls of its own, of such clips on this model."
@@ -33,6 +37,10 @@ class WatchedRun:
 
     from_noise: bool = True
     """It began at pure noise, not at an image or where another sampler had stopped."""
+    begins: float = 0.0
+    """Noise level at which sampling began; 0 where nobody knows."""
+    unlike: str = ""
+    """What the prompt has besides its text, so that no control compares; empty of a text alone."""
     latent_shape: tuple[int, ...] = ()
     """Of one image, without the batch."""
     latent_id: str = ""
@@ -45,6 +53,8 @@ class WatchedRun:
     """Why there are no scores; of no meaning when there are."""
     negative: str = ""
     """What the prompt was compared with, as calibrations name it; empty where nobody knows."""
+    against: tuple[Tensor, ...] = field(default=(), repr=False)
+    """Its embeddings [1 token width]; none where nobody knows."""
     _first: Tensor | None = field(default=None, repr=False)
     _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     """Level, and per image sigma * |D| of the latent, then of the parts of a clip, if it is one."""
@@ -76,29 +86,44 @@ class WatchedRun:
         """Return the residual per image at the first evaluation, L2 norm, float64 on the CPU.
 
         Args:
-            observed: What sampled images are judged by, where `residual_reason` is empty.
+            observed: What sampled images are judged by, where `misfits` is empty.
         """
         assert observed.basis is not None
         assert self._first is not None
         return observed.basis.residual(self._first.cpu(), [0] * len(self._first)).double()
 
-    def residual_reason(self, calibration: Calibration, model: str | None) -> str:
-        """Return why residuals of the images do not compare with the controls', "" if they do.
+    def misfits(self, judging: Calibration, model: str | None) -> tuple[str, ...]:
+        """Return why scores of the images do not compare with the controls', one sentence each.
 
         Args:
-            calibration: Of this model.
+            judging: What sampled images are judged by.
             model: Sha256 of the weights that were sampled with; None where nobody knows.
         """
-        observed = calibration.observed
-        if observed is None:
-            return NO_RESIDUAL
-        if model not in (None, observed.model):
-            return "the weights are others than the controls were measured with"
+        sigmas, settings = self.sigmas, judging.settings
+        told = []
+        if model not in (None, judging.model):
+            told.append("the weights are others than the controls were measured with")
+        if self.unlike:
+            told.append(f"the controls are texts alone, and here {self.unlike}")
         if not self.from_noise:
-            return "sampling did not begin at pure noise"
-        if self.negative != observed.settings.get("negative", ""):
-            return "the negative prompt is another one than Calibrate compared with"
-        return misfit(observed, self.latent_shape, float(self._rows[0][0]))
+            told.append("sampling did not begin at pure noise")
+        elif self.begins and sigmas[0] < LOWEST * self.begins:
+            told.append(
+                f"the first step, at noise level {self.begins:.4g}, was not measured (cfg was 1 or "
+                f"a prompt was off): the first that was is at {sigmas[0]:.4g}"
+            )
+        if self.negative != settings.get("negative", ""):
+            told.append("the negative prompt is another one than the controls were compared with")
+        if first := misfit(judging, self.latent_shape, sigmas[0]):
+            told.append(first)
+        if len(sigmas) < settings["steps"]:
+            told.append(f"the controls have {settings['steps']} steps, this run has {len(sigmas)}")
+        elif any(
+            not LOWEST * level <= sigma <= HIGHEST * level
+            for sigma, level in zip(sigmas[1:], settings["sigmas"][1:], strict=False)
+        ):
+            told.append("the steps after the first are at other noise levels than the controls'")
+        return tuple(f"{reason[0].upper()}{reason[1:]}." for reason in told)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -140,6 +165,8 @@ class WatchRecord:
 
     model: Callable[[], str] | None = None
     """Returns the sha256 of the watched weights; reading them all takes its time."""
+    calibration: Callable[[WatchedRun], Calibration | None] | None = None
+    """Returns the calibration that a host has made by itself for such a run, if it has."""
     runs: list[WatchedRun] = field(default_factory=list)
 
     def start(self, run: WatchedRun) -> None:
@@ -148,11 +175,8 @@ class WatchRecord:
         del self.runs[:-KEPT_RUNS]
 
     def find(self, latent_id: str) -> WatchedRun | None:
-        """Return the run that made a latent: by the latent itself, or the only one there is."""
-        for run in reversed(self.runs):
-            if run.latent_id == latent_id:
-                return run
-        return self.runs[0] if len(self.runs) == 1 else None
+        """Return the latest run that made a latent; None of the latents of other samplers."""
+        return next((run for run in reversed(self.runs) if run.latent_id == latent_id), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,14 +224,14 @@ class RunVerdict:
     measure: str = "magnitude"
     """What the scores are: "residual", outside of what the controls add, or "magnitude"."""
     reason: str = ""
-    """Why they are no residuals although there is a calibration."""
+    """Why images that have a verdict are not judged by residuals."""
     steps: int
     """Noise levels the scores are means over, counted from the noisiest."""
     threshold: float | None = None
     controls: tuple[float, float] | None = None
     """Between these lie the scores of 90 % of the controls."""
     caveats: tuple[str, ...] = ()
-    """What makes the calibration not fit, one sentence each."""
+    """Why there is no verdict although there is a calibration, one sentence each."""
 
     @property
     def hits(self) -> int:
@@ -224,8 +248,9 @@ def judge(
 ) -> RunVerdict:
     """Return the scores of a run's images, and verdicts where there is a calibration.
 
-    An image is one seed: it is compared with what the controls score at one seed. Its score is the
-    residual where the run fits the calibration, else the magnitude, with caveats.
+    An image is one seed: it is compared with what the controls score at one seed, by the residual
+    where the calibration has one. A verdict compares like with like: where the run is not what the
+    controls were, there are magnitudes and the reasons, and no verdict.
 
     Args:
         run: With at least one measured level.
@@ -238,9 +263,14 @@ def judge(
     traces = run.traces
     steps = min(steps, traces.shape[1])
     scores = magnitudes = traces[:, :steps].mean(1)
-    judging, reason = calibration, ""
-    if calibration is not None and not (reason := run.residual_reason(calibration, model)):
-        judging = calibration.require_observed()
+    judging, caveats = None, ()
+    if calibration is not None:
+        judging = calibration.observed or calibration
+        caveats = run.misfits(judging, model)
+        if calibration.basis is not None and calibration.observed is None:
+            caveats = (*caveats, PROMPTS_ALONE)
+    by_residual = judging is not calibration and not caveats
+    if judging is not None and by_residual:
         scores = run.residuals(judging)
     images = [
         ImageVerdict(score=score, magnitude=magnitude, per_element=element)
@@ -249,11 +279,10 @@ def judge(
             per_element(scores, run.latent_shape).tolist(), strict=True,
         )
     ]  # fmt: skip
-    fits = calibration is not None and not _caveats(run, calibration, model)
-    parts = _parts(run, calibration if fits else None, steps)
+    parts = _parts(run, None if caveats else calibration, steps)
     images = [replace(image, parts=own) for image, own in zip(images, parts, strict=True)]
-    if judging is None:
-        return RunVerdict(images=tuple(images), steps=steps)
+    if judging is None or caveats:
+        return RunVerdict(images=tuple(images), steps=steps, caveats=caveats)
     single = _of_one_seed(judging)
     p_values, flags = single.p_values(scores).tolist(), single.flags(scores).tolist()
     quantiles = single.sorted_scores.quantile(torch.tensor([0.05, 0.95]).double())
@@ -262,12 +291,11 @@ def judge(
             replace(image, p_value=p_value, memorized=memorized)
             for image, p_value, memorized in zip(images, p_values, flags, strict=True)
         ),
-        measure="magnitude" if judging is calibration else "residual",
-        reason=reason,
+        measure="residual" if by_residual else "magnitude",
+        reason="" if by_residual else NO_RESIDUAL,
         steps=steps,
         threshold=single.threshold,
         controls=tuple(quantiles.tolist()),
-        caveats=_caveats(run, judging, model),
     )
 
 
@@ -300,29 +328,11 @@ def _parts(
     return [*zip(*columns, strict=True)]
 
 
-def _caveats(run: WatchedRun, calibration: Calibration, model: str | None) -> tuple[str, ...]:
-    """Return how the run differs from what the calibration was made with."""
-    caveats = []
-    if model is not None and model != calibration.model:
-        caveats.append("Calibrated on other weights; thresholds do not carry over.")
-    shape = calibration.latent_shape
-    if shape != run.latent_shape:
-        sizes = (" x ".join(map(str, each)) for each in (shape, run.latent_shape))
-        caveats.append("Calibrated on latents of {}, this one is {}.".format(*sizes))
-    if not run.from_noise:
-        caveats.append("Sampling did not begin at pure noise, where the controls were measured.")
-    if len(run.sigmas) < calibration.settings["steps"]:
-        caveats.append(
-            f"Calibrated on {calibration.settings['steps']} steps, this run has {len(run.sigmas)}."
-        )
-    return tuple(caveats)
-
-
 def headline(verdict: RunVerdict) -> str:
     """Return the result of a run in a few words."""
     images = len(verdict.images)
     if verdict.threshold is None:
-        return "Scores only: no calibration"
+        return "No verdict: scores only" if verdict.caveats else "Scores only: no calibration"
     if images == 1:
         return "Looks memorized" if verdict.hits else "Does not look memorized"
     if not verdict.hits:
@@ -362,6 +372,9 @@ def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_pas
             lines.append(NO_PARTS)
     if calibration is None:
         lines.append(NO_CALIBRATION)
+    elif verdict.caveats:
+        lines += ["No verdict, because the run is not what the controls were:", *verdict.caveats]
+        lines.append(BEFORE_SAMPLING)
     else:
         if verdict.reason:
             lines.append(f"Not judged by the residual: {verdict.reason}.")
@@ -370,8 +383,6 @@ def verdict_text(verdict: RunVerdict, calibration: Calibration | None, extra_pas
             f"ordinary prompts score higher, by {len(calibration.control_scores)} controls "
             f"({calibration.controls}). p: share of controls that score at least as high."
         )
-    if verdict.caveats:
-        lines += ["The calibration does not fit this run:", *verdict.caveats]
     if extra_passes:
         passes = counted(extra_passes, "additional pass", "additional passes")
         lines.append(f"Measured anyway: {passes} of the network.")

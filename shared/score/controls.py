@@ -5,6 +5,7 @@ caption of a known data set. Whether a model was trained on something alike cann
 controls from the model's own domain, held out from its training, are better where they exist.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "controls"
@@ -29,3 +30,8 @@ def load_controls(name: str) -> list[str]:
         )
     lines = (FOLDER / f"{name}.txt").read_text("utf-8").splitlines()
     return [line for line in lines if line]
+
+
+def spread(texts: Sequence[str], number: int) -> list[str]:
+    """Return so many texts from all over a list, whose neighbours are alike."""
+    return [texts[index * len(texts) // number] for index in range(number)]

@@ -45,6 +45,11 @@ def overlap(a: str, b: str) -> float:
     return len(first & second) / max(1, len(first | second))
 
 
+def unlike(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return the texts that share less than `HALF` of their words with each of the others."""
+    return [text for text in texts if all(overlap(text, other) < HALF for other in others)]
+
+
 def sharing_words(prompts: Sequence[str]) -> list[Pair]:
     """Return the pairs of prompts that share at least `HALF` of their words."""
     words = [words_of(prompt) for prompt in prompts]

@@ -21,6 +21,7 @@ from comfyui_trees import NEWEST, VERSIONS, tree  # noqa: E402
 
 PAIRS, STEPS, IMPORTS = 40, 20, 3
 TURNS, ITERATIONS = 8, 10
+PART = 25  # prompts of one request, which may take as long as a test's
 IMPORT = """
 import asyncio, os, sys, time
 folder, tree, pack, base = sys.argv[1:]
@@ -192,14 +193,38 @@ def measure(version: str, base: Path) -> dict:
     }  # fmt: skip
 
 
+def verdicts(base: Path) -> dict:
+    """Return how many ordinary captions are flagged at each setting, of the newest version."""
+    from comfyui_verdicts import NUMBER, SETTINGS, flagged
+    from figures import share_of
+
+    found, comfy = {}, ComfyUI(NEWEST, base)
+    try:
+        for name in ("check", *SETTINGS):
+            told = [flag for first in range(0, NUMBER, PART)
+                    for flag in comfy.call(flagged, name, first, first + PART)]  # fmt: skip
+            start = f"comfyui.verdict.{name}"
+            found[f"{start}.false_positive_rate"] = share_of([flag is True for flag in told])
+            found[f"{start}.with_verdict"] = share_of([flag is not None for flag in told])
+    finally:
+        comfy.close()
+    return found
+
+
 def main() -> None:
     """Measure every version, print and record; keys without a version are the newest one's."""
     from figures import command_of, record
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=VERSIONS, help="one version of ComfyUI")
+    parser.add_argument("--only", choices=[*VERSIONS, "verdicts"],
+                        help="one version of ComfyUI, or the newest one's verdicts")  # fmt: skip
     parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     arguments = parser.parse_args()
+    if arguments.only in (None, "verdicts"):
+        with tempfile.TemporaryDirectory() as base:
+            record(verdicts(Path(base)), command_of("comfyui"), output=arguments.output)
+        if arguments.only:
+            return
     for version in [arguments.only] if arguments.only else VERSIONS:
         if reason := missing(version):
             sys.exit(reason)

@@ -1,6 +1,7 @@
 """Runs that a host reports: scores by noise level, verdicts at one seed, the right run found."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,17 +66,27 @@ def test_the_calibration_decides_how_many_steps_count():
     assert verdict.images[0].per_element == pytest.approx(3.0 / math.sqrt(math.prod(SHAPE)))
 
 
-def test_what_does_not_fit_is_told():
+def test_what_does_not_fit_is_told_and_there_is_no_verdict():
     cal = calibration(steps=3)
-    assert judge(run([1.0]), cal).caveats == ()
-    short = judge(run([1.0], levels=2, from_noise=False), cal)
-    assert [c.split()[0] for c in short.caveats] == ["Sampling", "Calibrated"]
-    assert judge(run([1.0]), cal, model="m").caveats == ()
-    assert "other weights" in judge(run([1.0]), cal, model="n").caveats[0]
-    other = run([1.0])
+    assert judge(run([1.0]), calibration()).caveats == ()
+    short = judge(run([9.0], levels=2, from_noise=False), cal)
+    assert [c.split()[0] for c in short.caveats] == ["Sampling", "The"]
+    assert judge(run([1.0]), calibration(), model="m").caveats == ()
+    assert "weights are others" in judge(run([1.0]), cal, model="n").caveats[0]
+    other = run([9.0])
     other.latent_shape = (4, 16, 16)
-    assert "4 x 16 x 16" in judge(other, cal).caveats[0]
-    assert "does not fit" in verdict_text(judge(other, cal), cal, 0)
+    verdict = judge(other, cal)
+    assert "4 x 16 x 16" in verdict.caveats[0]
+    assert "No verdict, because" in verdict_text(verdict, cal, 0)
+    assert "Memorization Check judges the prompt" in verdict_text(verdict, cal, 0)
+
+
+def test_steps_after_the_first_are_judged_at_the_levels_of_the_controls_alone():
+    made, cal = run([9.0]), calibration(steps=3)
+    cal.settings["sigmas"] = list(made.sigmas[:3])
+    assert judge(made, cal).hits == 1
+    cal.settings["sigmas"][2] *= 1.2
+    assert judge(made, cal).hits == 0
 
 
 def test_a_run_that_fits_is_judged_by_what_its_first_prediction_adds_beyond_the_controls():
@@ -104,12 +115,14 @@ def test_a_run_that_fits_is_judged_by_what_its_first_prediction_adds_beyond_the_
     [
         ({}, "n", "weights are others"),
         ({"from_noise": False}, "m", "did not begin at pure noise"),
+        ({"begins": 20.0}, "m", "first step, at noise level 20, was not measured"),
+        ({"unlike": "a prompt has area"}, "m", "texts alone, and here a prompt has area"),
         ({"negative": "another"}, "m", "negative prompt is another one"),
         ({"levels": 1, "first": 11.0}, "m", "noise level 11, the controls were measured at 14.6"),
         ({"size": (4, 8, 16)}, "m", "latents are 4 x 8 x 16, those of the controls 4 x 8 x 8"),
     ],
 )
-def test_a_run_that_does_not_fit_is_judged_by_magnitudes_and_says_why(changes, model, words):
+def test_a_run_that_does_not_fit_has_no_verdict_and_says_why(changes, model, words):
     made, cal = run([9.0]), calibration_of_images()
     assert judge(made, cal, model="m").measure == "residual"
     changes = dict(changes)
@@ -122,10 +135,13 @@ def test_a_run_that_does_not_fit_is_judged_by_magnitudes_and_says_why(changes, m
         setattr(made, name, value)
     verdict = judge(made, cal, model=model)
     assert verdict.measure == "magnitude"
-    assert words in verdict.reason
+    (reason,) = verdict.caveats
+    assert words in reason[0].lower() + reason[1:]
     assert verdict.images[0].score == verdict.images[0].magnitude == pytest.approx(9.0)
-    assert verdict.threshold == cal.threshold_for(1)
-    assert f"Not judged by the residual: {verdict.reason}." in verdict_text(verdict, cal, 0)
+    assert (verdict.threshold, verdict.hits) == (None, 0)
+    assert (verdict.images[0].p_value, verdict.images[0].memorized) == (None, None)
+    assert headline(verdict) == "No verdict: scores only"
+    assert reason in verdict_text(verdict, cal, 0)
     assert len(made.sigmas) == levels
 
 
@@ -145,16 +161,24 @@ def test_a_calibration_without_residuals_of_images_says_what_makes_them():
     assert judge(run([9.0])).reason == ""  # without any, there is nothing to say
 
 
+def test_a_calibration_of_prompts_alone_judges_no_image():
+    """Its scores are 1 where ordinary, and magnitudes are not: any image would be flagged."""
+    images = calibration_of_images()
+    prompts = replace(images.observed, residual=None, observed=None, settings=images.settings)
+    verdict = judge(run([9.0]), prompts)
+    assert verdict.hits == 0
+    assert "judges prompts and no sampled images" in verdict.caveats[0]
+
+
 def test_the_run_of_a_latent_is_found_and_old_runs_are_let_go():
     record = WatchRecord()
     assert record.find("a") is None
     record.start(run([1.0], latent_id="a"))
-    assert record.find("changed since") is record.runs[0]  # there is no other it could be
+    assert record.find("of an unwatched sampler") is None  # though there is no other run
     again = run([2.0], latent_id="a")
     record.start(again)
     record.start(run([3.0], latent_id="b"))
     assert record.find("a") is again
-    assert record.find("changed since") is None
     for number in range(2 * KEPT_RUNS):
         record.start(run([1.0], latent_id=str(number)))
     assert len(record.runs) == KEPT_RUNS

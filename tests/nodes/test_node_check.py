@@ -1,0 +1,76 @@
+"""Memorization Check: a verdict with nothing else connected, the same whatever sampler follows."""
+
+import pytest
+from comfyui import newest, node, pack
+from demo_side import caption
+
+pytestmark = pytest.mark.comfy
+DEMO = {
+    "demo": node("UnmemorizeLoadDemoModel"),
+    "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+}
+OUTPUTS = {"verdict": ["check", 1], "memorized": ["check", 2], "chart": ["check", 3]}
+
+
+def text(prompt: str) -> dict:
+    return node("CLIPTextEncode", clip=["demo", 1], text=prompt)
+
+
+def check(positive: list, **inputs) -> dict:
+    return node(
+        "UnmemorizeCheck", model=["demo", 0], positive=positive, latent=["latent", 0], **inputs
+    )
+
+
+def test_a_verdict_with_nothing_else_connected(comfy):
+    graph = DEMO | {"text": text(caption()), "check": check(["text", 0])}
+    run = comfy.run(graph, keep=OUTPUTS, fresh=True)
+    assert run["memorized"] is True
+    assert run["verdict"].startswith("Looks memorized\nscore ")
+    assert "100 control prompts" in run["verdict"]
+    assert run["chart"].shape[2:] == (640, 3)
+    (saved,) = (comfy.base / "user" / "unmemorize").glob("*.json")
+    made = saved.stat().st_mtime_ns
+
+    graph["text"] = text(caption("held_out"))
+    later = comfy.run(graph, keep=OUTPUTS, fresh=True)
+    assert later["memorized"] is False
+    assert later["verdict"].startswith("Does not look memorized")
+    assert saved.stat().st_mtime_ns == made
+    assert later.seconds < run.seconds / 3
+    assert comfy.run(graph, keep=OUTPUTS).ran == []
+
+
+OTHER = caption("learnt")
+
+
+def checked(parts: list) -> list:
+    """Return verdict and outputs of a CONDITIONING of several entries, by a few controls."""
+    import torch
+
+    checking = pack("nodes.engine.checking")
+    with torch.inference_mode():
+        model, clip, _ = pack("nodes.engine.demo_model").load_model()
+        model.set_attachments("unmemorize controls", tuple(f"a {n} cat" for n in range(100)))
+        encode = pack("nodes.engine.measuring").encoded
+        positive = [
+            [encode(clip, text)[0][0], encode(clip, text)[0][1] | extra] for text, extra in parts
+        ]
+        check = checking.check_prompt(
+            model, clip, positive, None, {"samples": torch.zeros(1, 4, 16, 16)}
+        )
+        return [list(check.scores), list(check.left_out), str(check)]
+
+
+@newest
+def test_each_part_is_measured_by_itself_without_what_stands_around_it(comfy):
+    """Averaged with another, in a small area or late in time a memorized prompt scores less."""
+    area = {"area": (4, 4, 0, 0), "strength": 0.3, "start_percent": 0.6, "end_percent": 1.0}
+    together, left_out, told = comfy.call(checked, [[caption(), area], [OTHER, {}]])
+    alone, nothing, _ = comfy.call(checked, [[caption(), {}]])
+    assert together[0] == pytest.approx(alone[0], rel=1e-4)
+    assert together[1] < together[0]
+    assert set(left_out) == set(area)
+    assert nothing == []
+    assert "part 2 of the prompt" in told
+    assert "without: area, end_percent, start_percent, strength" in told
