@@ -32,10 +32,6 @@ class MemorizationWatch(io.ComfyNode):
                 "memorisation",
                 "training image copy",
                 "monitor",
-                "copyright",
-                "duplicate",
-                "overfit",
-                "plagiarism",
             ],
             inputs=[
                 io.Model.Input("model"),

@@ -8,7 +8,7 @@ const KEY = "unmemorize";
 const PROGRESS = "$$node-text-preview"; // the page's own widget for progress text
 const CHANGED = "node:property:changed";
 const WIDTH = 300;
-const PADDING = 14;
+const PADDING = 36; // its own, and the margin that the page keeps around such widgets
 const COLORS = {
     memorized: { title: "#8a2c36", badge: "#c93a48" },
     changed: { title: "#5b3f8a", badge: "#7d57bd" },
