@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..shared.score.controls import CONTROLS, load_controls
 from .engine import calibrations
 from .inputs import CalibrationSocket, config_of, schema, seed_inputs
+from .panel import PLAIN, panel
 
 
 class Calibrate(io.ComfyNode):
@@ -78,7 +79,8 @@ class Calibrate(io.ComfyNode):
                 " Sampled images are judged by magnitudes: their residual takes two seeds or more "
                 "and one step."
             )
-        return io.NodeOutput(calibration, report, ui={"text": [report]})
+        shown = panel(cls, PLAIN, f"{len(texts)} controls", report)
+        return io.NodeOutput(calibration, report, ui={"text": [report]} | shown)
 
 
 class LoadCalibration(io.ComfyNode):

@@ -9,6 +9,7 @@ from .engine.automatic import CONFIG, found
 from .engine.measuring import caveat_of, latent_shape, scores_in_order
 from .engine.model_identity import weights_sha256
 from .inputs import CalibrationSocket, config_of, schema, seed_inputs
+from .panel import panel, verdict_state
 
 NO_VERDICT = (
     "No verdict: a score alone does not say whether a prompt is memorized. Connect a calibration "
@@ -93,4 +94,5 @@ class DetectMemorization(io.ComfyNode):
             notes = [about, *filter(None, [caveat, judge.unlike(l2)])]
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]
         report = "\n".join([*ranked, *notes])
-        return io.NodeOutput(report, l2, per_element, p_values, flags, ui={"text": [report]})
+        shown = panel(cls, *verdict_state(flags if judge else []), report)
+        return io.NodeOutput(report, l2, per_element, p_values, flags, ui={"text": [report]} | shown)

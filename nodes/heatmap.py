@@ -4,13 +4,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..shared.drawing.heatmap import prompt_heatmap_png
+from ..shared.drawing.heatmap import LEVELS, prompt_heatmap_png, word_levels
 from ..shared.words.explanation import Method
 from ..shared.words.leaving_out import TELLING
 from .engine.explaining import Explained, explain_prompt, mask_of
 from .inputs import config_of, schema, seed_inputs, to_image
+from .panel import PLAIN, panel
 
 WIDTH, LETTERS = 640, 32
 """Pixels of the image and of its letters: readable where a node shows it at half size."""
@@ -39,6 +41,7 @@ class TokenHeatmap(io.ComfyNode):
                 # Optional, and last among the widgets: workflows saved without them still load.
                 io.Combo.Input("method", options=list(METHODS), default=METHODS[0], optional=True),
                 io.String.Input("edit", multiline=True, default="", optional=True),
+                io.Image.Input("shown_image", optional=True),
             ],
             outputs=[
                 io.Image.Output("image"),
@@ -63,6 +66,7 @@ class TokenHeatmap(io.ComfyNode):
         combine_with: list | None = None,
         method: Method = METHODS[0],
         edit: str = "",
+        shown_image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         explained = explain_prompt(
             model, clip, text, negative, latent, config_of(seeds, steps),
@@ -73,9 +77,17 @@ class TokenHeatmap(io.ComfyNode):
             explanation.words, explanation.significance, width=WIDTH, size=LETTERS, theme="dark"
         )
         image, mask = to_image(drawn), mask_of(model, explanation)
+        report = _report(explained, most)
+        levels = [level / LEVELS for level in word_levels(explanation.significance)]
+        strongest = explanation.words[explanation.ranked[0]] if explanation.ranked else "no word"
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | panel(
+            cls, PLAIN, strongest, report,
+            words=[*zip(explanation.words, levels, strict=True)],
+            overlay=None if shown_image is None else (shown_image, mask),
+        )  # fmt: skip
         return io.NodeOutput(
-            image, mask, _report(explained, most), _data(explained),
-            text if edited is None else edited.prompt, ui=ui.PreviewImage(image, cls=cls),
+            image, mask, report, _data(explained), text if edited is None else edited.prompt,
+            ui=shown,
         )  # fmt: skip
 
 

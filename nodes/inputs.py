@@ -31,6 +31,13 @@ RecordSocket = io.Custom("UNMEMORIZE_RECORD")
 GATES = {"auto": "calibrated", "always": "always", "never": "never"}
 """Modes of the gate by what the widget calls them."""
 TARGETS = ("calibration", "norm")
+SUBJECTS = ("copyright", "duplicate", "overfit", "plagiarism")
+"""Words that a search finds every node of the pack by."""
+ADVANCED = frozenset({
+    "seeds", "steps", "force", "save_score", "most", "false_positive_rate", "target_from",
+    "target_quantile", "target_norm", "learning_rate", "iterations",
+})  # fmt: skip
+"""Widgets that are right as they are for a start: the page shows them when asked for."""
 
 
 def schema(
@@ -56,8 +63,11 @@ def schema(
             one.tooltip = text["tooltip"]
             if text["name"] != one.id:
                 one.display_name = text["name"]
+    for one in inputs:
+        if one.id in ADVANCED and hasattr(one, "advanced"):  # ComfyUI before 0.16 has no such
+            one.advanced = True
     if "search_aliases" in {field.name for field in fields(io.Schema)}:
-        settings["search_aliases"] = search_aliases
+        settings["search_aliases"] = [*search_aliases, *SUBJECTS]
     return io.Schema(
         node_id=node_id, display_name=texts["display_name"], description=texts["description"],
         category=CATEGORY, inputs=inputs, outputs=outputs, **settings,

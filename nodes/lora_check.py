@@ -13,6 +13,7 @@ from ..shared.score.controls import CONTROLS, load_controls
 from .engine.comfy_denoiser import Prompt
 from .engine.measuring import encoded, scores
 from .inputs import config_of, schema, seed_inputs, to_image
+from .panel import PLAIN, panel
 
 
 class LoraCheck(io.ComfyNode):
@@ -78,6 +79,6 @@ class LoraCheck(io.ComfyNode):
         result = LoraScores.of(texts, *sides, captions=len(own))
         image = to_image(draw_score_changes(result))
         data = json.dumps(result.as_json(), ensure_ascii=False)
-        return io.NodeOutput(
-            image, str(result), data, result.mean_increase, ui=ui.PreviewImage(image, cls=cls)
-        )
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        shown |= panel(cls, PLAIN, f"{result.mean_increase:+.3g} with LoRA", str(result))
+        return io.NodeOutput(image, str(result), data, result.mean_increase, ui=shown)

@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+import torch
 from comfy_api.latest import io
+from nodes import common_ksampler
 
 from ..shared.mitigation.embedding import EmbeddingOptimisation
 from ..shared.mitigation.ordinary import OrdinaryEmbedding
@@ -12,8 +14,11 @@ from .engine.automatic import found
 from .engine.measuring import latent_shape
 from .engine.mitigating import MitigatedPrompt, mitigate_prompt
 from .inputs import GATES, TARGETS, CalibrationSocket, gate_of, schema, target_inputs, target_of
+from .panel import CHANGED, PLAIN, panel
 
 RESIDUAL = "residual"
+LOOK_STEPS, LOOK_CFG = 20, 7.0
+"""Of the images before and after, which are for looking: the sampler's own are unknown here."""
 OFF = "Off: the gate is set to never, nothing was measured."
 
 
@@ -46,6 +51,7 @@ class MitigateMemorization(io.ComfyNode):
                 io.Int.Input("iterations", default=OrdinaryEmbedding.iterations, min=0, max=500),
                 CalibrationSocket.Input("calibration", optional=True),
                 io.Boolean.Input("force", default=False, optional=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[
                 io.Conditioning.Output("mitigated"),
@@ -72,10 +78,12 @@ class MitigateMemorization(io.ComfyNode):
         iterations: int,
         calibration: Calibration | None = None,
         force: bool = False,
+        vae: Any = None,
     ) -> io.NodeOutput:
         """Decide, and search where the gate lets the prompt through."""
         if gate == "never":
-            return io.NodeOutput(positive, OFF, False, math.nan, math.nan)
+            shown = panel(cls, PLAIN, "off", OFF)
+            return io.NodeOutput(positive, OFF, False, math.nan, math.nan, ui=shown)
         steps = {"learning_rate": learning_rate, "iterations": iterations}
         method: EmbeddingOptimisation | OrdinaryEmbedding
         if target_from == RESIDUAL:
@@ -92,7 +100,26 @@ class MitigateMemorization(io.ComfyNode):
         )
         before, after = _measured(result)
         report = _report(result, chosen.threshold)
-        return io.NodeOutput(result.positive, report, result.acted, before, after)
+        pair = None
+        if vae is not None and result.acted:
+            drawn = [
+                _drawn(model, vae, prompt, negative, latent, seed)
+                for prompt in (positive, result.positive)
+            ]
+            pair = drawn[0], drawn[1]
+        state, badge = (CHANGED, "changed") if result.acted else (PLAIN, "not changed")
+        shown = panel(cls, state, badge, report, pair=pair)
+        return io.NodeOutput(result.positive, report, result.acted, before, after, ui=shown)
+
+
+def _drawn(
+    model: Any, vae: Any, positive: list, negative: list, latent: dict, seed: int
+) -> torch.Tensor:
+    """Return images of a prompt, to look at."""
+    (sampled,) = common_ksampler(
+        model, seed, LOOK_STEPS, LOOK_CFG, "euler", "normal", positive, negative, latent
+    )
+    return vae.decode(sampled["samples"])
 
 
 def _measured(result: MitigatedPrompt) -> tuple[float, float]:

@@ -1,8 +1,11 @@
 """Node: sample again only where it is needed."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .inputs import schema
+from .panel import CHANGED, PLAIN, panel
 
 
 class MemorizationSwitch(io.ComfyNode):
@@ -17,20 +20,40 @@ class MemorizationSwitch(io.ComfyNode):
                 io.Boolean.Input("memorized", force_input=True),
                 io.Latent.Input("ordinary", lazy=True),
                 io.Latent.Input("mitigated", lazy=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[io.Latent.Output("latent")],
         )
 
     @classmethod
     def check_lazy_status(
-        cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
+        cls,
+        memorized: bool,
+        ordinary: dict | None = None,
+        mitigated: dict | None = None,
+        vae: Any = None,
     ) -> list[str]:
-        """Return the name of the one latent that is passed on, unless it is there already."""
-        name, latent = ("mitigated", mitigated) if memorized else ("ordinary", ordinary)
-        return [name] if latent is None else []
+        """Return the name of the latent that is passed on, and of the other if both are drawn."""
+        wanted = {"ordinary": ordinary, "mitigated": mitigated}
+        if not memorized:
+            del wanted["mitigated"]
+        elif vae is None:
+            del wanted["ordinary"]
+        return [name for name, latent in wanted.items() if latent is None]
 
     @classmethod
     def execute(
-        cls, memorized: bool, ordinary: dict | None = None, mitigated: dict | None = None
+        cls,
+        memorized: bool,
+        ordinary: dict | None = None,
+        mitigated: dict | None = None,
+        vae: Any = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(mitigated if memorized else ordinary)
+        if not memorized:
+            text = "The ordinary latent is passed on: nothing was flagged."
+            return io.NodeOutput(ordinary, ui=panel(cls, PLAIN, "ordinary", text))
+        text = "The mitigated latent is passed on: the ordinary one looks memorized."
+        pair = None
+        if vae is not None and ordinary is not None and mitigated is not None:
+            pair = vae.decode(ordinary["samples"]), vae.decode(mitigated["samples"])
+        return io.NodeOutput(mitigated, ui=panel(cls, CHANGED, "mitigated", text, pair=pair))

@@ -10,6 +10,7 @@ from ..shared.sampling.watched_runs import WatchRecord, guard_lines, judge, meta
 from ..shared.score.calibration import Calibration
 from .engine.watching import latent_id, watch
 from .inputs import CalibrationSocket, RecordSocket, schema, to_image
+from .panel import panel, verdict_state
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class MemorizationReport(io.ComfyNode):
         if run is None or not run.traces.numel():
             text = f"Not measurable in this run: {run.reason if run else STRANGER}."
             drawn, score, memorized = draw_note(text), math.nan, False
+            flags: list[bool | None] = [None]
         else:
             if calibration is None and record.calibration is not None:
                 calibration = record.calibration(run)
@@ -111,10 +113,12 @@ class MemorizationReport(io.ComfyNode):
             text = verdict_text(verdict, calibration, run.extra_passes)
             drawn, memorized = draw_step_chart(run, verdict), verdict.hits > 0
             score = max(image.score for image in verdict.images)
+            flags = [image.hit or image.memorized for image in verdict.images]
         image = to_image(drawn)
         text = "\n".join([text, *guard_lines(run.guarded if run else ())])
-        preview = ui.PreviewImage(image, cls=cls)
-        return io.NodeOutput(latent, image, text, score, memorized, ui=preview)
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        shown |= panel(cls, *verdict_state(flags), text)
+        return io.NodeOutput(latent, image, text, score, memorized, ui=shown)
 
     @classmethod
     def _save(cls, result: dict) -> None:

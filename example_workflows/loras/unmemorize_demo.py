@@ -1,4 +1,4 @@
-"""Trains the LoRA of the example workflow lora_check: three drawings, each seen 1,000 times.
+"""Trains the LoRA of the example workflow *Captions a LoRA memorized*: three drawings, each seen 1,000 times.
 
     python example_workflows/loras/unmemorize_demo.py
 

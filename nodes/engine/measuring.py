@@ -1,5 +1,6 @@
 """Work on a MODEL done where ComfyUI samples, so that ComfyUI loads, patches and prepares it."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ import comfy.samplers
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 from ...shared.score.calibration import Calibration
@@ -69,7 +72,13 @@ def with_denoiser(
     guider = comfy.samplers.CFGGuider(model.clone())
     guider.inner_set_conds({key: conds[name] for name, key in guider_keys(prompts).items()})
     levels = noise_levels(sampling, DetectionConfig().schedule_steps)
-    sampler = _Work(work, prompts, live_progress(model, forward_rows), gradients)
+    show, tell = live_progress(model, forward_rows), progress_text(forward_rows)
+
+    def on_prediction(x: Tensor, x0: Tensor) -> None:
+        show(x, x0)
+        tell(len(x0))
+
+    sampler = _Work(work, prompts, on_prediction, gradients)
     guider.sample(noise, noise.clone(), sampler, levels, disable_pbar=True, seed=0)
     return sampler.result
 
@@ -131,6 +140,27 @@ def live_progress(model: ModelPatcher, rows: int) -> OnPrediction:
         show(done - 1, x0.detach(), x, rows)
 
     return on_prediction
+
+
+def progress_text(rows: int) -> Callable[[int], None]:
+    """Return what tells on the running node how many predictions are done and how long it takes.
+
+    Args:
+        rows: Of all forward passes together.
+    """
+    context = get_executing_context()
+    done, start = 0, time.monotonic()
+
+    def tell(further: int) -> None:
+        nonlocal done
+        done += further
+        if context is None:  # a function that calls a node outside of ComfyUI's queue
+            return
+        left = (time.monotonic() - start) * max(rows - done, 0) / done
+        text = f"{done} of {rows} predictions, {left:.0f} s left"
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+    return tell
 
 
 def scores(

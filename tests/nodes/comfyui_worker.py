@@ -99,6 +99,10 @@ class Server:
         """Remember an event; images of previews are remembered as such."""
         self.events.append((str(event), data if isinstance(data, dict) else "preview"))
 
+    def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
+        """Remember what a node told while it ran."""
+        self.events.append(("progress_text", {"node": node_id, "text": text}))
+
     def queue_updated(self) -> None:
         """Nobody looks at the queue."""
 

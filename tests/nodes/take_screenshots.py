@@ -4,7 +4,7 @@
 
 with the Python of `make test-comfyui` and Chromium, all examples unless named. A screenshot shows
 the part of the workflow that has images in it; docs/comfyui.jpg shows the page of
-`before_and_after`.
+`Before and after mitigation`.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from web_page import open_page, open_workflow, run
 from workflows import EXAMPLES
 
-WHOLE = "before_and_after"
+WHOLE = "Before and after mitigation"
 WHOLE_SCREENSHOT = Path(__file__).resolve().parents[2] / "docs" / "comfyui.jpg"
 WIDTH, HEIGHT = 800, 900
 """Pixels of a screenshot, at most."""

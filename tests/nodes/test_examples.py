@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from comfyui import newest
+from PIL import Image
 from workflows import EXAMPLES, as_graph
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
@@ -26,6 +27,15 @@ def test_it_has_a_screenshot_and_needs_no_download(comfy, path):
     types = {entry["class_type"] for entry in comfy.call(graph_of, path.read_text()).values()}
     assert "UnmemorizeLoadDemoModel" in types
     assert "CheckpointLoaderSimple" not in types
+    assert len(json.loads(path.read_text("utf-8"))["nodes"]) <= 12
+    assert not comfy.call(deprecated, sorted(types))
+
+
+def deprecated(types: list[str]) -> list[str]:
+    """Return those that ComfyUI would like to be rid of."""
+    import nodes as comfyui_nodes
+
+    return [name for name in types if getattr(comfyui_nodes.NODE_CLASS_MAPPINGS[name], "DEPRECATED", False)]
 
 
 OLDEST_AND_NEWEST = pytest.mark.parametrize("comfy", ["0.3.75", "0.30.0"], indirect=True)
@@ -43,7 +53,7 @@ def of_type(graph: dict, kind: str) -> list[str]:
 
 @OLDEST_AND_NEWEST
 def test_watch_and_report_tells_the_memorized_prompt_from_the_other(comfy, root):
-    graph = load(comfy, root, "watch_and_report")
+    graph = load(comfy, root, "Check images while they are sampled")
     reports = of_type(graph, "UnmemorizeReport")
     run = comfy.run(graph, keep={i: [i, 4] for i in reports}, extra={"extra_pnginfo": {}})
     assert [run[i] for i in reports] == [True, False]
@@ -53,14 +63,17 @@ def test_watch_and_report_tells_the_memorized_prompt_from_the_other(comfy, root)
 
 @OLDEST_AND_NEWEST
 def test_heatmap_lights_the_image_where_the_prompt_dictates(comfy, root):
-    graph = load(comfy, root, "heatmap")
+    graph = load(comfy, root, "Which words carry it")
     (heatmap,), (shown,) = of_type(graph, "UnmemorizeTokenHeatmap"), of_type(graph, "VAEDecode")
-    (lit,) = of_type(graph, "ImageCompositeMasked")
-    links = {"where": [heatmap, 1], "data": [heatmap, 3], "image": [shown, 0], "lit": [lit, 0]}
+    links = {"where": [heatmap, 1], "data": [heatmap, 3], "image": [shown, 0]}
     run = comfy.run(graph, keep=links)
     where = run["where"][0, ..., None]
-    expected = run["image"][0] * (where + (1 - where) * 0.15)
-    np.testing.assert_allclose(run["lit"][0], expected, atol=2e-3)
+    (panel,) = run.ui[heatmap]["unmemorize"]
+    (image,) = panel["images"]
+    expected = np.repeat(where, 3, -1)
+    for saved, drawn in ((image, run["image"][0]), (panel["mask"], expected)):
+        file = comfy.base / "temp" / saved["subfolder"] / saved["filename"]
+        np.testing.assert_allclose(np.asarray(Image.open(file)) / 255, drawn, atol=1 / 255 + 1e-6)
     assert where.min() < 0.2
     assert where.max() > 0.9
     data = json.loads(run["data"])
@@ -71,7 +84,7 @@ def test_heatmap_lights_the_image_where_the_prompt_dictates(comfy, root):
 
 @OLDEST_AND_NEWEST
 def test_lora_check_finds_the_captions_that_were_memorized(comfy, root):
-    graph = load(comfy, root, "lora_check")
+    graph = load(comfy, root, "Captions a LoRA memorized")
     (check,), images = of_type(graph, "UnmemorizeLoraCheck"), of_type(graph, "VAEDecode")
     run = comfy.run(graph, keep={"data": [check, 2]} | {i: [i, 0] for i in images})
     data = json.loads(run["data"])

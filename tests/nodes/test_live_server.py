@@ -66,7 +66,7 @@ def test_help_pages_translations_and_examples_are_served(server, root):
     assert page == (root / "web" / "docs" / "UnmemorizeWatch.md").read_text("utf-8")
     german = json.loads(server.get("/i18n"))["de"]["nodeDefs"]
     assert german["UnmemorizeWatch"]["display_name"] == "Memorieren beobachten"
-    assert "watch_and_report" in json.loads(server.get("/workflow_templates"))[PACK_FOLDER]
+    assert "Check images while they are sampled" in json.loads(server.get("/workflow_templates"))[PACK_FOLDER]
 
 
 def test_a_run_shows_its_chart_and_repeats_from_the_cache(server):

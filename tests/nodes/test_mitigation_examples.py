@@ -16,7 +16,7 @@ def first_encoder(graph: dict) -> str:
 
 @OLDEST_AND_NEWEST
 def test_before_and_after_on_one_seed(comfy, root):
-    graph = load(comfy, root, "before_and_after")
+    graph = load(comfy, root, "Before and after mitigation")
     reports, images = of_type(graph, "UnmemorizeReport"), of_type(graph, "VAEDecode")
     (mitigate,) = of_type(graph, "UnmemorizeMitigate")
     keep = {"acted": [mitigate, 2], "after": [mitigate, 4]}
@@ -36,7 +36,7 @@ def test_before_and_after_on_one_seed(comfy, root):
 
 @OLDEST_AND_NEWEST
 def test_gate_and_resample_samples_again_only_if_memorized(comfy, root):
-    graph = load(comfy, root, "gate_and_resample")
+    graph = load(comfy, root, "Sample again if memorized")
     (report,), (switch,) = of_type(graph, "UnmemorizeReport"), of_type(graph, "UnmemorizeSwitch")
     (watch,), (mitigate,) = of_type(graph, "UnmemorizeWatch"), of_type(graph, "UnmemorizeMitigate")
     samplers = of_type(graph, "KSampler")

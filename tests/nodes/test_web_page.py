@@ -28,14 +28,11 @@ def test_an_example_opens_and_every_node_is_known(page, path):
 @pytest.mark.parametrize(
     ("name", "drawn"),
     [
-        ("watch_and_report", {"UnmemorizeReport": [[640], [640]], "SaveImage": [[128] * 3] * 2}),
-        ("heatmap", {"UnmemorizeTokenHeatmap": [[640]], "PreviewImage": [[384, 384]]}),
-        ("lora_check", {"UnmemorizeLoraCheck": [[640]], "PreviewImage": [[128] * 3] * 2}),
-        ("before_and_after", {"UnmemorizeReport": [[640]] * 2, "SaveImage": [[128] * 3] * 2}),
-        (
-            "gate_and_resample",
-            {"UnmemorizeReport": [[640]], "PreviewImage": [[128]], "SaveImage": [[128]]},
-        ),
+        ("Check images while they are sampled", {"PreviewImage": [[640]] * 2, "SaveImage": [[128] * 3] * 2}),
+        ("Which words carry it", {"UnmemorizeTokenHeatmap": [[640]]}),
+        ("Captions a LoRA memorized", {"UnmemorizeLoraCheck": [[640]], "PreviewImage": [[128] * 3] * 2}),
+        ("Before and after mitigation", {"SaveImage": [[128] * 3] * 2}),
+        ("Sample again if memorized", {"PreviewImage": [[128]], "SaveImage": [[128]]}),
     ],
 )
 def test_an_example_draws_its_images_on_the_nodes(page, root, name, drawn):
