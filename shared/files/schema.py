@@ -90,7 +90,9 @@ class Reader:
                 raise ValueError(f"it has more than {LARGEST >> 20} MiB")
             if isinstance(text, bytes):
                 text = text.decode("utf-8-sig")
-            return json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_refuse)
+            return json.loads(
+                text, object_pairs_hook=_unrepeated, parse_float=_finite, parse_constant=_finite
+            )
         except RecursionError as error:
             raise self._no_json(where, "it is nested too deeply") from error
         except ValueError as error:
@@ -115,7 +117,7 @@ class Reader:
 
     def _no_json(self, where: str, reason: str) -> ValueError:
         return self.error(
-            f"{where} is not {self.what}: it cannot be read as JSON ({reason}). {self.remedy}"
+            f"{where} is not {self.what}: it cannot be read ({reason}). {self.remedy}"
         )
 
 
@@ -150,7 +152,7 @@ def conform(value: Any, expected: Any, key: str = "", *, foreign: bool = False) 
             raise _misfit(key, value, expected)
         return value
     if is_dataclass(expected):
-        return _object(value, expected, key, foreign)  # type: ignore[arg-type]  # it is a class
+        return _object(value, expected, key, foreign)
     if origin in (list, tuple, dict):
         return _container(value, expected, key, foreign)
     return _scalar(value, expected, key)
@@ -186,9 +188,9 @@ def _one_of(value: Any, options: tuple, key: str, foreign: bool) -> Any:
 
 def _container(value: Any, expected: Any, key: str, foreign: bool) -> Any:
     origin, arguments = get_origin(expected), get_args(expected)
-    if not isinstance(value, dict if origin is dict else list):
+    if type(value) is not (dict if origin is dict else list):
         raise _misfit(key, value, expected)
-    if origin is dict:
+    if isinstance(value, dict):
         return {
             name: conform(each, arguments[1], _inside(key, name), foreign=foreign)
             for name, each in value.items()
@@ -204,7 +206,7 @@ def _container(value: Any, expected: Any, key: str, foreign: bool) -> Any:
     )
 
 
-def _object(value: Any, expected: type, key: str, foreign: bool) -> Any:
+def _object(value: Any, expected: Any, key: str, foreign: bool) -> Any:
     if not isinstance(value, dict):
         raise _misfit(key, value, expected)
     hints, needed = _shape(expected)
@@ -227,10 +229,10 @@ def _object(value: Any, expected: type, key: str, foreign: bool) -> Any:
 
 
 @cache
-def _shape(expected: type) -> tuple[dict[str, Any], frozenset[str]]:
+def _shape(expected: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """Return the types of a dataclass's fields, and which of them have no default."""
     hints = get_type_hints(expected, include_extras=True)
-    own = {each.name: each for each in fields(expected) if each.init}  # type: ignore[arg-type]
+    own = {each.name: each for each in fields(expected) if each.init}
     needed = (
         name for name, each in own.items()
         if each.default is MISSING and each.default_factory is MISSING
@@ -239,13 +241,15 @@ def _shape(expected: type) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _misfit(key: str, value: Any, expected: Any) -> Misfit:
-    found = ascii(value)
+    found = json.dumps(value)
     found = found if len(found) <= SHOWN else f"{found[:SHOWN]}…"
     return Misfit(f"{_named(key)} is {found}, expected {described(expected)}.")
 
 
 def described(expected: Any) -> str:
     """Return a type in words."""
+    if isinstance(expected, type) and is_dataclass(expected):
+        return f"an object with the fields {', '.join(sorted(_shape(expected)[0]))}"
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Annotated:
         return f"{described(arguments[0])} {arguments[1]}"
@@ -259,8 +263,6 @@ def described(expected: Any) -> str:
         return f"a list of {len(arguments)}: {', '.join(map(described, arguments))}"
     if origin in (list, tuple):
         return f"a list, each {described(arguments[0])}"
-    if is_dataclass(expected):
-        return f"an object with the fields {', '.join(sorted(_shape(expected)[0]))}"  # type: ignore[arg-type]  # it is a class
     return WORDS[expected]
 
 
@@ -280,5 +282,8 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:SHOWN]} is no finite number")
+    return number
