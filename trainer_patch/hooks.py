@@ -20,6 +20,7 @@ from ..shared.training.filter.filter import alone
 from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.projection.projection import ProjectionFailed
 from ..shared.training.protection import PREFIX, Protection, ProtectionFailed
+from ..shared.training.state import READER
 from .options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def load_progress(protection: Protection, folder: Path) -> None:
     """Continue from a checkpoint whose weights are loaded, also of an unprotected training."""
     state = folder / STATE
     if state.is_file():
-        protection.load_state_dict(json.loads(state.read_text("utf-8")))
+        protection.load_state_dict(READER.parse_file(state))
     else:
         logger.warning("%s is not there: the checkpoint's training was not protected.", state)
         protection.start()

@@ -8,15 +8,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ...shared.files.schema import Reader
 from ...shared.files.storage import Journal, locked, make_folder, write_text
 from ...shared.wording import counted
 
-IDENTITY = "job.json"
+IDENTITY, JOURNAL = "job.json", "journal"
 LOCK = ".lock"
 WRITTEN = (
     "report.html", "mitigation.html", "results.jsonl", "summary.json", "calibration.json",
     "calibration.safetensors", "audit.json", "model_card.md", "badge.svg", "similarity.npz",
-    "shown.txt", "images", "sheets", "journal",
+    "shown.txt", "images", "sheets", JOURNAL,
 )  # fmt: skip
 """All that an audit or a mitigation writes; the journal goes last, so that a killed removal can be
 repeated."""
@@ -24,6 +25,13 @@ repeated."""
 
 class FolderTaken(ValueError):
     """The output folder holds something other than this very job."""
+
+
+class StrangeJob(ValueError):
+    """The file that names a folder's job holds something else."""
+
+
+READER = Reader(StrangeJob, "the name of a job", "Choose another --output.")
 
 
 class Job:
@@ -38,7 +46,7 @@ class Job:
     def journal(self, name: str) -> Journal:
         """Return the journal of one phase, read once."""
         if name not in self._journals:
-            self._journals[name] = Journal(self.folder / "journal" / f"{name}.jsonl")
+            self._journals[name] = Journal(self.folder / JOURNAL / f"{name}.jsonl")
         return self._journals[name]
 
 
@@ -69,7 +77,7 @@ def open_job(
         StorageError: It is a file, another process is writing there, or nothing can be written.
     """
     make_folder(folder)
-    path = folder / "journal" / IDENTITY
+    path = folder / JOURNAL / IDENTITY
     identity = dict(json.loads(json.dumps(dict(identity))))
     stored = _read_identity(path)
     if not overwrite:
@@ -83,7 +91,7 @@ def open_job(
             with suppress(OSError):  # not empty
                 folder.rmdir()
             raise
-    make_folder(folder / "journal")
+    make_folder(folder / JOURNAL)
     with locked(folder / LOCK, owner=str(folder)):
         stored = _read_identity(path)
         if not overwrite:  # another process may have come first
@@ -97,10 +105,10 @@ def open_job(
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        return READER.read(path, dict[str, Any])
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except StrangeJob:
         return {"job": f"{path.name} is damaged"}
 
 
@@ -119,7 +127,7 @@ def _refuse_another(folder: Path, stored: dict[str, Any] | None, identity: dict[
 def _refuse_foreign(folder: Path) -> None:
     # A kill right after the start leaves a journal folder that does not name its job yet.
     names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
-    if foreign := sorted(names - {"journal", LOCK}):
+    if foreign := sorted(names - {JOURNAL, LOCK}):
         raise FolderTaken(
             f"{folder} exists and holds {counted(len(foreign), 'file that is', 'files that are')} "
             f"not an audit's, such as {foreign[0]!r}. Choose another --output, or add "

@@ -18,6 +18,7 @@ import torch
 from ... import demo
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
+from ...shared.files.schema import Reader
 from ...shared.files.storage import StorageError, cache_folder, replace_atomically, write_text
 from ...shared.wording import counted
 from ..common.copies import Bounds
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
+
+KNOWN = Reader(ValueError, "an answer of before", "")
 
 SSCD = Bounds(own_factor=0.65, ratio=0.5)
 """Of one subject in one pose: stricter than between unrelated images, see `common.similarity`."""
@@ -177,9 +180,8 @@ def positive_control(work: Work) -> PositiveControl:
                       astuple(SSCD))  # fmt: skip
     path = cache_folder() / "positive-control" / f"{key}.json"
     try:
-        known = json.loads(path.read_text("utf-8"))
-        return PositiveControl(**known | {"found": Rate(**known["found"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        return KNOWN.read(path, PositiveControl)
+    except (OSError, ValueError):
         answer = _find_planted(subject, work)
     if answer.works:  # a failure is looked at again
         try:

@@ -5,9 +5,7 @@ each other. It is no signature: who changes a report can compute a new digest, a
 published elsewhere tells the two apart. Nor does it say that the audit was run honestly.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ from ...shared.files.weights import file_sha256
 from ..common.result import finite, versions
 from .result import LoraAudit, TrainingImage, TrainingSet
 
-DOCUMENT = "audit.json"
+DOCUMENT, CARD = "audit.json", "model_card.md"
 SCHEMA_VERSION = 2
 """Of audit.json; raised when a field changes its meaning or goes away."""
 TITLE = "unmemorize LoRA audit"
 DIGEST = "digest"
 """The field of audit.json that does not count for its own digest."""
+NO_DIGEST = "0" * 64
+"""In its place while the card that holds it is hashed."""
 
 
 def to_document(audit: LoraAudit) -> dict[str, Any]:
@@ -67,13 +67,3 @@ def _files(training: TrainingSet, folder: Path, images: Iterable[TrainingImage])
         texts += [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
     files |= {p.relative_to(folder).as_posix(): file_sha256(p) for p in texts if p.is_file()}
     return dict(sorted(files.items()))
-
-
-def digest_of(document: Mapping[str, Any]) -> str:
-    """Return the sha256 of a JSON object without its digest, however it is laid out.
-
-    What is hashed is one line of ASCII: keys sorted, no spaces, floats as Python writes them.
-    """
-    content = {name: value for name, value in document.items() if name != DIGEST}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -1,5 +1,6 @@
 """Tell: write the page, the badge, audit.json and a paragraph for the LoRA's model page."""
 
+import hashlib
 import re
 from html import escape
 from pathlib import Path
@@ -7,16 +8,17 @@ from typing import Any
 
 from ...shared.dependencies import require
 from ...shared.drawing.theme import THEMES
+from ...shared.files.schema import digest_of
 from ...shared.files.storage import write_text
 from ...shared.files.weights import file_sha256
 from ...shared.wording import counted
 from ..common.result import dumps, versions
 from ..common.wording import between, chance, percent, shown
-from .document import DIGEST, DOCUMENT, digest_of, to_document
+from .document import CARD, DIGEST, DOCUMENT, NO_DIGEST, to_document
 from .page import render_lora_page
 from .result import MATRIX, LoraAudit, Rate
 
-PAGE, BADGE, CARD = "report.html", "badge.svg", "model_card.md"
+PAGE, BADGE = "report.html", "badge.svg"
 LABEL = "memorization audit"
 METRIC = "training_images_reproduced"
 """Share of images judged verbatim, 0 to 1."""
@@ -35,7 +37,8 @@ def tell(audit: LoraAudit, *, include_images: bool = False) -> list[Path]:
             them. The images in the folder were made by the model and stay as they are.
 
     Returns:
-        The files; audit.json holds the sha256 of everything but the card, which holds its digest.
+        The files; audit.json holds the sha256 of every other one. The card holds audit.json's
+        digest in turn, so it is hashed with `NO_DIGEST` in that place.
 
     Raises:
         ImportError: The extra `reports` or `models` is not installed.
@@ -48,9 +51,11 @@ def tell(audit: LoraAudit, *, include_images: bool = False) -> list[Path]:
     document = to_document(audit)
     names = sorted({PAGE, BADGE, MATRIX, *(made.path for made in audit.generations)})
     document["files"] = {name: file_sha256(folder / name) for name in names}
-    document[DIGEST] = digest_of(document)
+    card = render_card(audit, NO_DIGEST)
+    document["files"][CARD] = hashlib.sha256(card.encode()).hexdigest()
+    document[DIGEST] = digest_of(document, DIGEST)
     write_text(folder / DOCUMENT, dumps(document, indent=1) + "\n")
-    write_text(folder / CARD, render_card(audit, document[DIGEST]))
+    write_text(folder / CARD, card.replace(NO_DIGEST, document[DIGEST]))
     return [folder / name for name in (PAGE, BADGE, DOCUMENT, CARD)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ...shared.files.images import is_turned, read_image
+from ...shared.files.images import ImageNotRead, is_turned, read_image
 from ...shared.files.leftovers import without_leftovers
 from ...shared.files.prompts import (
     IMAGE_SUFFIXES,
@@ -262,7 +262,7 @@ def _from_tables(folder: Path, tables: Sequence[Path], images: Sequence[Path]) -
 
 def open_images(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImage], list[str]]:
     """Return the images that can be read, by name, and warnings about the others."""
-    images, nameless, broken, turned, longer = [], [], [], [], []
+    images, nameless, unread, broken, turned, longer = [], [], [], [], [], []
     named = {one.path.relative_to(folder).as_posix(): one for one in shown}
     for name, one in sorted(named.items()):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -270,6 +270,9 @@ def open_images(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImag
             continue
         try:
             size = read_image(one.path).size
+        except ImageNotRead as error:
+            unread.append(f"{name} ({error})")
+            continue
         except ValueError:
             broken.append(name)
             continue
@@ -283,6 +286,7 @@ def open_images(shown: Iterable[Shown], folder: Path) -> tuple[list[TrainingImag
     faults = {
         ("file is left out, since it is not a whole image",
          "files are left out, since they are not whole images"): broken,
+        ("image is left out", "images are left out"): unread,
         ("file is left out, since its name is not Unicode",
          "files are left out, since their names are not Unicode"): nameless,
         ("image is compared upright, as its camera noted: trained as it is stored (sd-scripts), a "

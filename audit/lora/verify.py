@@ -4,17 +4,19 @@ A report may come from anybody: nothing in it is believed, run or opened outside
 folders. What fitting parts prove, and what they do not, stands in `document`.
 """
 
-import json
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ...shared.files.prompts import image_files
+from ...shared.files.schema import Reader, digest_of
 from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some
+from ..common.job import JOURNAL, LOCK
 from ..common.subject import Subject
-from .document import DIGEST, DOCUMENT, SCHEMA_VERSION, TITLE, digest_of
+from .document import CARD, DIGEST, DOCUMENT, NO_DIGEST, SCHEMA_VERSION, TITLE
 
 LARGEST = 1 << 30
 """Bytes of an audit.json that is read."""
@@ -22,6 +24,9 @@ LARGEST = 1 << 30
 
 class ReportError(ValueError):
     """There is no report, or it cannot be understood; the message says what to do."""
+
+
+READER = Reader(ReportError, "a report", "Ask its author for the report as it was written.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,9 @@ def verify_report(
     text = _read(path)
     try:
         document = parse(text)
-        own = digest_of(document)
+        own = digest_of(document, DIGEST)
     except ValueError as error:
-        return (Check(what=DOCUMENT, fits=False, detail=f"It was damaged or edited: {error}."),)
+        return (Check(what=DOCUMENT, fits=False, detail=f"It was damaged or edited: {error}"),)
     _refuse_strange(document, path)
     checks = [Check.of(
         DOCUMENT, document.get(DIGEST) == own, f"Its digest is {own}.",
@@ -79,7 +84,8 @@ def verify_report(
             "published digest", digest.strip().lower() == own, "It is that of this report.",
             "It is that of another report, or this one was edited and sealed anew.",
         ))  # fmt: skip
-    checks.append(_report_files(path.parent, _mapping(document, "files")))
+    files = _mapping(document, "files")
+    checks.append(_report_files(path.parent, files, str(document.get(DIGEST)), whole=report.is_dir()))
     if lora is not None:
         audited = _mapping(document, "inputs", "lora")
         name = audited.get("name")
@@ -117,26 +123,9 @@ def parse(text: str) -> dict[str, Any]:
     """Return the JSON object of a report that may come from anywhere.
 
     Raises:
-        ValueError: It is no JSON object, repeats a key (readers disagree which one counts), holds
-            a number that JSON does not know, or nests too deeply.
+        ReportError: It is no JSON object, or one that readers disagree about; see `Reader.parse`.
     """
-
-    def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return values
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        document = json.loads(text, object_pairs_hook=unrepeated, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"it holds {type(document).__name__}, expected an object")
-    return document
+    return READER.check(READER.parse(text, DOCUMENT), dict[str, Any], DOCUMENT)
 
 
 def _refuse_strange(document: Mapping[str, Any], path: Path) -> None:
@@ -159,9 +148,18 @@ def _mapping(document: Mapping[str, Any], *keys: str) -> dict[str, str]:
     return value
 
 
-def _report_files(folder: Path, expected: Mapping[str, str]) -> Check:
-    """Compare the files of the report itself; those that were not passed on cannot be compared."""
-    absent, changed = _compare(folder, expected)
+def _report_files(folder: Path, expected: Mapping[str, str], digest: str, *, whole: bool) -> Check:
+    """Compare the files of the report itself; those that were not passed on cannot be compared.
+
+    Of a `whole` folder, files that the report does not know are named.
+    """
+    absent, changed = _compare(folder, {n: each for n, each in expected.items() if n != CARD})
+    if CARD in expected:
+        card = folder / CARD
+        if not card.is_file():
+            absent.append(CARD)
+        elif _card_sha256(card, digest) != expected[CARD]:
+            changed.append(CARD)
     here = len(expected) - len(absent)
     detail = f"{counted(here, 'file is', 'files are')} as written."
     if changed:
@@ -169,7 +167,24 @@ def _report_files(folder: Path, expected: Mapping[str, str]) -> Check:
     if absent:
         are = counted(len(absent), "file is", "files are")
         detail += f" {are} not here and could not be compared: {name_some(absent)}."
-    return Check(what="page, badge, images", fits=not changed, detail=detail)
+    if others := _unknown(folder, {*expected, DOCUMENT, CARD}) if whole else []:
+        are = counted(len(others), "file is", "files are")
+        detail += f" {are} beside them that the report does not know: {name_some(others)}."
+    return Check(what="page, badge, card, images", fits=not changed, detail=detail)
+
+
+def _card_sha256(card: Path, digest: str) -> str:
+    text = card.read_bytes().replace(digest.encode(), NO_DIGEST.encode())
+    return hashlib.sha256(text).hexdigest()
+
+
+def _unknown(folder: Path, known: Set[str]) -> list[str]:
+    """Return the files of a folder that its report does not know, less what an audit works with."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [
+        name.as_posix() for name in names
+        if name.as_posix() not in known and name.parts[0] != JOURNAL and name.name != LOCK
+    ]  # fmt: skip
 
 
 def _folder(what: str, folder: Path, expected: Mapping[str, str]) -> Check:

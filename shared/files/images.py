@@ -1,6 +1,9 @@
 """Image files, read as RGB one at a time and written whole or not at all."""
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,18 @@ if TYPE_CHECKING:
 
 ORIENTATION = 0x0112
 """EXIF's tag for how an image is to be turned; 1 for not at all."""
+
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Of Pillow: those that trainers read. Others, such as EPS, would start further programs."""
+LATER = {".avif": "AVIF", ".webp": "WEBP"}
+"""Formats by suffix that some builds of Pillow lack."""
+LARGEST = 100_000_000
+"""Pixels of an image: a file of a few bytes can ask for the memory of billions."""
+
+
+class ImageNotRead(ValueError):
+    """An image that may be whole, and is not read all the same; says why and what to type."""
 
 
 class ImageFiles(Sequence):
@@ -33,23 +48,62 @@ def read_image(path: Path) -> "Image":
     Raises:
         ValueError: The file is no readable image; the message names it.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _opened(path) as image:
+        return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def is_turned(path: Path) -> bool:
+    """Return whether an image file notes that it is to be shown turned or mirrored.
+
+    Raises:
+        ValueError: The file is no readable image; the message names it.
+    """
+    with _opened(path) as image:
+        return image.getexif().get(ORIENTATION, 1) not in (0, 1)
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[Image]":
+    """Yield an image of a format and a size that are read; what fails inside is its file's fault.
+
+    Raises:
+        ValueError: The file is no readable image; the message names it.
+    """
+    from PIL import Image
 
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a readable image (it is no regular file).")
     try:
-        with Image.open(path) as image:
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes: there is a limit below
+            with Image.open(path, formats=known) as image:
+                if math.prod(image.size) > LARGEST:
+                    raise ImageNotRead(
+                        f"{path} has {image.width} x {image.height} pixels, at most {LARGEST:,} "
+                        "are read. Make it smaller, as trainers do before they read it."
+                    )
+                yield image
+    except ImageNotRead:
+        raise
     except Exception as error:  # decoders raise whatever the bytes of a broken file make them raise
+        if lacks(path.suffix):
+            lacking = LATER[path.suffix.lower()]
+            raise ImageNotRead(
+                f"{path} is not read: this Pillow has no {lacking}. Type: pip install -U pillow"
+            ) from error
         raise ValueError(f"{path} is not a readable image ({error}).") from error
 
 
-def is_turned(path: Path) -> bool:
-    """Return whether an image file notes that it is to be shown turned or mirrored."""
+def lacks(suffix: str) -> bool:
+    """Return whether the installed Pillow reads no images of a suffix that it could read."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1) not in (0, 1)
+    Image.init()
+    return suffix.lower() in LATER and LATER[suffix.lower()] not in Image.OPEN
 
 
 def _eight_bits(image: "Image") -> "Image":

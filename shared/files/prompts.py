@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from ..dependencies import require
 from ..wording import counted
 from .leftovers import without_leftovers
+from .schema import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ COLUMNS = ("prompt", "caption", "text", "Prompt", "Caption", "Text", "TEXT")
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+LONGEST = 300
+"""Characters of a library's message."""
 HALVES = re.compile("[\ud800-\udfff]")
 MARKS = ("[trigger]", "[name]")
 """What stands in captions for the trigger word, which ai-toolkit puts in its place."""
@@ -30,6 +32,9 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 class PromptError(ValueError):
     """A prompt file cannot be read or holds no prompts."""
+
+
+ROWS = Reader(PromptError, "JSON", "Write one JSON object a line.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         prompts = list(reader(path))
     except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise PromptError(f"{path} cannot be read: {_line(error)}.") from error
     if not any(prompt.text.strip() for prompt in prompts):
         raise PromptError(
             f"{path} holds no prompts: it is empty or has nothing but white space. "
@@ -123,6 +128,12 @@ def clean(prompts: Iterable[Prompt]) -> PromptSet:
         read=read,
         empty=empty,
     )
+
+
+def _line(error: Exception) -> str:
+    """Return what a library says, in one line."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return text[:LONGEST].rstrip(".")
 
 
 def _text(path: Path) -> str:
@@ -176,10 +187,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
         for number, line in enumerate(_lines(_text(path)), 1):
             numbers.append(number)
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise PromptError(f"{path}:{number} is not JSON: {error}.") from error
+                yield ROWS.parse(line, f"{path}:{number}")
 
     numbers: list[int] = []
     yield from _from_rows(path, rows(), lambda index: numbers[-1])
@@ -200,7 +208,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         )
         yield from _from_rows(path, rows, lambda index: index + 1)
     except arrow.ArrowException as error:
-        raise PromptError(f"{path} is not a readable parquet file: {error}.") from error
+        raise PromptError(f"{path} is not a readable parquet file: {_line(error)}.") from error
 
 
 def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> Iterator[Prompt]:

@@ -4,10 +4,14 @@ import errno
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .schema import Reader, conform
 
 CACHE = "UNMEMORIZE_CACHE"
 """Environment variable that names another cache folder."""
@@ -106,6 +110,23 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of a journal."""
+
+    key: str
+    value: Any
+    crc: int | None = None
+    """Of both; absent in lines of earlier versions."""
+
+
+PLAIN = Reader(ValueError, "an entry", "")
+
+
+def _crc(key: str, value: Any) -> int:
+    return zlib.crc32(json.dumps([key, value], sort_keys=True, allow_nan=False).encode())
+
+
 class Journal:
     """Results by key in an append-only file; killed while writing, it keeps every finished one.
 
@@ -131,13 +152,15 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # torn
             try:
-                record = json.loads(line)
-                self._values[record["key"]] = record["value"]
-            except (ValueError, KeyError, TypeError) as error:
+                entry = conform(PLAIN.parse(line, "it"), Entry)
+                if entry.crc not in (None, _crc(entry.key, entry.value)):
+                    raise ValueError("its crc is another than it was")
+            except ValueError as error:
                 raise StorageError(
                     f"Line {number} of {self.path} is not a journal entry: it was changed by "
-                    "something else. Delete the file to compute its results again."
+                    f"something else ({error}). Delete the file to compute its results again."
                 ) from error
+            self._values[entry.key] = entry.value
             size += len(line)
         return size
 
@@ -165,9 +188,10 @@ class Journal:
         Raises:
             StorageError: The disk is full or the file cannot be written; nothing of `values` stays.
         """
+        plain = json.loads(json.dumps(dict(values), allow_nan=False))
         lines = b"".join(
-            json.dumps({"key": key, "value": value}, allow_nan=False).encode() + b"\n"
-            for key, value in values.items()
+            json.dumps({"key": key, "value": value, "crc": _crc(key, value)}).encode() + b"\n"
+            for key, value in plain.items()
         )
         with writing(self.path):
             # Unbuffered: a buffer could write half of a line now and the rest at exit.
@@ -181,7 +205,7 @@ class Journal:
                     file.truncate(self._size)
                     raise
         self._size += len(lines)
-        self._values.update(json.loads(json.dumps(dict(values))))
+        self._values.update(plain)
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """Weight files read as data: never unpickled, whole or refused, nothing random in them."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..wording import counted, name_some
+from .schema import Reader
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 QUANTIZED = re.compile(
@@ -25,6 +24,10 @@ COUNTS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 class ModelError(ValueError):
     """A model or LoRA that cannot be used as it is; the message says what to do."""
+
+
+READER = Reader(ModelError, "a part of a model", "Copy the file again.")
+"""Of the JSON that models and LoRAs bring along."""
 
 
 def refuse_pickle(path: Path) -> None:
@@ -108,21 +111,6 @@ def refuse_quantized(path: Path, header: Mapping[str, tuple[str, tuple[int, ...]
             f"{name_some(codes, 2)}, of {', '.join(sorted(dtypes))}), which is not read. Give the "
             "same weights in fp32, bf16, fp16, or plain fp8."
         )
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    """Return what a text in JSON holds.
-
-    Raises:
-        ModelError: It is no JSON; names `where` it stands.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{where} cannot be read as JSON ({error}); expected an object in braces. Copy the "
-            "file again."
-        ) from error
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -4,11 +4,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..files.weights import PICKLES, ModelError, parse_json, read_header, refuse_pickle
+from ..files.weights import PICKLES, READER, ModelError, read_header, refuse_pickle
 from ..wording import counted, name_some
 from .quantization import is_quantized
 
@@ -21,6 +22,13 @@ MARGIN = 1.1
 """Memory for activations and the like, relative to the weights."""
 ROW_MEMORY = 8192
 """Bytes that a pass takes for each byte of a latent: see `trajectory.automatic_rows`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightIndex:
+    """Which file holds which weight."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -42,14 +50,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """Return the files that an index names, in order."""
-    try:
-        shards = set(parse_json(index.read_bytes(), str(index))["weight_map"].values())
-        return [index.parent / Path(name).name for name in sorted(shards)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{index} names no files ({error!r}); expected the file of each weight under "
-            "weight_map. Copy it again."
-        ) from error
+    shards = READER.read(index, WeightIndex, foreign=True).weight_map.values()
+    if not shards:
+        raise ModelError(f"{index}: `weight_map` names no file, expected that of each weight.")
+    return [index.parent / Path(name).name for name in sorted(set(shards))]
 
 
 def variant_of(files: Iterable[Path]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..dependencies import require
-from ..files.weights import ModelError, parse_json, read_header, refuse_quantized
+from ..files.weights import READER, ModelError, read_header, refuse_quantized
 from ..wording import name_some
 from .calls.quiet import quiet
 from .checks import (
@@ -39,6 +39,8 @@ LIBRARIES = ("diffusers", "transformers")
 """Whose classes a folder may ask for."""
 LEFT_OUT = ("text_encoder_3", "tokenizer_3")
 """T5, which Stable Diffusion 3 does without; diffusers saves nothing about it then, and asks."""
+LONGEST = 100
+"""Characters of a name in a message."""
 PURPOSE = "Running a diffusion model"
 
 
@@ -66,12 +68,12 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is not a diffusers model: expected model_index.json and a folder for each "
             f"part in it, found {name_some(files) or 'nothing'}. {_meant(folder, files)}"
         )
-    index = parse_json(path.read_bytes(), str(path))
-    name = index.get("_class_name") if isinstance(index, dict) else None
+    index = READER.check(READER.parse_file(path), dict[str, Any], str(path))
+    name = index.get("_class_name")
     if not isinstance(name, str):
         raise ModelError(f"{path} names no pipeline: expected its class under _class_name.")
     if name not in FAMILIES and (reason := _refusal(name)):
-        raise ModelError(f"{path} describes a {name}: {reason}")
+        raise ModelError(f"{path} describes a {name[:LONGEST]}: {reason}")
     _refuse_foreign(index, path)
     return index
 
@@ -92,14 +94,22 @@ def _refuse_foreign(index: Mapping[str, Any], path: Path) -> None:
     Some releases of diffusers import a module of that name out of the folder, whatever the part.
     """
     for name, part in index.items():
-        if name.startswith("_") or name in UNUSED or not isinstance(part, list):
-            continue
+        single = not isinstance(part, list) and name not in COMPONENTS
+        if name.startswith("_") or name in UNUSED or single:
+            continue  # a setting of the pipeline
         known = (*LIBRARIES, None)
-        if len(part) != 2 or any(not isinstance(each, str | None) for each in part):
-            raise ModelError(f"{path}: {name} is {part!r}, expected a library and a class in it.")
-        if part[0] not in known or not str(part[1]).isidentifier():
+        if part is None and name in COMPONENTS:
+            continue
+        pair = isinstance(part, list) and len(part) == 2
+        if not pair or any(not isinstance(each, str | None) for each in part):
             raise ModelError(
-                f"{path} asks for {part[0]}.{part[1]} as {name}: only classes of "
+                f"{path}: {name[:LONGEST]} is {str(part)[:LONGEST]!r}, expected a library and a "
+                "class in it."
+            )
+        if part[0] not in known or not str(part[1]).isidentifier():
+            asked = f"{part[0]}.{part[1]}"[:LONGEST]
+            raise ModelError(
+                f"{path} asks for {asked} as {name[:LONGEST]}: only classes of "
                 f"{' and '.join(LIBRARIES)} are loaded, others could run any program."
             )
 
@@ -211,7 +221,7 @@ def _load_component(
 def _refuse_quantized(folder: Path, files: Sequence[Path]) -> None:
     """Raise ModelError for a part whose weights are codes."""
     path = folder / "config.json"
-    config = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    config = READER.parse_file(path) if path.is_file() else {}
     if isinstance(config, dict) and (how := config.get("quantization_config")):
         method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else how
         raise ModelError(

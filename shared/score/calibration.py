@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from ..arrays import Float, Tensor
-from ..files.storage import replace_atomically
+from .calibration_file import (
+    AGAIN,
+    BESIDE,
+    SCHEMA_VERSION,
+    CalibrationError,
+    Stored,
+    bases_as_bytes,
+    read_calibration,
+    write_calibration,
+)
 from .collapse import SecondStage
 from .config import CLIP_PARTS, DetectionConfig
 from .control_basis import ControlBasis, directions_for, fit_controls, require_direction
@@ -26,8 +34,6 @@ from .families import cosine_limit
 from .pooled_basis import pooled
 from .rates import clopper_pearson, threshold_of
 
-SCHEMA_VERSION = 6
-AGAIN = "Make a new one with `unmemorize calibrate`."
 OBSERVED = "observed."
 HIGH = 0.05
 """Share of controls that score as high as prompts of another kind commonly do."""
@@ -35,12 +41,6 @@ FEWEST = 10
 """Prompts whose middle one says something of their kind."""
 RESOLVED = 0.05
 """q-value that controls should be enough for."""
-BESIDE = {"residual": "", "observed": OBSERVED, **dict.fromkeys(CLIP_PARTS, "")}
-"""Calibrations beside that of magnitudes, and what their tensors' names begin with in the file."""
-
-
-class CalibrationError(ValueError):
-    """A calibration file that cannot be read or contradicts itself."""
 
 
 class CalibrationMismatch(ValueError):
@@ -465,7 +465,7 @@ class Calibration:
 
     def to_values(self) -> dict[str, Any]:
         """Return the calibration as JSON values; of a basis its steps and its file's sha256."""
-        return self._values(hashlib.sha256(self._bases()).hexdigest())
+        return self._values(hashlib.sha256(bases_as_bytes(self._bases())).hexdigest())
 
     def _values(self, sha256: str) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -475,77 +475,51 @@ class Calibration:
         values["basis"] = self.basis and {"steps": list(self.basis.steps), "sha256": sha256}
         return values
 
-    def _bases(self) -> bytes:
-        """Return what lies beside the JSON: a safetensors file of all bases, empty of none."""
+    def _bases(self) -> dict[str, Tensor]:
+        """Return the tensors of all bases, by their names in one file."""
         tensors: dict[str, Tensor] = {}
         for part, prefix in ((self.judge, ""), (self.observed, OBSERVED)):
             if part is not None and part.basis is not None:
                 tensors |= part.basis.tensors(prefix)
-        return save(tensors) if tensors else b""
+        return tensors
 
     def save(self, path: Path) -> None:
-        """Write JSON, and the bases beside it if there are any; floats come back bit for bit."""
-        if bases := self._bases():
-            with replace_atomically(basis_path(path)) as part:
-                part.write_bytes(bases)
-        with replace_atomically(Path(path)) as part:
-            part.write_text(json.dumps(self.to_values(), indent=1, allow_nan=False) + "\n", "utf-8")
+        """Write JSON, and the bases beside it if there are any; floats come back bit for bit.
+
+        Raises:
+            StorageError: Nothing can be written.
+        """
+        write_calibration(Path(path), self.to_values(), self._bases())
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         """Read what `save` wrote.
 
         Raises:
-            CalibrationError: Not such a file, of another version, its threshold does not follow
-                from its controls, or the bases beside it are missing or others.
+            OSError: There is no such file.
+            CalibrationError: It is no calibration, of another version, damaged or edited, its
+                threshold does not follow from its controls, or the bases beside it are missing or
+                others.
         """
+        stored, bases = read_calibration(Path(path))
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
-        except (ValueError, RecursionError) as error:  # no JSON, or bytes that are not UTF-8
-            raise CalibrationError(f"{path} is not a calibration: {error}. {AGAIN}") from error
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if version == 1:  # of magnitudes alone; versions between were never released
-            values |= {name: None for name in ("basis", "second", "family_cosine", *BESIDE)}
-            values["schema_version"] = SCHEMA_VERSION
-        elif version == 5:  # from before clips had thresholds
-            for part in (values, *filter(None, map(values.get, BESIDE))):
-                part |= dict.fromkeys(CLIP_PARTS) | {"schema_version": SCHEMA_VERSION}
-        elif version != SCHEMA_VERSION:
-            raise CalibrationError(
-                f"{path} has schema_version {version}, expected {SCHEMA_VERSION}. {AGAIN}"
-            )
-        try:
-            parts = (values, *(values.get(name) or {} for name in BESIDE))
-            known = {part["basis"]["sha256"] for part in parts if part.get("basis")}
-            bases = _read_bases(basis_path(path), known) if known else {}
-            return cls._from_values(values, Path(path), bases)
+            return cls._of(stored, Path(path), bases)
         except CalibrationError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-                ValueError) as error:  # fmt: skip
-            # A value of another kind fails wherever it is first computed with.
-            raise CalibrationError(
-                f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); expected what "
-                f"`unmemorize calibrate` wrote. {AGAIN}"
-            ) from error
+        except (LookupError, ValueError) as error:
+            raise CalibrationError(f"{path} contradicts itself: {error}. {AGAIN}") from error
 
     @classmethod
-    def _from_values(
-        cls, values: dict[str, Any], path: Path, bases: Mapping[str, Tensor], prefix: str = ""
+    def _of(
+        cls, stored: Stored, path: Path, bases: Mapping[str, Tensor], prefix: str = ""
     ) -> "Calibration":
-        names = {field.name for field in fields(cls)}
-        if wrong := sorted(names ^ values.keys()):
-            raise CalibrationError(f"{path} has missing or unknown fields {wrong}. {AGAIN}")
-        values = {**values, "control_scores": tuple(map(tuple, values["control_scores"]))}
-        values["interval"] = tuple(values["interval"])
-        for name, own in BESIDE.items():
-            if values[name] is not None:
-                values[name] = cls._from_values(values[name], path, bases, own)
-        if (second := values["second"]) is not None:
-            second = {k: tuple(v) if isinstance(v, list) else v for k, v in second.items()}
-            values["second"] = SecondStage(**second)
-        if (known := values["basis"]) is not None:
-            values["basis"] = ControlBasis.from_tensors(bases, known["steps"], prefix)
+        values = {each.name: getattr(stored, each.name) for each in fields(stored)}
+        values["control_scores"] = tuple(map(tuple, stored.control_scores))
+        for name in BESIDE:
+            part, own = getattr(stored, name), OBSERVED if name == "observed" else ""
+            values[name] = part and cls._of(part, path, bases, own)
+        if stored.basis is not None:
+            values["basis"] = ControlBasis.from_tensors(bases, stored.basis.steps, prefix)
         calibration = cls(**values)
         scores = calibration.seed_scores.nanmean(1)
         expected = threshold_of(scores, calibration.false_positive_rate)
@@ -555,21 +529,6 @@ class Calibration:
                 f"Was it edited? {AGAIN}"
             )
         return calibration
-
-
-def _read_bases(path: Path, known: set[str]) -> dict[str, Tensor]:
-    """Return the tensors of the file with this one sha256."""
-    if not path.is_file():
-        raise CalibrationError(
-            f"The basis of the residual score is missing: expected {path.name} beside the "
-            f"calibration, where `unmemorize calibrate` wrote it. Put it there. {AGAIN}"
-        )
-    data = path.read_bytes()
-    if {hashlib.sha256(data).hexdigest()} != known:
-        raise CalibrationError(
-            f"{path} is not the basis that the calibration was made with. {AGAIN}"
-        )
-    return load(data)
 
 
 def _supported(
@@ -598,11 +557,6 @@ def _of_residual(
         "family_cosine": cosine_limit(differences[0], count),
         **_supported(scores, rate),
     }
-
-
-def basis_path(path: Path) -> Path:
-    """Return where the bases of a calibration file lie: beside it, as safetensors."""
-    return Path(path).with_suffix(".safetensors")
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:

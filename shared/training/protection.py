@@ -26,6 +26,7 @@ from .projected import ProjectedTraining
 from .projection.projection import Projection, ProjectionFailed
 from .replay import RandomState
 from .settings import ProtectionSettings
+from .state import check_state, sealed
 
 MEASURE_EVERY = 100
 """Steps between two measurements of the residual: each moves every factor to the CPU."""
@@ -284,7 +285,7 @@ class Protection:
         state = self._projected.state_dict() if self._projected and self.projection else {}
         if self.filter:
             state["filter"] = self.filter.state_dict()
-        return state
+        return sealed(state)
 
     def load_state_dict(self, state: Any) -> None:
         """Continue from `state_dict`; a method that the other run did not use starts anew.
@@ -293,6 +294,7 @@ class Protection:
             ValueError: The state is damaged, or of other settings.
         """
         try:
+            check_state(state)
             if self._projected and self.projection:
                 self._projected.load_state_dict(state)
             if self.filter and "filter" in state:

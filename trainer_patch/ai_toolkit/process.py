@@ -5,17 +5,19 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...shared.files.schema import Count
 from ...shared.files.storage import write_text
 from ...shared.patching import Function, HookMissing, patched
 from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
+from ...shared.training.state import READER
 from ..hooks import accelerate_hooks, end_in_time, optimizer_hooks
 from ..step import Call, Step
 from .adapter import StepAdapter, captions_of, samples_of, text_path
@@ -172,9 +174,9 @@ class ProtectedProcess:
         if not self.step_num:
             return
         path = self._state_path
-        state = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if state.get("step") == self.step_num:
-            self.protection.load_state_dict(state["protection"])
+        state = READER.read(path, SavedState) if path.is_file() else None
+        if state is not None and state.step == self.step_num:
+            self.protection.load_state_dict(state.protection)
         else:
             logger.warning(
                 "%s does not belong to step %d: the filter starts anew.", path, self.step_num
@@ -185,6 +187,14 @@ class ProtectedProcess:
         """Where the state is: beside the folder of the training, as the reports are."""
         folder = Path(self.save_root)
         return folder.with_name(f"{folder.name}.unmemorize.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What lies beside the folder of a training."""
+
+    step: Count
+    protection: dict[str, Any]
 
 
 @contextmanager

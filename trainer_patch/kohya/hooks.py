@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ...shared.patching import Function, patched
 from ...shared.training.protection import Protection
 from ...shared.training.replay import RandomState, aside
+from ...shared.training.state import READER
 from ..hooks import (
     STATE,
     calling,
@@ -160,7 +161,7 @@ def _keep_state(accelerator: Any, protection: Protection) -> None:
     def load(_models: Any, folder: str) -> None:
         path = Path(folder) / STATE
         if path.is_file():
-            protection.load_state_dict(json.loads(path.read_text("utf-8")))
+            protection.load_state_dict(READER.parse_file(path))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -1,13 +1,13 @@
 """The scale of every module that PEFT has trained, from the configuration that it writes."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files.weights import ModelError, parse_json, read_metadata
+from ...files.schema import Count
+from ...files.weights import READER, ModelError, read_metadata
 
 MERGE = "Merge it into its base model with the tool that made it, and give the merged model."
 """The remedy for a file that nothing here reads."""
@@ -31,6 +31,23 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga")
 LoftQ take something out of them, so that their factors fit no released model."""
 
 
+RUNAWAY = re.compile(r"[)][*+{]|([*+}].*){4}")
+"""Patterns that may be matched for ever: a group that repeats, or four repetitions in a row."""
+LONGEST = 500
+"""Characters of a pattern; names of modules have less than 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Of PEFT's LoraConfig what changes the effect of given factors."""
+
+    r: Count
+    lora_alpha: float
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
     """Ranks and scales of the modules of one component."""
@@ -52,8 +69,7 @@ class PeftConfig:
         Raises:
             ModelError: It is no LoraConfig, or sets something that is not applied here.
         """
-        if not isinstance(config, dict):
-            raise ModelError(f"{where} holds {type(config).__name__}, expected an object.")
+        config = READER.check(config, dict[str, Any], where)
         if (kind := config.get("peft_type") or "LORA") != "LORA":
             raise ModelError(f"{where} describes a {kind}, not a LoRA. {MERGE}")
         others = {k: v for k, v in config.items() if v and k not in READ | WITHOUT_EFFECT}
@@ -65,23 +81,17 @@ class PeftConfig:
         if others:
             named = ", ".join(f"{key}={value!r}" for key, value in others.items())
             raise ModelError(f"{where} sets {named[:300]}, which is not applied here. {MERGE}")
-        try:
-            own = cls(
-                where=where,
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                ranks={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
-                alphas={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-                rslora=bool(config.get("use_rslora")),
-            )
-            if not all(map(math.isfinite, (own.alpha, *own.alphas.values()))):
-                raise ValueError("an alpha is no finite number")
-            return own
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ModelError(
-                f"{where} gives no ranks and scales ({error!r}); expected numbers under r and "
-                "lora_alpha, and numbers by module under rank_pattern and alpha_pattern."
-            ) from error
+        read = READER.check(config, LoraConfig, where, foreign=True)
+        for pattern in (*(read.rank_pattern or ()), *(read.alpha_pattern or ())):
+            if len(pattern) > LONGEST or RUNAWAY.search(pattern):
+                raise ModelError(
+                    f"{where}: {pattern[:60]!r} repeats what is repeated, or is longer than "
+                    f"{LONGEST} signs: matching it could take for ever. {MERGE}"
+                )
+        return cls(
+            where=where, rank=read.r, alpha=read.lora_alpha, ranks=read.rank_pattern or {},
+            alphas=read.alpha_pattern or {}, rslora=bool(read.use_rslora),
+        )  # fmt: skip
 
     def alpha_of(self, name: str, rank: int) -> float:
         """Return the alpha of a module for which alpha / rank is PEFT's scale.
@@ -125,7 +135,7 @@ def config_beside(path: Path) -> PeftConfig:
             f"{path} was written by PEFT, which states the LoRA's scale in {beside.name} beside "
             f"it; there is no such file. Put it there: {beside}"
         )
-    return PeftConfig.of(parse_json(beside.read_bytes(), str(beside)), str(beside))
+    return PeftConfig.of(READER.parse_file(beside), str(beside))
 
 
 def configs_in_header(path: Path) -> dict[str, PeftConfig]:
@@ -138,9 +148,7 @@ def configs_in_header(path: Path) -> dict[str, PeftConfig]:
     if text is None:
         return {}
     where = f"{path}: the header's {HEADER_KEY}"
-    flat = parse_json(text, where)
-    if not isinstance(flat, dict):
-        raise ModelError(f"{where} holds {type(flat).__name__}, expected an object.")
+    flat = READER.check(READER.parse(text, where), dict[str, Any], where)
     parts: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, option = key.partition(".")

@@ -3,8 +3,9 @@
 It lies in the input space of the layers that read text states of one width.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 
 from ...arrays import Float, Tensor
+from ...files.schema import Reader
 from ...files.storage import replace_atomically
 from ...files.weights import ModelError, check_finite, read_header
 
 KEY = "basis"
 HEADER = "unmemorize.subspace"
 """Where a file's metadata keep the provenance, as JSON."""
+DIGEST = "unmemorize.sha256"
+"""Where they keep the sha256 of all else in the file."""
+REBUILD = "Build it again with `unmemorize concept`."
+READER = Reader(ModelError, "a file of subspaces", REBUILD)
 ORTHONORMAL = 1e-8
 """How far the basis may be from orthonormal, largest entry of its Gram matrix minus I."""
 ROUNDING = 1e-10
@@ -74,14 +80,14 @@ class ConceptSubspace:
             ModelError: The file is missing, cut, of another kind, or its subspace does not fit.
         """
         otherwise = "is not a concept subspace that this package wrote"
-        tensors, metadata = load_tensors(path, HEADER, otherwise)
+        tensors, metadata = load_tensors(path, HEADER, otherwise, known=(HEADER,))
         if set(tensors) != {KEY}:
             raise ModelError(f"{path} {otherwise}.")
+        provenance = parse_provenance(metadata[HEADER], f"{path}: the header's {HEADER}")
         try:
-            provenance = parse_provenance(metadata[HEADER])
             subspace = cls(basis=tensors[KEY], provenance=provenance)
         except ValueError as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
+            raise ModelError(f"{path} is damaged: {error} {REBUILD}") from error
         if width not in (None, subspace.width):
             raise ModelError(
                 f"{path} is for text states of width {subspace.width}, this model's have {width}. "
@@ -141,16 +147,25 @@ def save_tensors(
     from safetensors.torch import save_file
 
     header = {name: json.dumps(dict(value), sort_keys=True) for name, value in metadata.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header[DIGEST] = _digest(tensors, header)
     with replace_atomically(path) as part:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=header)
+        save_file(tensors, part, metadata=header)
 
 
-def load_tensors(path: Path, key: str, otherwise: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: Path, key: str, otherwise: str, *, known: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file whose metadata hold a key.
 
+    Args:
+        path: The file.
+        key: Which tells its kind.
+        otherwise: Said of a file without the key.
+        known: Keys of files from before there was a digest.
+
     Raises:
-        ModelError: The file is missing, cut, holds NaN or infinity, or lacks the key, of which
-            `otherwise` is the message.
+        ModelError: The file is missing, cut, damaged, holds NaN or infinity, or lacks the key.
     """
     from safetensors import safe_open
 
@@ -161,16 +176,27 @@ def load_tensors(path: Path, key: str, otherwise: str) -> tuple[dict[str, Tensor
             raise ModelError(f"{path} {otherwise}.")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     check_finite(tensors, str(path))
+    digest = metadata.pop(DIGEST, None)
+    if digest is None and (unknown := sorted(metadata.keys() - {"format", *known})):
+        raise ModelError(f"{path}: its header has unknown fields {unknown}. {REBUILD}")
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise ModelError(f"{path} is damaged: its digest is another than it was. {REBUILD}")
     return tensors, metadata
 
 
-def parse_provenance(text: str) -> dict[str, Any]:
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the sha256 of all that a file holds, in the order of its names."""
+    total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def parse_provenance(text: str, where: str) -> dict[str, Any]:
     """Return the provenance that a file's metadata hold.
 
     Raises:
-        ValueError: It is not JSON, or not an object.
+        ModelError: It is not JSON, or not an object.
     """
-    provenance = json.loads(text)
-    if not isinstance(provenance, dict):
-        raise ValueError(f"its provenance is {text[:20]!r}, not an object.")
-    return provenance
+    return READER.check(READER.parse(text, where), dict[str, Any], where)

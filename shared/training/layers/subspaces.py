@@ -1,8 +1,7 @@
 """Subspaces of single layers, by the layer's name: a value, and its file."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,14 @@ from ...arrays import Tensor
 from ...files.weights import ModelError, read_header, read_metadata
 from ...models.lora.layer_names import cores
 from ...wording import counted, name_some
-from ..concept.subspace import ConceptSubspace, load_tensors, parse_provenance, save_tensors
+from ..concept.subspace import (
+    READER,
+    REBUILD,
+    ConceptSubspace,
+    load_tensors,
+    parse_provenance,
+    save_tensors,
+)
 from .regions import ConceptRegions
 
 HEADER = "unmemorize.layers"
@@ -33,6 +39,15 @@ def holds_layers(path: Path) -> bool:
     """
     read_header(path)
     return HEADER in read_metadata(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """Of `ConceptRegions` what stands in a file's header."""
+
+    units: dict[str, float]
+    limit: float
+    sigma: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +112,23 @@ class LayerSubspaces:
             ModelError: The file is missing, cut, or of another kind.
         """
         bases, metadata = load_tensors(
-            path, HEADER, "holds no subspaces of layers that this package wrote"
-        )
+            path, HEADER, "holds no subspaces of layers that this package wrote",
+            known=(HEADER, REGIONS),
+        )  # fmt: skip
         regions = None
         try:
             if REGIONS in metadata:
-                settings = json.loads(metadata[REGIONS])
-                centres = {name: bases.pop(CENTRE + name) for name in settings["units"]}
+                where = f"{path}: the header's {REGIONS}"
+                read = READER.check(READER.parse(metadata[REGIONS], where), RegionSettings, where)
+                centres = {name: bases.pop(CENTRE + name) for name in read.units}
                 own = {name: bases[name] for name in centres}
-                regions = ConceptRegions(bases=own, centres=centres, **settings)
-            provenance = parse_provenance(metadata[HEADER])
+                regions = ConceptRegions(bases=own, centres=centres, **asdict(read))
+            provenance = parse_provenance(metadata[HEADER], f"{path}: the header's {HEADER}")
             return cls(bases=bases, provenance=provenance, regions=regions)
+        except ModelError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
+            raise ModelError(f"{path} is damaged: {error}. {REBUILD}") from error
 
 
 def _span(bases: Sequence[Tensor]) -> Tensor:

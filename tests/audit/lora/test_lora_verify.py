@@ -10,10 +10,11 @@ import pytest
 from some_audit import make_audit
 from typer.testing import CliRunner
 from unmemorize.audit.common.subject import Subject
-from unmemorize.audit.lora.document import digest_of, file_sha256
+from unmemorize.audit.lora.document import DIGEST, file_sha256
 from unmemorize.audit.lora.tell import tell
 from unmemorize.audit.lora.verify import ReportError, parse, verify_report
 from unmemorize.cli import app
+from unmemorize.shared.files.schema import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,10 @@ def document(case):
 
 
 def write(case, content):
+    """Write another audit.json, and its digest into the card, as a forger would."""
+    card = case / "out" / "model_card.md"
+    text = card.read_text("utf-8").replace(document(case)["digest"], content["digest"])
+    card.write_text(text, encoding="utf-8")
     (case / "out" / "audit.json").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -59,18 +64,20 @@ def test_what_was_not_touched_fits(case):
     assert check(case) == {}
     checks = verify_report(case / "out" / "audit.json", digest=document(case)["digest"].upper())
     assert [one.what for one in checks] == [
-        "audit.json", "published digest", "page, badge, images"
+        "audit.json", "published digest", "page, badge, card, images"
     ]  # fmt: skip
     assert all(one.fits for one in checks)
 
 
-@pytest.mark.parametrize("name", ["report.html", "badge.svg", "similarity.npz", "images/0003.png"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "badge.svg", "similarity.npz", "images/0003.png", "model_card.md"]
+)
 @pytest.mark.parametrize("place", [0, 500, -1])
 def test_one_byte_of_any_file_is_noticed(case, name, place):
     flip(case / "out" / name, place)
     found = check(case)
-    assert set(found) == {"page, badge, images"}
-    assert f"1 file was edited: {name}" in found["page, badge, images"]
+    assert set(found) == {"page, badge, card, images"}
+    assert f"1 file was edited: {name}" in found["page, badge, card, images"]
 
 
 def test_one_byte_of_the_json_is_noticed_wherever_it_means_something(case):
@@ -127,7 +134,7 @@ def test_a_report_that_was_sealed_anew_is_told_by_the_published_digest_only(case
     """What a digest without a signature cannot do, said by a test."""
     published, content = document(case)["digest"], document(case)
     content["headline"]["text"] = "Nothing came back"
-    content["digest"] = digest_of(content)
+    content["digest"] = digest_of(content, DIGEST)
     write(case, content)
     assert check(case) == {}
     assert "sealed anew" in check(case, digest=published)["published digest"]
@@ -197,7 +204,7 @@ def test_the_base_model_is_compared(case):
     assert "made on other weights, 'model'" in check(case, model="demo")["base model"]
     content = document(case)
     content["inputs"]["base"]["sha256"] = Subject("demo").fingerprint
-    content["digest"] = digest_of(content)
+    content["digest"] = digest_of(content, DIGEST)
     write(case, content)
     assert check(case, model="demo") == {}
 
@@ -205,8 +212,15 @@ def test_the_base_model_is_compared(case):
 def test_pictures_that_were_not_passed_on_are_told(case):
     shutil.rmtree(case / "out" / "images")
     checks = {one.what: one for one in verify_report(case / "out")}
-    assert checks["page, badge, images"].fits
-    assert "files are not here and could not be compared" in checks["page, badge, images"].detail
+    assert checks["page, badge, card, images"].fits
+    detail = checks["page, badge, card, images"].detail
+    assert "files are not here and could not be compared" in detail
+
+
+def test_files_that_the_report_does_not_know_are_named(case):
+    (case / "out" / "images" / "more.png").write_bytes(b"")
+    checks = {one.what: one for one in verify_report(case / "out")}
+    assert "does not know: images/more.png" in checks["page, badge, card, images"].detail
 
 
 @pytest.mark.parametrize(
@@ -219,10 +233,10 @@ def test_names_in_a_report_open_nothing_outside(case, name):
     content = document(case)
     for files in (content["files"], content["inputs"]["images"]):
         files[name] = file_sha256(secret)
-    content["digest"] = digest_of(content)
+    content["digest"] = digest_of(content, DIGEST)
     write(case, content)
     checks = {one.what: one for one in verify_report(case / "out", images=case / "training")}
-    assert "1 file is not here" in checks["page, badge, images"].detail
+    assert "1 file is not here" in checks["page, badge, card, images"].detail
     assert "1 file missing" in checks["training folder"].detail
 
 
@@ -259,7 +273,7 @@ def test_the_digest_is_that_of_any_reader(case):
     content = document(case)
     named = content.pop("digest")
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    assert hashlib.sha256(text.encode("ascii")).hexdigest() == named == digest_of(content)
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == named == digest_of(content, DIGEST)
     assert parse(text) == content
 
 

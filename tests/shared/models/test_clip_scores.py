@@ -79,6 +79,7 @@ def test_motion_is_judged_by_the_motion_of_the_controls(wan, tmp_path):
     made.save(path := tmp_path / "made.json")
     assert Calibration.load(path) == made
     values = json.loads(path.read_text())
+    del values["digest"]
     for part in (values, values["residual"], values["observed"]):  # as version 5 wrote them
         del part["content"], part["motion"]
         part["schema_version"] = 5

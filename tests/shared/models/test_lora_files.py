@@ -70,7 +70,7 @@ def peft_file(tmp_path, **config):
         ({"r": 8}, "the rank 8, its factors have 4"),
         ({"rank_pattern": {"to_k": 2}}, "to_k the rank 2, its factors have 4"),
         ({"alpha_pattern": {"(": 2}}, "is no pattern"),
-        ({"r": None}, "gives no ranks and scales"),
+        ({"r": None}, "`r` is null, expected a whole number of at least 0"),
         ({"lora_alpha": math.nan}, "no finite number"),
         ({"peft_type": "IA3"}, "describes a IA3"),
     ],

@@ -197,7 +197,7 @@ def test_saved_and_loaded_is_equal_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda v: v | {"schema_version": 4}, "schema_version 4, expected 6"),
+        (lambda v: v | {"schema_version": 4}, "schema_version 4, expected 7"),
         (lambda v: v | {"threshold": v["threshold"] / 2}, "Was it edited"),
         (lambda v: v | {"extra": 1}, r"\['extra'\]"),
         (lambda v: {k: x for k, x in v.items() if k != "model"}, r"\['model'\]"),

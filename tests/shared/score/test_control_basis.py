@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 import torch
 from toy import ToyDenoiser, prompts
-from unmemorize.shared.score.calibration import (
-    Calibration,
-    CalibrationError,
-    basis_path,
-    settings_of,
-)
+from unmemorize.shared.score.calibration import Calibration, CalibrationError, settings_of
+from unmemorize.shared.score.calibration_file import basis_path
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.score.control_basis import (
     ControlBasis,
@@ -284,7 +280,7 @@ def test_files_from_before_there_were_residuals_are_read(tmp_path):
     )
     made.save(path := tmp_path / "c.json")
     values = json.loads(path.read_text("utf-8"))
-    for name in ("residual", "observed", "basis", "second", "family_cosine"):
+    for name in ("digest", "residual", "observed", "basis", "second", "family_cosine"):
         del values[name]
     path.write_text(json.dumps(values | {"schema_version": 1}), "utf-8")
     loaded = Calibration.load(path)
