@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from . import audit, calibrate, concept, dedupe, demo, detect, doctor, explain, mitigate, verify
+from . import (
+    audit,
+    calibrate,
+    concept,
+    dedupe,
+    demo,
+    detect,
+    doctor,
+    explain,
+    mitigate,
+    repair,
+    verify,
+)
 
 app = typer.Typer(
     help="Find training images that a text-to-image model gives back, and the words that do it."
@@ -22,6 +34,7 @@ app.add_typer(concept.app, name="concept")
 # Help lists the commands in the order in which they are added.
 app.command(epilog=verify.EXIT_CODES)(verify.verify)
 app.command(epilog=audit.EXIT_CODES)(audit.audit)
+app.command(epilog=repair.EXIT_CODES)(repair.repair)
 app.command(epilog=audit.EXIT_CODES)(detect.detect)
 app.command()(explain.explain)
 app.command(epilog=audit.EXIT_CODES)(mitigate.mitigate)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,17 +100,9 @@ def compare(plan: Plan, drawn: Drawn, work: Work) -> Compared:
     folder, count = work.job.folder, len(plan.training.trained)
     instrument = positive_control(work)
     shots = [*plan.shots, *(shot for _, of_epoch in plan.epochs for shot in of_epoch)]
-    files = [folder / shot.path for shot in shots]
     trips = work.drawn.rows(drawn.round_trips)
-    rows = work.embed(work.drawn, files, "similarity")
-    known = [plan.training.path_of(image) for image in plan.training.images]
-    pixels = pixel_references(ImageFiles(known), ImageFiles(drawn.round_trips))
-    marked = mark(
-        views_on(pixels, PIXELS.rows(ImageFiles(files)),
-                 References(rows=plan.features, round_trips=trips), rows),
-        roles_of(shots, plan.training, plan.groups),
-    )  # fmt: skip
-    matrix = torch.maximum(similarity(rows, plan.features), similarity(rows, trips))
+    files = [folder / shot.path for shot in shots]
+    rows, matrix, marked = mark_shots(plan, shots, files, drawn.round_trips, work)
     asked = slice(len(plan.shots))
     with replace_atomically(folder / MATRIX) as part, part.open("wb") as file:
         np.savez_compressed(file, matrix=matrix[asked].numpy(),
@@ -137,6 +130,36 @@ def compare(plan: Plan, drawn: Drawn, work: Work) -> Compared:
         epochs=tuple(epochs),
         instrument=instrument,
     )  # fmt: skip
+
+
+def mark_shots(
+    plan: Plan, shots: Sequence[Shot], files: Sequence[Path], round_trips: Sequence[Path],
+    work: Work,
+) -> tuple[Tensor, Tensor, Marked]:  # fmt: skip
+    """Return what images are to the training images, by the audit's rule.
+
+    Args:
+        plan: Holds the training images.
+        shots: What was asked.
+        files: The image of each shot.
+        round_trips: The training images as the autoencoder gives them back.
+        work: Of the audit.
+
+    Returns:
+        Embeddings of the images [generation dimension], their cosines with the training images
+        [generation image], and their marks.
+    """
+    trips = work.drawn.rows(round_trips)
+    rows = work.embed(work.drawn, files, "similarity")
+    known = [plan.training.path_of(image) for image in plan.training.images]
+    pixels = pixel_references(ImageFiles(known), ImageFiles(round_trips))
+    marked = mark(
+        views_on(pixels, PIXELS.rows(ImageFiles(files)),
+                 References(rows=plan.features, round_trips=trips), rows),
+        roles_of(shots, plan.training, plan.groups),
+    )  # fmt: skip
+    matrix = torch.maximum(similarity(rows, plan.features), similarity(rows, trips))
+    return rows, matrix, marked
 
 
 def views_on(

@@ -17,6 +17,8 @@ LARGEST = 10**9
 """A count above it is no count."""
 OURS = "unmemorize."
 """How the keys begin that our trainer flags write."""
+REPAIR = "repair"
+"""How the rest of the keys begins that `unmemorize repair` writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Header:
     module: str | None = None
     """Import name of the network that was trained."""
     ours: Mapping[str, str] = field(default_factory=dict)
-    """What our trainer flags wrote, without the prefix."""
+    """What our trainer flags and `unmemorize repair` wrote, without the prefix."""
 
     def regularises(self, folder: str) -> bool:
         """Return whether a folder holds images of the class alone, by its name."""

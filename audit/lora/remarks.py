@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...shared.files.weights import ModelError, file_sha256, read_header
 from ...shared.wording import counted, name_some, visible
-from .header import Header
+from .header import REPAIR, Header
 from .result import TrainingSet
 
 ARCHITECTURES = (
@@ -255,5 +255,15 @@ def _own_remarks(header: Header, rank: int | None) -> Iterator[Remark]:
     """Name a rank that was changed afterwards, and what our trainer flags wrote."""
     if header.rank is not None and rank is not None and header.rank != rank:
         yield Remark(f"The header says rank {header.rank}, the file has {rank}.")
-    if header.ours:
-        yield Remark(f"It was trained with Unmemorize: {name_some(header.ours, 20)}.")
+    trained = [name for name in header.ours if name.partition(".")[0] != REPAIR]
+    if trained:
+        yield Remark(f"It was trained with Unmemorize: {name_some(trained, 20)}.")
+    if how := header.ours.get(REPAIR):
+        about = {name: header.ours.get(f"{REPAIR}.{name}", "not said")
+                 for name in ("source", "source_sha256", "came_back", "kept")}  # fmt: skip
+        yield Remark(
+            f"The header says that it was repaired with Unmemorize ({how}): made from "
+            f"{about['source']} (sha256 {about['source_sha256']}), from which "
+            f"{about['came_back']} training images came back, keeping {about['kept']} of what it "
+            "does to other prompts. Whether it holds is what this audit asks."
+        )

@@ -9,6 +9,8 @@ so that an audit that was stopped and continued ends with the same bytes as one 
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,7 +26,7 @@ from .config import LoraAuditConfig, identity_of
 from .draw import batches, draw, estimate, has_round_trips, unfinished
 from .feature_cache import FeatureCache
 from .judge import judge
-from .read import read
+from .read import Material, read
 from .result import Asked, LoraAudit
 from .tell import tell, write_page
 from .work import Notify, Work
@@ -58,6 +60,15 @@ def run_lora_audit(
         StorageError: Nothing can be written; what was finished is kept.
         DrawingError: One of several processes has failed; what was finished is kept.
     """
+    with opened(config, bars, notify) as (material, work):
+        return audit_of(ask(material, work), work)
+
+
+@contextmanager
+def opened(
+    config: LoraAuditConfig, bars: Bars, notify: Notify
+) -> Iterator[tuple[Material, Work]]:
+    """Claim the output folder of an audit for a block; arguments and errors of `run_lora_audit`."""
     for extra, modules in NEEDS.items():  # before hours of work, not after
         check_installed(modules, purpose="An audit of a LoRA", extra=extra)
     encoder, subject = Sscd(), Subject.of(config)
@@ -70,20 +81,23 @@ def run_lora_audit(
     with open_job(
         config.output, identity, overwrite=config.overwrite, check=lambda: subject.denoiser
     ) as job:
-        work = Work(
+        yield material, Work(
             config=config, subject=subject, job=job, encoder=encoder,
             facts=subject.facts(job.journal("model"), config.detection), features=features,
             drawn=FeatureCache(encoder, job.folder / "journal" / "features"),
             bars=bars, notify=notify,
         )  # fmt: skip
-        plan = ask(material, work)
-        try:
-            audit = _answer(plan, work)
-        except KeyboardInterrupt:
-            if known := _known(plan, work):
-                _tell_so_far(known, work)
-            raise
-        tell(audit, include_images=config.include_images)
+
+
+def audit_of(plan: Plan, work: Work) -> LoraAudit:
+    """Return the audit of a plan, written into its folder."""
+    try:
+        audit = _answer(plan, work)
+    except KeyboardInterrupt:
+        if known := _known(plan, work):
+            _tell_so_far(known, work)
+        raise
+    tell(audit, include_images=work.config.include_images)
     return audit
 
 

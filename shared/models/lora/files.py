@@ -83,10 +83,23 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the factor B of a module stands in the file."""
+
+    key: str
+    first: int
+    """Row at which it begins; a key may hold several layers."""
+    swapped: bool
+    """The halves of its rows stand there in the other order."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """The modules of a file, by component and module of the pipeline it is for."""
 
     modules: dict[Place, Pair | Product]
+    sources: dict[Place, Source]
+    """Of the pairs; modules that only diffusers' converters placed have none."""
     embeddings: tuple[str, ...]
     """Names of embeddings in the file, which are left out."""
 
@@ -112,23 +125,27 @@ def read_lora(pipeline: Any, path: Path) -> LoraFile:
         config_beside(path)  # says that these are no LoRA, or what is missing
     live = LiveNames(pipeline)
     modules: dict[Place, Pair | Product] = {}
+    sources: dict[Place, Source] = {}
     if raw or not products:
         check_pairs(raw, path)
-        modules |= _pairs(pipeline, live, raw, magnitudes, path)
+        modules |= _pairs(pipeline, live, raw, magnitudes, path, sources)
     names = _names(pipeline, live, list(products), path)
     modules |= {names[stem]: product for stem, product in products.items()}
-    return LoraFile(modules=modules, embeddings=tuple(embeddings))
+    return LoraFile(modules=modules, sources=sources, embeddings=tuple(embeddings))
 
 
 def _pairs(
     pipeline: Any, live: LiveNames, raw: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor],
-    path: Path,
+    path: Path, sources: dict[Place, Source],
 ) -> dict[Place, Pair]:  # fmt: skip
-    """Return the pairs of factors of a file by their places."""
+    """Return the pairs of factors of a file by their places; `sources` takes where they stand."""
     stems: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, str] = {}
     for key, value in raw.items():
         stem, tensor = split_key(key) or (key, "")
         stems.setdefault(stem, {})[tensor] = value
+        if tensor == "B":
+            keys[stem] = key
     alphas = _alphas(stems, path)
     pairs: dict[Place, Pair] = {}
     unplaced: dict[str, Pair] = {}
@@ -140,8 +157,9 @@ def _pairs(
             unplaced[stem] = pair
         for place in places or ():
             count = live.rows(place) if len(places or ()) > 1 else len(pair.b)
-            part = pair.rows(first, count)
-            _put(pairs, place, part.swapped() if live.swaps(stem, place) else part, path)
+            part, swapped = pair.rows(first, count), live.swaps(stem, place)
+            _put(pairs, place, part.swapped() if swapped else part, path)
+            sources[place] = Source(key=keys[stem], first=first, swapped=swapped)
             first += count
     for place, pair in _converted(pipeline, live, unplaced, path).items():
         _put(pairs, place, pair, path)
