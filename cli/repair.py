@@ -1,6 +1,6 @@
 """`unmemorize repair`: a LoRA that gives training images back, changed until it does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -118,11 +118,11 @@ def repair(options: RepairOptions) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         if not options.attack:
             given["attack_images"] = 0
-        chosen = {"report": options.report, "methods": options.method and tuple(options.method)}
-        config = RepairConfig(
-            audit=LoraAuditConfig(**given), output=options.output,
-            **{name: value for name, value in chosen.items() if value},
-        )  # fmt: skip
+        config = RepairConfig(audit=LoraAuditConfig(**given), output=options.output)
+        if options.report is not None:
+            config = replace(config, report=options.report)
+        if options.method:
+            config = replace(config, methods=tuple(options.method))
         done = run_repair(config, bar, lambda sentence: typer.echo(visible(sentence), err=True))
     if options.as_json:
         print_json(to_document(done) | {"output": str(done.output), "report": str(done.folder)})

@@ -263,7 +263,8 @@ def judge(
     traces = run.traces
     steps = min(steps, traces.shape[1])
     scores = magnitudes = traces[:, :steps].mean(1)
-    judging, caveats = None, ()
+    judging: Calibration | None = None
+    caveats: tuple[str, ...] = ()
     if calibration is not None:
         judging = calibration.observed or calibration
         caveats = run.misfits(judging, model)

@@ -33,7 +33,7 @@ RESOLUTION = 128
 PROMPTS = 16
 SEEDS = (0, 1)
 REPEATS = 7
-HEADS = 12
+HEADS = 24
 """Of the wide transformers; each keeps the width of one head, which its positions are made for."""
 MODELS = {**tiny.PIPELINES, **tiny_families.IMAGES}
 FAMILIES = ("sd1", "sdxl", "sd3", "flux", "flux2", "qwen_image", "z_image", "lumina2")

@@ -88,10 +88,11 @@ class ConceptAdapter:
             path, HEADER, "holds no concept that `unmemorize concept learn` wrote. A LoRA of the "
             "concept becomes one with: unmemorize concept learn MODEL --images FOLDER --from-lora "
             f"{path}",
+            known=(HEADER, SAMPLES),
         )  # fmt: skip
         try:
-            account = parse_provenance(metadata[HEADER])
-            samples = parse_provenance(metadata[SAMPLES])
+            account = parse_provenance(metadata[HEADER], f"{path}: the header's {HEADER}")
+            samples = parse_provenance(metadata[SAMPLES], f"{path}: the header's {SAMPLES}")
             pairs = _pairs(tensors)
         except (KeyError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
