@@ -135,7 +135,7 @@ def test_tests_pass_in_a_clone_of_any_name(clone):
         "tests/test_borders.py",
     ]
     out = run([*command, "-k", "only_what_they_may or imports_nothing"], cwd=clone)
-    assert "13 passed" in out
+    assert "14 passed" in out
 
 
 def test_extras_named_in_messages_exist(root, project):
