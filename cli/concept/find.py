@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ...shared.wording import visible
-from ..common.options import OutputFolder, takes_options
+from ..common.options import Model, OutputFolder, takes_options
 from ..common.terminal import (
     FOUND,
     NOTHING_FOUND,
@@ -32,6 +32,7 @@ Exit codes: 0 no image shows the concept, 3 some do, 1 failed, 2 wrong usage, 13
 class FindOptions(ConceptOptions):
     """Of `unmemorize concept find`."""
 
+    model: Model  # named here, so that it comes before the other argument
     folder: Annotated[Path, typer.Argument(help="Training folder, with captions or without.")]
     concept: Annotated[
         Path, typer.Option("--concept", help="Made by `unmemorize concept learn` on this model.")

@@ -20,14 +20,13 @@ from unmemorize import demo
 from unmemorize.audit.common.subject import Subject
 from unmemorize.audit.concept.find import find_concept
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.training.concept.images import captioned_images, latents_of
+from unmemorize.shared.training.concept.images import CaptionedLatents, captioned_images, latents_of
 from unmemorize.shared.training.concept.learning import (
     STEPS,
     ConceptImages,
     NothingLearnt,
     learn_concept,
 )
-from unmemorize.shared.training.layers.fitting import CaptionedLatents
 
 TAUGHT, OTHERS, WITH, WITHOUT = range(16), range(16, 48), range(48, 72), range(72, 96)
 """Captions that the demo never saw: of the concept's images, of the others, of the folder."""

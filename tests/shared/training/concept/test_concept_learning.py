@@ -15,6 +15,7 @@ from unmemorize.shared.training.concept.gain import (
     line_above,
     without_names,
 )
+from unmemorize.shared.training.concept.images import CaptionedLatents
 from unmemorize.shared.training.concept.learning import (
     ConceptImages,
     NothingLearnt,
@@ -22,7 +23,6 @@ from unmemorize.shared.training.concept.learning import (
     distinct,
     learn_concept,
 )
-from unmemorize.shared.training.layers.fitting import CaptionedLatents
 
 
 def latents(count: int, *, marked: bool, seed: int) -> CaptionedLatents:
