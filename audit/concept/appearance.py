@@ -8,10 +8,13 @@ from typing import Literal, get_args
 from ...shared.score.rates import clopper_pearson
 from ...shared.training.concept.adapter import ConceptAdapter
 
-Way = Literal["by_name", "by_description", "unasked"]
+Way = Literal["by_name", "by_description", "unasked", "by_learnt_word"]
 """How the concept is asked for, after or in place of nothing in an ordinary prompt."""
 WAYS: tuple[Way, ...] = get_args(Way)
-TITLES = {"by_name": "by its name", "by_description": "by description", "unasked": "unasked"}
+TITLES = {
+    "by_name": "by its name", "by_description": "by description", "unasked": "unasked",
+    "by_learnt_word": "by a learnt word",
+}  # fmt: skip
 SURE, POWER = 0.05, 0.8
 """Largest p-value of a difference that counts; how surely a share is to be found."""
 SEEN = 0.5
@@ -137,10 +140,17 @@ class Appearance:
             lines.append("It was not asked by name: the concept's file has none.")
         if "by_description" not in asked:
             lines.append("It was not asked by description: give one with --description.")
-        lines.append(
-            "It was not asked by a learnt word, and no training on images of the concept was "
-            "tried: those bring back more."
-        )
+        if "by_learnt_word" in asked:
+            lines.append(
+                "The word was learnt from images of the concept, once with the LoRA and once on "
+                "the base model: what both draw by it the base model can draw. No training on such "
+                "images was tried, which brings back more."
+            )
+        else:
+            lines.append(
+                "It was not asked by a word that is learnt from images (--concept-images), and no "
+                "training on such images was tried: those bring back more."
+            )
         return tuple(lines)
 
 

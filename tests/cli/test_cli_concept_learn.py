@@ -115,6 +115,7 @@ def test_a_lora_is_asked_for_the_concept(room):
     [
         (("--concept", "c.safetensors"), "--concept needs --lora"),
         (("--description", "a frame"), "--description needs --concept"),
+        (("--concept-images", "x"), "--concept-images needs --concept"),
         (("--lora", "l", "--concept", "c", "--images", "x"), "--images does not go with --concept"),
         (("--lora", "l", "--concept", "c", "--quick"), "--quick does not go with --concept"),
     ],
