@@ -124,13 +124,18 @@ class Appearance:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What carries the verdict, and what it leaves open."""
-        count = len(self.asked[0].on)
+        count, gains = (
+            len(self.asked[0].on),
+            self.concept.account["numbers"].get("concept_gains", ()),
+        )
+        own = sum(gain > self.line for gain in gains)
         lines = [
             f"An image shows the concept where the adapter lowers its loss by more than "
             f"{self.line:.4f}, which is above all of {self.controls} images that the base model "
             "drew unasked.",
             f"Positive control: {self.recognised} of {len(self.positive)} images that the base "
-            "model draws with the concept's adapter are recognised.",
+            f"model draws with the concept's adapter, amplified, are recognised, and {own} of "
+            f"{len(gains)} of the concept's own images that the adapter was not taught with.",
             f"Power: a LoRA that draws it in {detectable(count):.0%} of images or more is found "
             f"with a probability of {POWER:.0%} by {count} images, where the base model draws none "
             "and each is recognised.",

@@ -27,6 +27,9 @@ from .inversion import reading_word
 Mode = Literal["on", "off", "adapter"]
 """With the LoRA, without it, or with the concept's adapter in its place."""
 PAGE, RESULTS = "report.html", "audit.json"
+STRENGTH = 3.0
+"""Of the adapter when it draws: taught shortly, it tints images at 1 and draws its concept from 2
+on (seen on the demo with a frame)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +174,21 @@ def _draw(
         for some in alike.values()
         for start in range(0, len(some), config.together)
     ]
-    switch: list[ConceptSwitch] = []
+    switches: list[ConceptSwitch] = []
     words = TensorFolder(job.folder / "journal" / "words")
 
     def draw(part: tuple[Shot, ...]) -> list[float]:
         denoiser = subject.denoiser
-        if not switch:
-            switch.append(ConceptSwitch(denoiser.family.network, adapter))
+        if not switches:
+            network = denoiser.family.network
+            switches.extend(ConceptSwitch(network, adapter, each) for each in (1.0, STRENGTH))
+        judging, drawing = switches
         way, mode = part[0].way, part[0].mode
         with ExitStack() as entered:
             if mode != "on":
                 entered.enter_context(denoiser.lora_disabled())
             if mode == "adapter":
-                entered.enter_context(switch[0].on())
+                entered.enter_context(drawing.on())
             if way == "by_learnt_word":
                 entered.enter_context(reading_word(
                     denoiser, images, words, int(mode == "on"), steps=config.word_steps, bars=bars
@@ -197,7 +202,7 @@ def _draw(
         # As they are kept: a later look at the files gives the same numbers.
         latents = denoiser.encode_images([read_image(job.folder / s.path) for s in part])
         with denoiser.lora_disabled():
-            return gains(denoiser, switch[0].on, latents, [s.bare for s in part]).tolist()
+            return gains(denoiser, judging.on, latents, [s.bare for s in part]).tolist()
 
     done = complete(
         job.journal("concept"), {part: content_key(job.key, [s.path for s in part])

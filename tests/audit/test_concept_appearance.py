@@ -7,7 +7,8 @@ from scipy.stats import binom, fisher_exact
 from unmemorize.audit.concept.appearance import Appearance, Asked, Drawn, detectable
 from unmemorize.shared.training.concept.adapter import ConceptAdapter
 
-NUMBERS = {"concept": 0.02, "others": 0.0, "threshold": 0.01, "recall": 1.0, "false_positives": 0.0}
+NUMBERS = {"concept": 0.02, "others": 0.0, "threshold": 0.01, "recall": 1.0, "false_positives": 0.0,
+           "concept_gains": [0.02, 0.005]}  # fmt: skip
 
 
 def images(shown: int, count: int) -> tuple[Drawn, ...]:
@@ -45,6 +46,8 @@ def test_where_the_judge_does_not_see_the_concept_there_is_no_verdict():
 
 def test_what_was_not_asked_is_told():
     remarks = " ".join(appearance(unasked=(0, 0)).remarks)
+    assert "10 of 16 images that the base model draws" in remarks
+    assert "and 1 of 2 of the concept's own images" in remarks
     assert "not asked by name" in remarks
     assert "--description" in remarks
     assert "learnt word" in remarks

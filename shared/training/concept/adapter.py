@@ -149,17 +149,18 @@ class ConceptSwitch:
     being trained) stays as it is: inside the block the adapter's change is added.
     """
 
-    def __init__(self, network: nn.Module, adapter: ConceptAdapter):
+    def __init__(self, network: nn.Module, adapter: ConceptAdapter, strength: float = 1.0):
         """Look the layers up, in any dialect of their names, and see that it is the same model.
 
         Args:
             network: U-Net or transformer, with or without a LoRA of PEFT or a trainer on it.
             adapter: Of that model.
+            strength: Factor of the change; 1 is as it was taught.
 
         Raises:
             ModelError: A layer is missing or of another size, or the weights are another model's.
         """
-        self._pairs = adapter.pairs
+        self._pairs, self._strength = adapter.pairs, strength
         self._layers = located(network, adapter)
         check_same_model(network, adapter, self._layers)
         self._moved: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -175,7 +176,7 @@ class ConceptSwitch:
         key = name, like.device, like.dtype
         if key not in self._moved:
             a, b = self._pairs[name]
-            self._moved[key] = a.to(like), b.to(like)
+            self._moved[key] = a.to(like), self._strength * b.to(like)
         return self._moved[key]
 
 

@@ -22,6 +22,7 @@ from unmemorize.shared.training.concept.adapter import (
 
 NUMBERS = {
     "concept": 0.02, "others": -0.001, "threshold": 0.004, "recall": 1.0, "false_positives": 0.0,
+    "concept_gains": [0.02], "other_gains": [-0.001] * 8,
 }  # fmt: skip
 
 
