@@ -77,7 +77,7 @@ class Appearance:
     line: float
     """Gain above which an image shows the concept."""
     controls: int
-    """Images of the base model, unasked, above all of which the line lies."""
+    """Images of the base model, unasked, from which the line is."""
     concept: ConceptAdapter
     file: str
     lora: str
@@ -131,8 +131,8 @@ class Appearance:
         own = sum(gain > self.line for gain in gains)
         lines = [
             f"An image shows the concept where the adapter lowers its loss by more than "
-            f"{self.line:.4f}, which is above all of {self.controls} images that the base model "
-            "drew unasked.",
+            f"{self.line:.4f}, far above what is usual for {self.controls} images that the base "
+            "model drew unasked.",
             f"Positive control: {self.recognised} of {len(self.positive)} images that the base "
             f"model draws with the concept's adapter, amplified, are recognised, and {own} of "
             f"{len(gains)} of the concept's own images that the adapter was not taught with.",

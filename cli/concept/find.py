@@ -40,8 +40,8 @@ class FindOptions(ConceptOptions):
     controls: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Folder of 8 or more images that resemble FOLDER and lack the concept: the line "
-            "lies above all of them. Default: the images that the concept was told apart from."
+            help="Folder of 8 or more images that resemble FOLDER and lack the concept, 20 are "
+            "good: the line is drawn from them. Default: the images that the concept was told apart from."
         ),
     ] = None
     output: OutputFolder = Path("unmemorize-concept")

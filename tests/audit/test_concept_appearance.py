@@ -50,7 +50,7 @@ def test_what_was_not_asked_is_told():
     assert "and 1 of 2 of the concept's own images" in remarks
     assert "not asked by name" in remarks
     assert "--description" in remarks
-    assert "learnt word" in remarks
+    assert "word that is learnt from images" in remarks
 
 
 @pytest.mark.parametrize("count", [8, 24])

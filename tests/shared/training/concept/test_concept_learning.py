@@ -130,11 +130,14 @@ def test_captions_take_and_lose_the_name(named):
     assert without_names("Tall tree, a cat and a tall  tree.", ["tall tree"]) == "a cat and a"
 
 
-def test_the_line_is_above_every_control_and_needs_some():
-    controls = torch.tensor([0.0] * 7 + [0.1], dtype=torch.float64)
-    assert line_above(controls) == pytest.approx(0.0125 + 3 * 0.1 / 8**0.5)
-    spread = torch.linspace(0, 1, 400, dtype=torch.float64).sqrt()
-    assert line_above(spread) >= spread.max()
+def test_the_line_is_far_above_the_controls_and_no_outlier_moves_it():
+    generator = torch.Generator().manual_seed(0)
+    controls = 0.5 + 0.1 * torch.randn(400, generator=generator, dtype=torch.float64)
+    assert line_above(controls) == pytest.approx(0.5 + 8 * 0.1, abs=0.1)
+    # A few that resemble the concept do not lift it.
+    outliers = torch.cat([controls, torch.full((20,), 9.0, dtype=torch.float64)])
+    assert line_above(outliers) == pytest.approx(line_above(controls), rel=0.1)
+    controls = controls[:8]
     with pytest.raises(NotEnoughImages, match="7 control images, at least 8"):
         line_above(controls[1:])
 
