@@ -41,7 +41,7 @@ class FindOptions(ConceptOptions):
         Optional[Path],  # noqa: UP045
         typer.Option(
             help="Folder of 8 or more images that resemble FOLDER and lack the concept, 20 are "
-            "good: the line is drawn from them. Default: the images that the concept was told apart from."
+            "good: the line is drawn from them. Default: those in the concept's file."
         ),
     ] = None
     output: OutputFolder = Path("unmemorize-concept")
