@@ -133,12 +133,17 @@ def not_learnt(numbers: Mapping[str, Any]) -> str:
     gain, above = numbers["concept"], numbers["recall"]
     if gain > numbers["others"] and above >= 0.5:
         return ""
+    fault = (
+        "the adapter learnt the concept too weakly"
+        if gain > numbers["others"]
+        else "the model draws the concept as well without the adapter as with it"
+    )
     return (
-        f"the model draws the concept as well without the adapter as with it. It lowers the loss "
-        f"of images of the concept by {gain:.4f} and that of others by {numbers['others']:.4f}, "
-        f"and tells {above:.0%} of the concept's images from others. Bring images on which the "
-        "concept is large and looks alike, 16 or more with unlike content, --others that resemble "
-        "them and lack it, or more --steps. What the model knows already cannot be learnt."
+        f"{fault}. It lowers the loss of images of the concept by {gain:.4f} and that of others by "
+        f"{numbers['others']:.4f}, and tells {above:.0%} of the concept's images from others. "
+        "Bring --others that resemble the concept's images and lack it, 16 or more images on which "
+        "the concept is large and the content unlike, or more steps, as --steps 240 for a small "
+        "mark. What the model knows already cannot be learnt."
     )
 
 

@@ -208,7 +208,7 @@ def accept(
     }  # fmt: skip
     numbers = numbers_of(found["concept"], found["others"])
     if fault := not_learnt(numbers):
-        raise NothingLearnt(f"Nothing was learnt: {fault}")
+        raise NothingLearnt(f"No concept was made: {fault}")
     model = {
         "sha256": denoiser.fingerprint,
         "pipeline": type(denoiser.pipeline).__name__,
