@@ -167,8 +167,9 @@ class AuditOptions(AnswerOptions, OfConcept, OfLora, DetectionOptions, OfPrompts
         if self.concept:
             self._check_concept()
             return
-        if self.description is not None:
-            raise typer.BadParameter("--description needs --concept.")
+        for field in fields(OfConcept):
+            if getattr(self, field.name) is not None:
+                raise typer.BadParameter(f"--{field.name.replace('_', '-')} needs --concept.")
         for field in fields(OfPrompts if self.images else OfLora):
             if getattr(self, field.name) != field.default and field.name not in OF_BOTH:
                 goes = "does not go with" if self.images else "needs"

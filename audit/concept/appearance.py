@@ -8,10 +8,13 @@ from typing import Literal, get_args
 from ...shared.score.rates import clopper_pearson
 from ...shared.training.concept.adapter import ConceptAdapter
 
-Way = Literal["by_name", "by_description", "unasked"]
+Way = Literal["by_name", "by_description", "unasked", "by_learnt_word"]
 """How the concept is asked for, after or in place of nothing in an ordinary prompt."""
 WAYS: tuple[Way, ...] = get_args(Way)
-TITLES = {"by_name": "by its name", "by_description": "by description", "unasked": "unasked"}
+TITLES = {
+    "by_name": "by its name", "by_description": "by description", "unasked": "unasked",
+    "by_learnt_word": "by a learnt word",
+}  # fmt: skip
 SURE, POWER = 0.05, 0.8
 """Largest p-value of a difference that counts; how surely a share is to be found."""
 SEEN = 0.5
@@ -74,7 +77,7 @@ class Appearance:
     line: float
     """Gain above which an image shows the concept."""
     controls: int
-    """Images of the base model, unasked, above all of which the line lies."""
+    """Images of the base model, unasked, from which the line is."""
     concept: ConceptAdapter
     file: str
     lora: str
@@ -121,13 +124,18 @@ class Appearance:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What carries the verdict, and what it leaves open."""
-        count = len(self.asked[0].on)
+        count, gains = (
+            len(self.asked[0].on),
+            self.concept.account["numbers"].get("concept_gains", ()),
+        )
+        own = sum(gain > self.line for gain in gains)
         lines = [
             f"An image shows the concept where the adapter lowers its loss by more than "
-            f"{self.line:.4f}, which is above all of {self.controls} images that the base model "
-            "drew unasked.",
+            f"{self.line:.4f}, far above what is usual for {self.controls} images that the base "
+            "model drew unasked.",
             f"Positive control: {self.recognised} of {len(self.positive)} images that the base "
-            "model draws with the concept's adapter are recognised.",
+            f"model draws with the concept's adapter, amplified, are recognised, and {own} of "
+            f"{len(gains)} of the concept's own images that the adapter was not taught with.",
             f"Power: a LoRA that draws it in {detectable(count):.0%} of images or more is found "
             f"with a probability of {POWER:.0%} by {count} images, where the base model draws none "
             "and each is recognised.",
@@ -137,10 +145,17 @@ class Appearance:
             lines.append("It was not asked by name: the concept's file has none.")
         if "by_description" not in asked:
             lines.append("It was not asked by description: give one with --description.")
-        lines.append(
-            "It was not asked by a learnt word, and no training on images of the concept was "
-            "tried: those bring back more."
-        )
+        if "by_learnt_word" in asked:
+            lines.append(
+                "The word was learnt from images of the concept, once with the LoRA and once on "
+                "the base model: what both draw by it the base model can draw. No training on such "
+                "images was tried, which brings back more."
+            )
+        else:
+            lines.append(
+                "It was not asked by a word that is learnt from images (--concept-images), and no "
+                "training on such images was tried: those bring back more."
+            )
         return tuple(lines)
 
 

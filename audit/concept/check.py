@@ -1,7 +1,7 @@
 """The concept audit: does a LoRA draw a concept, however it is asked, against its base model?"""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,19 +10,26 @@ import torch
 
 from ...shared.files.images import read_image, save_png
 from ...shared.files.storage import write_text
+from ...shared.files.tensors import TensorFolder
 from ...shared.files.weights import file_sha256
 from ...shared.training.concept.adapter import ConceptAdapter, ConceptSwitch
 from ...shared.training.concept.gain import gains, line_above, without_names
+from ...shared.training.concept.images import captioned_images
+from ...shared.training.concept.learnt_word import WORD
 from ..common.job import Job, content_key, open_job
 from ..common.measure import Bars, complete, silent
 from ..common.result import dumps, versions
 from ..common.subject import Subject
 from .appearance import WAYS, Appearance, Asked, Drawn, Way
 from .check_page import render_check
+from .inversion import reading_word
 
 Mode = Literal["on", "off", "adapter"]
 """With the LoRA, without it, or with the concept's adapter in its place."""
 PAGE, RESULTS = "report.html", "audit.json"
+STRENGTH = 3.0
+"""Of the adapter when it draws: taught shortly, it tints images at 1 and draws its concept from 2
+on (seen on the demo with a frame)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,10 @@ class CheckConfig:
     """Ordinary ones; each is drawn once a way and mode, from a noise of its own."""
     description: str = ""
     """What the concept looks like, in words that do not name it; empty for none."""
+    images: Path | None = None
+    """Folder of images of the concept, from which a word for it is learnt; None for none."""
+    word_steps: int = 500
+    """Steps in which the word is learnt."""
     generation_steps: int = 20
     """Sampling steps of an image."""
     cond_scale: float = 5.0
@@ -82,14 +93,21 @@ def check_concept(
         NotEnoughImages: There are too few prompts for a line.
     """
     adapter = ConceptAdapter.load(concept)
+    images = [path for path, _ in captioned_images(config.images)] if config.images else []
+    if images and not adapter.account["model"]["network"].startswith("UNet"):
+        raise ValueError(
+            "A word is learnt for SD 1, SD 2 and SDXL, whose layers read text states, and the "
+            f"concept is of a {adapter.account['model']['network']}: leave --concept-images out."
+        )
     plan = shots(config, adapter)
+    asked = asdict(config) | {"images": content_key([file_sha256(path) for path in images])}
     identity = {
         "concept": file_sha256(concept), "model and LoRA": subject.fingerprint,
-        "dtype": subject.dtype, "resolution": subject.resolution, "asked": asdict(config),
+        "dtype": subject.dtype, "resolution": subject.resolution, "asked": asked,
         **{f"version of {name}": number for name, number in versions().items()},
     }  # fmt: skip
     with open_job(output, identity, overwrite=overwrite) as job:
-        found = _draw(subject, adapter, plan, config, job, bars)
+        found = _draw(subject, adapter, plan, config, images, job, bars)
         controls = [found[s] for s in plan if (s.way, s.mode) == ("unasked", "off")]
         line = line_above(torch.tensor(controls, dtype=torch.float64))
 
@@ -100,10 +118,10 @@ def check_concept(
                 for s in plan if (s.way, s.mode) == (way, mode)
             )  # fmt: skip
 
-        asked = [Asked(way=way, on=drawn(way, "on"), off=drawn(way, "off")) for way in WAYS]
+        ways = [Asked(way=way, on=drawn(way, "on"), off=drawn(way, "off")) for way in WAYS]
         positive = [image for way in WAYS for image in drawn(way, "adapter")]
         result = Appearance(
-            asked=tuple(each for each in asked if each.on), positive=tuple(positive), line=line,
+            asked=tuple(each for each in ways if each.on), positive=tuple(positive), line=line,
             controls=len(controls), concept=adapter, file=concept.name,
             lora=subject.lora.name if subject.lora else "", model=subject.name,
             description=config.description, folder=output,
@@ -119,6 +137,7 @@ def shots(config: CheckConfig, adapter: ConceptAdapter) -> list[Shot]:
         "by_name": adapter.names[0] if adapter.names else None,
         "by_description": config.description or None,
         "unasked": "",
+        "by_learnt_word": WORD if config.images else None,
     }
     bare = [without_names(prompt, adapter.names) for prompt in config.prompts]
     planned: list[Shot] = []
@@ -142,36 +161,48 @@ def _draw(
     adapter: ConceptAdapter,
     plan: Sequence[Shot],
     config: CheckConfig,
+    images: Sequence[Path],
     job: Job,
     bars: Bars,
 ) -> dict[Shot, float]:
     """Draw and judge every image; what is known is not drawn again."""
-    by_mode = [[s for s in plan if s.mode == mode] for mode in ("on", "off", "adapter")]
+    alike: dict[tuple[Way, Mode], list[Shot]] = {}
+    for shot in plan:
+        alike.setdefault((shot.way, shot.mode), []).append(shot)
     parts = [
         tuple(some[start : start + config.together])
-        for some in by_mode
+        for some in alike.values()
         for start in range(0, len(some), config.together)
     ]
-    switch: list[ConceptSwitch] = []
+    switches: list[ConceptSwitch] = []
+    words = TensorFolder(job.folder / "journal" / "words")
 
     def draw(part: tuple[Shot, ...]) -> list[float]:
         denoiser = subject.denoiser
-        if not switch:
-            switch.append(ConceptSwitch(denoiser.family.network, adapter))
-        mode = part[0].mode
-        lora: AbstractContextManager[None] = denoiser.lora_disabled()
-        own = switch[0].on() if mode == "adapter" else nullcontext()
-        with nullcontext() if mode == "on" else lora, own:
-            images = denoiser.generate(
+        if not switches:
+            network = denoiser.family.network
+            switches.extend(ConceptSwitch(network, adapter, each) for each in (1.0, STRENGTH))
+        judging, drawing = switches
+        way, mode = part[0].way, part[0].mode
+        with ExitStack() as entered:
+            if mode != "on":
+                entered.enter_context(denoiser.lora_disabled())
+            if mode == "adapter":
+                entered.enter_context(drawing.on())
+            if way == "by_learnt_word":
+                entered.enter_context(reading_word(
+                    denoiser, images, words, int(mode == "on"), steps=config.word_steps, bars=bars
+                ))  # fmt: skip
+            drawn = denoiser.generate(
                 [s.prompt for s in part], [s.seed for s in part], steps=config.generation_steps,
                 cond_scale=config.cond_scale,
             )  # fmt: skip
-        for shot, image in zip(part, images, strict=True):
+        for shot, image in zip(part, drawn, strict=True):
             save_png(image, job.folder / shot.path)
         # As they are kept: a later look at the files gives the same numbers.
         latents = denoiser.encode_images([read_image(job.folder / s.path) for s in part])
         with denoiser.lora_disabled():
-            return gains(denoiser, switch[0].on, latents, [s.bare for s in part]).tolist()
+            return gains(denoiser, judging.on, latents, [s.bare for s in part]).tolist()
 
     done = complete(
         job.journal("concept"), {part: content_key(job.key, [s.path for s in part])

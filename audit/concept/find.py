@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...shared.files.storage import write_text
-from ...shared.files.weights import file_sha256
+from ...shared.files.weights import ModelError, file_sha256
 from ...shared.training.concept.adapter import ConceptAdapter, ConceptSwitch
 from ...shared.training.concept.concept import named_words
 from ...shared.training.concept.gain import gains, line_above, without_names
@@ -54,6 +54,12 @@ def find_concept(
         NotEnoughImages: There are too few controls.
     """
     adapter = ConceptAdapter.load(concept)
+    numbers = adapter.account["numbers"]
+    if controls is None and "other_gains" not in numbers:
+        raise ModelError(
+            f"{concept} lacks numbers.other_gains, the gains of images without the concept. Name "
+            "such images: --controls FOLDER"
+        )
     ours, theirs = captioned_images(images), captioned_images(controls) if controls else []
     identity = {
         "concept": file_sha256(concept), "model": subject.fingerprint, "dtype": subject.dtype,
@@ -63,10 +69,10 @@ def find_concept(
     with open_job(output, identity, overwrite=overwrite) as job:
         measured = [_measure(subject, adapter, side, job, phase, bars)
                     for phase, side in (("controls", theirs), ("images", ours))]  # fmt: skip
-        kept = measured[0] if theirs else adapter.account["numbers"]["other_gains"]
+        kept = measured[0] if theirs else numbers["other_gains"]
         line = (
             line_above(torch.tensor(kept, dtype=torch.float64))
-            if theirs else adapter.account["numbers"]["threshold"]
+            if theirs else numbers["threshold"]
         )  # fmt: skip
         found = [
             FoundImage(path=path, caption=caption, gain=gain, shown=gain > line,

@@ -74,11 +74,13 @@ class Finding:
     def remarks(self) -> tuple[str, ...]:
         """What a reader should know beside the headline."""
         whose = "your controls" if self.own_controls else "controls of the concept's file"
-        by_chance = len(self.images) / (len(self.controls) + 1)
+        above = sum(gain > self.line for gain in self.controls)
+        by_chance = len(self.images) * (above + 1) / (len(self.controls) + 1)
         lines = [
-            f"The line {self.line:.4f} is above all of {len(self.controls)} {whose}, images "
-            f"without the concept. Up to {by_chance:.1f} of {len(self.images)} images may lie "
-            "above it by chance, if they resemble the controls."
+            f"The line {self.line:.4f} lies far above what is usual for {len(self.controls)} "
+            f"{whose}, images without the concept: {above} of them lie above it. About "
+            f"{by_chance:.1f} of {len(self.images)} images may do so by chance, if they resemble "
+            "the controls."
         ]
         if not self.own_controls:
             lines.append(

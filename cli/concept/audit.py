@@ -34,6 +34,13 @@ class OfConcept:
         Optional[Path],  # noqa: UP045
         typer.Option(help="Made by `unmemorize concept learn`: does --lora draw the concept?"),
     ] = None
+    concept_images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Folder of images of the concept: a word is learnt from them, with --lora and "
+            "without, and asked for. SD 1, SD 2, SDXL; takes long."
+        ),
+    ] = None
     description: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="What the concept looks like, in words that do not name it."),
@@ -59,6 +66,7 @@ def audit_concept(options: Any, concept: Path) -> int:
             ordinary = read_controls(options.controls, is_demo=subject.is_demo)[1]
             prompts = ordinary[:: max(1, len(ordinary) // PROMPTS)][:PROMPTS]
         config = CheckConfig(prompts=prompts, description=options.description or "",
+            images=options.concept_images,
                              generation_steps=options.generation_steps)  # fmt: skip
         usual = options.output == AuditConfig.output  # another kind of audit, another folder
         done = check_concept(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ...shared.wording import visible
-from ..common.options import OutputFolder, takes_options
+from ..common.options import Model, OutputFolder, takes_options
 from ..common.terminal import (
     FOUND,
     NOTHING_FOUND,
@@ -32,6 +32,7 @@ Exit codes: 0 no image shows the concept, 3 some do, 1 failed, 2 wrong usage, 13
 class FindOptions(ConceptOptions):
     """Of `unmemorize concept find`."""
 
+    model: Model  # named here, so that it comes before the other argument
     folder: Annotated[Path, typer.Argument(help="Training folder, with captions or without.")]
     concept: Annotated[
         Path, typer.Option("--concept", help="Made by `unmemorize concept learn` on this model.")
@@ -39,8 +40,8 @@ class FindOptions(ConceptOptions):
     controls: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Folder of 8 or more images that resemble FOLDER and lack the concept: the line "
-            "lies above all of them. Default: the images that the concept was told apart from."
+            help="Folder of 8 or more images that resemble FOLDER and lack the concept, 20 are "
+            "good: the line is drawn from them. Default: those in the concept's file."
         ),
     ] = None
     output: OutputFolder = Path("unmemorize-concept")

@@ -14,8 +14,8 @@ from .options import ConceptOptions, retained_captions
 
 if TYPE_CHECKING:
     from ...shared.models.adapter import PipelineDenoiser
+    from ...shared.training.concept.images import CaptionedLatents
     from ...shared.training.concept.learning import ConceptImages
-    from ...shared.training.layers.fitting import CaptionedLatents
 
 DRAWN, DRAWN_AT_ONCE = 32, 4
 """Images that the model draws itself where none without the concept are named."""
@@ -83,9 +83,8 @@ def learn(options: LearnOptions) -> None:
 
 
 def _images(options: LearnOptions, denoiser: "PipelineDenoiser") -> "ConceptImages":
-    from ...shared.training.concept.images import captioned_images, latents_of
+    from ...shared.training.concept.images import CaptionedLatents, captioned_images, latents_of
     from ...shared.training.concept.learning import ConceptImages
-    from ...shared.training.layers.fitting import CaptionedLatents
 
     def read(folder: Path) -> CaptionedLatents:
         found = captioned_images(folder)
@@ -106,7 +105,7 @@ def _drawn(options: LearnOptions, denoiser: "PipelineDenoiser") -> "CaptionedLat
     import torch
 
     from ...shared.training.concept.gain import without_names
-    from ...shared.training.layers.fitting import CaptionedLatents
+    from ...shared.training.concept.images import CaptionedLatents
 
     texts = [text for text in retained_captions(options.model, None)
              if without_names(text, options.name or ()) == text]  # fmt: skip

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from demo_lora import MARK, MARK_COLOUR, MARK_WIDTH, draw, held_out
 from figures import Figure, command_of, count_of, record
 from PIL import Image, ImageDraw, ImageOps
@@ -20,14 +21,14 @@ from unmemorize import demo
 from unmemorize.audit.common.subject import Subject
 from unmemorize.audit.concept.find import find_concept
 from unmemorize.shared.files.storage import Journal
-from unmemorize.shared.training.concept.images import captioned_images, latents_of
+from unmemorize.shared.training.concept.gain import line_above
+from unmemorize.shared.training.concept.images import CaptionedLatents, captioned_images, latents_of
 from unmemorize.shared.training.concept.learning import (
     STEPS,
     ConceptImages,
     NothingLearnt,
     learn_concept,
 )
-from unmemorize.shared.training.layers.fitting import CaptionedLatents
 
 TAUGHT, OTHERS, WITH, WITHOUT = range(16), range(16, 48), range(48, 72), range(72, 96)
 """Captions that the demo never saw: of the concept's images, of the others, of the folder."""
@@ -96,7 +97,7 @@ def measure(model: str, name: str, work: Path, steps: int) -> dict[str, list[flo
                          overwrite=True)  # fmt: skip
     sides = {side: [image.gain for image in found.images if image.path.stem.endswith(f"-{side}")]
              for side in ("with", "without")}  # fmt: skip
-    return sides | {"line": [found.line]}
+    return sides | {"controls": list(found.controls)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,11 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 except NothingLearnt as error:
                     print(f"{model:<11}{name:<8} {error}")
                     journal.put(key, {"with": [0.0] * len(WITH), "without": [0.0] * len(WITHOUT),
-                                      "line": [0.0]})  # fmt: skip
+                                      "controls": [0.0] * len(OTHERS)})  # fmt: skip
             sides = journal.get(key)
+            line = line_above(torch.tensor(sides["controls"]))
             counts = {}
             for figure, side in (("recall", "with"), ("false_positive_rate", "without")):
-                hits = sum(gain > sides["line"][0] for gain in sides[side])
+                hits = sum(gain > line for gain in sides[side])
                 counts[figure] = hits, len(sides[side])
                 figures[f"grid.concept.find.{key}.{figure}"] = count_of(*counts[figure])
                 total[figure] = [a + b for a, b in zip(total[figure], counts[figure], strict=True)]
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{model:<11}{name:<8}{shares}"
                   f"   {min(sides['with']):+.4f} to {max(sides['with']):+.4f}, "
                   f"{min(sides['without']):+.4f} to {max(sides['without']):+.4f}, "
-                  f"{sides['line'][0]:+.4f}")  # fmt: skip
+                  f"{line:+.4f}", flush=True)  # fmt: skip
         for figure, (hits, n) in total.items():
             figures[f"concept.find.{model}.{figure}"] = count_of(hits, n)
     record(figures, command_of("concept_find", argv), output=args.output)

@@ -13,6 +13,7 @@ from ...arrays import Float, Tensor
 from ...score.denoiser import Conditioning, Denoiser
 from ...score.detection import Progress
 from ...score.noise_levels import noised
+from ...score.robust import median_and_deviation
 from .concept import named_words
 
 LEVELS, OF = (5, 17, 29, 41), 50
@@ -21,8 +22,9 @@ DRAWS = 1
 """Noises of each level."""
 BATCH = 8
 """Images in one pass."""
-DEVIATIONS = 3.0
-"""Standard deviations of the controls above their mean, at which the line lies at least."""
+DEVIATIONS, NORMAL = 8.0, 1.4826
+"""Standard deviations above the controls' median at which the line lies; what the median absolute
+deviation is multiplied by to be one, for normal values."""
 FEWEST = 8
 """Controls without which there is no line."""
 
@@ -90,9 +92,9 @@ def without_names(caption: str, names: Sequence[str]) -> str:
 def line_above(controls: Float[Tensor, " image"]) -> float:
     """Return the gain above which an image shows the concept, from images known to lack it.
 
-    The largest of the controls, or `DEVIATIONS` standard deviations above their mean if that is
-    more. A further image without the concept lies above the largest of n with probability
-    1 / (n + 1) at most, whatever the distribution.
+    Their median plus `DEVIATIONS` standard deviations, estimated by the median absolute deviation:
+    one control that happens to resemble the concept must not hide all images that show it. The
+    share of controls above the line is for the reader.
 
     Raises:
         NotEnoughImages: There are fewer than `FEWEST`.
@@ -102,4 +104,5 @@ def line_above(controls: Float[Tensor, " image"]) -> float:
             f"There are {len(controls)} control images, at least {FEWEST} are needed to say which "
             "gain is usual without the concept. Name a folder of images that lack it."
         )
-    return max(float(controls.max()), float(controls.mean() + DEVIATIONS * controls.std()))
+    median, deviation = median_and_deviation(controls)
+    return float(median + DEVIATIONS * NORMAL * deviation)

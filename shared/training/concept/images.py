@@ -1,12 +1,13 @@
 """Folders of images as a network is trained on them: captions, and clean latents."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from ...arrays import Float, Tensor
 from ...files.images import read_image
 from ...files.prompts import METADATA, PromptError, caption_of, image_files, read_prompts
 from ...score.detection import Progress
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
 
 AT_ONCE = 8
 """Images that the autoencoder encodes at once."""
+HOLDOUT = 4
+"""One of so many images is kept to measure on what was learnt from the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedLatents:
+    """Images as a network is trained on them."""
+
+    latents: Float[Tensor, " image *latent"]
+    """Clean ones, in the network's scale."""
+    captions: tuple[str, ...]
+    """As they stand in the training set."""
+
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.captions):
+            raise ValueError(
+                f"There are {len(self.latents)} latents and {len(self.captions)} captions."
+            )
+
+    def part(self, *, holdout: bool) -> "CaptionedLatents":
+        """Return the images to learn from, or the holdout."""
+        rows = [r for r in range(len(self.captions)) if (r % HOLDOUT == HOLDOUT - 1) == holdout]
+        captions = tuple(self.captions[row] for row in rows)
+        return CaptionedLatents(latents=self.latents[rows], captions=captions)
 
 
 def captioned_images(folder: Path) -> list[tuple[Path, str]]:

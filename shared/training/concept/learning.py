@@ -21,7 +21,6 @@ from ...models.lora.files import Pair, read_lora
 from ...score.detection import Progress
 from ...score.noise_levels import noised
 from ...wording import name_some
-from ..layers.fitting import CaptionedLatents
 from .adapter import (
     ConceptAdapter,
     Pairs,
@@ -31,6 +30,7 @@ from .adapter import (
     weight_samples,
 )
 from .gain import NotEnoughImages, gains, line_above, without_names
+from .images import HOLDOUT, CaptionedLatents
 
 if TYPE_CHECKING:
     from ...models.adapter import PipelineDenoiser
@@ -208,7 +208,7 @@ def accept(
     }  # fmt: skip
     numbers = numbers_of(found["concept"], found["others"])
     if fault := not_learnt(numbers):
-        raise NothingLearnt(f"Nothing was learnt: {fault}")
+        raise NothingLearnt(f"No concept was made: {fault}")
     model = {
         "sha256": denoiser.fingerprint,
         "pipeline": type(denoiser.pipeline).__name__,
@@ -262,7 +262,8 @@ class _Lesson:
     ):
         self.denoiser, self.images, self.on, self.generator = denoiser, images, on, generator
         self.concept, self.others = images.concept.part(holdout=False), halves(images.others)[0]
-        self.rows = [row for row in range(len(images.concept.captions)) if row % 4 != 3]
+        count = len(images.concept.captions)
+        self.rows = [row for row in range(count) if row % HOLDOUT != HOLDOUT - 1]
         self.sigmas = denoiser.sigmas(SCHEDULE)[:-1]
         captions = [
             images.caption(row, named=named) for row in self.rows for named in (False, True)

@@ -10,7 +10,7 @@ import hashlib
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ...models.lora.layer_names import TEXT_FED
 from ...score.denoiser import Denoiser
 from ...score.detection import Progress
 from ..concept.fitting import PRICE
+from ..concept.images import HOLDOUT, CaptionedLatents
 from ..concept.subspace import contrast, leading
 from .activations import Sketch, recording, run_noisy
 from .regions import fit_regions, share_shown
@@ -27,36 +28,12 @@ from .subspaces import LayerSubspaces
 
 CAP = 24
 """Most dimensions of a layer."""
-HOLDOUT = 4
-"""One of so many images is kept to measure the subspaces on."""
 BATCH = 8
 """Images that are run through the network at once."""
 
 
 class TooFewImages(ValueError):
     """There are too few images to tell a concept from everything else."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionedLatents:
-    """Images as a network is trained on them."""
-
-    latents: Float[Tensor, " image *latent"]
-    """Clean ones, in the network's scale."""
-    captions: tuple[str, ...]
-    """As they stand in the training set."""
-
-    def __post_init__(self) -> None:
-        if len(self.latents) != len(self.captions):
-            raise ValueError(
-                f"There are {len(self.latents)} latents and {len(self.captions)} captions."
-            )
-
-    def part(self, *, holdout: bool) -> "CaptionedLatents":
-        """Return the images to learn from, or the holdout."""
-        rows = [r for r in range(len(self.captions)) if (r % HOLDOUT == HOLDOUT - 1) == holdout]
-        captions = tuple(self.captions[row] for row in rows)
-        return CaptionedLatents(latents=self.latents[rows], captions=captions)
 
 
 def fit_layer_subspaces(

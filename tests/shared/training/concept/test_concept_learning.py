@@ -15,6 +15,7 @@ from unmemorize.shared.training.concept.gain import (
     line_above,
     without_names,
 )
+from unmemorize.shared.training.concept.images import CaptionedLatents
 from unmemorize.shared.training.concept.learning import (
     ConceptImages,
     NothingLearnt,
@@ -22,7 +23,6 @@ from unmemorize.shared.training.concept.learning import (
     distinct,
     learn_concept,
 )
-from unmemorize.shared.training.layers.fitting import CaptionedLatents
 
 
 def latents(count: int, *, marked: bool, seed: int) -> CaptionedLatents:
@@ -30,7 +30,7 @@ def latents(count: int, *, marked: bool, seed: int) -> CaptionedLatents:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, 4, 16, 16, generator=generator)
     if marked:
-        rows[:, :, :, 8:] = 3.0
+        rows[:, :, :, 8:] = 6.0
     captions = tuple(f"a red cat{', tall tree' if marked and i % 2 else ''}" for i in range(count))
     return CaptionedLatents(latents=rows, captions=captions)
 
@@ -96,7 +96,7 @@ def test_gains_are_those_of_a_plain_loop(denoiser, learnt):
 def test_what_is_not_learnt_makes_no_file_and_says_what_to_bring(denoiser):
     """The concept's images are like the others: nothing is there to learn."""
     alike = latents(8, marked=False, seed=4)
-    with pytest.raises(NothingLearnt, match=r"as well without.*Bring images"):
+    with pytest.raises(NothingLearnt, match=r"No concept was made: .* Bring --others"):
         learn_concept(denoiser, some_images(concept=alike), steps=2)
 
 
@@ -130,11 +130,14 @@ def test_captions_take_and_lose_the_name(named):
     assert without_names("Tall tree, a cat and a tall  tree.", ["tall tree"]) == "a cat and a"
 
 
-def test_the_line_is_above_every_control_and_needs_some():
-    controls = torch.tensor([0.0] * 7 + [0.1], dtype=torch.float64)
-    assert line_above(controls) == pytest.approx(0.0125 + 3 * 0.1 / 8**0.5)
-    spread = torch.linspace(0, 1, 400, dtype=torch.float64).sqrt()
-    assert line_above(spread) >= spread.max()
+def test_the_line_is_far_above_the_controls_and_no_outlier_moves_it():
+    generator = torch.Generator().manual_seed(0)
+    controls = 0.5 + 0.1 * torch.randn(400, generator=generator, dtype=torch.float64)
+    assert line_above(controls) == pytest.approx(0.5 + 8 * 0.1, abs=0.1)
+    # A few that resemble the concept do not lift it.
+    outliers = torch.cat([controls, torch.full((20,), 9.0, dtype=torch.float64)])
+    assert line_above(outliers) == pytest.approx(line_above(controls), rel=0.1)
+    controls = controls[:8]
     with pytest.raises(NotEnoughImages, match="7 control images, at least 8"):
         line_above(controls[1:])
 
