@@ -56,9 +56,14 @@ def saved(pipelines, room):
             warnings.simplefilter("ignore", FutureWarning)  # of classes that move in diffusers
             pipeline = pipelines.get(kind) or getattr(tiny_families, kind)()
         folder = room / f"model {kind}"
+        if kind == "chroma":
+            pipeline.tokenizer.model_max_length = 77  # as published: OneTrainer pads to it
         pipeline.save_pretrained(folder)
+        text_encoder = folder / "text_encoder" / "model.safetensors"
         if isinstance(pipeline.text_encoder, CLIPTextModel):
-            name_as_published(folder / "text_encoder" / "model.safetensors")
+            name_as_published(text_encoder, "text_model.")
+        if kind == "z_image":
+            name_as_published(text_encoder, "model.")
         return folder
 
     return save
@@ -78,10 +83,9 @@ def trained(train, saved):
     return run
 
 
-def name_as_published(path: Path) -> None:
+def name_as_published(path: Path, start: str) -> None:
     """Give a text encoder's weights the names of published files, which some releases leave out."""
     state = load_file(path)
-    start = "text_model."
     save_file({start + key.removeprefix(start): state[key] for key in state}, path)
 
 
