@@ -9,7 +9,8 @@ code decide that decides when such a training starts. The checkouts, and the Pyt
     DIFFUSERS_EXAMPLES_DIR              SIMPLETUNER_DIR MUSUBI_DIR
 
 A trainer without a door counts as refused. Counted are families that docs/models.md knows; the
-table of docs/trainers/configurations.md holds them and names the others.
+table of docs/trainers/configurations.md holds them and names the others. What a door said stays in
+--work, and is not asked again there.
 """
 
 import argparse
@@ -42,12 +43,20 @@ TRAINERS = {"kohya_ss": "kohya_ss", "lora-scripts": "lora_scripts", "OneTrainer"
 """Sources of configurations, and their names in keys of figures."""
 
 
-def decided(door: str) -> list[Decision]:
-    """Ask a door about the configurations of its trainer.
+def decided(door: str, work: Path) -> list[Decision]:
+    """Ask a door about the configurations of its trainer, or read what it has said.
 
     Raises:
         SystemExit: The checkout is not given, or its code cannot be run.
     """
+    answers = work / f"{door}.jsonl"
+    if not answers.is_file():
+        write_text(answers, _asked(door))
+    lines = answers.read_text("utf-8").splitlines()
+    return [Decision(**json.loads(line)) for line in lines if line.startswith('{"source"')]
+
+
+def _asked(door: str) -> str:
     name, program = DECIDERS[door]
     folder = os.environ.get(f"{name}_DIR")
     if not folder:
@@ -62,8 +71,7 @@ def decided(door: str) -> list[Decision]:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{door}: {done.stderr[-3000:]}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"source"')]
-    return [Decision(**json.loads(line)) for line in lines]
+    return done.stdout
 
 
 def without_a_door() -> Iterator[Decision]:
@@ -128,9 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Ask all doors, write the page and record the shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=DECIDERS, default=list(DECIDERS))
+    parser.add_argument("--work", type=Path, default=Path("build/configs"))
     parser.add_argument("--output", type=Path, help="of a trial, instead of docs/figures.json")
     args = parser.parse_args(argv)
-    decisions = [each for door in args.only for each in decided(door)]
+    decisions = [each for door in args.only for each in decided(door, args.work)]
     decisions += without_a_door()
     known = known_families()
     figures = {}

@@ -19,6 +19,7 @@ import toml
 import torch
 from configs_kinds import Decision, reason
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import Protection
 from unmemorize.trainer_patch.hooks import REFUSALS
 from unmemorize.trainer_patch.kohya.checks import check_network, check_training
@@ -128,10 +129,15 @@ def start(family: str, held: Mapping[str, Any], more: list[str], option: str) ->
     unet, encoders = parts(script)
     base = importlib.import_module(request.base_module)
     own = {key: value for key, value in request.network_args.items() if key != BASE_MODULE}
-    network = base.create_network(
-        1.0, args.network_dim, args.network_alpha, None,
-        encoders if script != "train_network" else encoders[0], unet, **own,
-    )  # fmt: skip
+    try:
+        network = base.create_network(
+            1.0, args.network_dim, args.network_alpha, None,
+            encoders if script != "train_network" else encoders[0], unet, **own,
+        )  # fmt: skip
+    except Exception as error:
+        raise UnsupportedTraining(
+            f"{request.base_module} itself makes no network of it: {error}"
+        ) from error
     network.apply_to(
         encoders if script != "train_network" else encoders[0], unet,
         not args.network_train_unet_only, not args.network_train_text_encoder_only,
@@ -152,6 +158,7 @@ def main() -> None:
             if not path.exists():
                 columns = torch.randn(width, rank, dtype=torch.float64)
                 ConceptSubspace(basis=torch.linalg.qr(columns).Q).save(path)
+            print(f"{source} {name}", file=sys.stderr)
             why = [
                 reason(lambda asked=asked: start(family, held, more, asked), REFUSALS)  # noqa: B023
                 for asked in ("mem_filter=inf", f"project_concepts={path}")
