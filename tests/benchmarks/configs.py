@@ -113,7 +113,11 @@ def shown(decisions: Sequence[Decision], known: set[str]) -> str:
     other = Counter(each.family for each in decisions if each.family not in known)
     named = ", ".join(f"{family} ({count})" for family, count in sorted(other.items()))
     lines += ["", f"Not counted, as `docs/models.md` does not know the model: {named or 'none'}."]
-    lines += ["", "| trainer | configuration | model | filter | projection |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| trainer | configuration | model | filter | projection |",
+        "|---|---|---|---|---|",
+    ]
     reasons: dict[str, int] = {}
     for each in decisions:
         if each.family in known and each.source not in ("SimpleTuner", "musubi-tuner"):

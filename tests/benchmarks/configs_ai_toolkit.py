@@ -58,7 +58,12 @@ def start(process: dict[str, Any], option: dict[str, str]) -> None:
 def main() -> None:
     """Tell the decision on every example."""
     for path in sorted(Path("config/examples").glob("train_lora*.yaml")):
-        process = yaml.safe_load(path.read_text("utf-8"))["config"]["process"][0]
+        try:
+            process = yaml.safe_load(path.read_text("utf-8"))["config"]["process"][0]
+        except yaml.YAMLError:
+            why = "the file itself is no YAML"
+            Decision("ai-toolkit", path.stem, f"{path.stem}, which is no YAML", why, why).tell()
+            continue
         family = ModelConfig(**process["model"]).arch
         why = [
             reason(lambda each=each: start(process, each), REFUSALS)  # noqa: B023

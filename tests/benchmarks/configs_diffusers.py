@@ -24,7 +24,7 @@ from unmemorize.trainer_patch.options import settings_from
 SCRIPTS = {
     "lora": "sd1", "lora_sdxl": "sdxl", "lora_sd3": "sd3", "lora_flux": "flux",
     "lora_flux_kontext": "flux_kontext", "lora_flux2": "flux2", "lora_flux2_klein": "flux2_klein",
-    "lora_flux2_img2img": "flux2", "lora_hidream": "hidream_image", "lora_krea2": "krea2",
+    "lora_flux2_img2img": "flux2", "lora_hidream": "hidream_image",
     "lora_lumina2": "lumina2", "lora_qwen_image": "qwen_image", "lora_sana": "sana",
     "lora_z_image": "z_image",
 }  # fmt: skip
@@ -42,7 +42,8 @@ def commands() -> Iterator[tuple[str, str, dict[str, object]]]:
             for number, (kind, typed) in enumerate(found, 1):
                 given = re.findall(r"--(\w+)(?:[= ](\"[^\"]*\"|[^\s-]\S*))?", typed)
                 values = {name: value.strip('"') or True for name, value in given}
-                yield f"{folder}/{page.stem} {number}", SCRIPTS[kind], values
+                family = SCRIPTS.get(kind, kind.removeprefix("lora_"))
+                yield f"{folder}/{page.stem} {number}", family, values
 
 
 def start(family: str, given: dict[str, object], option: dict[str, str]) -> None:

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path.cwd()), str(Path(__file__).parents[1] / "trainer_patch" / "kohya")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer_patch" / "kohya"))
+sys.path.insert(0, str(Path.cwd()))
 
 import small_sd_scripts as small
 import toml
@@ -66,6 +67,7 @@ def configurations() -> Iterator[tuple[str, str, str, dict[str, Any], list[str]]
         for path in sorted(Path(folder).glob("presets/lora/*.json")):
             yield "kohya_ss", path.stem, *of_window(json.loads(path.read_text("utf-8")))
     if folder := os.environ.get("LORA_SCRIPTS_DIR"):
+
         def flat(name: str) -> dict[str, Any]:
             held = toml.loads((Path(folder) / "config" / name).read_text("utf-8"))
             return {key: value for part in held.values() for key, value in part.items()}
