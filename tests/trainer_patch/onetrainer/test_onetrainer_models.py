@@ -28,11 +28,7 @@ KINDS = {
     "sd3": {"model_type": "STABLE_DIFFUSION_3", "output_model_format": "LEGACY_LORA"},
     "flux": {"model_type": "FLUX_DEV_1", "output_model_format": "LEGACY_LORA"},
 }
-FILTERED = {
-    "chroma": {"model_type": "CHROMA_1"}, "z_image": {"model_type": "Z_IMAGE"},
-    "qwen_image": {"model_type": "QWEN"}, "sana": {"model_type": "SANA"},
-    "pixart_sigma": {"model_type": "PIXART_SIGMA"},
-}  # fmt: skip
+FILTERED = {"chroma": {"model_type": "CHROMA_1"}, "z_image": {"model_type": "Z_IMAGE"}}
 """Kinds for which there is the filter alone."""
 
 
