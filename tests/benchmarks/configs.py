@@ -101,15 +101,13 @@ def shown(decisions: Sequence[Decision], known: set[str]) -> str:
         "Subspaces are as large as they may get (16 dimensions, 32 for SDXL). kohya_ss' and "
         "lora-scripts' settings are translated to sd-scripts' as their windows do.",
         "",
-        "| trainer | configurations | filter | projection |",
-        "|---|---|---|---|",
+        "| trainer | filter | projection |",
+        "|---|---|---|",
     ]
-    for source in TRAINERS:
+    for source, key in TRAINERS.items():
         own = [each for each in decisions if each.source == source and each.family in known]
-        lines += [
-            f"| {source} | {len(own)} | {sum(e.filter is None for e in own)} | "
-            f"{sum(e.projection is None for e in own)} |"
-        ] * bool(own)
+        lines += [f"| {source} | {_count(own, 'filter', key)} | {_count(own, 'projection', key)} |"
+                  ] * bool(own)  # fmt: skip
     other = Counter(each.family for each in decisions if each.family not in known)
     named = ", ".join(f"{family} ({count})" for family, count in sorted(other.items()))
     lines += ["", f"Not counted, as `docs/models.md` does not know the model: {named or 'none'}."]
@@ -123,10 +121,16 @@ def shown(decisions: Sequence[Decision], known: set[str]) -> str:
         if each.family in known and each.source not in ("SimpleTuner", "musubi-tuner"):
             cells = [_cell(reason, reasons) for reason in (each.filter, each.projection)]
             name = each.name.replace("|", " ")
-            lines.append(f"| {each.source} | {name} | {each.family} | {' | '.join(cells)} |")
+            lines.append(f"| {each.source} | `{name}` | {each.family} | {' | '.join(cells)} |")
     lines += ["", "## Reasons", ""]
     lines += [f'{number}. <a id="reason-{number}"></a>{why}' for why, number in reasons.items()]
     return "\n".join(lines) + "\n"
+
+
+def _count(group: Sequence[Decision], method: str, key: str) -> str:
+    """Return how many are protected, as the pages write a figure."""
+    works = sum(getattr(each, method) is None for each in group)
+    return f"{works} of {len(group)}<!--trainers.configs.{key}.{method}-->"
 
 
 def _cell(reason: str | None, reasons: dict[str, int]) -> str:

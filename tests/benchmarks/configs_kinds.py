@@ -16,8 +16,8 @@ NAMES = {
     "sd1x": "sd1", "sd2x": "sd2", "hidream": "hidream_image", "lumina": "lumina2",
     "zimage": "z_image", "z-image": "z_image", "z-image-turbo": "z_image",
     "kontext": "flux_kontext", "auraflow": "aura_flow", "ernie": "ernie_image",
-    "pixart": "pixart_sigma", "flux_2": "flux2", "hv": "hunyuan_video", "qwen": "qwen_image", "wan21": "wan",
-    "wan22_14b": "wan",
+    "pixart": "pixart_sigma", "flux_2": "flux2", "hv": "hunyuan_video", "qwen": "qwen_image",
+    "wan21": "wan", "wan22_14b": "wan",
     "flex": "flux", "ltxvideo": "ltx", "hunyuanvideo": "hunyuan_video",
 }  # fmt: skip
 """What trainers call a family, and what docs/models.md calls it."""
