@@ -79,7 +79,8 @@ def without_a_door() -> Iterator[Decision]:
     why = "there is no door to this trainer"
     if folder := os.environ.get("SIMPLETUNER_DIR"):
         for path in sorted(Path(folder).glob("simpletuner/examples/*/config.json")):
-            held = json.loads(path.read_text("utf-8"))
+            # One of them ends in a comma.
+            held = json.loads(re.sub(r",(\s*})", r"\1", path.read_text("utf-8")))
             if held.get("model_type") == "lora":
                 yield Decision("SimpleTuner", path.parent.name, held["model_family"], why, why)
     if folder := os.environ.get("MUSUBI_DIR"):
@@ -97,7 +98,8 @@ def shown(decisions: Sequence[Decision], known: set[str]) -> str:
         "Written by `make bench NAME=configs`, which takes presets and documented commands as they "
         "are, adds `mem_filter=inf` or `project_concepts`, and lets the code decide that decides "
         "when such a training starts; networks are made at tiny size with the text states' real "
-        "width. *works* says that the training starts protected, and not what it is worth. "
+        "width. *works* says that the training starts protected, and not what it is worth; what was "
+        "really trained, at tiny size, stands on the page of each trainer. "
         "Subspaces are as large as they may get (16 dimensions, 32 for SDXL). kohya_ss' and "
         "lora-scripts' settings are translated to sd-scripts' as their windows do.",
         "",
