@@ -98,8 +98,8 @@ def shown(decisions: Sequence[Decision], known: set[str]) -> str:
         "Written by `make bench NAME=configs`, which takes presets and documented commands as they "
         "are, adds `mem_filter=inf` or `project_concepts`, and lets the code decide that decides "
         "when such a training starts; networks are made at tiny size with the text states' real "
-        "width. *works* says that the training starts protected, and not what it is worth; what was "
-        "really trained, at tiny size, stands on the page of each trainer. "
+        "width. *works* says that the training starts protected, and not what it is worth; what "
+        "was really trained, at tiny size, stands on the page of each trainer. "
         "Subspaces are as large as they may get (16 dimensions, 32 for SDXL). kohya_ss' and "
         "lora-scripts' settings are translated to sd-scripts' as their windows do.",
         "",
