@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,60 +127,53 @@ def _crc(key: str, value: Any) -> int:
     return zlib.crc32(json.dumps([key, value], sort_keys=True, allow_nan=False).encode())
 
 
-class Journal:
-    """Results by key in an append-only file; killed while writing, it keeps every finished one.
+class Entries:
+    """Results by key in an append-only file, none of which stays in memory.
 
     One line of JSON a result. A last line that was torn by a kill or a full disk is cut off when
-    the journal is opened, so the next one starts clean.
+    the file is opened, so the next one starts clean.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._values: dict[str, Any] = {}
+    def __init__(self, path: Path, take: Callable[[str, Any], None] | None = None):
+        """Open a file and read what it holds, one line at a time.
+
+        Args:
+            path: Made when the first result comes.
+            take: Called with each key and value, in the order in which they were written.
+
+        Raises:
+            StorageError: The file cannot be read, or a line is no entry.
+        """
+        self.path, self._size = path, 0
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
-        self._size = self._read(content)
-        if self._size < len(content):
+        if not path.exists():
+            return
+        with writing(path):
+            lines = path.open("rb")
+        with lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break  # torn
+                entry = self._entry(number, line)
+                if take is not None:
+                    take(entry.key, entry.value)
+                self._size += len(line)
+        if self._size < path.stat().st_size:
             with writing(path):
                 os.truncate(path, self._size)
 
-    def _read(self, content: bytes) -> int:
-        """Take in the finished lines and return their length in bytes."""
-        size = 0
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break  # torn
-            try:
-                entry = conform(PLAIN.parse(line, "it"), Entry)
-                if entry.crc not in (None, _crc(entry.key, entry.value)):
-                    raise ValueError("its crc is another than it was")
-            except ValueError as error:
-                raise StorageError(
-                    f"Line {number} of {self.path} is not a journal entry: it was changed by "
-                    f"something else ({error}). Delete the file to compute its results again."
-                ) from error
-            self._values[entry.key] = entry.value
-            size += len(line)
-        return size
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value stored under `key`."""
-        return self._values.get(key, default)
-
-    def values(self) -> list[Any]:
-        """Return what is stored, in the order in which the keys first came."""
-        return list(self._values.values())
-
-    def put(self, key: str, value: Any) -> None:
-        """Store one result durably before returning."""
-        self.put_all({key: value})
+    def _entry(self, number: int, line: bytes) -> Entry:
+        try:
+            entry = conform(PLAIN.parse(line, "it"), Entry)
+            if entry.crc not in (None, _crc(entry.key, entry.value)):
+                raise ValueError("its crc is another than it was")
+        except ValueError as error:
+            raise StorageError(
+                f"Line {number} of {self.path} is not a journal entry: it was changed by "
+                f"something else ({error}). Delete the file to compute its results again."
+            ) from error
+        return entry
 
     def put_all(self, values: Mapping[str, Any]) -> None:
         """Store results that belong together with a single write.
@@ -205,7 +198,37 @@ class Journal:
                     file.truncate(self._size)
                     raise
         self._size += len(lines)
-        self._values.update(plain)
+
+
+class Journal(Entries):
+    """The same with its results at hand; killed while writing, it keeps every finished one."""
+
+    def __init__(self, path: Path):
+        self._values: dict[str, Any] = {}
+        super().__init__(path, self._values.__setitem__)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value stored under `key`."""
+        return self._values.get(key, default)
+
+    def values(self) -> list[Any]:
+        """Return what is stored, in the order in which the keys first came."""
+        return list(self._values.values())
+
+    def put(self, key: str, value: Any) -> None:
+        """Store one result durably before returning."""
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """Store results that belong together with a single write; see `Entries.put_all`."""
+        super().put_all(values)
+        self._values.update(json.loads(json.dumps(dict(values))))
 
 
 @contextmanager

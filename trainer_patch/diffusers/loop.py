@@ -29,6 +29,9 @@ from ..typed import refuse_unknown
 from .adapter import Samples, StepAdapter
 from .data import EmptyPrompt
 
+TEXT_PROJECTIONS = ("caption_projection", "encoder_hid_proj")
+"""Modules of networks between the text encoder's states and the layers that read text."""
+
 
 class ProtectedLoop:
     """What a loop sets and calls while it is protected; see `protect`."""
@@ -139,7 +142,16 @@ def faults_of(
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
         if (settings.filter or settings.regions) and compiler != "NO":
             yield f"hooks of the network are not compiled by {compiler}: --dynamo_backend no"
-    if projection:
+    if (
+        projection
+        and projection.of_text
+        and any(getattr(network, name, None) is not None for name in TEXT_PROJECTIONS)
+    ):
+        yield (
+            f"the layers of {type(network).__name__} read text through a projection of its own, so "
+            "no subspace of text states can be kept out exactly: leave out --project_concepts"
+        )
+    elif projection:
         try:
             layers = projection.layer_subspaces()
             projected_factors(network, text=projection.of_text, layers=layers)

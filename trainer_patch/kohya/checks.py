@@ -24,8 +24,8 @@ WEIGHTS = 'batch["loss_weights"]'
 REGION_TRAINERS = ("FluxNetworkTrainer", "Sd3NetworkTrainer")
 """Beside those with a U-Net: their layers have known names."""
 INEXACT = ("dylora", "oft", "oft_flux", "ia3", "boft", "diag-oft", "glora", "full")
-"""Networks without a factor that could be kept off a subspace: modules of sd-scripts, and algorithms
-of LyCORIS."""
+"""Networks without a factor that could be kept off a subspace: modules of sd-scripts, algorithms of
+LyCORIS."""
 ON = ("true", "1")
 """How LyCORIS reads a switch."""
 

@@ -77,6 +77,17 @@ def has_unet(config: Any) -> bool:
     return config.model_type.is_stable_diffusion() or config.model_type.is_stable_diffusion_xl()
 
 
+def has_known_layers(config: Any) -> bool:
+    """Return whether it is SD3 or Flux.1, whose layers a file of project_layers can name."""
+    return config.model_type.is_stable_diffusion_3() or config.model_type.is_flux_1()
+
+
+def trained_encoders(config: Any) -> list[str]:
+    """Return the text encoders that a configuration trains."""
+    parts = config.model_type.text_encoder_parts()
+    return [part for part in parts if getattr(config, part).train]
+
+
 def check_configuration(config: Any, settings: ProtectionSettings) -> None:
     """Refuse what the configuration alone shows to be unsupported, all of it at once.
 
@@ -86,6 +97,12 @@ def check_configuration(config: Any, settings: ProtectionSettings) -> None:
     faults = list(_faults(config))
     if settings.projection:
         faults += _projection_faults(config, of_text=settings.projection.of_text)
+    if settings.regions and (trained := trained_encoders(config)):
+        off = " and ".join(f"{part}.train" for part in trained)
+        faults.append(
+            "project_regions teaches what the base model does with the text as it was: set "
+            f"{off} to false"
+        )
     if settings.regions and not has_unet(config) and config.transformer.offloading_enabled():
         faults.append(
             "project_regions predicts once more before the gradients are computed, which was not "
@@ -120,29 +137,34 @@ def check_hooks(trainer: Any) -> None:
 
 def _faults(config: Any) -> Iterator[str]:
     """Yield what neither method covers."""
-    flows = config.model_type.is_stable_diffusion_3() or config.model_type.is_flux_1()
     if str(config.training_method) != "LORA":
         yield f"training_method is {config.training_method}: only LORA is covered"
     if config.cloud.enabled:
         yield "a training in the cloud is out of reach: set cloud.enabled to false"
     if config.multi_gpu:
         yield "processes of further GPUs are out of reach: set multi_gpu to false"
-    if not (has_unet(config) or flows):
-        yield f"{config.model_type} is not covered; SD 1, SD 2, SDXL, SD3 and Flux.1 are"
+    if config.model_type.is_wuerstchen():
+        yield (
+            f"{config.model_type} learns image embeddings at noise levels from 0 to 1, for which "
+            "the scores of the filter were not made"
+        )
+    if config.model_type.is_video_model():
+        yield f"{config.model_type} learns clips, for which nothing here was tried"
 
 
 def _projection_faults(config: Any, *, of_text: bool) -> Iterator[str]:
     """Yield why a projection would not be exact."""
-    if of_text and not has_unet(config):
+    if not (has_unet(config) or has_known_layers(config)):
+        yield (
+            f"the layers of {config.model_type} read text mixed with the image or through layers "
+            "of its own, so no subspace of text states can be kept out exactly, and project_layers "
+            "does not know their names: leave both out; mem_filter is supported"
+        )
+    elif of_text and not has_unet(config):
         yield (
             f"the layers of {config.model_type} read text mixed with the image, so no subspace "
             "of text states can be kept out exactly: leave out project_concepts; mem_filter is "
             "supported"
         )
-    trained = [part for part in config.model_type.text_encoder_parts()
-               if getattr(config, part).train]  # fmt: skip
-    if trained:
-        off = " and ".join(f"{part}.train" for part in trained)
-        yield f"projection is exact only while text encoders stay as they are: set {off} to false"
     if config.train_any_embedding() or config.train_any_output_embedding():
         yield "an embedding is trained, which the subspace does not know: train it apart"

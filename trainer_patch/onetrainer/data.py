@@ -16,6 +16,8 @@ TEXT = ("tokens", "text_encoder")
 """How the names of a batch's entries begin that hold text, encoded or to be encoded."""
 STATES = "hidden_state"
 """How the names of those end that a U-Net's cross-attention reads."""
+PRUNING = "PruneMaskedTokens"
+"""Class of the module that cuts the padding off."""
 REGULARIZATION = "PRIOR_PREDICTION"
 """Type of images whose target is the base model's own prediction: nothing of them is learnt."""
 
@@ -50,6 +52,8 @@ class TextSide:
 
         trainer = self._trainer
         modules = trainer.data_loader._preparation_modules(trainer.config, trainer.model)
+        # Some loaders cut the padding off for their cache, and put it on again behind that.
+        modules = [module for module in modules if type(module).__name__ != PRUNING]
         outputs = (name for module in modules for name in module.get_outputs())
         names = [name for name in outputs if name and name.startswith(TEXT)]
         source = MapData(in_name="concept.prompt", out_name="prompt", map_fn=str)

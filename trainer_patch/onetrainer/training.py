@@ -18,7 +18,7 @@ from ..hooks import calling, load_progress, save_progress, shown_values
 from ..options import NAMES, settings_from
 from ..typed import refuse_nothing
 from .adapter import StepAdapter
-from .checks import check_configuration, check_hooks
+from .checks import check_configuration, check_hooks, trained_encoders
 from .data import BatchSamples, TextSide
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,8 @@ def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Pro
             adapter = StepAdapter(trainer, protection, samples, text)
             undo.enter_context(patched(trainer.model_setup, "predict", adapter.protected))
     # A LoRA to start from may change a text encoder, also where that is not trained.
-    if settings.projection and any(
-        part.prefix.startswith("text_encoder") for part in model.adapters()
-    ):
+    changed = [part for part in model.adapters() if part.prefix.startswith("text_encoder")]
+    if settings.projection and changed and not trained_encoders(config):
         raise UnsupportedTraining(
             "The LoRA that the training starts from changes a text encoder, and so would the one "
             "that is saved: for the projection start from another one or from none."

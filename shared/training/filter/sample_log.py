@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ...files.storage import Journal, write_text
+from ...files.storage import Entries, write_text
 from ...files.weights import file_sha256
 
 FLUSH = 50
@@ -23,7 +23,7 @@ SHOWN = 20
 """Samples in the text report."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """An image with its caption, as the trainer knows them."""
 
@@ -31,7 +31,7 @@ class Sample:
     caption: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One decision."""
 
@@ -75,7 +75,7 @@ class SampleLog:
     """
 
     def __init__(self, path: Path):
-        self._journal = Journal(path)
+        self._written = Entries(path)
         self._waiting: dict[str, dict] = {}
 
     def add(self, call: int, records: Sequence[Record]) -> None:
@@ -95,7 +95,7 @@ class SampleLog:
             StorageError: The disk is full or the file cannot be written.
         """
         if self._waiting:
-            self._journal.put_all(self._waiting)
+            self._written.put_all(self._waiting)
             self._waiting = {}
 
 
@@ -106,12 +106,20 @@ def records_path(report: Path, process: int) -> Path:
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """Return the records in the files of all processes, each decision once."""
-    records = []
+    samples: dict[Sample, Sample] = {}
+    records: list[Record] = []
     for path in paths:
-        for value in Journal(path).values():
+        own: dict[str, Record] = {}
+
+        def take(key: str, value: dict, own: dict[str, Record] = own) -> None:
             sample = Sample(file=value.pop("file"), caption=value.pop("caption"))
             score = math.nan if value["score"] is None else value["score"]
-            records.append(Record(**(value | {"sample": sample, "score": score})))
+            # One object for each sample: a long training has a hundred visits of every one.
+            sample = samples.setdefault(sample, sample)
+            own[key] = Record(**(value | {"sample": sample, "score": score}))
+
+        Entries(path, take)
+        records += own.values()
     return records
 
 

@@ -1,14 +1,18 @@
 """What cannot be protected is refused before the first step; what was not done is not passed."""
 
 import pytest
+import tiny
+import tiny_families
 import torch
 from diffusers_runs import SCRIPT, run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from unmemorize.shared.patching import HookMissing
+from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.projection.projection import Projection
 from unmemorize.shared.training.protection import ProtectionFailed
-from unmemorize.trainer_patch.options import OptionError
+from unmemorize.trainer_patch.diffusers.loop import faults_of
+from unmemorize.trainer_patch.options import OptionError, settings_from
 
 
 @pytest.fixture
@@ -25,6 +29,21 @@ def refused(images, tmp_path, monkeypatch):
         return str(caught.value)
 
     return reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+def test_layers_that_read_text_through_a_projection_are_refused(tmp_path):
+    """Sana's have the names of Stable Diffusion's, and states of another kind."""
+    from peft import LoraConfig
+
+    ConceptSubspace.empty(4).save(tmp_path / "subspace.safetensors")
+    asked = settings_from({"project_concepts": str(tmp_path / "subspace.safetensors")})
+    for pipeline, told in ((tiny_families.sana(), True), (tiny.PIPELINES["sd1"](), False)):
+        network = getattr(pipeline, "transformer", None) or pipeline.unet
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+        faults = " ".join(faults_of(network, asked))
+        assert ("read text through a projection of its own" in faults) == told
+        assert bool(faults) == told
 
 
 @pytest.mark.parametrize("method", ["mem_filter", "project_concepts"])

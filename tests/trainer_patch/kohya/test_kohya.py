@@ -240,7 +240,6 @@ def test_no_metadata_is_none_of_ours(train):
 @pytest.mark.parametrize(
     ("pairs", "changed", "message"),
     [
-        ((CONCEPT,), {"network_train_unet_only": False}, "add --network_train_unet_only"),
         ((CONCEPT,), {"save_model_as": "ckpt"}, "use --save_model_as safetensors"),
         (("mem_filter=1",), {"deepspeed": True}, "leave out --deepspeed"),
         (
@@ -263,9 +262,9 @@ def test_what_is_not_supported_is_refused(train, pairs, changed, message):
 @pytest.mark.parametrize(
     ("pairs", "changed", "message"),
     [
-        ((CONCEPT,), {"network_train_unet_only": False}, "add --network_train_unet_only"),
-        ((CONCEPT,), {"network_module": "networks.lokr"}, "use networks.lora"),
-        ((CONCEPT,), {"toml": 'network_args = ["algo=loha"]'}, "loha has no pair of factors"),
+        ((CONCEPT,), {"network_module": "networks.dylora"}, "use networks.lora"),
+        ((CONCEPT,), {"toml": 'network_args = ["algo=ia3"]'}, "ia3 has no factor"),
+        ((CONCEPT,), {"toml": 'network_args = ["dora_wd=True"]'}, "leave out dora_wd"),
         (("mem_fliter=1",), {}, "type mem_filter"),
         (("mem_filter=q95",), {}, "--mem_filter"),
         ((), {"toml": "[a.b]\nmem_filter = 1"}, "stands in `b`"),

@@ -79,6 +79,8 @@ def config_of(family: str = "sd", trained: tuple[str, ...] = (), **changed) -> S
         is_stable_diffusion_xl=lambda: family == "sdxl",
         is_stable_diffusion_3=lambda: family == "sd3",
         is_flux_1=lambda: family == "flux",
+        is_wuerstchen=lambda: family == "wuerstchen",
+        is_video_model=lambda: family == "video",
         text_encoder_parts=lambda: parts,
     )
     train = {part: SimpleNamespace(train=part in trained) for part in ("text_encoder", *parts)}
@@ -101,11 +103,11 @@ def projection(tmp_path):
 FILTER = ProtectionSettings(filter=FilterSettings())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image"])
 def test_what_is_supported_is_not_refused(family, projection):
     check_configuration(config_of(family, trained=("text_encoder",)), FILTER)
-    if family.startswith("sd") and family != "sd3":
-        check_configuration(config_of(family), projection)
+    if family in ("sd", "sdxl"):
+        check_configuration(config_of(family, trained=("text_encoder",)), projection)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +116,10 @@ def test_what_is_supported_is_not_refused(family, projection):
         ({"training_method": Kind.FINE_TUNE}, "only LORA is covered"),
         ({"multi_gpu": True}, "set multi_gpu to false"),
         ({"cloud": SimpleNamespace(enabled=True)}, "set cloud.enabled to false"),
-        ({"family": "sana"}, "is not covered"),
+        ({"family": "sana"}, "does not know their names"),
+        ({"family": "wuerstchen"}, "noise levels from 0 to 1"),
+        ({"family": "video"}, "learns clips"),
         ({"family": "sd3"}, "mem_filter is supported"),
-        ({"family": "sdxl", "trained": ("text_encoder", "text_encoder_2")},
-         "set text_encoder.train and text_encoder_2.train to false"),
         ({"train_any_embedding": lambda: True}, "an embedding is trained"),
     ],
 )  # fmt: skip
@@ -141,10 +143,17 @@ def test_regions_are_refused_beside_offloaded_layers(tmp_path, family):
 
 def test_all_faults_are_told_at_once(projection):
     config = config_of(
-        multi_gpu=True, cloud=SimpleNamespace(enabled=True), trained=("text_encoder",)
+        multi_gpu=True, cloud=SimpleNamespace(enabled=True), train_any_embedding=lambda: True
     )
-    with pytest.raises(UnsupportedTraining, match=r"cloud.*multi_gpu.*text_encoder\.train"):
+    with pytest.raises(UnsupportedTraining, match=r"cloud.*multi_gpu.*embedding"):
         check_configuration(config, projection)
+
+
+def test_regions_need_the_text_as_it_was(tmp_path):
+    layers = ProjectionSettings(layers=tmp_path / "layers.safetensors", regions=True)
+    config = config_of("sdxl", trained=("text_encoder", "text_encoder_2"))
+    with pytest.raises(UnsupportedTraining, match=r"text_encoder\.train and text_encoder_2\.train"):
+        check_configuration(config, ProtectionSettings(projection=layers))
 
 
 def test_reports_stand_beside_the_lora(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import torch
@@ -54,6 +55,32 @@ def test_steps_done_again_after_a_resume_are_counted_once(tmp_path):
     weigh(resumed, 3 * cond, 0 * cond)
     resumed.log.flush()
     assert [record.score for record in read_records([path])] == [1.0, 1.0, 3.0, 3.0]
+
+
+def test_what_is_on_disk_is_not_in_memory_too(tmp_path):
+    """Ten times as many records take no more memory while the training runs."""
+    log, call = SampleLog(tmp_path / "samples.jsonl"), 0
+    record = Record(
+        sample=Sample(file="a.png", caption="a"), timestep=1.0, score=1.0, measured=True,
+        flagged=False, kept=1.0,
+    )  # fmt: skip
+
+    def held(calls: int) -> int:
+        nonlocal call
+        for _ in range(calls):
+            log.add(call, [record] * 4)
+            call += 1
+        log.flush()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        _, few, many = held(200), held(200), held(1000)
+    finally:
+        tracemalloc.stop()
+    assert many - few < 50_000  # 4,000 records as they were kept before: 3 MB
+    assert len(read_records([log._written.path])) == 4 * call
+    SampleLog(log._written.path).add(call, [record])
 
 
 def test_ranking_finds_what_stands_out_at_its_own_timestep(tmp_path):
