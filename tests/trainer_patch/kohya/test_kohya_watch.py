@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import make_images
-from kohya_lora import header, protect, same_tensors
+from kohya_lora import OUTSIDE, header, protect, same_tensors
 from PIL import Image, ImageOps
 from unmemorize.shared.training.filter.watch import VISITS
 
@@ -47,15 +47,14 @@ def test_a_warning_changes_no_bit_and_the_base_is_inside_its_own_interval(train,
 
 
 @pytest.mark.parametrize("door", ["script", "door"])
-def test_a_training_that_memorizes_ends_in_time(train, images, door):
-    settings = WATCHED | {"max_train_epochs": 6, "learning_rate": 3e-2}
+def test_a_training_outside_the_interval_ends_at_its_first_file(
+    train, images, door, package_env, monkeypatch
+):
+    monkeypatch.setitem(package_env, OUTSIDE, "yes")
     asked = {"extra": ("--mem_stop",)} if door == "door" else protect("mem_stop=true")
-    data = ("--train_data_dir", str(images))
-    final = train(f"stopped by {door}", *asked.pop("extra"), *data, door=door, **settings, **asked)
-    assert not final.exists()
-    saved = sorted(path.name for path in final.parent.glob("*.safetensors"))
-    assert saved == [f"lora-{number:06d}.safetensors" for number in range(1, len(saved) + 1)]
-    assert 1 <= len(saved) < 6
+    extra = *asked.pop("extra"), "--train_data_dir", str(images)
+    settings = WATCHED | {"max_train_epochs": 3} | asked
+    final = train(f"stopped by {door}", *extra, door=door, **settings)
+    assert [path.name for path in final.parent.glob("*.safetensors")] == ["lora-000001.safetensors"]
     report = json.loads((final.parent / "lora.memorized.json").read_text("utf-8"))
-    assert report["last_inside"] == (saved[-2] if len(saved) > 1 else None)
-    assert report["memorized_since"]
+    assert (report["seen"], report["last_inside"]) == (2 * VISITS * len(WORDS), None)
