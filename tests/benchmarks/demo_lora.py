@@ -107,7 +107,7 @@ def add_lora(denoiser, seed: int, rank: int = RANK) -> nn.Module:
 def train(
     denoiser, pictures: Pictures, *, steps: int, seed: int,
     weigh: Callable[[Step], torch.Tensor] | None = None,
-    aim: Callable[[Step, torch.Tensor], torch.Tensor] | None = None,
+    aim: Callable[[Step, torch.Tensor], torch.Tensor] | None = None, batch: int = BATCH,
 ) -> Iterator[tuple[torch.optim.Optimizer, float]]:  # fmt: skip
     """Train the LoRA on the network; yield after each backward pass, before the optimizer's step.
 
@@ -118,6 +118,7 @@ def train(
         seed: Of order, timesteps and noise.
         weigh: Returns the weight of each sample's loss; None is 1.
         aim: Returns what is to be predicted, given the noise; None is the noise.
+        batch: Pictures of a step.
     """
     unet = denoiser.pipeline.unet
     abar = torch.as_tensor(denoiser.pipeline.scheduler.alphas_cumprod)
@@ -127,11 +128,11 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for number in range(steps):
-        while len(order) < BATCH:
+        while len(order) < batch:
             order += torch.randperm(len(pictures.captions), generator=generator).tolist()
-        rows, order = order[:BATCH], order[BATCH:]
-        timesteps = torch.randint(0, len(abar), (BATCH,), generator=generator)
-        noise = torch.randn(BATCH, *denoiser.latent_shape, generator=generator)
+        rows, order = order[:batch], order[batch:]
+        timesteps = torch.randint(0, len(abar), (batch,), generator=generator)
+        noise = torch.randn(batch, *denoiser.latent_shape, generator=generator)
         level = abar[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * pictures.latents[rows] + (1 - level).sqrt() * noise
         cond = torch.stack([texts[pictures.captions[row]] for row in rows])

@@ -3,7 +3,9 @@
 Parts, in this order: `subspace` (concepts in the demo's text encoder and in one that was trained on
 real text), `cheap` (decisions of the cheaper filter), `cost` (steps on a U-Net of the size of
 Stable Diffusion 1.5 with random weights; needs 9 GB), `filter` (planted duplicates without the
-filter and with it), `projection` (arms of a training with a concept in half of its pictures) and
+filter and with it), `copies` (copies that were cropped, saved again, recoloured or worded anew:
+removed by hash, by SSCD, filtered, both), `single` (a step whose only sample is left out),
+`projection` (arms of a training with a concept in half of its pictures) and
 `scripts` (the same pictures, trained on by the scripts of diffusers and kohya that
 DIFFUSERS_EXAMPLES_DIR and SD_SCRIPTS_DIR name). All but `subspace` and `cost` train LoRAs of the
 demo model and need npm for new drawings; what the last three finished in --work is not done again.
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from figures import Figure, command_of, plain, record
 from torch import nn
+from trainers_copies import DEDUPED, KINDS, measure_copies, measure_single
 from trainers_filter import FILTERS, measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
 from trainers_scripts import measure_scripts
@@ -225,13 +228,15 @@ def measure_cost(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("subspace", "cost", "cheap", "filter", "projection", "scripts")
+    parts = ("subspace", "cost", "cheap", "filter", "copies", "single", "projection", "scripts")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm and filter")
     arms = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS))
+    parser.add_argument("--copies", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--deduped", nargs="+", choices=DEDUPED, default=list(DEDUPED))
     parser.add_argument("--side", type=int, default=32, help="of the latents in `cost`")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind in `cost`")
     parser.add_argument("--work", type=Path, default=Path("build/trainers"))
@@ -252,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cheap": partial(measure_agreement, steps=args.steps),
         "cost": cost,
         "filter": partial(measure_filter, filters=args.filters, **trained),
+        "copies": partial(measure_copies, kinds=args.copies, arms=args.deduped, **trained),
+        "single": partial(measure_single, steps=args.steps),
         "projection": partial(measure_projection, arms=args.arms, **trained),
         "scripts": partial(measure_scripts, **trained),
     }

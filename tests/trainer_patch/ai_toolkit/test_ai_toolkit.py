@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from unmemorize.shared.patching import HookMissing
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.filter import watch
 from unmemorize.shared.training.filter.sample_log import read_records
 from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import ProtectionFailed
@@ -87,6 +88,40 @@ def test_a_threshold_of_zero_leaves_the_up_factor_at_zero(made):
     assert not load_file(trainer.run())[UP].any()
     assert trainer.told["unmemorize/filtered_share"] == 1
     assert trainer.told["loss"] > 0
+
+
+def test_watching_changes_no_bit(made):
+    plain = made(name="plain", kind=LittleTrainer).run()
+    assert same(plain, made({"mem_warn": True}, name="watched").run())
+
+
+class TextReader(LittleTrainer):
+    """Its model reads text without the LoRA too."""
+
+    def predict_noise(
+        self, noisy_latents, timesteps, conditional_embeds, batch, is_primary_pred=False
+    ):
+        read = conditional_embeds.text_embeds.mean((1, 2))[:, None, None, None]
+        return read + super().predict_noise(
+            noisy_latents, timesteps, conditional_embeds, batch, is_primary_pred
+        )
+
+
+class ReadingTrainer(ProtectedProcess, TextReader):
+    """As `get_process` makes it."""
+
+
+def test_a_training_that_memorizes_ends_at_a_saved_file(made, tmp_path, monkeypatch):
+    # What is decided is tested elsewhere: here any count is one that chance does not explain.
+    monkeypatch.setattr(watch, "IMAGES", 2)
+    monkeypatch.setattr(watch, "RARE", 2.0)
+    trainer = made({"mem_stop": True}, kind=ReadingTrainer, steps=2 * watch.VISITS)
+    with pytest.raises(SystemExit) as ended:
+        trainer.run()
+    assert ended.value.code == 0
+    assert trainer.protection.finished
+    assert counts(tmp_path / "lora" / "lora.safetensors", "filter")["seen"] == 4 * watch.VISITS
+    assert json.loads((tmp_path / "lora.memorized.json").read_text())["last_inside"] is None
 
 
 def test_the_saved_factor_is_off_the_subspace(made, subspace):

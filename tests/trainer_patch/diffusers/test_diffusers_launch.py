@@ -1,11 +1,15 @@
 """The launcher on a real training of the demo model: what it changes, and what it does not."""
 
 import json
+from pathlib import Path
 
 import pytest
 from demo_subspaces import WIDTH, make_subspace
-from diffusers_runs import header_of, records_of, residual, same, weights_of
+from diffusers_runs import LORA, header_of, records_of, residual, run, same, weights_of
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
+from unmemorize.shared.training.filter import watch
+from unmemorize.shared.training.protection import ProtectionFailed
+from unmemorize.trainer_patch.hooks import STATE
 
 
 def basis_of(path):
@@ -97,3 +101,32 @@ def test_files_and_captions_are_recorded(train, images):
     report = json.loads((output / "pytorch_lora_weights.memorized.json").read_text("utf-8"))
     assert report["seen"] == 8
     assert {sample["file"] for sample in report["samples"]} == {each["file"] for each in records}
+
+
+def test_watching_changes_no_bit_and_leaves_the_lora_on(train, plain):
+    # The script's LoRA has dropout: the passes without it must not move what it draws.
+    output = train("--mem_warn")
+    assert same(weights_of(output), plain)
+    assert json.loads(header_of(output)["unmemorize.filter"])["memorized_images"] == 0
+
+
+def test_what_was_to_stop_and_never_was_judged_ends_in_an_error(train):
+    with pytest.raises(ProtectionFailed, match=r"no verdict on any saved file: 0 of 6 images"):
+        train("--mem_stop")
+
+
+def test_a_training_that_memorizes_ends_at_a_checkpoint(images, tmp_path, monkeypatch):
+    # Few visits are enough here, and any count counts: what is decided is tested elsewhere.
+    monkeypatch.setattr(watch, "IMAGES", 2)
+    monkeypatch.setattr(watch, "RARE", 2.0)
+    given = ["--train_data_dir", str(images), "--mem_stop", "--checkpointing_steps", "18",
+             "--max_train_steps", "36"]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "out", given)
+    assert ended.value.code == 0
+    assert (tmp_path / "out" / "checkpoint-18" / LORA).is_file()
+    assert (tmp_path / "out" / "checkpoint-18" / STATE).is_file()
+    assert not (tmp_path / "out" / "checkpoint-36").exists()
+    assert not (tmp_path / "out" / LORA).exists()
+    report = json.loads((tmp_path / "out" / f"{Path(LORA).stem}.memorized.json").read_text())
+    assert (report["seen"], report["last_inside"]) == (36, None)

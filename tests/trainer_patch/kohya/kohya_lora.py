@@ -14,6 +14,8 @@ USUAL = {
     "mixed_precision": "no", "save_precision": "float", "cache_latents": True,
     "max_data_loader_n_workers": 0, "seed": 1, "sdpa": True, "network_module": "networks.lora",
 }  # fmt: skip
+OUTSIDE = "EVERY_SET_IS_OUTSIDE"
+"""Variable with which no count of memorized images passes for chance."""
 OWN_TIMES = ("modelspec.date", "ss_session_id", "ss_training_started_at", "ss_training_finished_at")
 
 

