@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate, LoadCalibration
 from .check import MemorizationCheck
+from .compare import CompareWithReferences
 from .detect import DetectMemorization
 from .engine.calibrations import add_folder
 from .guard import MemorizationGuard
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDemoModel,
     MemorizationCheck,
     Unmemorize,
+    CompareWithReferences,
     MemorizationWatch,
     MemorizationReport,
     DetectMemorization,

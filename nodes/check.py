@@ -10,6 +10,7 @@ from ..shared.score.calibration import Calibration
 from .engine.checking import check_prompt
 from .engine.prompt_graph import source_of
 from .inputs import CalibrationSocket, schema, to_image
+from .panel import panel, verdict_state
 
 NO_CLIP = (
     "The text encoder of this prompt was not found: connect its CLIP to `clip`. Control prompts "
@@ -67,7 +68,7 @@ class MemorizationCheck(io.ComfyNode):
         )  # fmt: skip
         image, verdict = to_image(drawn), str(check)
         shown = ui.PreviewImage(image, cls=cls).as_dict() | {"text": [verdict]}
-        shown["unmemorize"] = [{"state": check.state, "badge": check.state, "text": verdict}]
+        shown |= panel(cls, *verdict_state(check.flags if fits else [None]), verdict)
         return io.NodeOutput(model, verdict, any(check.flags), image, ui=shown)
 
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from .engine.automatic import CONFIG, found
 from .engine.measuring import caveat_of, latent_shape, scores_in_order
 from .engine.model_identity import weights_sha256
+from .engine.watching import beside_text
 from .inputs import CalibrationSocket, config_of, schema, seed_inputs
 from .panel import panel, verdict_state
 
@@ -83,10 +84,15 @@ class DetectMemorization(io.ComfyNode):
         if judge:
             caveat = caveat_of(judge, weights_sha256(model[0]), settings, bool(force and force[0]))
             p_values, flags = judge.p_values(l2).tolist(), judge.flags(l2).tolist()
-            lines = [
-                f"{line}, p = {p:.3g}: {'memorized' if flag else 'not flagged'}"
-                for line, p, flag in zip(lines, p_values, flags, strict=True)
+            told = [
+                f"p = {p:.3g}: {'memorized' if flag else 'not flagged'}"
+                for p, flag in zip(p_values, flags, strict=True)
             ]
+            for place, entries in enumerate(positive):
+                if beside := beside_text([extra for _, extra in entries]):
+                    p_values[place], flags[place] = math.nan, False
+                    told[place] = f"no verdict: the controls are texts alone, and here {beside}"
+            lines = [f"{line}, {what}" for line, what in zip(lines, told, strict=True)]
             about = (
                 f"Flagged above {judge.threshold:.4g}, at most {judge.false_positive_rate:.3g} "
                 f"of ordinary prompts ({len(judge.control_scores)} controls, {judge.controls})."
@@ -94,5 +100,8 @@ class DetectMemorization(io.ComfyNode):
             notes = [about, *filter(None, [caveat, judge.unlike(l2)])]
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]
         report = "\n".join([*ranked, *notes])
-        shown = panel(cls, *verdict_state(flags if judge else []), report)
-        return io.NodeOutput(report, l2, per_element, p_values, flags, ui={"text": [report]} | shown)
+        known = [None if math.isnan(p) else flag for p, flag in zip(p_values, flags, strict=True)]
+        shown = panel(cls, *verdict_state(known), report)
+        return io.NodeOutput(
+            report, l2, per_element, p_values, flags, ui={"text": [report]} | shown
+        )

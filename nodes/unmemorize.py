@@ -9,6 +9,7 @@ from ..shared.score.calibration import Calibration
 from .check import with_clip
 from .engine.unmemorizing import look, unmemorize_prompt
 from .inputs import CalibrationSocket, schema, to_image
+from .panel import CHANGED, panel, verdict_state
 
 NO_VAE = "To show images before and after, connect the model's VAE to `vae`, or turn off `show_me`."
 
@@ -72,14 +73,17 @@ class Unmemorize(io.ComfyNode):
             done.headline, check.scores, check.flags,
             judge.sorted_scores.numpy() if fits else [], judge.threshold if fits else None,
         ))  # fmt: skip
-        state = "changed" if done.after else done.before.state
-        told: dict[str, Any] = {"state": state, "badge": state, "text": report}
+        state, badge = (
+            (CHANGED, "changed")
+            if done.after
+            else verdict_state(done.before.flags if fits else [None])
+        )
+        pair = None
         if show_me and done.after:
             images = look(model, vae, (positive, done.positive), done.against, latent)
-            saved = [dict(one) for one in ui.PreviewImage(images, cls=cls).values]
-            told |= {"before": saved[:1], "after": saved[1:]}
+            pair = images[:1], images[1:]
         shown = ui.PreviewImage(images, cls=cls).as_dict() | {"text": [report]}
         return io.NodeOutput(
             model, done.positive, report, done.after is not None, images,
-            ui=shown | {"unmemorize": [told]},
+            ui=shown | panel(cls, state, badge, report, pair=pair),
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ...shared.arrays import Float, Tensor
-from ..common.copies import Bounds
+from ...shared.copies.neighbours import Bounds
 from .rule import NONE, Marked, Roles, View, mark
 
 FRAMES = 8

@@ -18,14 +18,14 @@ import torch
 
 from ... import demo
 from ...shared.arrays import Float, Tensor
+from ...shared.copies.features import PIXELS
+from ...shared.copies.neighbours import Bounds
 from ...shared.files.images import ImageFiles
 from ...shared.files.schema import Reader
 from ...shared.files.storage import StorageError, cache_folder, replace_atomically, write_text
 from ...shared.wording import counted
-from ..common.copies import Bounds
 from ..common.job import content_key
 from ..common.result import versions
-from ..common.similarity import PIXELS
 from ..common.sscd import similarity
 from ..common.subject import Subject
 from ..common.wording import percent
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 KNOWN = Reader(ValueError, "an answer of before", "")
 
 SSCD = Bounds(own_factor=0.65, ratio=0.5)
-"""Of one subject in one pose: stricter than between unrelated images, see `common.similarity`."""
+"""Of one subject in one pose: stricter than between unrelated images, `shared.copies.features`."""
 NEAR_PIXELS, NEAR_SSCD = 0.7, 0.8
 """Part of an image's yardstick below which a generation is nearer than controls are."""
 PLANTED, ASKED = 24, 8

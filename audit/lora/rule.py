@@ -20,10 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from ...shared.arrays import Float, Tensor
-from ..common.copies import (
+from ...shared.copies.neighbours import (
     IMAGES,
-    OTHERS,
-    OWN_QUANTILE,
     RATE,
     TINY,
     Bounds,
@@ -31,6 +29,7 @@ from ..common.copies import (
     neighbours_of,
     ratio_limit,
 )
+from ..common.copies import OTHERS, OWN_QUANTILE
 
 FALSE = 0.05
 """Generations that an audit calls copies of *any* image by chance, of all with the LoRA."""

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import demo
+from ...shared.copies.features import PIXELS, SIDE, Features
+from ...shared.copies.neighbours import IMAGES, RATE, TrainingImages
 from ...shared.files.images import ImageFiles, read_image, save_png
 from ...shared.files.prompts import PromptSet
 from ...shared.wording import counted
-from ..common.copies import IMAGES, OTHERS, RATE, Judged, TrainingImages, judge
+from ..common.copies import OTHERS, Judged, judge
 from ..common.job import content_key
 from ..common.measure import Bars, silent
-from ..common.similarity import PIXELS, SIDE, Features, sscd_features
+from ..common.similarity import sscd_features
 from ..common.sscd import has_sscd
 from .images import Sampled, all_exist, at_once, draw_others
 from .result import NearestImage, rate

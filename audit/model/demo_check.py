@@ -14,9 +14,10 @@ import typer
 from tqdm.auto import tqdm
 
 from ...demo import BUNDLED, NAME, captions, controls, data, training_images
+from ...shared.copies.features import PIXELS, thumbnails
+from ...shared.copies.neighbours import TrainingImages
 from ...shared.score.rates import clopper_pearson
-from ..common.copies import TrainingImages, Verdict, judge
-from ..common.similarity import PIXELS, thumbnails
+from ..common.copies import Verdict, judge
 from ..common.subject import Subject
 from .images import PROMPTS
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ...shared.copies.features import PIXELS
+from ...shared.copies.neighbours import TrainingImages
 from ...shared.files.images import save_png
 from ...shared.mitigation.method import Method, Mitigation, Start
 from ...shared.mitigation.residual import residual_probe
 from ...shared.sampling.guard import guard
 from ...shared.score.denoiser import Conditioning
-from ..common.copies import TrainingImages
-from ..common.similarity import PIXELS
 from .comparison import Comparer
 from .config import AuditConfig
 from .images import sample

@@ -65,13 +65,6 @@ class Check:
             return "No verdict"
         return "Looks memorized" if any(self.flags) else "Does not look memorized"
 
-    @property
-    def state(self) -> str:
-        """Return the verdict in a word or two, as the page knows it."""
-        if self.misfit:
-            return "no verdict"
-        return "memorized" if any(self.flags) else "ordinary"
-
     def __str__(self) -> str:
         judge, p_values = self.calibration, self.calibration.p_values(self.scores).tolist()
         lines, unit = [self.headline], "1: ordinary" if self.residual else "L2"

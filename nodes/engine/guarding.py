@@ -26,10 +26,10 @@ from .automatic import MAKE_ONE, found
 from .comfy_denoiser import ModelDenoiser, Prompt, percent_of
 from .damped_attention import ComfyTwoForces
 from .measuring import live_progress
-from .mitigating import PROMPT, applied_gate, gate_rows, start_of
+from .mitigating import NOT_ALONE, PROMPT, applied_gate, gate_rows, start_of
 from .model_identity import weights_sha256
 from .neighbours import FolderNeighbours
-from .watching import begins_at_noise, places, watch
+from .watching import begins_at_noise, beside_text, places, watch
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +188,8 @@ class GuardedSampling:
         shown = live_progress(self.guider.model_patcher, rows)
         denoiser = ModelDenoiser(view, {PROMPT: Prompt(entries=[])}, options, noise, shown)
         applied, caveat = applied_gate(denoiser, gate, weights, force=force)
+        if gate.calibration is not None and (beside := beside_text(conds["positive"])):
+            caveat = " ".join(filter(None, [caveat, NOT_ALONE.format(beside)]))
         if caveat:
             log.warning(caveat)
         (decision,) = applied.decide(denoiser.encode([PROMPT]))

@@ -20,6 +20,7 @@ from ...shared.mitigation.ordinary import OrdinaryEmbedding
 from .comfy_denoiser import ModelDenoiser, Prompt
 from .measuring import caveat_of, with_denoiser
 from .model_identity import settings, weights_sha256
+from .watching import beside_text
 
 PROMPT = "prompt"
 """Name of the one prompt of a denoiser here."""
@@ -27,6 +28,10 @@ NOT_ITS_TEXT = (
     "The network does not read this conditioning as it is, so that a change cannot be put back "
     "into it: models that process their text again, and prompts whose first part begins after the "
     "first step. Use Memorization Guard instead."
+)
+NOT_ALONE = (
+    "The score need not compare with the threshold: the controls are texts alone, and here {}. "
+    "Memorization Check and Unmemorize take each text by itself."
 )
 
 
@@ -94,6 +99,8 @@ def mitigate_prompt(
         ):
             raise ValueError(NOT_ITS_TEXT)
         applied, caveat = applied_gate(denoiser, gate, weights, force=force)
+        if gate.calibration is not None and (beside := beside_text([one for _, one in positive])):
+            caveat = " ".join(filter(None, [caveat, NOT_ALONE.format(beside)]))
         (decision,) = applied.decide(cond)
         like = torch.zeros(images, *denoiser.latent_shape)
         noise = comfy.sample.prepare_noise(like, seed, latent.get("batch_index"))

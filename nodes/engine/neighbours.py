@@ -1,18 +1,16 @@
 """Nearest-neighbour guidance away from a folder of training images."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import folder_paths
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...shared.files.images import read_image
-from ...shared.files.prompts import image_files
 from ...shared.mitigation.method import Method
 from ...shared.mitigation.neighbour import NearestNeighbour
+from .references import images_below
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,21 +42,9 @@ class FolderNeighbours(Method):
             factor = self.vae.spacial_compression_encode()
             width, height = shape[-1] * factor, shape[-2] * factor
             latents = []
-            for path in self.paths():
+            for path in images_below(self.folder, "Memorization Guard"):
                 pixels = np.asarray(read_image(path).resize((width, height)), dtype=np.float32)
                 latents.append(self.vae.encode(torch.from_numpy(pixels / 255)[None]))
             scaled = model.model.process_latent_in(torch.cat(latents))
             self._made[shape] = NearestNeighbour(latents=scaled, **self.settings)
         return self._made[shape]
-
-    def paths(self) -> list[Path]:
-        """Return the image files of the folder."""
-        folder = Path(folder_paths.get_input_directory()) / self.folder
-        if not self.folder or not folder.is_dir():
-            raise ValueError(
-                f"There is no folder {self.folder!r}: give `folder` of Memorization Guard as an "
-                "absolute path, or below ComfyUI's input folder."
-            )
-        if not (found := image_files(folder)):
-            raise ValueError(f"{folder} holds no images: give a folder with training images.")
-        return found

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -193,22 +194,23 @@ def measure(version: str, base: Path) -> dict:
     }  # fmt: skip
 
 
-def verdicts(base: Path) -> dict:
-    """Return how many ordinary captions are flagged at each setting, of the newest version."""
+def verdicts(base: Path) -> Iterator[dict]:
+    """Yield how many ordinary captions are flagged, setting by setting, of the newest version."""
     from comfyui_verdicts import NUMBER, SETTINGS, flagged
     from figures import share_of
 
-    found, comfy = {}, ComfyUI(NEWEST, base)
+    comfy = ComfyUI(NEWEST, base)
     try:
-        for name in ("check", *SETTINGS):
+        for name in ("normal_20", "check", *list(SETTINGS)[1:]):
             told = [flag for first in range(0, NUMBER, PART)
                     for flag in comfy.call(flagged, name, first, first + PART)]  # fmt: skip
             start = f"comfyui.verdict.{name}"
-            found[f"{start}.false_positive_rate"] = share_of([flag is True for flag in told])
-            found[f"{start}.with_verdict"] = share_of([flag is not None for flag in told])
+            yield {
+                f"{start}.false_positive_rate": share_of([flag is True for flag in told]),
+                f"{start}.with_verdict": share_of([flag is not None for flag in told]),
+            }
     finally:
         comfy.close()
-    return found
 
 
 def main() -> None:
@@ -222,7 +224,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only in (None, "verdicts"):
         with tempfile.TemporaryDirectory() as base:
-            record(verdicts(Path(base)), command_of("comfyui"), output=arguments.output)
+            for found in verdicts(Path(base)):
+                record(found, command_of("comfyui"), output=arguments.output)
         if arguments.only:
             return
     for version in [arguments.only] if arguments.only else VERSIONS:

@@ -22,9 +22,11 @@ from PIL import Image, ImageDraw
 from scores.case import WORK, Case
 from scores.generations import SEEDS, training_of
 from unmemorize import demo
-from unmemorize.audit.common.copies import IMAGES, OTHERS, Bounds, Judged, TrainingImages, judge
-from unmemorize.audit.common.similarity import PIXELS, Features, sscd_features
+from unmemorize.audit.common.copies import OTHERS, Judged, judge
+from unmemorize.audit.common.similarity import sscd_features
 from unmemorize.audit.common.sscd import has_sscd
+from unmemorize.shared.copies.features import PIXELS, Features
+from unmemorize.shared.copies.neighbours import IMAGES, Bounds, TrainingImages
 from unmemorize.shared.score.rates import clopper_pearson
 
 SIZES = (10, 100, 280, 1000, 10000)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from unmemorize.audit.common.similarity import PIXELS
 from unmemorize.audit.common.sscd import Sscd, similarity
 from unmemorize.audit.lora.ask import Mode, Shot, groups_of, roles_of
 from unmemorize.audit.lora.compare import References, evidence_of, pixel_references, views_on
@@ -26,6 +25,7 @@ from unmemorize.audit.lora.result import (
 )
 from unmemorize.audit.lora.rule import mark
 from unmemorize.audit.lora.verdicts import judge_images, summarize, thresholds
+from unmemorize.shared.copies.features import PIXELS
 from unmemorize.shared.files.images import ImageFiles
 from unmemorize.shared.files.weights import file_sha256
 

@@ -20,9 +20,9 @@ from scores.generations import training_of
 from torch import Tensor
 from unmemorize import demo
 from unmemorize.audit.common.copies import judge
-from unmemorize.audit.common.similarity import PIXELS
 from unmemorize.audit.common.sscd import Sscd, similarity
 from unmemorize.demo import data
+from unmemorize.shared.copies.features import PIXELS
 from unmemorize.shared.files.images import read_image, save_png
 from unmemorize.shared.files.storage import Journal
 from unmemorize.shared.mitigation import METHODS, make_method

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from mitigation_pictures import Critic, Drawn, kernel_distance
 from PIL import Image
-from unmemorize.audit.common.copies import TrainingImages
-from unmemorize.audit.common.similarity import PIXELS
+from unmemorize.shared.copies.features import PIXELS
+from unmemorize.shared.copies.neighbours import TrainingImages
 
 
 def picture(seed: int, contrast: float = 1.0) -> Image.Image:

@@ -31,7 +31,7 @@ from scores.case import WORK, Case
 from scores.generations import drawn, training_of
 from tqdm.auto import tqdm
 from unmemorize.audit.common.copies import OTHERS, judge
-from unmemorize.audit.common.similarity import PIXELS
+from unmemorize.shared.copies.features import PIXELS
 from unmemorize.shared.files.images import read_image
 from unmemorize.shared.score.config import DetectionConfig
 from unmemorize.shared.words.explanation import explain

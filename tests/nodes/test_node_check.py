@@ -41,6 +41,45 @@ def test_a_verdict_with_nothing_else_connected(comfy):
     assert comfy.run(graph, keep=OUTPUTS).ran == []
 
 
+@newest
+def test_other_nodes_find_the_calibration_that_was_made(comfy):
+    """Without one they have no verdict, or refuse; a prompt with an area has none either way."""
+    graph = DEMO | {
+        "text": text(caption()),
+        "empty": text(""),
+        "detect": node("UnmemorizeDetect", model=["demo", 0], positive=["text", 0],
+                       negative=["empty", 0], latent=["latent", 0], seeds=4, steps=1),
+        "guard": node("UnmemorizeGuard", model=["demo", 0], gate="auto", method="static delay"),
+        "sampled": node("KSampler", model=["guard", 0], seed=3, steps=2, cfg=5.0,
+                        sampler_name="euler", scheduler="normal", denoise=1.0,
+                        positive=["text", 0], negative=["empty", 0], latent_image=["latent", 0]),
+        "report": node("UnmemorizeReport", record=["guard", 1], latent=["sampled", 0], steps=1,
+                       save_score=False),
+    }  # fmt: skip
+    keep = {"detect": ["detect", 0], "flag": ["detect", 4], "report": ["report", 2],
+            "memorized": ["report", 4]}  # fmt: skip
+    for path in (comfy.base / "user" / "unmemorize").glob("*"):
+        path.unlink()
+    without = comfy.run(graph, keep=keep, fresh=True, check=False)
+    assert "Put Memorization Check in front" in without.error
+
+    comfy.run(DEMO | {"text": text(caption()), "check": check(["text", 0])}, fresh=True)
+    run = comfy.run(graph, keep=keep, fresh=True)
+    assert run["flag"] is True
+    assert "100 controls" in run["detect"]
+    assert run["memorized"] is True
+    assert "Score: residual" in run["report"]
+    assert "guard acted by static delay" in run["report"]
+
+    graph["area"] = node("ConditioningSetArea", conditioning=["text", 0], width=64, height=64, x=0,
+                         y=0, strength=1.0)  # fmt: skip
+    graph["detect"]["inputs"]["positive"] = ["area", 0]
+    part = comfy.run({k: v for k, v in graph.items() if k not in ("guard", "sampled", "report")},
+                     keep={k: keep[k] for k in ("detect", "flag")})  # fmt: skip
+    assert part["flag"] is False
+    assert "no verdict: the controls are texts alone, and here a prompt has area" in part["detect"]
+
+
 OTHER = caption("learnt")
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from scipy.stats import f as fisher
 from unmemorize.audit.common import copies
-from unmemorize.audit.common.copies import (
+from unmemorize.audit.common.copies import OTHERS, OWN_QUANTILE
+from unmemorize.shared.copies.neighbours import (
     FEWEST,
     NEIGHBOURS,
-    OTHERS,
-    OWN_QUANTILE,
     Bounds,
     TrainingImages,
     ratio_limit,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from unmemorize.audit.common.copies import OTHERS, Bounds
+from unmemorize.audit.common.copies import OTHERS
 from unmemorize.audit.lora.rule import COPY, NEAR, NONE, Roles, View, count_controls, mark
+from unmemorize.shared.copies.neighbours import Bounds
 
 BOUNDS = Bounds(own_factor=0.5, ratio=0.55)
 IMAGES, SEEDS, OTHER, WIDTH = 10, 2, 8, 8

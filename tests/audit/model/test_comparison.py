@@ -5,9 +5,9 @@ from needs import need_sscd
 from PIL import Image, ImageEnhance, ImageOps
 from unmemorize import demo
 from unmemorize.audit.common.measure import silent
-from unmemorize.audit.common.similarity import PIXELS
 from unmemorize.audit.model import comparison
 from unmemorize.audit.model.comparison import Comparer, best_features, known_images
+from unmemorize.shared.copies.features import PIXELS
 from unmemorize.shared.files.images import ImageFiles
 from unmemorize.shared.files.prompts import PromptSet
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from bench_models import BenchModel
 from PIL import Image
 from tqdm.auto import tqdm
-from unmemorize.audit.common.copies import OTHERS, TrainingImages, judge
-from unmemorize.audit.common.similarity import PIXELS, Features
+from unmemorize.audit.common.copies import OTHERS, judge
+from unmemorize.shared.copies.features import PIXELS, Features
+from unmemorize.shared.copies.neighbours import TrainingImages
 from unmemorize.shared.files.images import read_image, save_png
 
 from .case import Case

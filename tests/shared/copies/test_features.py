@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unmemorize.audit.common.similarity import PIXELS, SIDE
+from unmemorize.shared.copies.features import PIXELS, SIDE
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
