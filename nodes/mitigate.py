@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+
 from nodes import common_ksampler
 
 from ..shared.mitigation.embedding import EmbeddingOptimisation

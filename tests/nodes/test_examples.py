@@ -36,7 +36,11 @@ def deprecated(types: list[str]) -> list[str]:
     """Return those that ComfyUI would like to be rid of."""
     import nodes as comfyui_nodes
 
-    return [name for name in types if getattr(comfyui_nodes.NODE_CLASS_MAPPINGS[name], "DEPRECATED", False)]
+    return [
+        name
+        for name in types
+        if getattr(comfyui_nodes.NODE_CLASS_MAPPINGS[name], "DEPRECATED", False)
+    ]
 
 
 OLDEST_AND_NEWEST = pytest.mark.parametrize("comfy", [OLDEST, NEWEST], indirect=True)

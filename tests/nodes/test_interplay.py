@@ -1,4 +1,4 @@
-"""Core nodes that reuse steps, decode in tiles or replace the schedule, around a watched sampler."""
+"""Core nodes that reuse steps, decode in tiles or replace the schedule, around a watch."""
 
 import math
 
