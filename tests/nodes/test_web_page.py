@@ -32,6 +32,10 @@ def test_an_example_opens_and_every_node_is_known(page, path):
             "Check images while they are sampled",
             {"PreviewImage": [[640]] * 2, "SaveImage": [[128] * 3] * 2},
         ),
+        (
+            "Is this prompt memorized",
+            {"UnmemorizeCheck": [[640]], "UnmemorizePrompt": [[128, 128]], "SaveImage": [[128]]},
+        ),
         ("Which words carry it", {"UnmemorizeTokenHeatmap": [[640]]}),
         (
             "Captions a LoRA memorized",
