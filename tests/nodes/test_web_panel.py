@@ -61,8 +61,8 @@ SHOW = """() => {
     const nodes = app.graph._nodes;
     const ours = nodes.filter(n => n.type.startsWith('Unm') || n.type === 'PreviewImage');
     nodes.forEach((n, i) => { n.pos = [-1200, 200 * i]; });
-    ours.forEach((n, i) => { n.pos = [i * 360, 0]; });
-    app.canvas.ds.scale = 0.68;
+    ours.forEach((n, i) => { n.pos = [i * 430, 0]; });
+    app.canvas.ds.scale = 0.58;
     app.canvas.ds.offset = [120, 150];
     app.graph.setDirtyCanvas(true, true);
 }"""
