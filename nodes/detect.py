@@ -95,6 +95,4 @@ class DetectMemorization(io.ComfyNode):
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]
         report = "\n".join([*ranked, *notes])
         shown = panel(cls, *verdict_state(flags if judge else []), report)
-        return io.NodeOutput(
-            report, l2, per_element, p_values, flags, ui={"text": [report]} | shown
-        )
+        return io.NodeOutput(report, l2, per_element, p_values, flags, ui={"text": [report]} | shown)
