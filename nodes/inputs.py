@@ -67,7 +67,7 @@ def schema(
         if one.id in ADVANCED and hasattr(one, "advanced"):  # ComfyUI before 0.16 has no such
             one.advanced = True
     if "search_aliases" in {field.name for field in fields(io.Schema)}:
-        settings["search_aliases"] = [*search_aliases, *SUBJECTS]
+        settings["search_aliases"] = list(dict.fromkeys([*search_aliases, *SUBJECTS]))
     return io.Schema(
         node_id=node_id, display_name=texts["display_name"], description=texts["description"],
         category=CATEGORY, inputs=inputs, outputs=outputs, **settings,

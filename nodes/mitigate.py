@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+
 from nodes import common_ksampler
 
 from ..shared.mitigation.embedding import EmbeddingOptimisation
@@ -115,9 +116,11 @@ class MitigateMemorization(io.ComfyNode):
 def _drawn(
     model: Any, vae: Any, positive: list, negative: list, latent: dict, seed: int
 ) -> torch.Tensor:
-    """Return images of a prompt, to look at."""
+    """Return the first image of the batch as a prompt makes it, to look at."""
+    each = ("samples", "noise_mask", "batch_index")
+    first = {key: value[:1] if key in each else value for key, value in latent.items()}
     (sampled,) = common_ksampler(
-        model, seed, LOOK_STEPS, LOOK_CFG, "euler", "normal", positive, negative, latent
+        model, seed, LOOK_STEPS, LOOK_CFG, "euler", "normal", positive, negative, first
     )
     return vae.decode(sampled["samples"])
 

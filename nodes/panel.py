@@ -37,7 +37,7 @@ def panel(
         text: The report; its first line is shown, the rest unfolds.
         words: Of a prompt, in order, each with its significance, 0..1.
         pair: [batch height width 3] images before and after, 0..1, compared with a slider.
-        overlay: [batch height width 3] images, and the [1 height width] mask to lay over each; 0..1.
+        overlay: [batch height width 3] images, and the [1 height width] mask over each; 0..1.
     """
     shown: dict[str, Any] = {"state": state, "badge": badge, "text": text}
     if words:

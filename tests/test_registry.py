@@ -4,6 +4,7 @@ import ast
 import re
 import struct
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,15 @@ def test_nothing_is_left_out_that_the_pack_needs(root):
     left_out = {line.strip("/") for line in lines if not line.startswith("#")}
     assert all((root / name).exists() for name in left_out)
     needed = {"__init__.py", "install.py", "nodes", "shared", "demo", "web", "locales", "docs",
-              "example_workflows", "LICENSE", "NOTICE", "README.md", "pyproject.toml"}  # fmt: skip
+              "example_workflows", "subgraphs", "LICENSE", "NOTICE", "README.md",
+              "pyproject.toml"}  # fmt: skip
     assert not left_out & needed
+    assert "tests" in left_out
+    packed = [path for name in needed for path in (root / name, *(root / name).rglob("*"))]
+    files = {path for path in packed if path.is_file() and path.suffix != ".pyc"}
+    assert sum(path.stat().st_size for path in files) < 25_000_000
+    large = [path for path in files if path.stat().st_size > 1_000_000]
+    assert len({sha256(path.read_bytes()).digest() for path in large}) == len(large)  # no copies
 
 
 def test_the_manager_installs_no_package(root):

@@ -6,7 +6,6 @@ import { api } from "../../scripts/api.js";
 
 const KEY = "unmemorize";
 const PROGRESS = "$$node-text-preview"; // the page's own widget for progress text
-const CHANGED = "node:property:changed";
 const WIDTH = 300;
 const PADDING = 36; // its own, and the margin that the page keeps around such widgets
 const COLORS = {
@@ -133,11 +132,8 @@ function mark(node, panel) {
     const own = before && node.color === before.title ? before.own : node.color;
     node.color = title ?? own;
     const made = new window.LGraphBadge({ text: panel.badge, fgColor: "#fff", bgColor: badge });
-    const badges = [...node.badges.filter((one) => one !== before?.badge), made];
-    node.badges = badges;
-    // Nodes 2.0 draws badges anew only when it is told.
-    const property = { nodeId: node.id, property: "badges", oldValue: [], newValue: badges };
-    node.graph?.trigger?.(CHANGED, { type: CHANGED, ...property });
+    // Of the canvas: Nodes 2.0 reads badges only when it builds a node, and has the panel's.
+    node.badges = [...node.badges.filter((one) => one !== before?.badge), made];
     shown.set(node, { title: node.color, own, badge: made });
 }
 

@@ -1,4 +1,4 @@
-"""Trains the LoRA of the example workflow *Captions a LoRA memorized*: three drawings, each seen 1,000 times.
+"""Trains the LoRA of the example *Captions a LoRA memorized*: three drawings, 1,000 times each.
 
     python example_workflows/loras/unmemorize_demo.py
 

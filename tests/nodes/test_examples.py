@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from comfyui import newest
+from comfyui_trees import NEWEST, OLDEST
 from PIL import Image
 from workflows import EXAMPLES, as_graph
 
@@ -35,10 +36,14 @@ def deprecated(types: list[str]) -> list[str]:
     """Return those that ComfyUI would like to be rid of."""
     import nodes as comfyui_nodes
 
-    return [name for name in types if getattr(comfyui_nodes.NODE_CLASS_MAPPINGS[name], "DEPRECATED", False)]
+    return [
+        name
+        for name in types
+        if getattr(comfyui_nodes.NODE_CLASS_MAPPINGS[name], "DEPRECATED", False)
+    ]
 
 
-OLDEST_AND_NEWEST = pytest.mark.parametrize("comfy", ["0.3.75", "0.30.0"], indirect=True)
+OLDEST_AND_NEWEST = pytest.mark.parametrize("comfy", [OLDEST, NEWEST], indirect=True)
 
 
 def load(comfy, root, name: str) -> dict:

@@ -64,9 +64,13 @@ def text(entry: dict) -> str:
 def test_help_pages_translations_and_examples_are_served(server, root):
     page = server.get(f"/extensions/{PACK_FOLDER}/docs/UnmemorizeWatch.md").decode()
     assert page == (root / "web" / "docs" / "UnmemorizeWatch.md").read_text("utf-8")
-    german = json.loads(server.get("/i18n"))["de"]["nodeDefs"]
-    assert german["UnmemorizeWatch"]["display_name"] == "Memorieren beobachten"
-    assert "Check images while they are sampled" in json.loads(server.get("/workflow_templates"))[PACK_FOLDER]
+    chinese = json.loads(server.get("/i18n"))["zh"]["nodeDefs"]
+    assert chinese["UnmemorizeWatch"]["display_name"] == "记忆监测"
+    examples = json.loads(server.get("/workflow_templates"))[PACK_FOLDER]
+    assert "Check images while they are sampled" in examples
+    blueprints = json.loads(server.get("/global_subgraphs")).values()
+    ours = {one["name"] for one in blueprints if one["info"]["node_pack"].endswith(PACK_FOLDER)}
+    assert ours == {path.stem for path in (root / "subgraphs").glob("*.json")}
 
 
 def test_a_run_shows_its_chart_and_repeats_from_the_cache(server):

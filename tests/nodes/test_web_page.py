@@ -28,9 +28,19 @@ def test_an_example_opens_and_every_node_is_known(page, path):
 @pytest.mark.parametrize(
     ("name", "drawn"),
     [
-        ("Check images while they are sampled", {"PreviewImage": [[640]] * 2, "SaveImage": [[128] * 3] * 2}),
+        (
+            "Check images while they are sampled",
+            {"PreviewImage": [[640]] * 2, "SaveImage": [[128] * 3] * 2},
+        ),
+        (
+            "Is this prompt memorized",
+            {"UnmemorizeCheck": [[640]], "UnmemorizePrompt": [[128, 128]], "SaveImage": [[128]]},
+        ),
         ("Which words carry it", {"UnmemorizeTokenHeatmap": [[640]]}),
-        ("Captions a LoRA memorized", {"UnmemorizeLoraCheck": [[640]], "PreviewImage": [[128] * 3] * 2}),
+        (
+            "Captions a LoRA memorized",
+            {"UnmemorizeLoraCheck": [[640]], "PreviewImage": [[128] * 3] * 2},
+        ),
         ("Before and after mitigation", {"SaveImage": [[128] * 3] * 2}),
         ("Sample again if memorized", {"PreviewImage": [[128]], "SaveImage": [[128]]}),
     ],
