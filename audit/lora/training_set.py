@@ -24,6 +24,11 @@ from ...shared.wording import counted, name_some, visible
 from .header import Header
 from .result import TrainingImage, TrainingSet
 
+
+class TrainedWordsUnknown(PromptError):
+    """Nothing says by which words the images were trained; an option has to."""
+
+
 NAMES = 20
 """Names of files in a warning about them."""
 REPEATED = re.compile(r"0*([1-9]\d{0,5})_(.*)", re.DOTALL)
@@ -129,12 +134,12 @@ def _named(images: Sequence[TrainingImage], trigger: str) -> list[TrainingImage]
     """Return the images with the trigger where ai-toolkit puts it into captions.
 
     Raises:
-        PromptError: Captions have a mark for it, and it is not known.
+        TrainedWordsUnknown: Captions have a mark for it, and it is not known.
     """
     marked = [image.name for image in images if any(mark in image.caption for mark in MARKS)]
     if marked and not trigger:
         have = counted(len(marked), "caption has", "captions have")
-        raise PromptError(
+        raise TrainedWordsUnknown(
             f"{have} {MARKS[0]} or {MARKS[1]}, in whose place ai-toolkit trains its trigger_word: "
             f"{name_some(marked)}. Name that word with --trigger; where there was none, take the "
             "marks out of copies of the captions."

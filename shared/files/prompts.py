@@ -27,6 +27,11 @@ LONGEST = 300
 HALVES = re.compile("[\ud800-\udfff]")
 MARKS = ("[trigger]", "[name]")
 """What stands in captions for the trigger word, which ai-toolkit puts in its place."""
+SYNTAX = re.compile(
+    r"\([^()]+:\s*-?\d*\.?\d+\)|\{[^{}]*\|[^{}]*\}|(?<!\w)__[\w/-]+__(?!\w)"
+    r"|<(lora|lyco|hypernet|embedding):[^<>]+>"
+)
+"""Signs of ComfyUI, A1111 and their extensions."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -100,7 +105,32 @@ def read_prompts(path: Path) -> list[Prompt]:
             f"{path} holds no prompts: it is empty or has nothing but white space. "
             "Write one prompt a line (.txt) or fill the caption column or files."
         )
+    _tell_literal(path, prompts)
     return prompts
+
+
+def _tell_literal(path: Path, prompts: Iterable[Prompt]) -> None:
+    """Name what other programs read as a sign, and is asked for as it stands."""
+    texts = [prompt.text for prompt in prompts]
+    if marked := sum(any(mark in text for mark in MARKS) for text in texts):
+        logger.warning(
+            "%s: %s %s or %s, where a trainer puts its trigger word, and %s asked for as %s. Ask "
+            "for the word itself: write it in place of the mark into a copy of the captions, and "
+            "give that as --prompts (an audit with --lora and --images takes --trigger WORD).",
+            path.name,
+            counted(marked, *(("caption has", "captions have") if path.is_dir()
+                              else ("prompt has", "prompts have"))), *MARKS,
+            *(("is", "it stands") if marked == 1 else ("are", "they stand")),
+        )  # fmt: skip
+    # Captions in a training folder were trained as they stand, whatever their signs.
+    special = 0 if path.is_dir() else sum(SYNTAX.search(text) is not None for text in texts)
+    if special:
+        logger.warning(
+            "%s: %s signs of other programs (weights as in (word:1.2), choices as in {a|b}, "
+            "__wildcards__, <lora:name:1>), asked for as they stand: nothing here reads them. "
+            "Write into a copy what the model was really given.",
+            path.name, counted(special, "prompt has", "prompts have"),
+        )  # fmt: skip
 
 
 def clean(prompts: Iterable[Prompt]) -> PromptSet:
@@ -263,15 +293,10 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     if not images:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
-    marked = 0
     for image in images:
-        caption = caption_of(image)
-        marked += any(mark in caption for mark in MARKS)
-        yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
-    if marked:
-        have = counted(marked, "caption has", "captions have")
-        logger.warning("%s %s or %s and are taken as they stand: a trainer puts its trigger word "
-                       "there.", have, *MARKS)  # fmt: skip
+        yield Prompt(
+            text=caption_of(image), source=image.relative_to(folder).as_posix(), image=image
+        )
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -25,6 +25,8 @@ REMEDIES = {
         (errno.EACCES, errno.EPERM, errno.EROFS),
         "Choose a folder that is yours, or change its permissions.",
     ),
+    errno.ENOENT: "The folder takes no files, or was deleted meanwhile: repeat the command, "
+    "or choose another folder.",
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "A file stands where a folder is needed, or "
         "the other way round: choose another place.",

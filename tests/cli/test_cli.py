@@ -42,6 +42,17 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+def test_an_output_that_cannot_be_written_is_named_as_it_was_typed(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for output in (tmp_path / "file" / "x.json", Path("/proc/x.json")):
+        done = run(
+            "detect", "demo", "--prompt", "a cat", "--output", str(output), "--device", "cpu"
+        )
+        assert done.exit_code == 1
+        assert f"{output} cannot be written" in done.stderr
+        assert "journal" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def words(files):
     """Function that returns the command line of an audit after `unmemorize`."""

@@ -252,3 +252,13 @@ def test_captions_are_read_as_their_trainer_reads_them(tmp_path, caplog):
         "[trigger] first\nsecond",
     ]
     assert "1 caption has [trigger] or [name]" in caplog.text
+    assert "give that as --prompts" in caplog.text
+
+
+def test_what_other_programs_read_as_a_sign_is_named(tmp_path, caplog):
+    path = tmp_path / "p.txt"
+    path.write_text(
+        "a (cat:1.2)\na {red|blue} cat\na __colour__ cat\n<lora:cat:1> cat\nC__2 (a: b)\n"
+    )
+    assert len(read_prompts(path)) == 5
+    assert "4 prompts have signs of other programs" in caplog.text
