@@ -19,6 +19,7 @@ from ...shared.files.prompts import (
     caption_text,
     read_table,
 )
+from ...shared.files.unused import unused_files
 from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some, visible
 from .header import Header
@@ -179,6 +180,7 @@ def read_layout(folder: Path, header: Header, *, without: Path | None = None) ->
     read = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES or p.name in METADATA]
     read, warnings = without_leftovers(read, folder)
     images = [path for path in read if path.name not in METADATA]
+    warnings += unused_files(files, images, folder)
     if tables := [path for path in read if path.name in METADATA]:
         layout = _from_tables(folder, tables, images)
         return replace(layout, warnings=[*warnings, *layout.warnings])

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.images import save_png
-from ...shared.files.storage import Journal, StorageError, make_folder, write_text
+from ...shared.files.storage import Journal, StorageError, beside, make_folder, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.clips import DIMENSIONS
 from ...shared.score.collapse import SecondStage
@@ -199,8 +199,8 @@ def _kept(
     except StorageError as error:  # the path that was typed, not the journal's beside it
         raise StorageError(f"{output} cannot be written: {error}") from error
     # The key in the name: work on another model or setting never meets this one's.
-    path = output.with_name(f".{output.name}.{key[:12]}.journal")
-    for part in output.parent.glob(f".{glob.escape(output.name)}*.part"):
+    path = beside(output, f".{key[:12]}.journal")
+    for part in output.parent.glob(f"{glob.escape(beside(output, '').name)}*.part"):
         part.unlink(missing_ok=True)  # of a process that was killed
     yield Journal(path), key
     path.unlink(missing_ok=True)

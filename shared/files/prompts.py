@@ -14,6 +14,7 @@ from ..dependencies import require
 from ..wording import counted
 from .leftovers import without_leftovers
 from .schema import Reader
+from .unused import unused_files
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         wanted = [name for name in names if name in (*COLUMNS, *FILE_COLUMNS)]
+        if wanted and (unused := [name for name in names if name not in wanted]):
+            logger.warning("%s", _told_of_fields(path, unused))
         rows = (
             # A file without a known column has no rows to show, but its names go into the error.
             row if wanted else dict.fromkeys(names)
@@ -243,6 +246,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
 
 def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> Iterator[Prompt]:
     """Yield prompts from mappings or plain strings."""
+    unused: dict[str, None] = {}
     for index, row in enumerate(rows):
         where = f"{path.name}:{line(index)}"
         if isinstance(row, str):
@@ -258,8 +262,19 @@ def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> I
         if value is not None and not isinstance(value, str):
             raise PromptError(f"{where}: {column!r} holds {type(value).__name__}, expected text.")
         file = next((row[name] for name in FILE_COLUMNS if isinstance(row.get(name), str)), None)
+        unused |= dict.fromkeys(n for n in names if n not in (column, *FILE_COLUMNS) and row[n])
         text = _paired(value or "")
         yield Prompt(text=text, source=where, image=_inside(path.parent, file))
+    if unused:
+        logger.warning("%s", _told_of_fields(path, unused))
+
+
+def _told_of_fields(path: Path, names: Iterable[str]) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names]
+    return (
+        f"{path.name} has fields that nothing here reads ({', '.join(map(repr, shown[:20]))}): "
+        "each row is its text alone, asked for by this program's own seeds and settings."
+    )
 
 
 def _paired(text: str) -> str:
@@ -271,9 +286,11 @@ def _inside(folder: Path, name: str | None) -> Path | None:
     """Return the named file when it exists below `folder`; tables may name anything."""
     if not name or "\0" in name or HALVES.search(name):
         return None
-    image = folder / name
-    below = folder.resolve() in image.resolve().parents
-    return image if below and image.is_file() else None
+    for each in dict.fromkeys((name, name.replace("\\", "/"))):  # as Windows writes paths
+        image = folder / each
+        if folder.resolve() in image.resolve().parents and image.is_file():
+            return image
+    return None
 
 
 def _read_folder(folder: Path) -> Iterator[Prompt]:
@@ -293,10 +310,16 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     if not images:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
+    longer = 0
     for image in images:
-        yield Prompt(
-            text=caption_of(image), source=image.relative_to(folder).as_posix(), image=image
-        )
+        caption = caption_of(image)
+        lines = (caption_text(image) or "").splitlines()
+        longer += caption == (lines or [None])[0] and any(line.strip() for line in lines[1:])
+        yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
+    if longer:
+        have = counted(longer, "caption file has", "caption files have")
+        logger.warning("%s further lines, which sd-scripts does not read and nothing asks for. "
+                       "Join them into one line where the trainer read them.", have)  # fmt: skip
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -306,7 +329,7 @@ def image_files(folder: Path) -> list[Path]:
     """
     named = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     images, left = without_leftovers(named, folder)
-    for sentence in left:
+    for sentence in (*left, *unused_files(sorted(folder.rglob("*")), images, folder)):
         logger.warning("%s", sentence)
     return images
 
