@@ -314,7 +314,7 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     for image in images:
         caption = caption_of(image)
         lines = (caption_text(image) or "").splitlines()
-        longer += caption == (lines or [None])[0] and any(line.strip() for line in lines[1:])
+        longer += lines[:1] == [caption] and any(line.strip() for line in lines[1:])
         yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
     if longer:
         have = counted(longer, "caption file has", "caption files have")

@@ -34,7 +34,7 @@ class Within:
     high: float = math.inf
 
     def __str__(self) -> str:
-        if self.high == math.inf:
+        if self.high >= 2**53:
             return f"of at least {self.low:g}"
         return f"from {self.low:g} to {self.high:g}"
 
