@@ -1,14 +1,13 @@
 """Read: the LoRA's file, its training folder, and its saved epochs, each once."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...shared.files.prompts import clean, read_prompts
-from ...shared.files.weights import ModelError, file_sha256, sha256_of
+from ...shared.files.weights import READER, ModelError, file_sha256, sha256_of
 from ...shared.models.lora.dialects import EMBEDDING, FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted, name_some, visible
 from .config import LoraAuditConfig
@@ -227,7 +226,7 @@ def _text_width(shapes: Shapes) -> int | None:
 def _peft_base(path: Path) -> str | None:
     """Return the base model that PEFT's configuration beside the file names."""
     try:
-        config = json.loads(path.with_name("adapter_config.json").read_text("utf-8"))
+        config = READER.read(path.with_name("adapter_config.json"), dict[str, Any])
         return visible(config["base_model_name_or_path"][:LONGEST]) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
