@@ -240,7 +240,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
             for row in batch.to_pylist()
         )
         yield from _from_rows(path, rows, lambda index: index + 1)
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise PromptError(f"{path} is not a readable parquet file: {_line(error)}.") from error
 
 

@@ -557,3 +557,22 @@ def test_a_model_with_nan_is_refused(files, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     done = run("detect", str(model), "--prompts", str(files / "prompts.txt"))
     fails(done, "NaN", name)
+
+
+@POSIX
+def test_interrupted_while_packages_are_imported_it_ends_with_130(run_python):
+    """Before a command has begun; a traceback would be what Python does by itself."""
+    code = (
+        "import sys, runpy, builtins\n"
+        "whole = builtins.__import__\n"
+        "def stopped(name, *rest, **more):\n"
+        "    if name == 'typer':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return whole(name, *rest, **more)\n"
+        "builtins.__import__ = stopped\n"
+        "sys.argv = ['unmemorize', 'doctor']\n"
+        "runpy.run_module('unmemorize', run_name='__main__')\n"
+    )
+    done = run_python("-c", code, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
