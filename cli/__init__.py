@@ -22,6 +22,7 @@ from . import (
     verify,
 )
 
+QUIET = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 app = typer.Typer(
     help="Find training images that a text-to-image model gives back, and the words that do it."
     + "\n\n" + audit.EXIT_CODES,
@@ -66,11 +67,11 @@ def _options_of_all(
 
 
 def main() -> None:
-    """Run the command line; also where Ctrl-C comes before a command has started."""
+    """Run the command line."""
     # Threads that wait spin by default, and beside another busy process spinning is what they do
     # most of the time. OpenMP reads this when torch is imported, which only a command does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    # Libraries that report on their own use to their makers read these when they are imported.
+    for name in QUIET:
+        os.environ.setdefault(name, "1")
+    app()

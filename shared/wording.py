@@ -31,6 +31,12 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(map(_sign, text))
 
 
+def tells_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full; on a CPU PyTorch has no class for it."""
+    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return full or "can't allocate memory" in str(error)
+
+
 def _sign(char: str) -> str:
     """Return a character, or the sign that stands for it."""
     code = ord(char)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.files.schema import Reader
-from ...shared.files.storage import Journal, locked, make_folder, write_text
+from ...shared.files.storage import Journal, StorageError, locked, make_folder, write_text
 from ...shared.wording import counted
 
+PAGES = ("report.html", "mitigation.html")
 IDENTITY, JOURNAL = "job.json", "journal"
 LOCK = ".lock"
 WRITTEN = (
@@ -76,10 +77,18 @@ def open_job(
         FolderTaken: It holds another job, whose differing settings are named, or foreign files.
         StorageError: It is a file, another process is writing there, or nothing can be written.
     """
-    make_folder(folder)
     path = folder / JOURNAL / IDENTITY
     identity = dict(json.loads(json.dumps(dict(identity))))
     stored = _read_identity(path)
+    try:
+        make_folder(folder)
+    except StorageError as error:
+        if stored == identity and (pages := [p for p in PAGES if (folder / p).is_file()]):
+            raise StorageError(
+                f"{error} It holds this very work already: {folder / pages[0]}. Copy the folder to "
+                "where it can be written to go on or to write it anew."
+            ) from error
+        raise
     if not overwrite:
         _refuse_another(folder, stored, identity)
         if stored is None:
@@ -96,6 +105,8 @@ def open_job(
         stored = _read_identity(path)
         if not overwrite:  # another process may have come first
             _refuse_another(folder, stored, identity)
+        for part in folder.rglob(".*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
         if stored not in (None, identity):
             _remove_results(folder)
         if stored != identity:
@@ -106,7 +117,7 @@ def open_job(
 def _read_identity(path: Path) -> dict[str, Any] | None:
     try:
         return READER.read(path, dict[str, Any])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except StrangeJob:
         return {"job": f"{path.name} is damaged"}

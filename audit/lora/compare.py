@@ -7,6 +7,7 @@ image stands for itself and for its round trip, and the nearer of the two counts
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
@@ -20,7 +21,7 @@ from ... import demo
 from ...shared.arrays import Float, Tensor
 from ...shared.copies.features import PIXELS
 from ...shared.copies.neighbours import Bounds
-from ...shared.files.images import ImageFiles
+from ...shared.files.images import ImageFiles, save_png
 from ...shared.files.schema import Reader
 from ...shared.files.storage import StorageError, cache_folder, replace_atomically, write_text
 from ...shared.wording import counted
@@ -205,7 +206,7 @@ def positive_control(work: Work) -> PositiveControl:
     try:
         return KNOWN.read(path, PositiveControl)
     except (OSError, ValueError):
-        answer = _find_planted(subject, work)
+        answer = _find_planted(subject, work, path.with_suffix(""))
     if answer.works:  # a failure is looked at again
         try:
             write_text(path, json.dumps(asdict(answer)))
@@ -214,20 +215,29 @@ def positive_control(work: Work) -> PositiveControl:
     return answer
 
 
-def _find_planted(subject: Subject, work: Work) -> PositiveControl:
+def _find_planted(subject: Subject, work: Work, folder: Path) -> PositiveControl:
+    """Answer anew; what was drawn stands in `folder`, so that a stopped one goes on."""
     denoiser, count = subject.denoiser, work.config.images_per_prompt
     planted = [c.text for c in demo.captions() if c.group == "verbatim"][:PLANTED]
     images = [demo.training_image(caption) for caption in planted]
     latents = [denoiser.encode_images([image]) for image in images]
     trips = [trip for each in latents for trip in as_images(denoiser.decode(each))]
     asked = [(place, seed) for place in range(ASKED) for seed in range(count)]
-    drawn = []
-    with closing(work.bars("positive control", len(asked), 0, "image")) as bar:
+    files = [folder / f"{place}-{seed}.png" for place, seed in asked]
+    there = sum(file.is_file() for file in files)
+    with closing(work.bars("positive control", len(asked), there, "image")) as bar:
         for start in range(0, len(asked), AT_ONCE):
+            batch = files[start : start + AT_ONCE]
+            if not (left := [file for file in batch if not file.is_file()]):
+                continue
             places, seeds = zip(*asked[start : start + AT_ONCE], strict=True)
-            drawn += denoiser.generate([planted[place] for place in places], seeds, steps=STEPS,
+            images = denoiser.generate([planted[place] for place in places], seeds, steps=STEPS,
                                        cond_scale=COND_SCALE)  # fmt: skip
-            bar.update(len(places))
+            for file, image in zip(batch, images, strict=True):
+                if file in left:
+                    save_png(image, file)
+            bar.update(len(left))
+    drawn = list(ImageFiles(files))
     embed = work.encoder.embed
     marked = mark(
         views_on(pixel_references(images, trips), PIXELS.rows(drawn),
@@ -235,6 +245,7 @@ def _find_planted(subject: Subject, work: Work) -> PositiveControl:
         Roles(own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
               plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)]),
     )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
     found = Rate.of(int((marked.marks[:, :ASKED] == COPY).any(0).sum()), ASKED)
     works = found.count >= ENOUGH * ASKED
     detail = (

@@ -6,8 +6,10 @@ of processes changes nothing. Nothing is sent between them: an image that lies t
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
@@ -35,6 +37,8 @@ Batch = tuple[Shot, ...]
 SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "device", "dtype",
             "offload", "quantize", "generation_steps", "cond_scale")  # fmt: skip
 """What the workers need to know besides their batches."""
+PATIENCE = 5.0
+"""Seconds that workers have to end."""
 GLANCE = 0.5
 """Seconds between two looks at what the workers have finished."""
 AT_ONCE = 4
@@ -194,7 +198,8 @@ def draw_batch(batch: Batch, subject: Subject, config: LoraAuditConfig, folder: 
                 prompts, seeds, steps=config.generation_steps, cond_scale=config.cond_scale
             )
     for shot, image in zip(batch, images, strict=True):
-        save_png(image, folder / shot.path)
+        if not (path := folder / shot.path).is_file():  # of a batch that was interrupted
+            save_png(image, path)
 
 
 def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path, bar: Bar) -> None:
@@ -215,17 +220,19 @@ def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path
     # Sums of another number of threads differ in their last digits, and so then do images.
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with output.open("w+b") as log:
+        # Nothing is written to their input: its end tells them that this process is gone, however
+        # it ended. Their group is one of its own, so that all of them can be stopped together.
         workers = subprocess.Popen(
-            _command(config, request), stdout=log, stderr=log, env=os.environ | threads
-        )
+            _command(config, request), stdin=subprocess.PIPE, stdout=log, stderr=log,
+            env=os.environ | threads, start_new_session=True,
+        )  # fmt: skip
         try:
             while workers.poll() is None:
                 count()
                 with suppress(subprocess.TimeoutExpired):
                     workers.wait(GLANCE)
         finally:
-            workers.terminate()
-            workers.wait()
+            _stop(workers)
     count()
     if workers.returncode or missing:
         raise DrawingError(
@@ -236,6 +243,31 @@ def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path
         )
     request.unlink()
     output.unlink()
+
+
+def _stop(workers: subprocess.Popen) -> None:
+    """End the launcher and all that it has started, by force where asking is not enough."""
+    assert workers.stdin is not None
+    workers.stdin.close()
+    for way in ("SIGTERM", "SIGKILL"):
+        with suppress(ProcessLookupError, PermissionError):  # none is left
+            if os.name == "nt":
+                workers.terminate()
+            else:
+                os.killpg(workers.pid, getattr(signal, way))
+        with suppress(subprocess.TimeoutExpired):
+            workers.wait(PATIENCE)
+            if way == "SIGTERM":
+                continue  # the launcher has gone; what it started may not have
+    workers.wait()
+
+
+def _end_with_the_input() -> None:
+    """End this process, without a word, once its input ends: nobody waits for what it draws."""
+    with suppress(OSError, ValueError):
+        while os.read(0, 1024):
+            pass
+    os._exit(1)
 
 
 def to_request(left: Sequence[Batch], config: LoraAuditConfig, folder: Path) -> dict[str, Any]:
@@ -255,17 +287,16 @@ def _on_cpu(config: LoraAuditConfig) -> bool:
 
 
 def _command(config: LoraAuditConfig, request: Path) -> list[str]:
+    # accelerate's own launcher starts one process where they are to compute on processors.
     return [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--cpu" if _on_cpu(config) else "--multi_gpu",
-        "--num_processes", str(config.processes), "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "-m", __name__, str(request),
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(config.processes), "-m", __name__, str(request),
     ]  # fmt: skip
 
 
 def work_off(request: Path) -> None:
-    """Draw one process's share of a request, as ``accelerate launch -m`` starts this file."""
+    """Draw one process's share of a request, as `_command` starts this file."""
+    threading.Thread(target=_end_with_the_input, daemon=True).start()
     from accelerate import PartialState
 
     values = json.loads(request.read_text("utf-8"))

@@ -1,21 +1,20 @@
 """Read: the LoRA's file, its training folder, and its saved epochs, each once."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ...shared.files.prompts import PromptError, clean, read_prompts
-from ...shared.files.weights import ModelError, file_sha256, sha256_of
+from ...shared.files.prompts import clean, read_prompts
+from ...shared.files.weights import READER, ModelError, file_sha256, sha256_of
 from ...shared.models.lora.dialects import EMBEDDING, FACTORS, MAGNITUDES, PEFT_PREFIX
 from ...shared.wording import counted, name_some, visible
 from .config import LoraAuditConfig
 from .header import LONGEST, Header, read_header
 from .remarks import compare_header, unknown_captions
 from .result import LoraFacts, TrainingSet
-from .training_set import read_training_set
+from .training_set import TrainedWordsUnknown, read_training_set
 
 Dialect = Literal["kohya", "peft", "diffusers", "lycoris", "comfyui"]
 PARTS = ("unet.", "transformer.", "text_encoder")
@@ -227,7 +226,7 @@ def _text_width(shapes: Shapes) -> int | None:
 def _peft_base(path: Path) -> str | None:
     """Return the base model that PEFT's configuration beside the file names."""
     try:
-        config = json.loads(path.with_name("adapter_config.json").read_text("utf-8"))
+        config = READER.read(path.with_name("adapter_config.json"), dict[str, Any])
         return visible(config["base_model_name_or_path"][:LONGEST]) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -237,11 +236,11 @@ def refuse_without_words(training: TrainingSet) -> None:
     """Raise unless something is known of the words that were trained.
 
     Raises:
-        PromptError: No image has a caption and no trigger is known; says what to give.
+        TrainedWordsUnknown: No image has a caption and no trigger is known; says what to give.
     """
     if training.trigger or any(image.caption for image in training.trained):
         return
-    raise PromptError(
+    raise TrainedWordsUnknown(
         f"None of the {len(training.trained)} images has a caption, and the LoRA's header names no "
         "trained words. Asked for by other words, images do not come back, and that would say "
         "nothing. Give the words of the training: caption files beside the images, "

@@ -5,14 +5,13 @@ proof, and where nothing is said nothing is compared.
 """
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...shared.files.weights import ModelError, file_sha256, read_header
+from ...shared.files.weights import READER, ModelError, file_sha256, read_header
 from ...shared.wording import counted, name_some, visible
 from .header import REPAIR, Header
 from .result import TrainingSet
@@ -100,7 +99,7 @@ def named_architecture(text: str | None) -> str | None:
 def _read_json(path: Path) -> dict:
     """Return a JSON file that holds a mapping, or nothing."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = READER.parse_file(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

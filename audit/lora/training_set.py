@@ -19,10 +19,16 @@ from ...shared.files.prompts import (
     caption_text,
     read_table,
 )
+from ...shared.files.unused import unused_files
 from ...shared.files.weights import file_sha256
 from ...shared.wording import counted, name_some, visible
 from .header import Header
 from .result import TrainingImage, TrainingSet
+
+
+class TrainedWordsUnknown(PromptError):
+    """Nothing says by which words the images were trained; an option has to."""
+
 
 NAMES = 20
 """Names of files in a warning about them."""
@@ -129,12 +135,12 @@ def _named(images: Sequence[TrainingImage], trigger: str) -> list[TrainingImage]
     """Return the images with the trigger where ai-toolkit puts it into captions.
 
     Raises:
-        PromptError: Captions have a mark for it, and it is not known.
+        TrainedWordsUnknown: Captions have a mark for it, and it is not known.
     """
     marked = [image.name for image in images if any(mark in image.caption for mark in MARKS)]
     if marked and not trigger:
         have = counted(len(marked), "caption has", "captions have")
-        raise PromptError(
+        raise TrainedWordsUnknown(
             f"{have} {MARKS[0]} or {MARKS[1]}, in whose place ai-toolkit trains its trigger_word: "
             f"{name_some(marked)}. Name that word with --trigger; where there was none, take the "
             "marks out of copies of the captions."
@@ -174,6 +180,7 @@ def read_layout(folder: Path, header: Header, *, without: Path | None = None) ->
     read = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES or p.name in METADATA]
     read, warnings = without_leftovers(read, folder)
     images = [path for path in read if path.name not in METADATA]
+    warnings += unused_files(files, images, folder)
     if tables := [path for path in read if path.name in METADATA]:
         layout = _from_tables(folder, tables, images)
         return replace(layout, warnings=[*warnings, *layout.warnings])

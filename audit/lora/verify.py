@@ -85,7 +85,9 @@ def verify_report(
             "It is that of another report, or this one was edited and sealed anew.",
         ))  # fmt: skip
     files = _mapping(document, "files")
-    checks.append(_report_files(path.parent, files, str(document.get(DIGEST)), whole=report.is_dir()))
+    checks.append(
+        _report_files(path.parent, files, str(document.get(DIGEST)), whole=report.is_dir())
+    )
     if lora is not None:
         audited = _mapping(document, "inputs", "lora")
         name = audited.get("name")

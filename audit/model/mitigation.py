@@ -6,6 +6,7 @@
 Like an audit it keeps a journal: killed anywhere, the same call continues.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
+from ... import demo
 from ...shared.files.storage import write_text
 from ...shared.mitigation import DEFAULT, METHODS, NearestNeighbour, make_method
 from ...shared.mitigation.method import Method
@@ -45,6 +47,12 @@ from .work import Scored, Work, open_work, score
 
 DEMO_PROMPTS = {"verbatim": 4, "template": 2, "learnt": 2}
 """Captions per group that the demo shows when no prompt is named."""
+NEEDS_TWO = (
+    "The probe tells a copy by the distances of training images to each other: it needs two, and "
+    "knows one. Give --training a folder with more of them, or leave --probe out."
+)
+logger = logging.getLogger(__name__)
+
 SHOWN_EDITS = 6
 """Edits of a prompt that are kept, best first."""
 
@@ -72,6 +80,13 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
             "The probe searches for known training images, and none are known: give their folder "
             "with --training, or leave --probe out."
         )
+    named = (
+        None
+        if config.audit.model in demo.BUNDLED and config.training is None
+        else (read_training(config.training) if config.training else inputs.prompts)
+    )
+    if config.probe and named and len(set().union(*map(set, named.images))) < 2:
+        raise ValueError(NEEDS_TWO)
     config = replace(config, methods=chosen_methods(config.methods, training=training))
     deciding = {name: getattr(config, name) for name in ("gate", "images", "advise", "probe")}
     more = {"work": "mitigation", "methods": list(config.methods), **deciding}
@@ -89,6 +104,10 @@ def run_mitigation(config: MitigationConfig, bars: Bars = silent) -> MitigationR
         comparer = None
         if known is not None and len(known.thumbnails) > 1:
             comparer = Comparer(known, work.job.folder, work.bars)
+        if config.probe and comparer is None:
+            raise ValueError(NEEDS_TWO)  # of those named, fewer can be read
+        if known is not None and comparer is None:
+            logger.warning("Copies are not looked for: it takes two training images, one is known.")
         others, told = _others(work, trials) if comparer else ([], [])
         trials = _with_nearest(inputs.prompts.prompts, trials, comparer, others)
         rewordings = _reword(work, scored) if config.advise else {}

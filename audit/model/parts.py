@@ -1,5 +1,6 @@
 """The parts of an audit on their own: scores, explanations, a calibration."""
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from ...shared.drawing.heatmap import prompt_heatmap_html, prompt_heatmap_png
 from ...shared.files.images import save_png
-from ...shared.files.storage import Journal, write_text
+from ...shared.files.storage import Journal, StorageError, beside, make_folder, write_text
 from ...shared.score.calibration import Calibration
 from ...shared.score.clips import DIMENSIONS
 from ...shared.score.collapse import SecondStage
@@ -193,7 +194,13 @@ def _kept(
         with tempfile.TemporaryDirectory(prefix="unmemorize-") as folder:
             yield Journal(Path(folder) / "journal.jsonl"), key
         return
+    try:
+        make_folder(output.parent)
+    except StorageError as error:  # the path that was typed, not the journal's beside it
+        raise StorageError(f"{output} cannot be written: {error}") from error
     # The key in the name: work on another model or setting never meets this one's.
-    path = output.with_name(f".{output.name}.{key[:12]}.journal")
+    path = beside(output, f".{key[:12]}.journal")
+    for part in output.parent.glob(f"{glob.escape(beside(output, '').name)}*.part"):
+        part.unlink(missing_ok=True)  # of a process that was killed
     yield Journal(path), key
     path.unlink(missing_ok=True)

@@ -13,12 +13,14 @@ import typer
 from tqdm.auto import tqdm
 
 from ...shared.dependencies import extra_of, install_line
-from ...shared.wording import visible
+from ...shared.wording import tells_of_memory, visible
 
 if TYPE_CHECKING:
     from .options import AnswerOptions
 
 NOTHING_FOUND, FAILED, WRONG_USAGE, FOUND, INTERRUPTED = 0, 1, 2, 3, 130
+OPTION_NEEDED = ("NotEnoughControls", "TrainedWordsUnknown")
+"""Errors that ask for another value or one more option; named, so as not to load them."""
 SHOWN = 20
 """Rows of a table of results."""
 LONGEST = 300
@@ -66,10 +68,12 @@ def bar(description: str, total: int, initial: int, unit: str) -> Any:
 def explain_error(error: BaseException) -> str:
     """Return one paragraph that says what happened and, where it is known, what to type."""
     known = type(error).__module__.split(".")[0] == PACKAGE
-    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if full or "can't allocate memory" in str(error):  # on a CPU PyTorch has no class for it
+    if tells_of_memory(error) and not known:
         return (f"Not enough memory: {error}. Try --batch-size 1, a smaller --resolution, or "
                 "--dtype float16 on a GPU.")  # fmt: skip
+    if isinstance(error, FileNotFoundError) and error.filename is None and not known:
+        return ("The folder in which this was started is gone. Change into one that exists, and "
+                "type the command again.")  # fmt: skip
     if isinstance(error, OSError) and error.strerror and not known:
         return f"{error.strerror}: {error.filename}."
     if isinstance(error, ModuleNotFoundError):
@@ -88,8 +92,7 @@ def exit_code_of(error: Exception) -> int:
     raise a `ValueError` do not speak of the command line.
     """
     if type(error) is not ValueError:
-        # Too few controls are refused for the rate that was asked for. Named, so as not to load it.
-        return WRONG_USAGE if type(error).__name__ == "NotEnoughControls" else FAILED
+        return WRONG_USAGE if type(error).__name__ in OPTION_NEEDED else FAILED
     *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
     own = raised_in.f_globals["__name__"].split(".")[0] == PACKAGE
     return WRONG_USAGE if own else FAILED

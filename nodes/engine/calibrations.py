@@ -18,6 +18,8 @@ from .comfy_denoiser import Prompt, noise_levels
 from .measuring import control_differences_of, encoded, scores
 from .model_identity import digest, weights_sha256
 
+LONGEST = 200
+"""Bytes of a name: endings follow it."""
 FOLDER = "unmemorize"
 """Name of the folder below ``models``, and of its entry in extra_model_paths.yaml."""
 
@@ -148,8 +150,11 @@ def checked_name(name: str) -> str:
     Raises:
         ValueError: It cannot.
     """
-    if not re.fullmatch(r"\w[\w .-]{0,98}\w|\w", name):
+    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)
+    long = len(name.encode()) > LONGEST
+    if reserved or long or not re.fullmatch(r"\w[\w .-]{0,98}\w|\w", name):
         raise ValueError(
-            f"`name` must be letters, digits, spaces, dots and hyphens, at most 100, got {name!r}."
+            "`name` must be letters, digits, spaces, dots and hyphens, at most 100 and in at most "
+            f"{LONGEST} bytes, and none that Windows keeps for itself (CON, NUL, …), got {name!r}."
         )
     return name

@@ -89,6 +89,8 @@ def _opened(path: Path) -> "Iterator[Image]":
                 yield image
     except ImageNotRead:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, above ours
+        raise ImageNotRead(f"{path} is not read: {error}. Make it smaller.") from error
     except Exception as error:  # decoders raise whatever the bytes of a broken file make them raise
         if lacks(path.suffix):
             lacking = LATER[path.suffix.lower()]

@@ -14,6 +14,7 @@ from ..dependencies import require
 from ..wording import counted
 from .leftovers import without_leftovers
 from .schema import Reader
+from .unused import unused_files
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ LONGEST = 300
 HALVES = re.compile("[\ud800-\udfff]")
 MARKS = ("[trigger]", "[name]")
 """What stands in captions for the trigger word, which ai-toolkit puts in its place."""
+SYNTAX = re.compile(
+    r"\([^()]+:\s*-?\d*\.?\d+\)|\{[^{}]*\|[^{}]*\}|(?<!\w)__[\w/-]+__(?!\w)"
+    r"|<(lora|lyco|hypernet|embedding):[^<>]+>"
+)
+"""Signs of ComfyUI, A1111 and their extensions."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -100,7 +106,32 @@ def read_prompts(path: Path) -> list[Prompt]:
             f"{path} holds no prompts: it is empty or has nothing but white space. "
             "Write one prompt a line (.txt) or fill the caption column or files."
         )
+    _tell_literal(path, prompts)
     return prompts
+
+
+def _tell_literal(path: Path, prompts: Iterable[Prompt]) -> None:
+    """Name what other programs read as a sign, and is asked for as it stands."""
+    texts = [prompt.text for prompt in prompts]
+    if marked := sum(any(mark in text for mark in MARKS) for text in texts):
+        logger.warning(
+            "%s: %s %s or %s, where a trainer puts its trigger word, and %s asked for as %s. Ask "
+            "for the word itself: write it in place of the mark into a copy of the captions, and "
+            "give that as --prompts (an audit with --lora and --images takes --trigger WORD).",
+            path.name,
+            counted(marked, *(("caption has", "captions have") if path.is_dir()
+                              else ("prompt has", "prompts have"))), *MARKS,
+            *(("is", "it stands") if marked == 1 else ("are", "they stand")),
+        )  # fmt: skip
+    # Captions in a training folder were trained as they stand, whatever their signs.
+    special = 0 if path.is_dir() else sum(SYNTAX.search(text) is not None for text in texts)
+    if special:
+        logger.warning(
+            "%s: %s signs of other programs (weights as in (word:1.2), choices as in {a|b}, "
+            "__wildcards__, <lora:name:1>), asked for as they stand: nothing here reads them. "
+            "Write into a copy what the model was really given.",
+            path.name, counted(special, "prompt has", "prompts have"),
+        )  # fmt: skip
 
 
 def clean(prompts: Iterable[Prompt]) -> PromptSet:
@@ -200,6 +231,8 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         wanted = [name for name in names if name in (*COLUMNS, *FILE_COLUMNS)]
+        if wanted and (unused := [name for name in names if name not in wanted]):
+            logger.warning("%s", _told_of_fields(path, unused))
         rows = (
             # A file without a known column has no rows to show, but its names go into the error.
             row if wanted else dict.fromkeys(names)
@@ -207,12 +240,13 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
             for row in batch.to_pylist()
         )
         yield from _from_rows(path, rows, lambda index: index + 1)
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise PromptError(f"{path} is not a readable parquet file: {_line(error)}.") from error
 
 
 def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> Iterator[Prompt]:
     """Yield prompts from mappings or plain strings."""
+    unused: dict[str, None] = {}
     for index, row in enumerate(rows):
         where = f"{path.name}:{line(index)}"
         if isinstance(row, str):
@@ -228,8 +262,19 @@ def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> I
         if value is not None and not isinstance(value, str):
             raise PromptError(f"{where}: {column!r} holds {type(value).__name__}, expected text.")
         file = next((row[name] for name in FILE_COLUMNS if isinstance(row.get(name), str)), None)
+        unused |= dict.fromkeys(n for n in names if n not in (column, *FILE_COLUMNS) and row[n])
         text = _paired(value or "")
         yield Prompt(text=text, source=where, image=_inside(path.parent, file))
+    if unused:
+        logger.warning("%s", _told_of_fields(path, unused))
+
+
+def _told_of_fields(path: Path, names: Iterable[str]) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names]
+    return (
+        f"{path.name} has fields that nothing here reads ({', '.join(map(repr, shown[:20]))}): "
+        "each row is its text alone, asked for by this program's own seeds and settings."
+    )
 
 
 def _paired(text: str) -> str:
@@ -241,9 +286,11 @@ def _inside(folder: Path, name: str | None) -> Path | None:
     """Return the named file when it exists below `folder`; tables may name anything."""
     if not name or "\0" in name or HALVES.search(name):
         return None
-    image = folder / name
-    below = folder.resolve() in image.resolve().parents
-    return image if below and image.is_file() else None
+    for each in dict.fromkeys((name, name.replace("\\", "/"))):  # as Windows writes paths
+        image = folder / each
+        if folder.resolve() in image.resolve().parents and image.is_file():
+            return image
+    return None
 
 
 def _read_folder(folder: Path) -> Iterator[Prompt]:
@@ -263,15 +310,16 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
     if not images:
         raise PromptError(f"{folder} holds no images with captions and no {', '.join(METADATA)}. "
                           "Give the folder that the training reads.")  # fmt: skip
-    marked = 0
+    longer = 0
     for image in images:
         caption = caption_of(image)
-        marked += any(mark in caption for mark in MARKS)
+        lines = (caption_text(image) or "").splitlines()
+        longer += lines[:1] == [caption] and any(line.strip() for line in lines[1:])
         yield Prompt(text=caption, source=image.relative_to(folder).as_posix(), image=image)
-    if marked:
-        have = counted(marked, "caption has", "captions have")
-        logger.warning("%s %s or %s and are taken as they stand: a trainer puts its trigger word "
-                       "there.", have, *MARKS)  # fmt: skip
+    if longer:
+        have = counted(longer, "caption file has", "caption files have")
+        logger.warning("%s further lines, which sd-scripts does not read and nothing asks for. "
+                       "Join them into one line where the trainer read them.", have)  # fmt: skip
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -281,7 +329,7 @@ def image_files(folder: Path) -> list[Path]:
     """
     named = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     images, left = without_leftovers(named, folder)
-    for sentence in left:
+    for sentence in (*left, *unused_files(sorted(folder.rglob("*")), images, folder)):
         logger.warning("%s", sentence)
     return images
 

@@ -34,7 +34,7 @@ class Within:
     high: float = math.inf
 
     def __str__(self) -> str:
-        if self.high == math.inf:
+        if self.high >= 2**53:
             return f"of at least {self.low:g}"
         return f"from {self.low:g} to {self.high:g}"
 
@@ -113,11 +113,12 @@ class Reader:
         try:
             return conform(value, expected, foreign=foreign)
         except Misfit as error:
-            raise self.error(f"{where}: {error} {self.remedy}") from error
+            raise self.error(f"{where} does not fit: {error} {self.remedy}") from error
 
     def _no_json(self, where: str, reason: str) -> ValueError:
         return self.error(
-            f"{where} is not {self.what}: it cannot be read ({reason}). {self.remedy}"
+            f"{where} is not {self.what}: it cannot be read ({reason}); expected an object in "
+            f"braces. {self.remedy}"
         )
 
 
@@ -141,7 +142,10 @@ def conform(value: Any, expected: Any, key: str = "", *, foreign: bool = False) 
     if expected is Any:
         return value
     if origin is Annotated:
-        inner = conform(value, arguments[0], key, foreign=foreign)
+        try:
+            inner = _scalar(value, arguments[0], key)
+        except Misfit:
+            raise _misfit(key, value, expected) from None
         if not arguments[1].low <= inner <= arguments[1].high:
             raise _misfit(key, value, expected)
         return inner

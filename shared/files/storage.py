@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, journals that survive a kill, and the cache."""
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from .schema import Reader, conform
 
 CACHE = "UNMEMORIZE_CACHE"
 """Environment variable that names another cache folder."""
+LONGEST = 255
+"""Bytes of a file name."""
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 REMEDIES = {
     **dict.fromkeys(
@@ -52,6 +55,17 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def beside(path: Path, end: str) -> Path:
+    """Return a hidden file next to another: its name and an end, in the bytes that a name may have.
+
+    Most file systems take 255 bytes; a name in Chinese or Japanese has three a letter.
+    """
+    name = path.name
+    if len(os.fsencode(name)) + len(end) + 1 > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return path.with_name(f".{name}{end}")
+
+
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a sibling to write to; it replaces `path` only when the block succeeds.
@@ -59,7 +73,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: No space, no permission, or a file where a folder is needed.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = beside(path, f".{os.getpid()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -186,6 +200,11 @@ class Entries:
             json.dumps({"key": key, "value": value, "crc": _crc(key, value)}).encode() + b"\n"
             for key, value in plain.items()
         )
+        if not self.path.parent.is_dir():
+            raise StorageError(
+                f"{self.path.parent} was deleted or moved while this ran. Put it back, or run the "
+                "same command again to begin anew."
+            )
         with writing(self.path):
             # Unbuffered: a buffer could write half of a line now and the rest at exit.
             with self.path.open("ab", buffering=0) as file:

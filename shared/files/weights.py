@@ -26,7 +26,7 @@ class ModelError(ValueError):
     """A model or LoRA that cannot be used as it is; the message says what to do."""
 
 
-READER = Reader(ModelError, "a part of a model", "Copy the file again.")
+READER = Reader(ModelError, "JSON of a model or a LoRA", "Copy the file again.")
 """Of the JSON that models and LoRAs bring along."""
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..dependencies import require
 from ..files.weights import READER, ModelError, read_header, refuse_quantized
-from ..wording import name_some
+from ..wording import name_some, tells_of_memory
 from .calls.quiet import quiet
 from .checks import (
     bytes_needed,
@@ -206,6 +206,8 @@ def _load_component(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if tells_of_memory(error):
+            raise
         raise ModelError(f"{folder} does not fit its configuration: {error}") from error
     missing, unused = set(info["missing_keys"]), set(info["unexpected_keys"])
     if missing and {plain(key) for key in missing} == {plain(key) for key in unused}:

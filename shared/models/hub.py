@@ -1,5 +1,6 @@
 """Repositories of the hub: fetched in the variant that they have, refusals explained."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def download(hub_id: str, revision: str | None) -> Path:
     Raises:
         ModelError: It could not be fetched; says why, and what to do about it.
     """
+    # Read when the client is imported: no more is sent than is needed to fetch the files.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from diffusers import DiffusionPipeline
 
     first: Exception | None = None

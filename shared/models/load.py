@@ -10,6 +10,7 @@ import torch
 
 from ..dependencies import require
 from ..files.weights import ModelError, check_finite, read_header, refuse_pickle, sha256_of
+from ..wording import tells_of_memory
 from .adapter import PipelineDenoiser
 from .calls.quiet import quiet
 from .checks import require_weights
@@ -86,17 +87,27 @@ def load_denoiser(
             "describes itself. Leave --model-config out."
         )
     dtype = dtype or default_dtype(path, device, config)
-    if path.is_file():
-        if quantize is not None:
-            raise ModelError(
-                f"--quantize reads diffusers folders, and {path} is a checkpoint in one file. Give "
-                "the folder or hub id it was made from, or leave --quantize out."
-            )
-        pipeline = load_single_file(
-            path, device=device, dtype=dtype, config=config, offload=offload
+    if path.is_file() and quantize is not None:
+        raise ModelError(
+            f"--quantize reads diffusers folders, and {path} is a checkpoint in one file. Give "
+            "the folder or hub id it was made from, or leave --quantize out."
         )
-    else:
-        pipeline = load_folder(path, device=device, dtype=dtype, offload=offload, quantize=quantize)
+    try:
+        if path.is_file():
+            pipeline = load_single_file(
+                path, device=device, dtype=dtype, config=config, offload=offload
+            )
+        else:
+            pipeline = load_folder(
+                path, device=device, dtype=dtype, offload=offload, quantize=quantize
+            )
+    except (MemoryError, RuntimeError) as error:
+        if not tells_of_memory(error):
+            raise
+        raise ModelError(
+            f"{path} does not fit into memory while it is loaded ({str(error)[:200]}). Close other "
+            "programs, or load it smaller: --dtype float16, --offload model, --quantize int8."
+        ) from error
     parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
     for name, part in parts.items():
         if part is not None:

@@ -42,7 +42,7 @@ SEEDS = {"bootstrap": [0], "copies": [0, 1], "detection": [0, 1, 2, 3], "lora_au
 """By benchmark, of what it scores, draws or trains."""
 BOOTSTRAPS = 2000
 KEY = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)+")
-COMMAND = re.compile(r'(make demo|make bench NAME=(?P<name>\w+))( ARGS="[^"]+")?')
+COMMAND = re.compile(r'(make demo|make fuzz|make bench NAME=(?P<name>\w+))( ARGS="[^"]+")?')
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 MARKED = re.compile(
     r"(?<![\w.,])(?P<text>N of N|(?:N(?: %)? \()?N to N(?: %)?\)?|N(?: %)?)"
@@ -107,7 +107,7 @@ def record(figures: Mapping[str, Figure], command: str, *, output: Path | None =
 
     Args:
         figures: By key.
-        command: What prints them: `make bench NAME=...` or `make demo`.
+        command: What prints them: `make bench NAME=...`, `make fuzz` or `make demo`.
         output: Takes them instead, for a trial; docs/figures.json and the pages stay as they are.
 
     Raises:

@@ -42,6 +42,17 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+def test_an_output_that_cannot_be_written_is_named_as_it_was_typed(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for output in (tmp_path / "file" / "x.json", Path("/proc/x.json")):
+        done = run(
+            "detect", "demo", "--prompt", "a cat", "--output", str(output), "--device", "cpu"
+        )
+        assert done.exit_code == 1
+        assert f"{output} cannot be written" in done.stderr
+        assert "journal" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def words(files):
     """Function that returns the command line of an audit after `unmemorize`."""
@@ -546,3 +557,22 @@ def test_a_model_with_nan_is_refused(files, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     done = run("detect", str(model), "--prompts", str(files / "prompts.txt"))
     fails(done, "NaN", name)
+
+
+@POSIX
+def test_interrupted_while_packages_are_imported_it_ends_with_130(run_python):
+    """Before a command has begun; a traceback would be what Python does by itself."""
+    code = (
+        "import sys, runpy, builtins\n"
+        "whole = builtins.__import__\n"
+        "def stopped(name, *rest, **more):\n"
+        "    if name == 'typer':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return whole(name, *rest, **more)\n"
+        "builtins.__import__ = stopped\n"
+        "sys.argv = ['unmemorize', 'doctor']\n"
+        "runpy.run_module('unmemorize', run_name='__main__')\n"
+    )
+    done = run_python("-c", code, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr

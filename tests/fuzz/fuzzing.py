@@ -149,7 +149,10 @@ def _record(counts: dict[str, int]) -> None:
         f"fuzz.all.{name}": sum(v for key, v in counts.items() if key.endswith(f".{name}"))
         for name in ("inputs", "equal", "clear", "other")
     }
-    record({key: plain(value, 1) for key, value in (counts | totals).items()}, "make fuzz")
+    inputs = {key: counts.get(f"{key.rpartition('.')[0]}.inputs", 0) for key in counts}
+    figures = {key: plain(value, inputs[key]) for key, value in counts.items()}
+    figures |= {key: plain(value, totals["fuzz.all.inputs"]) for key, value in totals.items()}
+    record(figures, "make fuzz")
 
 
 if __name__ == "__main__":

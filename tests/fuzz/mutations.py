@@ -86,7 +86,8 @@ def _nudged(data: bytes, draw: random.Random) -> bytes:
     if isinstance(value, bool | None):
         other = json.dumps(not value)
     elif isinstance(value, int | float):
-        other = json.dumps(value + draw.choice((1, -1, 0.5, 1e-9)))
+        small = abs(value) < 2**53
+        other = json.dumps(value + draw.choice((1, -1, 0.5, 1e-9)) if small else -value)
     else:
         other = json.dumps(value[:-1] + draw.choice("xé0 "))
     return data[: token.start()] + other.encode() + data[token.end() :]

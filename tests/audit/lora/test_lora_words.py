@@ -57,11 +57,19 @@ def test_without_captions_trigger_or_header_it_is_refused_before_drawing(root, f
         run_lora_audit(config(root, folder, instance_prompt="a photo of zorp"))
 
 
+def test_trained_words_that_nobody_gave_are_wrong_usage():
+    """An option is missing: 2, as for any other."""
+    from unmemorize.audit.lora.training_set import TrainedWordsUnknown
+    from unmemorize.cli.common.terminal import WRONG_USAGE, exit_code_of
+
+    assert exit_code_of(TrainedWordsUnknown("give --trigger")) == WRONG_USAGE
+
+
 def test_the_command_refuses_too(root, folder, undrawn):
     asked = ["audit", "demo", "--lora", str(example_lora(root)), "--images", str(folder),
              "--output", str(folder.parent / "other")]  # fmt: skip
     told = CliRunner().invoke(app, asked)
-    assert told.exit_code == 1
+    assert told.exit_code == 2
     assert "--instance-prompt" in told.output
 
 

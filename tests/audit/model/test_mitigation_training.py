@@ -108,6 +108,18 @@ def test_images_are_compared_with_the_folder_and_leave_it(config, captions, tmp_
     assert ImageChops.difference(before, after).getbbox()
 
 
+def test_a_probe_with_one_training_image_is_refused_at_once(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
+    audit = AuditConfig(model="mine", output=tmp_path / "out")
+    config = MitigationConfig(
+        audit=audit, texts=("a cat",), probe=True, training=tmp_path / "one"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"needs two, and knows one. Give --training"):
+        run_mitigation(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_probe_without_training_images_and_an_unknown_gate_are_refused_at_once(tmp_path):
     audit = AuditConfig(model="mine", output=tmp_path / "out")
     with pytest.raises(ValueError, match="none are known: give their folder with --training"):

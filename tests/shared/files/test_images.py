@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from unmemorize.shared.files.images import is_turned, read_image
+from unmemorize.shared.files.images import ImageNotRead, is_turned, read_image
 from unmemorize.shared.files.leftovers import without_leftovers
 
 
@@ -93,3 +93,17 @@ def test_what_trainers_and_editors_lay_beside_images_is_named(tmp_path):
     inside.mkdir(parents=True)
     drawing().save(inside / "a.png")
     assert without_leftovers([inside / "a.png"], inside) == ([inside / "a.png"], [])
+
+
+def test_only_what_trainers_read_is_opened(tmp_path):
+    """EPS would start Ghostscript; an image of billions of pixels would fill the memory."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image"):
+        read_image(path)
+    Image.new("1", (12_000, 12_000)).save(path)
+    with pytest.raises(ImageNotRead, match=r"12000 x 12000 pixels, at most 100,000,000"):
+        read_image(path)
+    Image.new("1", (20_000, 20_000)).save(path)
+    with pytest.raises(ImageNotRead, match="400000000 pixels"):
+        read_image(path)

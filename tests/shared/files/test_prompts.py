@@ -252,3 +252,49 @@ def test_captions_are_read_as_their_trainer_reads_them(tmp_path, caplog):
         "[trigger] first\nsecond",
     ]
     assert "1 caption has [trigger] or [name]" in caplog.text
+    assert "give that as --prompts" in caplog.text
+
+
+def test_what_other_programs_read_as_a_sign_is_named(tmp_path, caplog):
+    path = tmp_path / "p.txt"
+    path.write_text(
+        "a (cat:1.2)\na {red|blue} cat\na __colour__ cat\n<lora:cat:1> cat\nC__2 (a: b)\n"
+    )
+    assert len(read_prompts(path)) == 5
+    assert "4 prompts have signs of other programs" in caplog.text
+
+
+def test_captions_and_images_that_are_not_used_are_named_with_the_remedy(tmp_path, caplog):
+    """A sentence a kind; what belongs together is not in one."""
+    for name in ("a.png", "A b.jpg", "é.png", "used.webp", "photo.heic", "old.eps"):
+        (tmp_path / name).write_bytes(b"")
+    texts = ("a.png.txt", "a B.txt", "e\u0301.txt", "used.txt", "used.TXT", "other.caption")
+    for name in texts:
+        (tmp_path / name).write_text("words")
+    read_prompts(tmp_path)
+    for name, remedy in {
+        "a.png.txt": "two suffixes", "a B.txt": "capitals: rename", "e\u0301.txt": "normal form",
+        "used.TXT": "suffix is in capitals", "other.caption": "no image here",
+        "photo.heic": "convert them to PNG", "old.eps": "convert them to PNG",
+    }.items():  # fmt: skip
+        assert any(name in line and remedy in line for line in caplog.messages), name
+    assert not any("used.txt" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_fields_that_nothing_reads_are_named_once(kind, tmp_path, caplog):
+    path = tmp_path / f"p.{kind}"
+    if kind == "csv":
+        path.write_text("prompt,seed,negative\na cat,3,blurry\na dog,4,\n")
+    else:
+        path.write_text('{"prompt": "a cat", "seed": 3}\n{"prompt": "a dog", "negative": "x"}\n')
+    assert len(read_prompts(path)) == 2
+    (told,) = [line for line in caplog.messages if "nothing here reads" in line]
+    assert "'seed', 'negative'" in told
+
+
+def test_paths_that_windows_wrote_into_a_table_are_found(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.png").write_bytes(b"")
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncats\\a.png,a cat\n..\\x.png,a dog\n")
+    assert [prompt.image for prompt in read_prompts(tmp_path)] == [tmp_path / "cats/a.png", None]

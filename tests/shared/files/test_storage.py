@@ -19,6 +19,7 @@ from unmemorize.shared.files.storage import (
     locked,
     make_folder,
     replace_atomically,
+    write_text,
 )
 
 JSON = st.recursive(
@@ -212,3 +213,23 @@ def test_the_cache_is_the_platforms_unless_named(tmp_path, monkeypatch):
         assert cache_folder() == place / "unmemorize"
     monkeypatch.setattr(storage.sys, "platform", "darwin")
     assert cache_folder().parts[-3:] == ("Library", "Caches", "unmemorize")
+
+
+@pytest.mark.parametrize("name", ["猫" * 83 + ".png", "x" * 250 + ".json"])
+def test_files_whose_names_are_as_long_as_names_may_be_are_written(name, tmp_path):
+    write_text(tmp_path / name, "all")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("spoil", [(b"1.5", b"1.6"), (b'"a"', b'"b"'), (b'"crc"', b'"crd"')])
+def test_an_entry_of_a_journal_that_was_changed_is_refused(spoil, tmp_path):
+    path = tmp_path / "j.jsonl"
+    Journal(path).put("a", {"score": 1.5})
+    path.write_bytes(path.read_bytes().replace(*spoil))
+    with pytest.raises(StorageError, match=r"Line 1 .* was changed by something else"):
+        Journal(path)
+
+
+def test_entries_of_earlier_versions_are_read(tmp_path):
+    (tmp_path / "j.jsonl").write_text('{"key": "a", "value": [1.5]}\n')
+    assert Journal(tmp_path / "j.jsonl").get("a") == [1.5]
