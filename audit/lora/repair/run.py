@@ -23,7 +23,6 @@ from ....shared.score.controls import load_controls
 from ....shared.wording import counted
 from ...common.measure import Bars, silent
 from ...common.result import versions
-from ...common.sscd import similarity
 from ..ask import Plan, Shot, ask, paraphrases, questions
 from ..compare import mark_shots
 from ..draw import batches, draw_batch, draw_round_trips
@@ -49,6 +48,8 @@ HELD = 32
 """Prompts that are to be kept at most; half of them are measured only."""
 MEMORIZED, MEASURED = 64, 24
 """Batches that methods see of memorized captions and of those to be kept; of those measured."""
+ASKED = 8
+"""Images whose captions a trial is asked, the most similar ones; the audits ask all."""
 PICTURED = 6
 FINALS = 3
 """Audits of a result at most."""
@@ -134,7 +135,9 @@ def run_repair(
         trials = []
         for name in config.methods:
             path = METHODS[name](bench.case)
-            for trial, factors in search(path, lambda left, f, name=name: bench.judge(name, left, f)):
+            for trial, factors in search(
+                path, lambda left, f, name=name: bench.judge(name, left, f)
+            ):
                 trials.append((trial, factors))
                 notify(said(trial))
         chosen, after = audit_best(trials, config, bench, bars)
@@ -204,6 +207,7 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
     """
     training, config, denoiser = plan.training, work.config, work.subject.denoiser
     targets, trips = set(back(before)), draw_round_trips(training, work)
+    strongest = [v.image for v in before.ranked if v.image in targets][:ASKED]
     captions = {training.images[i].caption for i in targets}
     wording = [(caption, text) for caption in sorted(captions)
                for text in (caption, *paraphrases(caption))]  # fmt: skip
@@ -211,7 +215,7 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
         Shot(prompt=q.prompt, asked=q.asked, source=q.source, seed=seed + OFFSET, mode="on",
              stage="captions", path=f"{place:03d}-{seed}.png")
         for place, q in enumerate(questions(training, config)) for seed in q.seeds
-        if q.source in targets or q.asked == "trigger"
+        if q.source in strongest or q.asked == "trigger"
     )  # fmt: skip
 
     # Prompts to be kept, with what the LoRA draws for them; none that brings an image back.
