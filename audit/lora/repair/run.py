@@ -250,17 +250,19 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
             memorized += [Sample(prompt=text, latents=rows[0]),
                           *(replace(each, prompt=text) for each in drawn)]  # fmt: skip
     empty = [shot for shot in plan.shots if shot.mode == "on" and not shot.prompt]
-    levels = config.generation_steps
-    case = Case(
-        denoiser=denoiser, weights=weights, bars=work.bars,
-        memorized=make_batches(denoiser, memorized, MEMORIZED, levels=levels, seed=0),
-        held=make_batches(denoiser, samples([*good[::2], *empty[:2]]), MEMORIZED, levels=levels,
-                          seed=1),
-    )  # fmt: skip
-    measured = make_batches(denoiser, samples(good[1::2]), MEASURED, levels=levels, seed=2)
+    held = samples([*good[::2], *empty[:2]])
+    parts = ((memorized, MEMORIZED), (held, MEMORIZED), (samples(good[1::2]), MEASURED))
+    with closing(work.bars("predictions", sum(n for _, n in parts), 0, "batch")) as bar:
+        batched = [
+            make_batches(denoiser, part, count, levels=config.generation_steps, seed=seed,
+                         progress=bar.update)
+            for seed, (part, count) in enumerate(parts)
+        ]  # fmt: skip
+    case = Case(denoiser=denoiser, weights=weights, bars=work.bars, memorized=batched[0],
+                held=batched[1])  # fmt: skip
     return Bench(
         plan=plan, work=work, case=case, before=before, asked=asked, trips=trips,
-        others=tuple(shot.prompt for shot in good[1::2]), measured=measured,
+        others=tuple(shot.prompt for shot in good[1::2]), measured=batched[2],
     )  # fmt: skip
 
 
