@@ -56,6 +56,10 @@ FINALS = 3
 TRIALS = "images/trials"
 
 
+class OutputTaken(ValueError):
+    """The file that is to be written is there already."""
+
+
 class NothingToRepair(ValueError):
     """No training image comes back from the LoRA."""
 
@@ -113,10 +117,10 @@ def run_repair(
         NothingToRepair: No training image comes back; nothing but the audit was written.
         NotRepaired: Nothing that was tried stands the audit; no LoRA was written.
         ModelError: The LoRA is none of this model's, or no plain one.
-        FileExistsError: `output` is there already.
+        OutputTaken: `output` is there already.
     """
     if config.output.exists() and not config.audit.overwrite:
-        raise FileExistsError(
+        raise OutputTaken(
             f"{config.output} exists. Choose another --output, or add --overwrite to replace it."
         )
     make_folder(config.report)

@@ -66,7 +66,7 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_drawn(config, tmp
     (tmp_path / "there.safetensors").write_bytes(b"")
     lora, images = str(config.lora), str(config.images)
     for model, folder, output, says in (
-        ("demo-flow", images, "new", "is a LoRA for another architecture"),
+        ("demo-flow", images, "new", "Give the base model that it was trained on"),
         ("demo", str(tmp_path / "empty"), "new", "image"),
         ("demo", images, "there", "exists. Choose another --output"),
     ):
@@ -76,5 +76,6 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_drawn(config, tmp
         ])  # fmt: skip
         assert answer.exit_code == 1, answer.output
         assert says in answer.output
+        assert "Unexpected" not in answer.output
         assert not (tmp_path / "new.safetensors").exists()
         assert not list(tmp_path.glob("report/**/*.png"))
