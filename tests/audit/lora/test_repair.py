@@ -115,8 +115,8 @@ def test_distillation_moves_memorized_captions_and_holds_others(case, monkeypatc
     case.weights.put(METHODS["distillation"](case)(0.0))
     lost, held = (kept(case.denoiser, batches) for batches in (case.memorized, case.held))
     case.weights.put(case.weights.original)
-    # Others are not left alone in the dark: without HOLD they lose as much.
-    assert lost + 0.15 < held
+    assert lost + 0.1 < held
+    assert lost < 0.8
     assert not any(case.weights.parameter(place).requires_grad for place in case.weights.original)
 
 
