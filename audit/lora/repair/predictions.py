@@ -44,7 +44,12 @@ class Batch:
 
 
 def make_batches(
-    denoiser: "PipelineDenoiser", samples: Sequence[Sample], count: int, *, levels: int, seed: int,
+    denoiser: "PipelineDenoiser",
+    samples: Sequence[Sample],
+    count: int,
+    *,
+    levels: int,
+    seed: int,
     progress: Callable[[int], object] = int,
 ) -> tuple[Batch, ...]:
     """Return batches whose noise levels and samples take turns.

@@ -41,8 +41,8 @@ def repair(tmp_path) -> Repair:
 def test_page_and_document_say_what_came_back_and_what_was_kept(repair):
     tell(repair, include_images=False)
     page = (repair.folder / PAGE).read_text("utf-8")
-    says = "3 of 8 training images came back; after the repair none come back, and 91\u00a0% of"
-    assert says in page
+    assert "3 of 8 training images came back; after the repair none come back as a copy" in page
+    assert "91\u00a0% of what the LoRA does to other prompts is kept" in page
     assert page.count("after, same words and seed") == 2 * 3  # caption and alternative text
     assert "zyx in the sea" in page
     document = json.loads((repair.folder / DOCUMENT).read_text("utf-8"))
@@ -79,6 +79,15 @@ def test_what_others_wrote_stays_text(repair, tmp_path):
     assert "<img src=x" not in page
     assert "<script" not in page
     assert "script-src 'none'" in page
+
+
+def test_an_audit_that_gives_no_verdict_of_none_is_not_called_clear(repair):
+    assert repair.clear
+    doubtful = replace(repair, after=replace(
+        repair.after, headline=replace(repair.after.headline, given=False)))  # fmt: skip
+    assert not doubtful.clear
+    tell(doubtful, include_images=False)
+    assert "This is no verdict of none." in (repair.folder / PAGE).read_text("utf-8")
 
 
 def test_the_chart_marks_what_was_chosen(repair):
