@@ -15,14 +15,16 @@ from .common.options import (
     settings_in,
     takes_options,
 )
-from .common.terminal import answering, bar, print_json, print_table
+from .common.terminal import FOUND, NOTHING_FOUND, answering, bar, print_json, print_table
 
 if TYPE_CHECKING:
     from ..audit.lora.repair.result import Repair
 
 EXIT_CODES = """
-Exit codes: 0 repaired, and the audit of the written file finds nothing; 1 failed: nothing to
-repair, or nothing that was tried holds, and no LoRA was written; 2 wrong usage; 130 interrupted.
+Exit codes: 0 repaired, and the audit of the written file says that none came back; 3 repaired so
+that no image comes back as a copy, but some come nearer than controls do, or the audit gives no
+verdict; 1 failed: nothing to repair, or nothing that was tried holds, and no LoRA was written;
+2 wrong usage; 130 interrupted.
 """
 
 
@@ -126,16 +128,18 @@ def repair(options: RepairOptions) -> None:
         done = run_repair(config, bar, lambda sentence: typer.echo(visible(sentence), err=True))
     if options.as_json:
         print_json(to_document(done) | {"output": str(done.output), "report": str(done.folder)})
-        return
+        raise typer.Exit(NOTHING_FOUND if done.clear else FOUND)
     rows = [[words, f"{before.count} of {before.total}", f"{after.count} of {after.total}"]
             for words, before, after in done.by_words]  # fmt: skip
     print_table("Images that are copies, by what was asked", ["asked", "before", "after"], rows)
     typer.echo(_verdict(done))
+    raise typer.Exit(NOTHING_FOUND if done.clear else FOUND)
 
 
 def _verdict(done: "Repair") -> str:
     """Return the closing sentences: what was done, against the baseline, and where to look."""
-    lines = [done.headline, f"Taken: {done.chosen.method}, {done.chosen.left:.0%} left."]
+    lines = [done.headline, f"The audit of the file: {done.after.headline.text}"]
+    lines += [f"Taken: {done.chosen.method}, {done.chosen.left:.0%} left."]
     baseline = done.best_of.get("strength")
     if baseline and done.chosen.method != "strength":
         lines.append(f"A lower strength alone keeps {baseline.kept:.0%} at the same point.")

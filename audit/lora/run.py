@@ -65,9 +65,7 @@ def run_lora_audit(
 
 
 @contextmanager
-def opened(
-    config: LoraAuditConfig, bars: Bars, notify: Notify
-) -> Iterator[tuple[Material, Work]]:
+def opened(config: LoraAuditConfig, bars: Bars, notify: Notify) -> Iterator[tuple[Material, Work]]:
     """Claim the output folder of an audit for a block; arguments and errors of `run_lora_audit`."""
     for extra, modules in NEEDS.items():  # before hours of work, not after
         check_installed(modules, purpose="An audit of a LoRA", extra=extra)

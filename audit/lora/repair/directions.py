@@ -127,9 +127,7 @@ def _dropping(case: Case, found: Mapping[Place, Directions], ranks: Mapping[Plac
         dropped = round((1 - left) * len(every))
         limit = -torch.inf if not dropped else float(every[dropped - 1])
         return {
-            place: found[place]
-            .weigh(up.flatten(1), (ranks[place] > limit).to(up))
-            .view_as(up)
+            place: found[place].weigh(up.flatten(1), (ranks[place] > limit).to(up)).view_as(up)
             for place, up in original.items()
         }
 

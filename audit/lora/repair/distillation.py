@@ -19,6 +19,8 @@ from .weights import Factors
 STEPS = 300
 RATE = 0.02
 """Largest step of a number, relative to the root mean square of its module's numbers."""
+LEAST = 1e-4
+"""Root mean square that a module counts with where it has less."""
 HOLD = 4.0
 """Weight of the captions to be kept, against that of the memorized ones."""
 
@@ -40,10 +42,13 @@ def distill(case: Case) -> Factors:
     weights.put(weights.original)
     places = [place for place in weights.original if not place[0].startswith("text_encoder")]
     wholes = [_distance(batches) for batches in (case.memorized, case.held)]
-    with case.trained(places) as factors, closing(case.bars("distillation", STEPS, 0)) as bar:
+    with (
+        case.trained(places) as factors,
+        closing(case.bars("distillation", STEPS, 0, "step")) as bar,
+    ):
         groups = [
-            {"params": [factor], "lr": RATE * max(float(factor.square().mean().sqrt()), 1e-4)}
-            for factor in factors.values()
+            {"params": [factor], "lr": RATE * max(_size(weights.original[place]), LEAST)}
+            for place, factor in factors.items()
         ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
@@ -62,6 +67,11 @@ def distill(case: Case) -> Factors:
         return weights.original | {
             place: factor.detach().float().clone() for place, factor in factors.items()
         }
+
+
+def _size(factor: Tensor) -> float:
+    """Return the root mean square."""
+    return float(factor.square().mean().sqrt())
 
 
 def _distance(batches: tuple[Batch, ...]) -> Tensor:

@@ -44,6 +44,7 @@ def to_document(repair: Repair) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "unmemorize": versions()["unmemorize"],
         "headline": repair.headline,
+        "clear": repair.clear,
         "source": {"name": repair.before.lora.name, "sha256": repair.before.lora.sha256},
         "repaired": {"name": repair.output.name, "sha256": repair.sha256},
         "base": {"name": repair.before.model, "sha256": repair.before.model_fingerprint},

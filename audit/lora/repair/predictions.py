@@ -1,6 +1,6 @@
 """What a network predicts for prompts at noise levels: with the LoRA, without it, and repaired."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,13 @@ class Batch:
 
 
 def make_batches(
-    denoiser: "PipelineDenoiser", samples: Sequence[Sample], count: int, *, levels: int, seed: int
+    denoiser: "PipelineDenoiser",
+    samples: Sequence[Sample],
+    count: int,
+    *,
+    levels: int,
+    seed: int,
+    progress: Callable[[int], object] = int,
 ) -> tuple[Batch, ...]:
     """Return batches whose noise levels and samples take turns.
 
@@ -54,6 +60,7 @@ def make_batches(
         count: Of batches.
         levels: Steps of the schedule from which noise levels are taken.
         seed: Of samples' order and of their noise.
+        progress: Called with the number of batches that were just made.
     """
     generator = torch.Generator().manual_seed(seed)
     sigmas = denoiser.sigmas(levels)[:-1]
@@ -76,6 +83,7 @@ def make_batches(
         (cond, with_lora), (_, without) = predicted
         made.append(Batch(prompts=prompts, sigma=sigma, x=x, cond=cond, with_lora=with_lora,
                           without=without))  # fmt: skip
+        progress(1)
     return tuple(made)
 
 

@@ -65,9 +65,17 @@ class Repair:
         come = "comes" if now == 1 else "come"
         return (
             f"{was} of {counted(len(self.before.verdicts), 'training image', 'training images')} "
-            f"came back; after the repair {now or 'none'} {come} back, and "
+            f"came back; after the repair {now or 'none'} {come} back as a copy, and "
             f"{percent(self.chosen.kept)} of what the LoRA does to other prompts is kept."
         )
+
+    @property
+    def clear(self) -> bool:
+        """Whether the audit of the repaired file says that none came back.
+
+        It does not where images still come nearer than controls do.
+        """
+        return self.after.headline.given and not back(self.after)
 
     @property
     def best_of(self) -> dict[str, Trial]:

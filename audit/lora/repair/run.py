@@ -23,7 +23,6 @@ from ....shared.score.controls import load_controls
 from ....shared.wording import counted
 from ...common.measure import Bars, silent
 from ...common.result import versions
-from ...common.sscd import similarity
 from ..ask import Plan, Shot, ask, paraphrases, questions
 from ..compare import mark_shots
 from ..draw import batches, draw_batch, draw_round_trips
@@ -49,10 +48,16 @@ HELD = 32
 """Prompts that are to be kept at most; half of them are measured only."""
 MEMORIZED, MEASURED = 64, 24
 """Batches that methods see of memorized captions and of those to be kept; of those measured."""
+ASKED = 8
+"""Images whose captions a trial is asked, the most similar ones; the audits ask all."""
 PICTURED = 6
 FINALS = 3
 """Audits of a result at most."""
 TRIALS = "images/trials"
+
+
+class OutputTaken(ValueError):
+    """The file that is to be written is there already."""
 
 
 class NothingToRepair(ValueError):
@@ -112,10 +117,10 @@ def run_repair(
         NothingToRepair: No training image comes back; nothing but the audit was written.
         NotRepaired: Nothing that was tried stands the audit; no LoRA was written.
         ModelError: The LoRA is none of this model's, or no plain one.
-        FileExistsError: `output` is there already.
+        OutputTaken: `output` is there already.
     """
     if config.output.exists() and not config.audit.overwrite:
-        raise FileExistsError(
+        raise OutputTaken(
             f"{config.output} exists. Choose another --output, or add --overwrite to replace it."
         )
     make_folder(config.report)
@@ -134,7 +139,9 @@ def run_repair(
         trials = []
         for name in config.methods:
             path = METHODS[name](bench.case)
-            for trial, factors in search(path, lambda left, f, name=name: bench.judge(name, left, f)):
+            for trial, factors in search(
+                path, lambda left, f, name=name: bench.judge(name, left, f)
+            ):
                 trials.append((trial, factors))
                 notify(said(trial))
         chosen, after = audit_best(trials, config, bench, bars)
@@ -204,6 +211,7 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
     """
     training, config, denoiser = plan.training, work.config, work.subject.denoiser
     targets, trips = set(back(before)), draw_round_trips(training, work)
+    strongest = [v.image for v in before.ranked if v.image in targets][:ASKED]
     captions = {training.images[i].caption for i in targets}
     wording = [(caption, text) for caption in sorted(captions)
                for text in (caption, *paraphrases(caption))]  # fmt: skip
@@ -211,7 +219,7 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
         Shot(prompt=q.prompt, asked=q.asked, source=q.source, seed=seed + OFFSET, mode="on",
              stage="captions", path=f"{place:03d}-{seed}.png")
         for place, q in enumerate(questions(training, config)) for seed in q.seeds
-        if q.source in targets or q.asked == "trigger"
+        if q.source in strongest or q.asked == "trigger"
     )  # fmt: skip
 
     # Prompts to be kept, with what the LoRA draws for them; none that brings an image back.
@@ -246,17 +254,19 @@ def prepare(plan: Plan, work: Work, before: LoraAudit, weights: LoraWeights) -> 
             memorized += [Sample(prompt=text, latents=rows[0]),
                           *(replace(each, prompt=text) for each in drawn)]  # fmt: skip
     empty = [shot for shot in plan.shots if shot.mode == "on" and not shot.prompt]
-    levels = config.generation_steps
-    case = Case(
-        denoiser=denoiser, weights=weights, bars=work.bars,
-        memorized=make_batches(denoiser, memorized, MEMORIZED, levels=levels, seed=0),
-        held=make_batches(denoiser, samples([*good[::2], *empty[:2]]), MEMORIZED, levels=levels,
-                          seed=1),
-    )  # fmt: skip
-    measured = make_batches(denoiser, samples(good[1::2]), MEASURED, levels=levels, seed=2)
+    held = samples([*good[::2], *empty[:2]])
+    parts = ((memorized, MEMORIZED), (held, MEMORIZED), (samples(good[1::2]), MEASURED))
+    with closing(work.bars("predictions", sum(n for _, n in parts), 0, "batch")) as bar:
+        batched = [
+            make_batches(denoiser, part, count, levels=config.generation_steps, seed=seed,
+                         progress=bar.update)
+            for seed, (part, count) in enumerate(parts)
+        ]  # fmt: skip
+    case = Case(denoiser=denoiser, weights=weights, bars=work.bars, memorized=batched[0],
+                held=batched[1])  # fmt: skip
     return Bench(
         plan=plan, work=work, case=case, before=before, asked=asked, trips=trips,
-        others=tuple(shot.prompt for shot in good[1::2]), measured=measured,
+        others=tuple(shot.prompt for shot in good[1::2]), measured=batched[2],
     )  # fmt: skip
 
 
