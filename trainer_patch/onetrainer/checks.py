@@ -86,6 +86,11 @@ def check_configuration(config: Any, settings: ProtectionSettings) -> None:
     faults = list(_faults(config))
     if settings.projection:
         faults += _projection_faults(config, of_text=settings.projection.of_text)
+    if settings.subtraction and config.masked_training and config.masked_prior_preservation_weight:
+        faults.append(
+            "outside of masks the target is the prediction without the LoRA, of which nothing can "
+            "be subtracted: set masked_prior_preservation_weight to 0"
+        )
     if settings.regions and not has_unet(config) and config.transformer.offloading_enabled():
         faults.append(
             "project_regions predicts once more before the gradients are computed, which was not "
@@ -136,13 +141,16 @@ def _projection_faults(config: Any, *, of_text: bool) -> Iterator[str]:
     if of_text and not has_unet(config):
         yield (
             f"the layers of {config.model_type} read text mixed with the image, so no subspace "
-            "of text states can be kept out exactly: leave out project_concepts; mem_filter is "
-            "supported"
+            "of text states can be kept out exactly: leave out project_concepts; subtract_concepts "
+            "and project_layers work with them, mem_filter is supported"
         )
     trained = [part for part in config.model_type.text_encoder_parts()
                if getattr(config, part).train]  # fmt: skip
     if trained:
         off = " and ".join(f"{part}.train" for part in trained)
-        yield f"projection is exact only while text encoders stay as they are: set {off} to false"
+        yield (
+            f"projection is exact only while text encoders stay as they are: set {off} to false, "
+            "or use subtract_concepts, which works with them"
+        )
     if config.train_any_embedding() or config.train_any_output_embedding():
         yield "an embedding is trained, which the subspace does not know: train it apart"
