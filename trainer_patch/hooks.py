@@ -21,6 +21,7 @@ from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.projection.projection import ProjectionFailed
 from ..shared.training.protection import PREFIX, Protection, ProtectionFailed
 from ..shared.training.state import READER
+from ..shared.training.subtracted import NothingSubtracted
 from .options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,13 @@ UNSUPPORTED_MODES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
 """Of accelerate: parameters that are cut up or kept elsewhere cannot be projected in place."""
 REFUSALS = (
     OptionError, UnsupportedTraining, HookMissing, ConceptNotSeparable, ModelError, StorageError,
-    ProjectionFailed, ProtectionFailed,
+    ProjectionFailed, ProtectionFailed, NothingSubtracted,
 )  # fmt: skip
 """What the user can do something about; anything else is a defect, and keeps its traceback."""
-SHOWN = {"filtered_share": "filtered", "memorized_images": "memorized", "residual": "residual"}
+SHOWN = {
+    "filtered_share": "filtered", "memorized_images": "memorized", "residual": "residual",
+    "subtracted_share": "subtracted",
+}  # fmt: skip
 """Values in the progress bar, and their names there."""
 STATE = "unmemorize.json"
 """In the folder of a checkpoint: what a resumed training needs."""

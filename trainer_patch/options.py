@@ -8,14 +8,22 @@ from typing import Any, get_args
 
 from ..shared.training.concept.concept import parse_concepts
 from ..shared.training.filter.filter import Action
-from ..shared.training.settings import FilterSettings, ProjectionSettings, ProtectionSettings
+from ..shared.training.settings import (
+    FilterSettings,
+    ProjectionSettings,
+    ProtectionSettings,
+    SubtractedConcept,
+    SubtractionSettings,
+)
 
-PREFIXES = ("project_", "mem_")
+PREFIXES = ("subtract_", "project_", "mem_")
 """How all of the names begin."""
 ALONE = ("project_layers", "project_regions", "mem_warn", "mem_stop")
 """What goes without the concept's names, and without a threshold."""
-NEEDED = (("project_concepts",), ("mem_filter", "mem_warn", "mem_stop"))
+NEEDED = (("subtract_concepts",), ("project_concepts",), ("mem_filter", "mem_warn", "mem_stop"))
 """By prefix, the options of which one is needed for the others."""
+CHOSEN = ("named", "all")
+"""Values of --subtract_samples that are no file."""
 FILES = (".safetensors", ".txt")
 """How a value of --project_concepts ends that is a file's name."""
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -36,6 +44,28 @@ class Option:
 
 
 OPTIONS = (
+    Option(
+        name="subtract_concepts",
+        metavar="FILE[,FILE]",
+        help="teach everything of an image but these concepts: for samples that show one, the "
+        "training's target loses what the concept's adapter adds to the base model's prediction. "
+        "The .safetensors files that `unmemorize concept learn` made with the model that is "
+        "trained. For LoRA of any kind and full fine-tuning; up to two more forward passes without "
+        "gradient for such samples.",
+    ),
+    Option(
+        name="subtract_samples",
+        metavar="named|all|FILE",
+        help="which samples show the concept: those whose captions name it, all, or the images in "
+        "the list that `unmemorize concept find` writes (named). One for all concepts, or one for "
+        "each, joined by commas.",
+    ),
+    Option(
+        name="subtract_gain",
+        metavar="GAIN",
+        help="how many times what the adapter adds is subtracted (1); in long trainings 1.3 "
+        "leaves less of the concept and a little less of the rest",
+    ),
     Option(
         name="project_concepts",
         metavar="CONCEPTS",
@@ -151,7 +181,9 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
             "--project_regions needs --project_layers: the file says where images show the concept."
         )
     try:
-        return ProtectionSettings(projection=_projection(given), filter=_filter(given))
+        return ProtectionSettings(
+            projection=_projection(given), filter=_filter(given), subtraction=_subtraction(given)
+        )
     except OptionError:
         raise
     except ValueError as error:
@@ -179,6 +211,46 @@ def _projection(given: Mapping[str, str]) -> ProjectionSettings | None:
         cap=_number(given, "project_cap", int, None),
         force=_switch(given, "project_force"),
     )
+
+
+def _subtraction(given: Mapping[str, str]) -> SubtractionSettings | None:
+    if "subtract_concepts" not in given:
+        return None
+    files = [Path(name.strip()) for name in given["subtract_concepts"].split(",")]
+    samples = [each.strip() for each in given.get("subtract_samples", CHOSEN[0]).split(",")]
+    if len(samples) not in (1, len(files)):
+        raise OptionError(
+            f"--subtract_samples holds {len(samples)} choices for {len(files)} concepts: give one "
+            "for all, or one for each, joined by commas."
+        )
+    return SubtractionSettings(
+        concepts=tuple(map(_subtracted, files, samples * (len(files) // len(samples)))),
+        gain=_number(given, "subtract_gain", float, SubtractionSettings.gain),
+    )
+
+
+def _subtracted(file: Path, samples: str) -> SubtractedConcept:
+    if not file.is_file():
+        raise OptionError(
+            f"--subtract_concepts: there is no file {file}. Make one with: unmemorize concept learn"
+        )
+    if samples in CHOSEN:
+        return SubtractedConcept(file=file, samples=samples)
+    if not Path(samples).is_file():
+        raise OptionError(
+            f"--subtract_samples is {', '.join(CHOSEN)} or a list's file, and there is no file "
+            f"{samples}."
+        )
+    return SubtractedConcept(file=file, samples=samples, listed=_listed(Path(samples)))
+
+
+def _listed(path: Path) -> frozenset[str]:
+    """Return the absolute names of the images in a list of one a line."""
+    lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise OptionError(f"--subtract_samples: {path} lists no image.")
+    return frozenset(str((path.parent / name).resolve()) for name in names)
 
 
 def _filter(given: Mapping[str, str]) -> FilterSettings | None:

@@ -1,9 +1,11 @@
-"""One training step under protection: the filter's extra pass, loss weights, and base targets.
+"""One training step under protection: the extra passes, loss weights, and what is not taught.
 
 The order is the same in every trainer. `Step` is made before the step's own prediction, because the
-extra passes start from that random state. `measure` runs the network on the empty prompt, `weights`
-turns both predictions into a weight for each sample's loss, `target` replaces the target where
-images show a prohibited concept. What differs between trainers is `TrainerAdapter`.
+extra passes start from that random state. `measure` makes them: on the empty prompt for the filter,
+without the LoRA and with a concept's adapter for concept subtraction. `weights` turns predictions
+into a weight for each sample's loss, `subtracted` moves the step's own prediction by what concepts
+add, `target` replaces the target in a concept's regions. What differs between trainers is
+`TrainerAdapter`.
 """
 
 import inspect
@@ -22,6 +24,7 @@ from ..shared.training.filter.sample_log import Sample
 from ..shared.training.projection.factors import UnsupportedTraining
 from ..shared.training.protection import Protection
 from ..shared.training.replay import RandomState, aside
+from ..shared.training.subtracted import SubtractedTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,8 @@ class Call:
     given: Mapping[str, Any]
     """Its arguments in this step, by name."""
     samples: Mapping[int, Sample] = field(default_factory=dict)
-    """By row of the batch, those that are filtered and get base targets. Rows without a sample,
-    such as class images, are left alone."""
+    """By row of the batch, those that the methods are for. Rows without a sample, such as class
+    images, are left alone."""
     timesteps: Tensor | None = None
     """Of every row, [row], in the units of the training schedule."""
 
@@ -73,9 +76,10 @@ class Call:
 class TrainerAdapter(Protocol):
     """What a trainer has to bring. The extra passes run without gradient and leave no trace.
 
-    The first two members serve both methods, `without_text` the memorization filter, `with_text`
-    and `without_lora` its controls, the last four base targets. Besides, the trainer makes a `Call`
-    of each step's own prediction.
+    The first two members serve all methods, `without_text` the memorization filter, `with_text`
+    its controls, `without_lora` these, base targets and concept subtraction, `look` base targets,
+    the others base targets and concept subtraction. Besides, the trainer makes a `Call` of each
+    step's own prediction.
     """
 
     device: torch.device
@@ -96,13 +100,16 @@ class TrainerAdapter(Protocol):
         """Return the prediction with the captions once more, as `without_text` returns it."""
 
     def network(self, call: Call) -> nn.Module:
-        """Return the bare network that `look` runs, whose layers show where the concept is."""
+        """Return the bare network, whose layers show where the concept is and bear its adapter."""
 
     def without_lora(self) -> AbstractContextManager:
         """Return a block in which the network predicts as it did before the training."""
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        """Return the prediction for the step's own inputs at some rows; called without the LoRA."""
+        """Return the prediction for the step's own inputs at some rows; called without the LoRA.
+
+        Where text encoders are trained, the text is that of the untrained ones.
+        """
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
         """Run the network once on these clean latents with still noise and the empty prompt.
@@ -131,13 +138,53 @@ class Step:
         self._state = RandomState.now(trainer.device)
         self._plain: Tensor | None = None
         self._controls: tuple[Tensor, Tensor] | None = None
+        self._shown, self._added = torch.zeros(0, dtype=torch.long), torch.zeros(0)
 
     def measure(self) -> None:
-        """Predict on the empty prompt, where the filter needs that in this step.
+        """Make the extra passes that the filter and concept subtraction need in this step.
 
         Best called before the step's own prediction: its activations wait for the backward pass,
-        and would be in memory together with those of this pass.
+        and would be in memory together with those of these passes.
         """
+        if self._protection.filter:
+            self._predict_without_text()
+        if self._protection.subtraction:
+            self._predict_concepts(self._protection.subtraction)
+
+    def subtracted(self, prediction: Tensor) -> Tensor:
+        """Return the step's own prediction plus gain x what concepts add to the base model's.
+
+        The loss of it is that of the prediction and a target without the concepts. What is added
+        has no gradient. Without a sample that shows a concept it is the very same tensor.
+
+        Args:
+            prediction: [row *latent]; float32 or wider comes back, since what is added is small.
+        """
+        if not len(self._shown):
+            return prediction
+        whole = torch.zeros_like(prediction, dtype=self._added.dtype)
+        whole[self._shown.to(whole.device)] = self._added
+        return prediction + whole
+
+    def _predict_concepts(self, subtraction: SubtractedTraining) -> None:
+        """Predict without the LoRA, with each concept's adapter and without it."""
+        trainer, call = self._trainer, self.call
+        places, samples = list(call.samples), list(call.samples.values())
+        shown = [{places[at] for at in rows} for rows in subtraction.showing(samples)]
+        self._shown = torch.tensor(sorted(set().union(*shown)), dtype=torch.long)
+        if not len(self._shown):
+            return
+
+        def predict(rows: Tensor) -> Tensor:
+            with aside(self._state):
+                return trainer.base(call, rows)
+
+        with aside(self._state), trainer.without_lora():
+            self._added = subtraction.added(
+                self._shown, shown, network=trainer.network(call), predict=predict
+            )
+
+    def _predict_without_text(self) -> None:
         rows, samples, timesteps = self._measured()
         due = self._protection.due(samples, timesteps)
         if due.any():

@@ -1,4 +1,4 @@
-"""Projection and filter of one training, as a trainer's hooks call them.
+"""Projection, filter and concept subtraction of one training, as a trainer's hooks call them.
 
 The order of a training: `fit` while the text encoders are there, `protect` when the LoRA exists,
 `start` before the first step and after anything else that wrote weights, `due` and `weigh` in each
@@ -7,7 +7,7 @@ What the settings leave out costs nothing and changes no bit.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .projection.projection import Projection, ProjectionFailed
 from .replay import RandomState
 from .settings import ProtectionSettings
 from .state import check_state, sealed
+from .subtracted import NothingSubtracted, SubtractedTraining
 
 MEASURE_EVERY = 100
 """Steps between two measurements of the residual: each moves every factor to the CPU."""
@@ -39,7 +40,7 @@ class ProtectionFailed(RuntimeError):
 
 
 class Protection:
-    """Both methods for one training. Every process of it has its own."""
+    """All methods for one training. Every process of it has its own."""
 
     def __init__(
         self,
@@ -73,6 +74,10 @@ class Protection:
                 settings.filter, output=output, process=process, processes=processes,
                 gather=gather, span=span,
             )  # fmt: skip
+        self.subtraction = (
+            SubtractedTraining(settings.subtraction) if settings.subtraction else None
+        )
+        """None where none is requested."""
 
     @property
     def subspace(self) -> ConceptSubspace | None:
@@ -104,19 +109,28 @@ class Protection:
         """None where none is requested."""
         return None if self._filtered is None else self._filtered.filter
 
-    def fit(self, text_path: TextPath, captions: Sequence[str]) -> None:
-        """Build or load the concepts' subspaces; does nothing when no projection is requested.
+    def fit(
+        self,
+        text_path: TextPath,
+        captions: Sequence[str],
+        files: Collection[str] | None = None,
+    ) -> None:
+        """Build or load the concepts' subspaces, and load the concepts to subtract.
 
         Args:
             text_path: The trainer's own, of the model before training.
             captions: Of the training set.
+            files: Images of the training set; None where they are not known.
 
         Raises:
             ConceptNotSeparable: The subspace fails its acceptance test and is not forced.
-            ModelError: A saved subspace is damaged.
+            ModelError: A saved subspace or a concept's file is damaged.
+            NothingSubtracted: No sample of the training set shows a concept to subtract.
         """
         if self._projected:
             self._projected.fit(text_path, captions)
+        if self.subtraction:
+            self.subtraction.fit(captions, files)
 
     def protect(self, network: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
         """Find the LoRA factors to project; does nothing when no projection is requested.
@@ -149,6 +163,8 @@ class Protection:
             faults.append("The LoRA was never given to the projection.")
         if self._filtered and not self._weighed:
             faults.append("The memorization filter was given no prediction.")
+        if self.subtraction and not self.subtraction.asked:
+            faults.append("Concept subtraction was given no prediction.")
         if faults:
             raise ProtectionFailed(f"{' '.join(faults)} The training ends before its first step.")
 
@@ -264,6 +280,8 @@ class Protection:
             values["residual"] = self._projected.residual
         if self._filtered:
             values |= self._filtered.scalars()
+        if self.subtraction:
+            values |= self.subtraction.scalars()
         return {PREFIX + name: value for name, value in values.items()}
 
     def metadata(self) -> dict[str, str]:
@@ -277,6 +295,8 @@ class Protection:
             accounts["projection"] = self._projected.account()
         if self._filtered and self._filtered.filter.seen:
             accounts["filter"] = self._filtered.account()
+        if self.subtraction and self.subtraction.asked:
+            accounts["subtraction"] = self.subtraction.account()
         return {CLAIM + key: json.dumps(value) for key, value in accounts.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,6 +305,8 @@ class Protection:
         state = self._projected.state_dict() if self._projected and self.projection else {}
         if self.filter:
             state["filter"] = self.filter.state_dict()
+        if self.subtraction:
+            state["subtraction"] = self.subtraction.state_dict()
         return sealed(state)
 
     def load_state_dict(self, state: Any) -> None:
@@ -299,6 +321,8 @@ class Protection:
                 self._projected.load_state_dict(state)
             if self.filter and "filter" in state:
                 self.filter.load_state_dict(state["filter"])
+            if self.subtraction and "subtraction" in state:
+                self.subtraction.load_state_dict(state["subtraction"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:  # fmt: skip
             # A value of another kind fails wherever it is first computed with.
@@ -319,13 +343,15 @@ class Protection:
             StorageError: The report cannot be written.
         """
         faults = []
-        parts: tuple[ProjectedTraining | FilteredTraining | None, ...]
-        parts = self._projected, self._filtered
+        parts: tuple[ProjectedTraining | FilteredTraining | SubtractedTraining | None, ...]
+        parts = self._projected, self._filtered, self.subtraction
         for part in parts:
             try:
                 if part is not None:
                     part.finish()
-            except (ProjectionFailed, NoTargetSeen, NoSampleSeen, NothingJudged) as error:
+            except (
+                ProjectionFailed, NoTargetSeen, NoSampleSeen, NothingJudged, NothingSubtracted,
+            ) as error:  # fmt: skip
                 faults.append(str(error))
         if faults:
             self.withdraw()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.weights import ModelError
+from .concept.adapter import ConceptAdapter
 from .concept.concept import Concept
 from .concept.subspace import ConceptSubspace
 from .filter.filter import Action
@@ -131,13 +132,49 @@ class FilterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubtractedConcept:
+    """One concept, and which samples show it."""
+
+    file: Path
+    """A concept's adapter, of the model that is trained."""
+    samples: str = "named"
+    """`named`: samples whose captions name the concept; `all`; else the name of a list of files."""
+    listed: frozenset[str] | None = None
+    """Absolute names of the images in that list; None without a list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubtractionSettings:
+    """Concepts that are subtracted from what a training teaches."""
+
+    concepts: tuple[SubtractedConcept, ...]
+    gain: float = 1.0
+    """How many times what a concept's adapter adds is subtracted, above 0."""
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise ValueError("`concepts` must hold one at least.")
+        if not 0 < self.gain < math.inf:
+            raise ValueError(f"`gain` must be above 0 and finite, got {self.gain}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProtectionSettings:
-    """Either, both or neither."""
+    """Any of the methods, or none."""
 
     projection: ProjectionSettings | None = None
     """None projects nothing."""
     filter: FilterSettings | None = None
     """None looks at no sample and costs nothing."""
+    subtraction: SubtractionSettings | None = None
+    """None subtracts nothing."""
+
+    def __post_init__(self) -> None:
+        if self.regions and self.subtraction:
+            raise ValueError(
+                "Regions and concept subtraction both decide what is taught where a concept shows: "
+                "leave one out. Subtraction needs no places."
+            )
 
     @property
     def regions(self) -> bool:
@@ -145,5 +182,21 @@ class ProtectionSettings:
         return self.projection is not None and self.projection.regions
 
     def __bool__(self) -> bool:
-        """Return whether either is requested."""
-        return self.projection is not None or self.filter is not None
+        """Return whether any is requested."""
+        return any((self.projection, self.filter, self.subtraction))
+
+    @property
+    def predicts_again(self) -> bool:
+        """Whether a step's prediction is made once more, with other text or without the LoRA."""
+        return any((self.filter, self.regions, self.subtraction))
+
+    def check_files(self) -> None:
+        """Read every file once: before a model is loaded for nothing.
+
+        Raises:
+            ModelError: A file is damaged, or lacks what is requested of it.
+        """
+        if self.projection:
+            self.projection.check_files()
+        for each in self.subtraction.concepts if self.subtraction else ():
+            ConceptAdapter.load(each.file)

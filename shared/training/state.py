@@ -65,12 +65,22 @@ class FilterState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubtractionState:
+    """Of one concept of `SubtractedTraining`."""
+
+    visits: Count
+    subtracted: Count
+    changed: Count
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """Of `Protection`; what a method did not use is absent."""
 
     steps: Count | None = None
     regions: RegionState | None = None
     filter: FilterState | None = None
+    subtraction: list[SubtractionState] | None = None
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:

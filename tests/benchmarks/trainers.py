@@ -5,10 +5,11 @@ real text), `cheap` (decisions of the cheaper filter), `cost` (steps on a U-Net 
 Stable Diffusion 1.5 with random weights; needs 9 GB), `filter` (planted duplicates without the
 filter and with it), `copies` (copies that were cropped, saved again, recoloured or worded anew:
 removed by hash, by SSCD, filtered, both), `single` (a step whose only sample is left out),
-`projection` (arms of a training with a concept in half of its pictures) and
+`projection` (arms of a training with a concept in half of its pictures), `concept` (arms of one
+with a concept and a wanted novelty crossed; by default the most telling) and
 `scripts` (the same pictures, trained on by the scripts of diffusers and kohya that
 DIFFUSERS_EXAMPLES_DIR and SD_SCRIPTS_DIR name). All but `subspace` and `cost` train LoRAs of the
-demo model and need npm for new drawings; what the last three finished in --work is not done again.
+demo model and need npm for new drawings; what the last four finished in --work is not done again.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 from figures import Figure, command_of, plain, record
 from torch import nn
+from trainers_concept import ARMS as CONCEPT_ARMS
+from trainers_concept import measure_concept
 from trainers_copies import DEDUPED, KINDS, measure_copies, measure_single
 from trainers_filter import FILTERS, measure_agreement, measure_filter
 from trainers_projection import ARMS, measure_projection
@@ -228,12 +231,18 @@ def measure_cost(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("subspace", "cost", "cheap", "filter", "copies", "single", "projection", "scripts")
+    parts = (
+        "subspace", "cost", "cheap", "filter", "copies", "single", "projection", "concept",
+        "scripts",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=400, help="of a LoRA training")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm and filter")
     arms = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
+    names = [arm.name for arm in CONCEPT_ARMS]
+    parser.add_argument("--concept-arms", nargs="+", choices=names, default=names[:3])
+    parser.add_argument("--no-images", action="store_true", help="of `concept`: losses alone")
     parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS))
     parser.add_argument("--copies", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--deduped", nargs="+", choices=DEDUPED, default=list(DEDUPED))
@@ -260,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "copies": partial(measure_copies, kinds=args.copies, arms=args.deduped, **trained),
         "single": partial(measure_single, steps=args.steps),
         "projection": partial(measure_projection, arms=args.arms, **trained),
+        "concept": partial(
+            measure_concept, arms=args.concept_arms, draws=not args.no_images, **trained
+        ),
         "scripts": partial(measure_scripts, **trained),
     }
     for part, work in works.items():

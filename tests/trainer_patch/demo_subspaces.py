@@ -1,4 +1,4 @@
-"""Subspaces and regions for the layers of the demo model, as files: arbitrary but fixed."""
+"""Subspaces, regions and concepts of the demo model, as files: arbitrary but fixed."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from unmemorize import demo
+from unmemorize.shared.training.concept.adapter import (
+    ConceptAdapter,
+    adapted_layers,
+    weight_samples,
+)
 from unmemorize.shared.training.concept.subspace import ConceptSubspace
 from unmemorize.shared.training.layers.fitting import layers_without_text
 from unmemorize.shared.training.layers.regions import ConceptRegions
@@ -59,6 +65,24 @@ def make_regions(folder: Path, limit: float, names: Sequence[str] = ("cat",)) ->
     )  # fmt: skip
     path = folder / f"regions{limit}-{'-'.join(names)}.safetensors"
     replace(held, regions=regions, provenance={"names": list(names)}).save(path)
+    return path
+
+
+def make_concept(path: Path, network: nn.Module, names: Sequence[str] = ("cat",)) -> Path:
+    """Save some adapter of a network as a concept that was learnt."""
+    generator = torch.Generator().manual_seed(11)
+    layers = adapted_layers(network)
+    pairs = {
+        name: (torch.randn(2, layer.in_features, generator=generator) / layer.in_features**0.5,
+               torch.randn(layer.out_features, 2, generator=generator) / layer.out_features**0.5)
+        for name, layer in layers.items()
+    }  # fmt: skip
+    samples = weight_samples(network, {name: (layers[name], 0) for name in layers}, pairs)
+    numbers = {"concept": 1, "others": 0, "threshold": 0.5, "recall": 1, "false_positives": 0}
+    model = {"sha256": "0" * 64, "pipeline": "", "network": type(network).__name__,
+             "parametrization": ""}  # fmt: skip
+    account = {"names": list(names), "model": model, "numbers": numbers, "made": {"from": "images"}}
+    ConceptAdapter(pairs=pairs, samples=samples, account=account).save(path)
     return path
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from unmemorize.shared.patching import HookMissing
+from unmemorize.shared.training.concept.adapter import ConceptAdapter, weight_samples
 from unmemorize.shared.training.filter.sample_log import Sample
 from unmemorize.shared.training.filter.watch import VISITS
 from unmemorize.shared.training.layers.regions import ConceptRegions
@@ -17,6 +18,8 @@ from unmemorize.shared.training.settings import (
     FilterSettings,
     ProjectionSettings,
     ProtectionSettings,
+    SubtractedConcept,
+    SubtractionSettings,
 )
 from unmemorize.trainer_patch.step import Call, Step, TrainerAdapter, repeated
 
@@ -65,12 +68,22 @@ class Trainer:
         self.lora = 1.0
 
     def base(self, call, rows):
+        assert not self.lora
         return call.again()[rows]
 
     def look(self, call, rows, latents):
         assert not self.lora
         torch.rand(7)  # what it draws must not be missed by `base`
         self.net(latents)
+
+
+def call_of(trainer, latents, rows=range(ROWS)):
+    return Call(
+        run=trainer.predict,
+        given={"latents": latents, "text": torch.arange(3.0) + 1},
+        samples={row: Sample(file=f"{row}.png", caption=CAPTIONS[row]) for row in rows},
+        timesteps=torch.tensor([100, 500, 900]),
+    )
 
 
 def begin(tmp_path, trainer, rows=range(ROWS), **asked):
@@ -86,12 +99,7 @@ def begin(tmp_path, trainer, rows=range(ROWS), **asked):
     settings = ProtectionSettings(filter=filtered, projection=projected)
     protection = Protection(settings, output=tmp_path / "lora")
     protection.fit(lambda prompts: None, [])
-    call = Call(
-        run=trainer.predict,
-        given={"latents": torch.randn(ROWS, CHANNELS, SIDE, SIDE), "text": torch.arange(3.0) + 1},
-        samples={row: Sample(file=f"{row}.png", caption=CAPTIONS[row]) for row in rows},
-        timesteps=torch.tensor([100, 500, 900]),
-    )
+    call = call_of(trainer, torch.randn(ROWS, CHANNELS, SIDE, SIDE), rows)
     torch.manual_seed(3)
     return Step(protection, trainer, call), protection
 
@@ -208,6 +216,55 @@ def test_targets_of_named_samples_are_predicted_without_the_lora(tmp_path):
     assert torch.equal(target[[0, 2]], base[[0, 2]])
     assert (target[1] == 9).all()
     assert not target.requires_grad
+
+
+def begin_subtraction(tmp_path, trainer):
+    """Return the first step of a training without a concept, and what the concept adds: C x."""
+    pairs = {"read": (torch.randn(2, CHANNELS), torch.randn(CHANNELS, 2))}
+    samples = weight_samples(trainer.net, {"read": (trainer.net.read, 0)}, pairs)
+    numbers = {"concept": 1, "others": 0, "threshold": 0, "recall": 1, "false_positives": 0}
+    model = {"sha256": "", "pipeline": "", "network": "", "parametrization": "epsilon"}
+    account = {"names": ["zorp"], "model": model, "numbers": numbers, "made": {"from": "images"}}
+    path = tmp_path / "concept.safetensors"
+    ConceptAdapter(pairs=pairs, samples=samples, account=account).save(path)
+    subtraction = SubtractionSettings(concepts=(SubtractedConcept(file=path),), gain=2.0)
+    protection = Protection(ProtectionSettings(subtraction=subtraction), output=tmp_path / "lora")
+    protection.fit(lambda prompts: None, CAPTIONS)
+    torch.manual_seed(3)
+    call = call_of(trainer, torch.randn(ROWS, CHANNELS, SIDE, SIDE))
+    state = torch.get_rng_state()
+    a, b = pairs["read"]
+    drawn = nn.functional.dropout(call.given["latents"], trainer.dropout)
+    added = torch.einsum("oc,rchw->rohw", b @ a, drawn)
+    torch.set_rng_state(state)
+    return Step(protection, trainer, call), added
+
+
+def test_concepts_are_added_with_the_steps_own_dropout_and_leave_no_trace(tmp_path):
+    """By hand for both kinds of trainers; the row that does not name the concept keeps each bit."""
+    trainer = Trainer(repeats_rows=False)
+    step, added = begin_subtraction(tmp_path, trainer)
+    state = torch.get_rng_state()
+    step.measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.passes == [(ROWS, False)] * 2  # without the adapter and with it
+    assert trainer.lora == 1.0
+    prediction = step.call.again()
+    moved = step.subtracted(prediction)
+    torch.testing.assert_close(moved[[0, 2]], (prediction + 2.0 * added)[[0, 2]])
+    assert torch.equal(moved[1], prediction[1])
+    assert moved.requires_grad
+    assert added[[0, 2]].abs().max() > 0.1
+
+
+def test_a_batch_without_the_concept_costs_nothing_and_changes_no_bit(tmp_path):
+    trainer = Trainer()
+    step, _ = begin_subtraction(tmp_path, trainer)
+    step.call = replace(step.call, samples={0: Sample(file="0.png", caption="a house")})
+    step.measure()
+    assert not trainer.passes
+    prediction = step.call.again()
+    assert step.subtracted(prediction) is prediction
 
 
 def test_what_cannot_be_repeated_is_refused():

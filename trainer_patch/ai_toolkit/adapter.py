@@ -91,14 +91,22 @@ def samples_of(batch: Any) -> dict[int, Sample]:
 def captions_of(*loaders: Any) -> list[str]:
     """Return every caption of the datasets of some data loaders once; a loader may be None."""
     captions: dict[str, None] = {}
-    for loader in filter(None, loaders):
-        groups = getattr(loader.dataset, "datasets", [loader.dataset])
-        for dataset in groups:
-            for item in dataset.file_list:
-                item = copy.copy(item)  # reading sets the caption that the training would draw
-                item.load_caption(dataset.caption_dict)
-                captions[item.raw_caption] = None
+    for dataset in _datasets(loaders):
+        for item in dataset.file_list:
+            item = copy.copy(item)  # reading sets the caption that the training would draw
+            item.load_caption(dataset.caption_dict)
+            captions[item.raw_caption] = None
     return list(captions)
+
+
+def files_of(*loaders: Any) -> list[str]:
+    """Return every image of the datasets of some data loaders; a loader may be None."""
+    return [str(item.path) for dataset in _datasets(loaders) for item in dataset.file_list]
+
+
+def _datasets(loaders: Sequence[Any]) -> Iterator[Any]:
+    for loader in filter(None, loaders):
+        yield from getattr(loader.dataset, "datasets", [loader.dataset])
 
 
 def text_path(sd: Any) -> TextPath:

@@ -107,15 +107,16 @@ def check_configuration(process: Any, settings: ProtectionSettings) -> None:
         UnsupportedTraining: With what to change.
     """
     faults = list(_faults(process))
-    if settings.filter or settings.regions:
+    if settings.predicts_again:
         faults += _repeating_faults(process)
+    if settings.subtraction:
+        faults += _loss_faults(process, "`subtract_concepts` changes what the prediction should be")
     if settings.regions:
         faults += _regions_faults(process)
     if settings.projection:
         faults += _projection_faults(process, of_text=settings.projection.of_text)
     refuse(faults)
-    if settings.projection:
-        settings.projection.check_files()
+    settings.check_files()
 
 
 def check_model(sd: Any, settings: ProtectionSettings) -> None:
@@ -157,17 +158,22 @@ def _repeating_faults(process: Any) -> Iterator[str]:
 
 
 def _regions_faults(process: Any) -> Iterator[str]:
-    arch, train = process.model_config.arch, process.train_config
+    arch = process.model_config.arch
     if arch not in TEXT_FED:
         yield (
             f"`model.arch: {arch}`: `project_regions` is there for {', '.join(TEXT_FED[:3])}: "
             "leave it out"
         )
+    yield from _loss_faults(process, "`project_regions` changes the noise that is the target")
+
+
+def _loss_faults(process: Any, why: str) -> Iterator[str]:
+    """Yield settings with which the loss is not of the prediction minus the noise alone."""
     for name, allowed in NOISE_TRAINING.items():
-        if (value := getattr(train, name)) not in allowed:
+        if (value := getattr(process.train_config, name)) not in allowed:
             yield (
-                f"`train.{name}: {value}`: `project_regions` changes the noise that is the target, "
-                f"and needs a loss against that alone (`{name}: {allowed[0]}`)"
+                f"`train.{name}: {value}`: {why}, and needs a loss against that alone "
+                f"(`{name}: {allowed[0]}`)"
             )
 
 
@@ -176,13 +182,14 @@ def _projection_faults(process: Any, *, of_text: bool) -> Iterator[str]:
     if network is not None and network.type.lower() != "lora":
         yield (
             f"`network.type: {network.type}` is not a plain pair of factors, so none of them can "
-            "be kept off a subspace exactly: use `type: lora`; with `conv` it covers convolutions"
+            "be kept off a subspace exactly: use `type: lora`, which covers convolutions with "
+            "`conv`, or `subtract_concepts`, which works with it"
         )
     if of_text and arch not in TEXT_FED:
         yield (
             f"`model.arch: {arch}` reads text mixed with the image or through layers of its own, "
             "so no subspace of text states can be kept out exactly: leave out `project_concepts`; "
-            "`project_layers` and `mem_filter` are supported"
+            "`subtract_concepts`, `project_layers` and `mem_filter` are supported"
         )
 
 

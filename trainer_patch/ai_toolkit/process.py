@@ -20,7 +20,7 @@ from ...shared.training.replay import RandomState, aside
 from ...shared.training.state import READER
 from ..hooks import accelerate_hooks, end_in_time, optimizer_hooks
 from ..step import Call, Step
-from .adapter import StepAdapter, captions_of, samples_of, text_path
+from .adapter import StepAdapter, captions_of, files_of, samples_of, text_path
 from .checks import (
     SECTION,
     check_configuration,
@@ -50,6 +50,7 @@ class ProtectedProcess:
         self._undo = ExitStack()
         self._adapter: StepAdapter | None = None
         self._step: Step | None = None
+        self._added: torch.Tensor | None = None
         if settings:
             check_hooks(super())
             check_configuration(self, settings)
@@ -76,10 +77,11 @@ class ProtectedProcess:
         return values if values is None else values | self.protection.scalars()
 
     def predict_noise(self, **given: Any) -> torch.Tensor:
-        """Return a prediction; the one that is learnt from with its gradient scaled by sample.
+        """Return a prediction; the one that is learnt from as the loss should see it.
 
-        Several losses of ai-toolkit are computed from that prediction, and only some are weighed by
-        sample. No gradient reaches it from what is left out, through any of them.
+        Its gradient is scaled by sample, and what concepts add is on it. Several losses of
+        ai-toolkit are computed from that prediction, and only some are weighed by sample. No
+        gradient reaches it from what is left out, through any of them.
         """
         run = super().predict_noise
         if self._adapter is None or not given.get("is_primary_pred"):
@@ -88,11 +90,13 @@ class ProtectedProcess:
         call = Call(run=run, given=given, samples=samples, timesteps=given["timesteps"])
         step = Step(self.protection, self._adapter, call)
         self._step = step if self.protection.base_targets else None
-        if not self.protection.filter:
-            return call.again()
         step.measure()  # before the real one: some models leave on the batch what they predict
-        prediction = call.again()
-        return scale_gradient(prediction, step.weights(prediction, self._adapter.signal))
+        prediction = made = call.again()
+        if self.protection.filter:
+            made = scale_gradient(made, step.weights(prediction, self._adapter.signal))
+        moved = step.subtracted(made)
+        self._added = None if moved is made else (moved - made).detach()
+        return moved
 
     def calculate_loss(self, **given: Any) -> torch.Tensor:
         """Return a step's loss; where images show the concept, against the base model.
@@ -100,7 +104,10 @@ class ProtectedProcess:
         Raises:
             HookMissing: The loss is of another prediction than the one before it.
         """
-        # With a prior the whole batch is taught what is predicted without the LoRA.
+        # With a prior the whole batch is taught what is predicted without the LoRA: of that
+        # nothing is subtracted.
+        if self._added is not None and given.get("prior_pred") is not None:
+            given["prior_pred"] = given["prior_pred"] + self._added
         if self.protection.base_targets and given.get("prior_pred") is None:
             given["noise"] = self._target(given["noise"], given["batch"])
         return super().calculate_loss(**given)
@@ -132,8 +139,9 @@ class ProtectedProcess:
 
     def _protect(self) -> None:
         protection = self.protection
-        protection.fit(text_path(self.sd), captions_of(self.data_loader, self.data_loader_reg))
-        if protection.filter or protection.base_targets:
+        loaders = self.data_loader, self.data_loader_reg
+        protection.fit(text_path(self.sd), captions_of(*loaders), files_of(*loaders))
+        if protection.settings.predicts_again:
             self._adapter = StepAdapter(self, protection)
         # It writes $$ for the points in a layer's name until it saves.
         named = self.network.named_parameters()

@@ -1,28 +1,35 @@
 """A step with diffusers and PEFT: hooks around the network's own forward pass.
 
-Whatever loss a script computes from the prediction, no gradient reaches it from samples that are
-left out. The prediction keeps its value, so the loss that is shown keeps its meaning.
+Whatever loss a script computes from the prediction, no gradient reaches it from samples that the
+filter leaves out; the prediction keeps its value, so the loss that is shown keeps its meaning.
+Concept subtraction moves the prediction by what the target should lose.
 """
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...shared.models.adapter import PipelineDenoiser
+from ...shared.models.lora.attach import lora_disabled
 from ...shared.patching import Function, patched
+from ...shared.training.base_weights import BaseWeights
 from ...shared.training.filter.filter import scale_gradient
 from ...shared.training.filter.sample_log import Sample
 from ...shared.training.layers.regions import looking
 from ...shared.training.projection.factors import UnsupportedTraining
 from ...shared.training.protection import Protection
 from ..step import Call, Step
-from .data import TEXT, EmptyPrompt
+from .data import TEXT, EmptyPrompt, text_encoders, with_text
+
+REMEMBERED = 512
+"""Captions whose untrained text is kept, where text encoders are trained."""
 
 Samples = Callable[[], Sequence[Sample]]
 """Returns the samples in the batch of the forward pass that runs now; empty where unknown."""
@@ -37,26 +44,37 @@ class StepAdapter:
         self,
         network: nn.Module,
         protection: Protection,
-        empty: EmptyPrompt,
+        empty: EmptyPrompt | None,
         samples: Samples,
         *,
         denoiser: PipelineDenoiser | None = None,
         prior_preservation: bool = False,
+        trains_text: bool = False,
+        trained: Iterable[Tensor] = (),
     ):
         """Set up, while the text encoders are there; `attached` puts the hooks on.
 
         Args:
             network: Of diffusers, that carries the LoRA.
             protection: Fitted already.
-            empty: In place of the prompts.
+            empty: In place of the prompts; the filter needs it.
             samples: Called in each step.
-            denoiser: Of the same network, needed for base targets and controls.
+            denoiser: Of the same model, needed for base targets, controls and where text encoders
+                are trained.
             prior_preservation: The second half of each batch are class images that the model
                 made itself; they are neither measured nor left out.
+            trains_text: Text encoders are trained, so the text of a step is no more the base
+                model's.
+            trained: What the optimizers train.
         """
         self._network, self._protection, self._empty = network, protection, empty
         self._samples, self._denoiser = samples, denoiser
         self._halves = 2 if prior_preservation else 1
+        self._trains_text = trains_text
+        self._untrained = lru_cache(REMEMBERED)(self._encode)
+        if protection.subtraction:
+            parts = [network, *(text_encoders(denoiser.pipeline) if trains_text else ())]
+            self._weights = BaseWeights(parts, trained)
         if protection.base_targets:
             self._look = looking(denoiser, protection.base_targets.regions.sigma)
         forward = inspect.signature(type(network).forward)
@@ -123,11 +141,35 @@ class StepAdapter:
     def network(self, call: Call) -> nn.Module:
         return self._network
 
-    def without_lora(self) -> AbstractContextManager:
-        return self._denoiser.lora_disabled()
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            # Behind the launcher the denoiser's network may be an outline.
+            undo.enter_context(lora_disabled(self._network))
+            if self._denoiser is not None:
+                undo.enter_context(self._denoiser.lora_disabled())
+            if self._protection.subtraction:
+                undo.enter_context(self._weights.in_place())
+            yield
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
-        return call.only(rows, _rows(call)).again()[0]
+        some = call.only(rows, _rows(call))
+        if not self._trains_text:
+            return some.again()[0]
+        captions = [call.samples[int(row)].caption for row in rows]
+        if not all(captions):
+            raise UnsupportedTraining(
+                "Where text encoders are trained, concept subtraction needs the caption of each "
+                "sample: set `loop.samples` in each step to Sample(file=..., caption=...)."
+            )
+        texts, pooled = zip(*map(self._untrained, captions), strict=True)
+        joined = None if pooled[0] is None else torch.cat(pooled)
+        return some.run(**with_text(some.given, torch.cat(texts), joined))[0]
+
+    def _encode(self, caption: str) -> tuple[Tensor, Tensor | None]:
+        """Return a caption's text as the untrained encoders make it; called without the LoRA."""
+        cond = self._denoiser.encode([caption])
+        return cond.embeddings.detach(), None if cond.pooled is None else cond.pooled.detach()
 
     def look(self, call: Call, rows: Tensor, latents: Tensor) -> None:
         self._look(latents)
@@ -138,35 +180,38 @@ class StepAdapter:
             return  # sampling for validation, and the extra passes
         # Not `network` itself, which would come back to these hooks.
         call = Call.of(network.forward, self._signature, args, kwargs)
+        if self._protection.filter or self._protection.subtraction:
+            rows = _rows(call) // self._halves
+            known = self._named(call.given.get(TEXT), rows)
+            call = replace(call, samples=dict(enumerate(known)))
         if self._protection.filter:
-            count = _rows(call)
-            rows = count // self._halves
-            known = self._named(call.given[TEXT], rows)
-            call = replace(
-                call,
-                samples=dict(enumerate(known)),
-                timesteps=self._empty.timesteps(call.given, count),
-            )
+            call = replace(call, timesteps=self._empty.timesteps(call.given, _rows(call)))
         self._step = Step(self._protection, self, call)
-        if self._protection.filter:
-            self._step.measure()
+        self._step.measure()
 
     def _after(self, network: nn.Module, args: tuple, output: Any) -> Any:
-        """Return the output with its gradient scaled by sample; None leaves it as it is."""
+        """Return the output with what the loss should see; None leaves it as it is."""
         prediction = output[0]
-        if not (torch.is_grad_enabled() and self._protection.filter and prediction.requires_grad):
+        if not (torch.is_grad_enabled() and prediction.requires_grad):
             return None
-        weights = self._step.weights(prediction, self._empty.signal)
+        step, made = self._step, prediction
+        if self._protection.filter:
+            made = scale_gradient(made, step.weights(prediction, self._empty.signal))
+        made = step.subtracted(made)
         if not self._protection.base_targets:
             self._step = None
-        return with_prediction(output, scale_gradient(prediction, weights))
+        return with_prediction(output, made)
 
-    def _named(self, text: Tensor, rows: int) -> Sequence[Sample]:
+    def _named(self, text: Tensor | None, rows: int) -> Sequence[Sample]:
         """Return the samples of the batch, by the text alone where nothing else is known."""
         known = self._samples()
         if known and len(known) != rows:
             raise UnsupportedTraining(
                 f"The network is called with {rows} samples, the batch holds {len(known)}."
+            )
+        if not known and text is None:
+            raise UnsupportedTraining(
+                "Which samples a batch holds is not known: set `loop.samples` in each step."
             )
         # One row of text may stand for all.
         return known or [Sample(file=f"text {_hash(text[row % len(text)])}") for row in range(rows)]

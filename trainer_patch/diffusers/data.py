@@ -102,6 +102,13 @@ def load_text_side(
     return denoiser
 
 
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """Return a pipeline's text encoders."""
+    parts = getattr(pipeline, "components", {}).items()
+    return [part for name, part in parts
+            if name.startswith("text_encoder") and isinstance(part, nn.Module)]  # fmt: skip
+
+
 def complete(denoiser: PipelineDenoiser, network: nn.Module) -> None:
     """Make a text side whose prompts are all encoded denoise with the network that is trained."""
     pipeline = denoiser.pipeline
@@ -154,17 +161,31 @@ class EmptyPrompt:
         """
         if call.get(MASK) is not None:
             raise UnsupportedTraining("The filter does not support masked text embeddings.")
-        changed = dict(call) | {TEXT: repeated(self.embeddings, call[TEXT])}
-        if call.get(POOLED) is not None:
-            changed[POOLED] = repeated(self.pooled, call[POOLED])
-        if ADDED_TEXT in (added := call.get(ADDED) or {}):
-            changed[ADDED] = {**added, ADDED_TEXT: repeated(self.pooled, added[ADDED_TEXT])}
-        return changed
+        return with_text(call, self.embeddings, self.pooled)
 
     def timesteps(self, call: Mapping[str, Any], rows: int) -> Tensor:
         """Return the training timesteps of the rows of a call, [row]."""
         timesteps = torch.as_tensor(call["timestep"])
         return (timesteps if timesteps.ndim else timesteps.expand(rows)) * self.timestep_unit
+
+
+def with_text(call: Mapping[str, Any], embeddings: Tensor, pooled: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of a network's forward, by name, with other text in them.
+
+    Args:
+        call: The arguments.
+        embeddings: [row token width], or one row for all.
+        pooled: [row pooled_width], or one row for all; for networks that read one.
+
+    Raises:
+        UnsupportedTraining: The training encodes text to another shape.
+    """
+    changed = dict(call) | {TEXT: repeated(embeddings, call[TEXT])}
+    if call.get(POOLED) is not None:
+        changed[POOLED] = repeated(pooled, call[POOLED])
+    if ADDED_TEXT in (added := call.get(ADDED) or {}):
+        changed[ADDED] = {**added, ADDED_TEXT: repeated(pooled, added[ADDED_TEXT])}
+    return changed
 
 
 class Signed(NamedTuple):

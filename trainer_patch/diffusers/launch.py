@@ -37,14 +37,17 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """How diffusers names a LoRA by default."""
 NEEDED = ("pretrained_model_name_or_path", "output_dir")
 """Options of a script that the protection reads; all of the official ones have them."""
+NEW_TOKENS = (
+    "--train_text_encoder_ti: new tokens are trained, which the concept's subspace and the "
+    "untrained text encoder do not know"
+)
 UNSUPPORTED = {
     "train_text_encoder": "a trained text encoder moves its states out of the concept's subspace "
     "and changes what the empty prompt is",
-    "train_text_encoder_ti": "new tokens are trained, which the concept's subspace does not know",
     "do_edm_style_training": "EDM's preconditioning changes what the network predicts",
     "text_encoder_use_attention_mask": "masked prompts have no empty prompt to compare with",
 }
-"""Options of scripts that must be off, and why."""
+"""Options of scripts that must be off for the filter and the projection, and why."""
 
 
 class Launch:
@@ -115,9 +118,8 @@ class Launch:
             refuse_nothing(vars(self.arguments), PROGRAM, "--mem_filter x1.5")
             self.settings = settings_from(vars(self.arguments))
             if self.settings:
-                _validate_arguments(self.arguments)
-            if self.settings.projection:
-                self.settings.projection.check_files()
+                _validate_arguments(self.arguments, self.settings)
+                self.settings.check_files()
             return self.arguments
 
         return parse_args
@@ -166,6 +168,7 @@ class Launch:
                 samples=self._samples,
                 prediction_type=given.get("prediction_type"),
                 prior_preservation=prior_preservation,
+                trains_text=bool(given.get("train_text_encoder")),
             )
         )
         if protection.base_targets or protection.watches:
@@ -221,9 +224,12 @@ class Launch:
             self._finished = True
 
 
-def _validate_arguments(arguments: argparse.Namespace) -> None:
+def _validate_arguments(arguments: argparse.Namespace, settings: ProtectionSettings) -> None:
     """Raise UnsupportedTraining, with all reasons, for what a script's arguments request."""
     given = vars(arguments)
     faults = [f"the script has no --{name}" for name in NEEDED if not given.get(name)]
-    faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
+    if settings.filter or settings.projection:
+        faults += [f"--{name}: {why}" for name, why in UNSUPPORTED.items() if given.get(name)]
+    if given.get("train_text_encoder_ti"):
+        faults.append(NEW_TOKENS)
     refuse(faults)

@@ -27,7 +27,7 @@ from ..hooks import (
 from ..options import settings_from
 from ..typed import refuse_unknown
 from .adapter import Samples, StepAdapter
-from .data import EmptyPrompt
+from .data import EmptyPrompt, text_encoders
 
 TEXT_PROJECTIONS = ("caption_projection", "encoder_hid_proj")
 """Modules of networks between the text encoder's states and the layers that read text."""
@@ -96,7 +96,8 @@ def protect(
 
     Args:
         pipeline: Of diffusers; its `unet` or `transformer` carries the LoRA already
-            (`add_adapter`), its text encoders are not trained.
+            (`add_adapter`), its text encoders are not trained. With concept subtraction alone they
+            may be, and the network may be fine-tuned without a LoRA.
         optimizer: That trains the LoRA, as torch made it or as accelerate prepared it.
         output: The LoRA file to be saved; `ProtectedLoop.stamp` it when it is.
         captions: Of the training set, which the projection must leave alone.
@@ -116,6 +117,7 @@ def protect(
     denoiser = PipelineDenoiser(pipeline)
     network = denoiser.family.network
     refuse(faults_of(network, settings, accelerator))
+    settings.check_files()
     several = {} if accelerator is None else processes_of(accelerator)
     protection = Protection(settings, output=Path(output), **several)
     loop = ProtectedLoop(protection)
@@ -123,13 +125,30 @@ def protect(
     with ExitStack() as undo:
         loop._adapter = undo.enter_context(
             protected(
-                protection, network, optimizers, denoiser, captions=captions, samples=loop._named
+                protection,
+                network,
+                optimizers,
+                denoiser,
+                captions=captions,
+                samples=loop._named,
+                trains_text=trains_text(denoiser, optimizers),
             )
         )
         if accelerator is not None:
             undo.enter_context(accelerate_hooks(accelerator, protection))
         yield loop
         finish(protection, accelerator)
+
+
+def trains_text(denoiser: PipelineDenoiser, optimizers: Sequence[Optimizer]) -> bool:
+    """Return whether an optimizer trains a pipeline's text encoders."""
+    trained = {id(each) for each in _trained_by(optimizers)}
+    parts = text_encoders(denoiser.pipeline)
+    return any(id(each) in trained for part in parts for each in part.parameters())
+
+
+def _trained_by(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [each for o in optimizers for group in o.param_groups for each in group["params"]]
 
 
 def faults_of(
@@ -140,7 +159,7 @@ def faults_of(
     if accelerator is not None:
         yield from distribution_faults(accelerator)
         compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
-        if (settings.filter or settings.regions) and compiler != "NO":
+        if settings.predicts_again and compiler != "NO":
             yield f"hooks of the network are not compiled by {compiler}: --dynamo_backend no"
     if (
         projection
@@ -170,6 +189,7 @@ def protected(
     samples: Samples,
     prediction_type: str | None = None,
     prior_preservation: bool = False,
+    trains_text: bool = False,
 ) -> Iterator[StepAdapter]:
     """Protect a training from the LoRA's first step to its last.
 
@@ -177,26 +197,30 @@ def protected(
         protection: That nothing was done with yet.
         network: That carries the LoRA; not what wraps it for several processes.
         optimizers: Of torch; one of them trains the LoRA.
-        denoiser: The same model's text side, whose encoders are not trained.
+        denoiser: The same model's text side.
         captions: Of the training set.
         samples: See `StepAdapter`, as the others.
         prediction_type: Of the training, where it is not the scheduler's.
         prior_preservation: The second half of each batch are class images.
+        trains_text: Text encoders are trained, which concept subtraction alone covers.
 
     Raises:
         UnsupportedTraining: The projection would not be exact for what is trained.
         ConceptNotSeparable: The concept's subspace fails its acceptance test.
+        NothingSubtracted: No caption names a concept to subtract.
     """
     with ExitStack() as undo:
         with aside(RandomState.now(network.device)):
             protection.fit(pipeline_text_path(denoiser), captions)
+            empty = EmptyPrompt.of(denoiser, prediction_type) if protection.filter else None
             adapter = StepAdapter(
-                network, protection, EmptyPrompt.of(denoiser, prediction_type), samples,
-                denoiser=denoiser, prior_preservation=prior_preservation,
+                network, protection, empty, samples, denoiser=denoiser,
+                prior_preservation=prior_preservation, trains_text=trains_text,
+                trained=_trained_by(optimizers),
             )  # fmt: skip
         protection.protect(network)
         undo.enter_context(optimizer_hooks(optimizers, protection))
-        if protection.filter or protection.base_targets:
+        if protection.settings.predicts_again:
             undo.enter_context(adapter.attached())
         protection.start()
         yield adapter

@@ -14,10 +14,11 @@ from ...shared.arrays import take_rows
 from ...shared.models.families.flux import Flux
 from ...shared.patching import Function, HookMissing
 from ...shared.score.noise_levels import nearest_timestep, sigma_of
+from ...shared.training.filter.sample_log import Sample
 from ...shared.training.layers.regions import still_noise
 from ...shared.training.protection import Protection
 from ..step import Call, Step
-from .data import DISCARDING, BatchSamples, TextSide, without_text
+from .data import DISCARDING, BatchSamples, TextSide, with_text, without_text
 from .training import Training, network_argument
 
 BATCHED = ("noisy_latents", "timesteps", "text_conds", "batch")
@@ -48,32 +49,29 @@ class StepAdapter:
             lora: The trainer's network of LoRA factors.
 
         Raises:
-            HookMissing: Base targets or controls are requested, and the LoRA cannot be turned off.
+            HookMissing: The LoRA has to be turned off, and cannot be.
         """
-        compares = protection.base_targets or protection.watches
+        compares = protection.base_targets or protection.watches or protection.subtraction
         if compares and not hasattr(lora, "set_multiplier"):
             raise HookMissing(
-                f"{type(lora).__name__} has no set_multiplier, by which project_regions, mem_warn "
-                "and mem_stop turn the LoRA off."
+                f"{type(lora).__name__} has no set_multiplier, by which concept subtraction, "
+                "project_regions, mem_warn and mem_stop turn the LoRA off."
             )
         samples.show()
         self._training, self._protection, self._samples = training, protection, samples
         self._text, self._empty, self._lora = text, text.encode([""]), lora
         self._signal = _noise_per_velocity(training) if training.has_unet else None
         self._argument = network_argument(type(training.trainer))
+        self._trains_text = training.trainer.is_train_text_encoder(training.args)
         self.device, self.repeats_rows = training.accelerator.device, training.has_unet
 
-    def with_weights(self, original: Function) -> Function:
-        """Wrap the prediction: weights of the losses go where the trainer reads them later."""
+    def with_step(self, original: Function) -> Function:
+        """Wrap the prediction, which comes back without what concepts add to it.
+
+        Weights of the losses go where the trainer reads them later.
+        """
         step = self._unet_step if self._training.has_unet else self._flow_step
-
-        def weigh(call: Call) -> Any:
-            result, weights = step(call)
-            losses = call.given["batch"]["loss_weights"]
-            call.given["batch"]["loss_weights"] = losses * weights.to(losses.device, losses.dtype)
-            return result
-
-        return self._in_training(original, weigh)
+        return self._in_training(original, step)
 
     def with_targets(self, original: Function) -> Function:
         """Wrap the method that returns a step's prediction together with its target."""
@@ -98,34 +96,41 @@ class StepAdapter:
             if not torch.is_grad_enabled() or not call.given.get("is_train", True):
                 return original(*args, **kwargs)
             samples = dict(enumerate(self._samples.of(call.given["batch"])))
-            return step(replace(call, samples=samples, timesteps=call.given.get("timesteps")))
+            call = replace(call, samples=samples, timesteps=call.given.get("timesteps"))
+            if self._protection.subtraction:
+                call = replace(call, samples=_taught(call))
+            return step(call)
 
         return predict
 
-    def _unet_step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _unet_step(self, call: Call) -> Tensor:
         step = Step(self._protection, self, call)
         step.measure()
         prediction = call.again()
-        return prediction, step.weights(prediction, self._signal)
+        if self._protection.filter:
+            _weigh(call, step.weights(prediction, self._signal))
+        return step.subtracted(prediction)
 
-    def _flow_step(self, call: Call) -> tuple[tuple, Tensor]:
+    def _flow_step(self, call: Call) -> tuple:
         """Predict first, since only that draws the timesteps."""
         step = Step(self._protection, self, call)
         with _outputs(call.given[self._argument]) as seen:
-            result = call.again()
+            prediction, *rest = result = call.again()
         step.call = replace(call, timesteps=self._timesteps(result))
         step.measure()
-        return result, step.weights(seen[0])
+        if self._protection.filter:
+            _weigh(call, step.weights(seen[0]))
+        return step.subtracted(prediction), *rest
 
     def without_text(self, call: Call, rows: Tensor | None) -> Tensor:
         training = self._training
         empty = self._empty
-        if training.trainer.is_train_text_encoder(training.args):
+        if self._trains_text:
             now = self._text.encode_again([""])
             empty = [was if part is None else part for part, was in zip_longest(now, empty)]
         if training.has_unet:
             if rows is not None:
-                call = call.only(rows, len(call.samples), BATCHED)
+                call = call.only(rows, len(call.given["noisy_latents"]), BATCHED)
             return call.again(text_conds=without_text(call.given["text_conds"], empty))
         padded = type(training.trainer).__name__ in DISCARDING
         text = without_text(call.given["text_encoder_conds"], empty, padded=padded)
@@ -153,6 +158,13 @@ class StepAdapter:
             self._lora.set_multiplier(before)
 
     def base(self, call: Call, rows: Tensor) -> Tensor:
+        text = "text_conds" if "text_conds" in call.given else "text_encoder_conds"
+        if self._trains_text:
+            captions = call.given["batch"]["captions"]
+            untrained = with_text(call.given[text], self._text.encode_again(captions))
+            call = replace(call, given={**call.given, text: untrained})
+        if text == "text_conds":  # of `call_unet`, whose rows are noised already
+            return call.only(rows, len(call.given["noisy_latents"]), BATCHED).again()
         result = self._repeat(call)
         call.check_timesteps(self._timesteps(result))
         return result[0][rows]
@@ -181,6 +193,22 @@ class StepAdapter:
         # With these the trainer would predict some samples again, for targets that nobody reads.
         batch.pop("custom_attributes", None)
         return call.again(is_train=False, batch=batch, **changed)
+
+
+def _taught(call: Call) -> dict[int, Sample]:
+    """Return the samples whose target is not already the prediction without the LoRA."""
+    attributes = call.given["batch"].get("custom_attributes") or [{}] * len(call.samples)
+    return {
+        row: sample
+        for row, sample in call.samples.items()
+        if not attributes[row].get("diff_output_preservation")
+    }
+
+
+def _weigh(call: Call, weights: Tensor) -> None:
+    """Put weights where the trainer reads those of the losses, after the prediction."""
+    losses = call.given["batch"]["loss_weights"]
+    call.given["batch"]["loss_weights"] = losses * weights.to(losses.device, losses.dtype)
 
 
 def _noise_per_velocity(training: Training) -> Tensor | None:

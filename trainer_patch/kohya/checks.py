@@ -52,12 +52,11 @@ def check_training(trainer: type, args: argparse.Namespace, request: Request) ->
     if settings.regions and not hasattr(base_of(trainer), STEP):
         faults.append("project_regions needs sd-scripts from v0.10 on")
     refuse(faults)
-    if settings.projection:
-        settings.projection.check_files()
+    settings.check_files()
     hooks = dict(TRAINER_HOOKS)
     if settings.regions:
         hooks[STEP] = (*STEP_PARAMETERS, network_argument(trainer))
-    if settings.filter:
+    if settings.filter or settings.subtraction:
         hooks.setdefault(prediction_of(trainer), ("batch", network_argument(trainer)))
     require(trainer, trainer.__name__, hooks, VERSIONS)
     if settings.filter:
@@ -72,6 +71,12 @@ def check_network(network: torch.nn.Module) -> None:
 def _argument_faults(args: argparse.Namespace, request: Request) -> Iterator[str]:
     if getattr(args, "deepspeed", False):
         yield "DeepSpeed keeps its own copies of weights and gradients: leave out --deepspeed"
+    if request.settings.subtraction and getattr(args, "weighted_captions", False):
+        if not args.network_train_unet_only:
+            yield (
+                "concept subtraction encodes captions without their weights where the text encoder "
+                "is trained: leave out --weighted_captions or add --network_train_unet_only"
+            )
     if not request.settings.projection:
         return
     if getattr(args, "network_train_text_encoder_only", False):
@@ -87,7 +92,8 @@ def _argument_faults(args: argparse.Namespace, request: Request) -> Iterator[str
     if kind.lower() in INEXACT:
         yield (
             f"{kind} has no factor that could be kept off a subspace exactly: use "
-            f"{PLAIN['NetworkTrainer']}, or LyCORIS' algo=locon, loha or lokr"
+            f"{PLAIN['NetworkTrainer']}, or LyCORIS' algo=locon, loha or lokr; --subtract_concepts "
+            "works with it as it is"
         )
     if request.network_args.get("dora_wd", "").lower() in ON:
         yield "DoRA rescales the base weight, and what that reads with it: leave out dora_wd"
@@ -100,9 +106,9 @@ def _flow_faults(
     if name not in PLAIN:
         yield f"{name}: known are {', '.join(PLAIN)}"
         return
-    others = "--project_layers and --mem_filter are supported"
+    others = "--subtract_concepts, --project_layers and --mem_filter are supported"
     if name not in REGION_TRAINERS:
-        others = "--mem_filter is supported"
+        others = "--subtract_concepts and --mem_filter are supported"
     if settings.projection and settings.projection.of_text:
         yield (
             f"{name} trains a model whose layers read text mixed with the image, so no subspace "

@@ -143,12 +143,17 @@ def without_text(conds: Conds, empty: Sequence[Tensor | None], *, padded: bool =
     Raises:
         UnsupportedTraining: sd-scripts padded the batch to another length.
     """
+    return with_text(conds, empty, padded=padded)
+
+
+def with_text(conds: Conds, text: Sequence[Tensor | None], *, padded: bool = False) -> Conds:
+    """Return a conditioning of the same form with other text, of one row or as many as it has."""
     parts = [conds] if isinstance(conds, Tensor) else list(conds)
     replaced = [
         part
         if part is None or plain is None
         else repeated(_padded(plain, part) if padded else plain, part).clone()
-        for part, plain in zip_longest(parts, empty)
+        for part, plain in zip_longest(parts, text)
     ]
     return replaced[0] if isinstance(conds, Tensor) else type(conds)(replaced)
 
@@ -175,6 +180,11 @@ class BatchSamples:
             for key, info in getattr(part, "image_data", {}).items():
                 caption = info.caption if isinstance(info.caption, str) else ""
                 self._samples[key] = Sample(file=str(info.absolute_path), caption=caption)
+
+    @property
+    def files(self) -> list[str]:
+        """Every image of the dataset."""
+        return [sample.file for sample in self._samples.values()]
 
     @property
     def captions(self) -> list[str]:

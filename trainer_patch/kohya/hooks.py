@@ -1,4 +1,4 @@
-"""Puts projection and filter into a training of sd-scripts, and takes them out at its end."""
+"""Puts the protection into a training of sd-scripts, and takes them out at its end."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def install(training: Training, network: torch.nn.Module, request: Request) -> Protection:
-    """Hook both methods into a training that has just made its network.
+    """Hook what is requested into a training that has just made its network.
 
     Args:
         training: Its text encoders are still as they were loaded.
@@ -95,7 +95,7 @@ def _hook_steps(
     """Wrap what the trainer calls in and around its steps."""
     trainer, accelerator = training.trainer, training.accelerator
     samples = BatchSamples(training.dataset)
-    protection.fit(text.states, samples.captions)
+    protection.fit(text.states, samples.captions, samples.files)
 
     def hook(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
         def wrapped(original: Function) -> Function:
@@ -125,16 +125,17 @@ def _hook_steps(
     def start_epoch() -> None:
         protection.start()  # a resumed or loaded LoRA is in place only now
         values = ", ".join(f"{name} {value:.3g}" for name, value in protection.scalars().items())
-        logger.info("%s", values or "Projection and filter are in place.")
+        logger.info("%s", values or "The protection is in place.")
 
     def with_scalars(generate: Function) -> Function:
         return lambda *args, **kwargs: generate(*args, **kwargs) | protection.scalars()
 
     undo.enter_context(first_step_checked(check_first_step))
-    if protection.filter or protection.base_targets:
+    if protection.settings.predicts_again:
         adapter = StepAdapter(training, protection, samples, text, network)
+    if protection.filter or protection.subtraction:
+        hook(trainer, training.predicts, adapter.with_step)
     if protection.filter:
-        hook(trainer, training.predicts, adapter.with_weights)
         hook(accelerator, "end_training", calling(before=meet))
     if protection.base_targets:
         hook(trainer, STEP, adapter.with_targets)

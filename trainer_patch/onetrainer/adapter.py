@@ -62,16 +62,16 @@ class StepAdapter:
         return predict
 
     def _step(self, call: Call) -> dict[str, Any]:
-        """Predict; change weights and target, which the trainer reads after this."""
+        """Predict; change weights, prediction and target, which the trainer reads after this."""
         protection, batch = self._protection, call.given["batch"]
         step = Step(protection, self, call)
-        if protection.filter:
+        if protection.filter or protection.subtraction:
             with aside(RandomState.now(self.device)):
                 timesteps = self._timesteps(call)
             step.call = call = replace(call, timesteps=timesteps)
-            # Where layers are offloaded, a pass after the training's own would discard what that
-            # holds for the gradient.
-            step.measure()
+        # Where layers are offloaded, a pass after the training's own would discard what that holds
+        # for the gradient.
+        step.measure()
         clean: list[Tensor] = []
         with ExitStack() as undo:
             if protection.base_targets:
@@ -82,6 +82,8 @@ class StepAdapter:
             weights = step.weights(output["predicted"], self._signal(output))
             losses = batch[WEIGHTS]
             batch[WEIGHTS] = losses * weights.to(losses.device, losses.dtype)
+        if protection.subtraction:
+            output = output | {"predicted": step.subtracted(output["predicted"])}
         if protection.base_targets:
             if len(clean) != 1 or clean[0].shape != output["target"].shape:
                 raise HookMissing(f"The prediction does not add its noise with `{NOISING}`.")

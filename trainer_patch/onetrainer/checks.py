@@ -103,6 +103,11 @@ def check_configuration(config: Any, settings: ProtectionSettings) -> None:
             "project_regions teaches what the base model does with the text as it was: set "
             f"{off} to false"
         )
+    if settings.subtraction and config.masked_training and config.masked_prior_preservation_weight:
+        faults.append(
+            "outside of masks the target is the prediction without the LoRA, of which nothing can "
+            "be subtracted: set masked_prior_preservation_weight to 0"
+        )
     if settings.regions and not has_unet(config) and config.transformer.offloading_enabled():
         faults.append(
             "project_regions predicts once more before the gradients are computed, which was not "
@@ -163,8 +168,8 @@ def _projection_faults(config: Any, *, of_text: bool) -> Iterator[str]:
     elif of_text and not has_unet(config):
         yield (
             f"the layers of {config.model_type} read text mixed with the image, so no subspace "
-            "of text states can be kept out exactly: leave out project_concepts; mem_filter is "
-            "supported"
+            "of text states can be kept out exactly: leave out project_concepts; subtract_concepts "
+            "and project_layers work with them, mem_filter is supported"
         )
     if config.train_any_embedding() or config.train_any_output_embedding():
         yield "an embedding is trained, which the subspace does not know: train it apart"

@@ -129,6 +129,11 @@ class BatchSamples:
         }
 
     @property
+    def files(self) -> list[str]:
+        """Every image."""
+        return list(self._samples)
+
+    @property
     def captions(self) -> list[str]:
         """Every caption once."""
         return list(dict.fromkeys(sample.caption for sample in self._samples.values()))

@@ -53,8 +53,7 @@ def attach(trainer: Any, given: Mapping[str, Any]) -> list[Protection]:
         settings = settings_from(named)
         if settings:
             check_configuration(config, settings)
-        if settings.projection:
-            settings.projection.check_files()
+        settings.check_files()
         started()
         if settings:
             with ExitStack() as entered:
@@ -86,7 +85,7 @@ def span_of(config: Any) -> tuple[float, float]:
 
 
 def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Protection:
-    """Hook both methods into a trainer that has just loaded its model.
+    """Hook what is requested into a trainer that has just loaded its model.
 
     Raises:
         HookMissing: The version of OneTrainer is not supported.
@@ -99,8 +98,8 @@ def _protect(trainer: Any, settings: ProtectionSettings, undo: ExitStack) -> Pro
     text = TextSide(trainer)
     with aside(RandomState.now(trainer.train_device)), text.encoders_there():
         samples = BatchSamples(trainer)
-        protection.fit(text.states, samples.captions)
-        if protection.filter or protection.base_targets:
+        protection.fit(text.states, samples.captions, samples.files)
+        if settings.predicts_again:
             adapter = StepAdapter(trainer, protection, samples, text)
             undo.enter_context(patched(trainer.model_setup, "predict", adapter.protected))
     # A LoRA to start from may change a text encoder, also where that is not trained.

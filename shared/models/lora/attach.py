@@ -269,11 +269,15 @@ def _layers(pipeline: Any) -> list[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # diffusers cannot have loaded a LoRA without it
         return []
-    components = (getattr(pipeline, name, None) for name in CARRIERS)
+    components = (
+        [pipeline]
+        if isinstance(pipeline, nn.Module)
+        else (getattr(pipeline, name, None) for name in CARRIERS)
+    )
     return [
         module
         for component in components
-        if isinstance(component, torch.nn.Module)
+        if isinstance(component, nn.Module)
         for module in component.modules()
         if isinstance(module, BaseTunerLayer)
     ]
@@ -284,9 +288,16 @@ def has_lora(pipeline: Any) -> bool:
     return bool(_layers(pipeline))
 
 
+def adapter_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a network that PEFT added to it, of any kind of adapter."""
+    layers = _layers(network)
+    base = {id(each) for layer in layers for each in layer.get_base_layer().parameters()}
+    return [each for layer in layers for each in layer.parameters() if id(each) not in base]
+
+
 @contextmanager
 def lora_disabled(pipeline: Any) -> Iterator[None]:
-    """Switch every LoRA of the pipeline off for a block; afterwards all is as before.
+    """Switch every LoRA of a pipeline or a network off for a block; afterwards all is as before.
 
     Raises:
         ValueError: When a LoRA is fused into the weights and cannot be switched off.
