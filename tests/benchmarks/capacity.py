@@ -29,7 +29,7 @@ from demo_lora import (
 from figures import command_of, plain, record
 from tqdm.auto import tqdm
 from unmemorize import demo
-from unmemorize.audit.common.similarity import thumbnails
+from unmemorize.shared.copies.features import thumbnails
 from unmemorize.shared.files.storage import Journal
 from unmemorize.shared.models.load import load_denoiser
 
