@@ -46,9 +46,7 @@ def dedupe(options: DedupeOptions) -> None:
         from ..audit.lora.duplicates import as_document, find_in_folder, write_lists
         from ..audit.lora.linked import link_kept
 
-        found = find_in_folder(
-            options.folder, method="hash" if options.exact else "sscd", bars=bar
-        )
+        found = find_in_folder(options.folder, method="hash" if options.exact else "sscd", bars=bar)
         write_lists(found, options.output)
         linked = None if options.linked is None else link_kept(found, options.linked)
     if options.as_json:

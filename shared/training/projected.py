@@ -86,7 +86,9 @@ class ProjectedTraining:
     def start(self) -> None:
         """Project the weights, unless they are outside their subspaces but for rounding."""
         # A new projection, since the factors may be of another dtype now than when training began.
-        if self.projection and not self._projection_of(self.projection.factors, self._products).is_clear():
+        if not self.projection:
+            return
+        if not self._projection_of(self.projection.factors, self._products).is_clear():
             self.projection.project_weights()
 
     def measure(self) -> None:

@@ -3,8 +3,8 @@
 The change of the weight is a product of small matrices, and the input is read through two of them.
 For any values of the others, Delta V = 0 holds where one of the two keeps off a larger subspace:
 
-- LoKr, Delta = W1 (x) W2 (arXiv:2309.14859): Delta v = 0 where W2 leaves out every row of v, read as
-  a matrix [entries of W1's input, entries of W2's]. That subspace depends on V alone.
+- LoKr, Delta = W1 (x) W2 (arXiv:2309.14859): Delta v = 0 where W2 leaves out every row of v, read
+  as a matrix [entries of W1's input, entries of W2's]. That subspace depends on V alone.
 - LoHa, Delta = (W1a W1b) * (W2a W2b) (arXiv:2108.06098): Delta v = 0 where W2b leaves out v * b for
   every row b of W1b. That subspace moves with W1b, and is built anew whenever W2b is projected.
 
@@ -68,8 +68,10 @@ def kronecker_basis(
         inner: Entries of the input that W2 reads, of which one entry of W1's stands for each block.
     """
     rows = basis.T.reshape(-1, inner)
+    if not len(rows):
+        return basis.new_zeros(inner, 0)
     _, values, directions = torch.linalg.svd(rows, full_matrices=False)
-    return directions[values > SMALLEST * values.max()].T if len(rows) else basis.new_zeros(inner, 0)
+    return directions[values > SMALLEST * values.max()].T
 
 
 def hadamard_columns(

@@ -1,4 +1,4 @@
-"""LoKr and LoHa: the whole change of the weight leaves the subspace out, exactly, while it trains."""
+"""LoKr and LoHa: all of the weight's change leaves the subspace out, exactly, while it trains."""
 
 import pytest
 import torch
