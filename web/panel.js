@@ -15,7 +15,8 @@ const COLORS = {
     "no verdict": { title: "#6b5420", badge: "#94742b" },
 };
 const NEUTRAL = { badge: "#4a5568" };
-const shown = new WeakMap(); // node: {badge, title color, the color that the user had given}
+const shown = new WeakMap(); // node: {badge, title color, the color that the user had given, state, run}
+let run = null; // id of the prompt that runs
 
 const STYLE = `
 .unmemorize-panel{box-sizing:border-box;width:100%;padding:4px 8px 10px;overflow:hidden auto;
@@ -127,22 +128,37 @@ function panelWidget(node) {
 }
 
 function mark(node, panel) {
-    const { title, badge } = COLORS[panel.state] ?? NEUTRAL;
     const before = shown.get(node);
+    // Of several results inside of one subgraph, in one run, the worst is the one to see.
+    if (before?.run === run && before.state === "memorized") return;
+    const { title, badge } = COLORS[panel.state] ?? NEUTRAL;
     const own = before && node.color === before.title ? before.own : node.color;
     node.color = title ?? own;
     const made = new window.LGraphBadge({ text: panel.badge, fgColor: "#fff", bgColor: badge });
     // Of the canvas: Nodes 2.0 reads badges only when it builds a node, and has the panel's.
     node.badges = [...node.badges.filter((one) => one !== before?.badge), made];
-    shown.set(node, { title: node.color, own, badge: made });
+    shown.set(node, { title: node.color, own, badge: made, state: panel.state, run });
 }
 
-/** The subgraph nodes that stand for the graph that a node lies in. */
-function holders(node) {
-    const graph = node.graph;
-    if (!graph || graph === graph.rootGraph) return [];
-    const all = [graph.rootGraph, ...(graph.rootGraph?.subgraphs?.values() ?? [])];
-    return all.flatMap((one) => one.nodes.filter((other) => other.subgraph === graph));
+/** The subgraph nodes around a node that runs, outermost first, and the node itself. */
+function along(id) {
+    let graph = app.rootGraph ?? app.graph;
+    const nodes = [];
+    for (const part of String(id).split(":")) {
+        const node = graph?.getNodeById(part);
+        if (!node) return [];
+        nodes.push(node);
+        graph = node.subgraph;
+    }
+    return nodes;
+}
+
+/** Whether several subgraph nodes stand for the graph that a node lies in: it has one panel for all. */
+function isShared(node) {
+    const root = app.rootGraph ?? app.graph;
+    const graphs = [root, ...(root.subgraphs?.values() ?? [])];
+    const all = graphs.flatMap((graph) => graph.nodes.filter((one) => one.subgraph === node.graph));
+    return all.length > 1;
 }
 
 function show(node, panel) {
@@ -152,16 +168,28 @@ function show(node, panel) {
         node.widgets.splice(progress, 1);
     }
     mark(node, panel);
-    if (panel.state) holders(node).forEach((holder) => mark(holder, panel));
-    const widget = panelWidget(node);
-    draw(widget.content, panel);
+    draw(panelWidget(node).content, panel);
 }
 
 app.registerExtension({
     name: "Unmemorize.Panel",
     setup() {
-        const style = element("style", "", STYLE);
-        document.head.append(style);
+        document.head.append(element("style", "", STYLE));
+        api.addEventListener("execution_start", ({ detail }) => (run = detail.prompt_id));
+        // What an earlier run said is no longer there while a node runs again, and after it failed.
+        api.addEventListener("executing", ({ detail }) => {
+            const earlier = (node) => shown.has(node) && shown.get(node).run !== run;
+            const nodes = detail === null ? [] : along(detail?.display_node ?? detail);
+            nodes.filter(earlier).forEach((node) => mark(node, { state: "", badge: "running" }));
+        });
+        api.addEventListener("executed", ({ detail }) => {
+            const panel = detail.output?.[KEY]?.[0];
+            const nodes = along(detail.display_node ?? detail.node);
+            if (!panel || !nodes.length) return;
+            const node = nodes.pop();
+            if (panel.state) nodes.forEach((holder) => mark(holder, panel));
+            if (!isShared(node)) show(node, panel);
+        });
     },
     nodeCreated(node) {
         // A workflow is saved with the user's own color, not with a verdict's.
@@ -172,13 +200,6 @@ app.registerExtension({
             if (!kept || saved.color !== kept.title) return;
             if (kept.own === undefined) delete saved.color;
             else saved.color = kept.own;
-        };
-        if (!node.comfyClass?.startsWith("Unmemorize")) return;
-        const { onExecuted } = node;
-        node.onExecuted = function (output) {
-            onExecuted?.apply(this, arguments);
-            const panel = output?.[KEY]?.[0];
-            if (panel) show(this, panel);
         };
     },
 });

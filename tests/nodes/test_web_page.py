@@ -25,6 +25,10 @@ def test_an_example_opens_and_every_node_is_known(page, path):
     assert not page.faults
 
 
+VERDICTS = """() => app.graph._nodes.filter(node => node.isSubgraphNode?.())
+    .map(node => node.badges.at(-1).text)"""
+
+
 @pytest.mark.parametrize(
     ("name", "drawn"),
     [
@@ -53,3 +57,5 @@ def test_an_example_draws_its_images_on_the_nodes(page, root, name, drawn):
             images.setdefault(node["type"], []).append(node["images"])
     assert images == drawn
     assert not page.faults
+    if name == "Check images while they are sampled":  # one subgraph twice, two verdicts
+        assert page.evaluate(VERDICTS) == ["3 of 3 memorized", "not flagged"]
