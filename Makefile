@@ -62,7 +62,7 @@ test-oldest:
 		accelerate==0.30.0 huggingface-hub<0.26" MARK="not slow" ARGS="-W default \
 		tests/demo/test_model.py tests/shared/models/test_load.py tests/shared/models/test_lora.py"
 
-# A thousand files of each kind, and the figures of the page.
+# 920 files of each kind, and the figures of the page.
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py $(ARGS)
 

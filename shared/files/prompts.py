@@ -255,7 +255,7 @@ def _from_rows(path: Path, rows: Iterable[Any], line: Callable[[int], int]) -> I
         names = list(row) if isinstance(row, dict) else []
         column = next((name for name in COLUMNS if name in names), None)
         if column is None:
-            there = ", ".join(map(repr, names)) or type(row).__name__
+            there = ", ".join(map(repr, names))[:LONGEST] or type(row).__name__
             raise PromptError(f"{where} has no column for prompts: found {there}, expected one of "
                               f"{', '.join(COLUMNS[:3])}.")  # fmt: skip
         value = row[column]

@@ -100,6 +100,8 @@ def _refuse_foreign(index: Mapping[str, Any], path: Path) -> None:
         known = (*LIBRARIES, None)
         if part is None and name in COMPONENTS:
             continue
+        if not name.isidentifier() or len(name) > LONGEST:  # its folder could lie anywhere
+            raise ModelError(f"{path} names a part {name[:LONGEST]!r}, expected that of a folder.")
         pair = isinstance(part, list) and len(part) == 2
         if not pair or any(not isinstance(each, str | None) for each in part):
             raise ModelError(

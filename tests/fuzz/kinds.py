@@ -296,7 +296,9 @@ def make_parquet(path: Path) -> None:
 def stated_parquet(path: Path) -> list[str]:
     import pyarrow.parquet
 
-    return [text_of(row) for row in pyarrow.parquet.ParquetFile(path).read().to_pylist()]
+    file = pyarrow.parquet.ParquetFile(path)
+    names = [name for name in file.schema_arrow.names if name in COLUMNS]
+    return [text_of(row) for row in file.read(columns=names).to_pylist()]
 
 
 def make_journal(path: Path) -> None:
