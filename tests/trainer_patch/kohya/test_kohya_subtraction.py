@@ -81,9 +81,9 @@ def test_next_to_nothing_of_it_leaves_no_trace(train, plain, concept):
 
 TRAINED = {
     "text encoder": ("networks.lora",),
-    "loha": ("lycoris.kohya", "algo=loha"),
-    "dora": ("lycoris.kohya", "algo=lora", "dora_wd=True"),
-    "lokr": ("lycoris.kohya", "algo=lokr"),
+    "loha": ("lycoris.kohya", "algo=loha", "preset=attn-mlp"),
+    "dora": ("lycoris.kohya", "algo=lora", "dora_wd=True", "preset=attn-mlp"),
+    "lokr": ("lycoris.kohya", "algo=lokr", "preset=attn-mlp"),
 }
 
 
