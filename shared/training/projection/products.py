@@ -8,7 +8,7 @@ For any values of the others, Delta V = 0 holds where one of the two keeps off a
 - LoHa, Delta = (W1a W1b) * (W2a W2b) (arXiv:2108.06098): Delta v = 0 where W2b leaves out v * b for
   every row b of W1b. That subspace moves with W1b, and is built anew whenever W2b is projected.
 
-Both take more than V: `refuse_no_room` says where nothing would be left.
+Both take more than V; `Projection` refuses where nothing would be left.
 """
 
 import re
