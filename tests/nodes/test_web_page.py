@@ -34,7 +34,7 @@ VERDICTS = """() => app.graph._nodes.filter(node => node.isSubgraphNode?.())
     [
         (
             "Check images while they are sampled",
-            {"PreviewImage": [[640]] * 2, "SaveImage": [[128] * 3] * 2},
+            {"PreviewImage": [[640]], "SaveImage": [[128] * 3] * 2},
         ),
         (
             "Is this prompt memorized",
