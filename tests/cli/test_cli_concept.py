@@ -119,7 +119,7 @@ def test_files_that_cannot_be_used_are_named(unmemorize, tmp_path):
     assert "not a whole safetensors file" in unmemorize("show", path)[2]
     header = {"unmemorize.subspace": "[]"}
     save_file({"basis": torch.eye(4, 1, dtype=torch.float64)}, path, metadata=header)
-    assert "damaged" in unmemorize("show", path)[2]
+    assert "is [], expected an object" in unmemorize("show", path)[2]
     nothing = torch.full((4, 1), torch.nan, dtype=torch.float64)
     save_file({"basis": nothing}, path, metadata={"unmemorize.subspace": "{}"})
     code, _, err = unmemorize("show", path)

@@ -1,6 +1,7 @@
 """What an audit of a LoRA writes: audit.json against its schema, the card, the badge."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -14,11 +15,10 @@ from markdown_it import MarkdownIt
 from some_audit import HOSTILE, HOSTILE_NAME, make_audit
 from unmemorize import audit as room
 from unmemorize.audit.lora import result as values
-from unmemorize.audit.lora.document import file_sha256, to_document
+from unmemorize.audit.lora.document import NO_DIGEST, file_sha256, to_document
 from unmemorize.audit.lora.tell import METRIC, render_badge, render_card, tell
 
 SCHEMA = json.loads((Path(room.__file__).parent / "lora" / "audit.schema.json").read_text("utf-8"))
-DIGEST = "0" * 64
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def document(written):
 
 def sealed(audit) -> dict:
     """Return the document with fields that only `tell` can fill."""
-    return json.loads(json.dumps(to_document(audit) | {"files": {}, "digest": DIGEST}))
+    return json.loads(json.dumps(to_document(audit) | {"files": {}, "digest": NO_DIGEST}))
 
 
 def test_all_that_is_named_is_written(written, audit):
@@ -61,9 +61,14 @@ def test_writing_again_changes_no_byte(written, audit):
 
 def test_every_file_is_answered_for(document, audit):
     names = {path.relative_to(audit.folder).as_posix() for path in audit.folder.rglob("*.*")}
-    assert set(document["files"]) == names - {"audit.json", "model_card.md"}
+    assert set(document["files"]) == names - {"audit.json"}
     for name, sha256 in document["files"].items():
-        assert file_sha256(audit.folder / name) == sha256
+        if name != "model_card.md":
+            assert file_sha256(audit.folder / name) == sha256
+    # The card holds the digest, so it is hashed with zeros in its place.
+    card = (audit.folder / "model_card.md").read_text("utf-8")
+    blank = card.replace(document["digest"], NO_DIGEST)
+    assert hashlib.sha256(blank.encode()).hexdigest() == document["files"]["model_card.md"]
 
 
 def test_every_input_is_hashed(document, audit):
@@ -176,16 +181,16 @@ def test_a_refused_headline_is_no_measurement(audit):
         audit, positive_control=dataclasses.replace(audit.positive_control, works=False)
     )
     for some in (refused, failed):
-        card = ModelCard(render_card(some, DIGEST))
+        card = ModelCard(render_card(some, NO_DIGEST))
         assert card.data.eval_results is None
         assert "no verdict" in card.text
         assert "no verdict" in render_badge(some)
-    assert "FAILED" in render_card(failed, DIGEST)
+    assert "FAILED" in render_card(failed, NO_DIGEST)
 
 
 def test_hostile_words_stay_words_in_the_card(hostile):
     """As a reader of Markdown takes them that lets HTML through."""
-    card = render_card(hostile, DIGEST)
+    card = render_card(hostile, NO_DIGEST)
     assert ModelCard(card).data.model_name.startswith("</style>")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", card)
     text = MarkdownIt("commonmark").render(ModelCard(card).text)

@@ -8,6 +8,8 @@ import tiny_families
 from unmemorize.audit.common.measure import silent
 from unmemorize.audit.common.subject import Subject
 from unmemorize.audit.model.parts import make_calibration, score_prompts
+from unmemorize.shared.files.schema import digest_of
+from unmemorize.shared.score.calibration_file import DIGEST
 from unmemorize.shared.score.config import DetectionConfig
 
 CONFIG = DetectionConfig(seeds=(0, 1))
@@ -72,7 +74,9 @@ def test_each_part_is_compared_with_its_own_controls(subject, calibration, seque
 
 def test_a_calibration_without_controls_of_the_parts_says_so(subject, calibration, tmp_path):
     values = json.loads(calibration.read_text()) | {"content": None, "motion": None}
-    (tmp_path / "older.json").write_text(json.dumps(values))
+    values.pop(DIGEST)
+    sealed = values | {DIGEST: digest_of(values, DIGEST)}
+    (tmp_path / "older.json").write_text(json.dumps(sealed))
     bases = calibration.with_suffix(".safetensors")
     (tmp_path / "older.safetensors").write_bytes(bases.read_bytes())
     rows = scored(subject, tmp_path / "older.json")

@@ -66,7 +66,9 @@ def test_plain_weights_come_before_their_variants(folder):
 def test_a_broken_index_of_shards_is_named(folder, text):
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(text)
-    with pytest.raises(ModelError, match=r"index\.json .*expected"):
+    with pytest.raises(
+        ModelError, match=r"index\.json .*(expected|lacks the fields \['weight_map)"
+    ):
         load_denoiser(folder, device="cpu")
 
 
@@ -97,7 +99,7 @@ def test_another_library_s_class_is_refused_whatever_part_asks_for_it(folder, pa
 def test_an_entry_of_the_index_that_is_none_is_named(folder, entry):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": entry}))
-    with pytest.raises(ModelError, match=r"scheduler is \[|only classes of"):
+    with pytest.raises(ModelError, match=r'scheduler is "\[.*expected a library|only classes of'):
         load_denoiser(folder, device="cpu")
 
 
