@@ -17,6 +17,11 @@ NO_VERDICT = (
     "of this model (nodes Calibrate or Load Calibration), or use Memorization Check."
 )
 
+UNUSED = (
+    "Measured as Memorization Check's calibration was, with {} seeds and one step; the widgets "
+    "seeds and steps are not used."
+)
+
 
 class DetectMemorization(io.ComfyNode):
     """Scores of conditionings, and verdicts if a calibration is connected."""
@@ -88,8 +93,9 @@ class DetectMemorization(io.ComfyNode):
                 f"p = {p:.3g}: {'memorized' if flag else 'not flagged'}"
                 for p, flag in zip(p_values, flags, strict=True)
             ]
+            against = beside_text([extra for _, extra in negative[0]])
             for place, entries in enumerate(positive):
-                if beside := beside_text([extra for _, extra in entries]):
+                if beside := beside_text([extra for _, extra in entries]) or against:
                     p_values[place], flags[place] = math.nan, False
                     told[place] = f"no verdict: the controls are texts alone, and here {beside}"
             lines = [f"{line}, {what}" for line, what in zip(lines, told, strict=True)]
@@ -97,6 +103,8 @@ class DetectMemorization(io.ComfyNode):
                 f"Flagged above {judge.threshold:.4g}, at most {judge.false_positive_rate:.3g} "
                 f"of ordinary prompts ({len(judge.control_scores)} controls, {judge.controls})."
             )
+            if config is CONFIG and config != config_of(seeds[0], steps[0]):
+                about += f" {UNUSED.format(len(CONFIG.seeds))}"
             notes = [about, *filter(None, [caveat, judge.unlike(l2)])]
         ranked = [lines[i] for i in sorted(range(len(l2)), key=lambda i: -l2[i])]
         report = "\n".join([*ranked, *notes])

@@ -19,6 +19,7 @@ from ..shared.training.settings import (
 PREFIXES = ("subtract_", "project_", "mem_")
 """How all of the names begin."""
 ALONE = ("project_layers", "project_regions", "mem_warn", "mem_stop")
+SWITCHES = ("project_regions", "project_force", "mem_warn", "mem_stop")
 """What goes without the concept's names, and without a threshold."""
 NEEDED = (("subtract_concepts",), ("project_concepts",), ("mem_filter", "mem_warn", "mem_stop"))
 """By prefix, the options of which one is needed for the others."""
@@ -172,6 +173,8 @@ def settings_from(values: Mapping[str, Any]) -> ProtectionSettings:
         if values.get(name) is not None and values[name] is not False
     }
     given = {name: text for name, text in texts.items() if text}
+    off = [name for name in SWITCHES if name in given and not _switch(given, name)]
+    given = {name: text for name, text in given.items() if name not in off}
     for prefix, needed in zip(PREFIXES, NEEDED, strict=True):
         idle = [name for name in given if name.startswith(prefix) and name not in ALONE]
         if idle and not given.keys() & set(needed):

@@ -38,6 +38,8 @@ class Call:
     samples: Mapping[int, Sample] = field(default_factory=dict)
     """By row of the batch, those that the methods are for. Rows without a sample, such as class
     images, are left alone."""
+    kept: frozenset[int] = frozenset()
+    """Rows taught what the base model predicts already, so that nothing is subtracted."""
     timesteps: Tensor | None = None
     """Of every row, [row], in the units of the training schedule."""
 
@@ -169,7 +171,8 @@ class Step:
     def _predict_concepts(self, subtraction: SubtractedTraining) -> None:
         """Predict without the LoRA, with each concept's adapter and without it."""
         trainer, call = self._trainer, self.call
-        places, samples = list(call.samples), list(call.samples.values())
+        places = [row for row in call.samples if row not in call.kept]
+        samples = [call.samples[row] for row in places]
         shown = [{places[at] for at in rows} for rows in subtraction.showing(samples)]
         self._shown = torch.tensor(sorted(set().union(*shown)), dtype=torch.long)
         if not len(self._shown):
@@ -258,7 +261,7 @@ class Step:
 
     def _measured(self) -> tuple[Tensor, list[Sample], Tensor]:
         """Return the rows that have a sample, the samples, and their timesteps."""
-        rows = torch.tensor(list(self.call.samples))
+        rows = torch.tensor(list(self.call.samples), dtype=torch.long)
         timesteps = self.call.timesteps
         if len(rows) != len(timesteps):
             timesteps = timesteps[rows]

@@ -17,8 +17,8 @@ from ...shared.score.config import DetectionConfig
 from ...shared.score.control_basis import told_steps
 from ...shared.score.controls import CONTROLS, load_controls, spread
 from .calibrations import calibrate
-from .comfy_denoiser import noise_levels
-from .measuring import ROWS, latent_shape
+from .comfy_denoiser import noise_levels, parametrization_of
+from .measuring import ROWS, encoded, latent_shape
 from .model_identity import digest, weights_sha256
 
 CONFIG = DetectionConfig(seeds=(0, 1), batch_size=ROWS)
@@ -47,7 +47,10 @@ def automatic(
         negative: CONDITIONING that scores are measured against.
         latent: LATENT of the size to measure at.
     """
-    path = path_of(model, [text for text, _ in negative], latent_shape(model, latent))
+    against = [text for text, _ in negative]
+    if not any(bool(text.any()) for text in against):  # which of no text encoder tells anything
+        against += [text for text, _ in encoded(clip, "")]
+    path = path_of(model, against, latent_shape(model, latent))
     if (known := _read(path)) is not None:
         return known
     own = model.attachments.get(OWN_CONTROLS)
@@ -71,6 +74,8 @@ def found(
         negative: Embeddings [1 token width] of the CONDITIONING that scores are measured against.
         shape: Of one latent.
     """
+    if not any(bool(text.any()) for text in negative):
+        return None  # zeros: the same of every text encoder, so that it could be another's
     return _read(path_of(model, negative, shape))
 
 
@@ -83,9 +88,22 @@ def path_of(model: ModelPatcher, negative: Sequence[torch.Tensor], shape: tuple[
     bound = [
         SCHEMA_VERSION, NUMBER, shape, [float(f"{levels[step]:.5g}") for step in (0, *told)],
         str(network.manual_cast_dtype or network.get_dtype()), list(negative),
+        parametrization_of(sampling), _patched(model),
     ]  # fmt: skip
     folder = Path(folder_paths.get_user_directory()) / "unmemorize"
     return folder / f"{weights_sha256(model)[:16]}-{digest(bound)[:16]}.json"
+
+
+def _patched(model: ModelPatcher) -> list[str]:
+    """Return the names of the patches on attention and blocks, which no weight shows."""
+    options = model.model_options.get("transformer_options", {})
+    names = []
+    for kind in ("patches", "patches_replace"):
+        for place, its in options.get(kind, {}).items():
+            functions = its.values() if isinstance(its, Mapping) else its
+            names += [f"{kind} {place} {getattr(f, '__qualname__', type(f).__qualname__)}"
+                      for f in functions]  # fmt: skip
+    return sorted(names)
 
 
 def _read(path: Path) -> Calibration | None:

@@ -127,6 +127,11 @@ def guard(
     return guarded, record
 
 
+def _beside(conds: Mapping[str, Any], empty: str) -> str:
+    """Return what the prompt or what it is measured against is besides a text."""
+    return beside_text(conds["positive"]) or beside_text(conds[empty])
+
+
 def automatic_gate(guider: Any, empty: str, noise: Tensor) -> Gate:
     """Return the gate of the calibration that was made by itself.
 
@@ -188,7 +193,7 @@ class GuardedSampling:
         shown = live_progress(self.guider.model_patcher, rows)
         denoiser = ModelDenoiser(view, {PROMPT: Prompt(entries=[])}, options, noise, shown)
         applied, caveat = applied_gate(denoiser, gate, weights, force=force)
-        if gate.calibration is not None and (beside := beside_text(conds["positive"])):
+        if gate.calibration is not None and (beside := _beside(conds, self.empty)):
             caveat = " ".join(filter(None, [caveat, NOT_ALONE.format(beside)]))
         if caveat:
             log.warning(caveat)

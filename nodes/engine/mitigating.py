@@ -99,7 +99,9 @@ def mitigate_prompt(
         ):
             raise ValueError(NOT_ITS_TEXT)
         applied, caveat = applied_gate(denoiser, gate, weights, force=force)
-        if gate.calibration is not None and (beside := beside_text([one for _, one in positive])):
+        beside = next(filter(None, (beside_text([one for _, one in side])
+                                    for side in (positive, negative))), "")  # fmt: skip
+        if gate.calibration is not None and beside:
             caveat = " ".join(filter(None, [caveat, NOT_ALONE.format(beside)]))
         (decision,) = applied.decide(cond)
         like = torch.zeros(images, *denoiser.latent_shape)

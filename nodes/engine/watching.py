@@ -31,8 +31,16 @@ NO_NEGATIVE = (
     "have it measured anyway"
 )
 SWITCHED_OFF = "the time range of a prompt leaves out every step that was sampled"
-BESIDE_TEXT = ("area", "mask", "control", "gligen", "hooks")
+BESIDE_TEXT = (
+    "area", "mask", "control", "gligen", "hooks", "reference_latents", "concat_latent_image",
+    "concat_mask", "unclip_conditioning",
+)  # fmt: skip
 """What changes a prediction for a text and no control has, by ComfyUI's names."""
+DEFAULTS = {
+    "strength": 1.0, "guidance": 3.5, "width": 768, "height": 768, "crop_w": 0, "crop_h": 0,
+    "target_width": 768, "target_height": 768,
+}  # fmt: skip
+"""What a model reads where a prompt does not say, as those of controls do not."""
 NO_PAIR = "the guider never predicts the positive and the negative prompt together"
 
 
@@ -146,7 +154,7 @@ def beside_text(entries: Sequence[Mapping[str, Any]]) -> str:
         return f"a prompt has {len(entries)} parts, which are averaged"
     (entry,) = entries
     more = [name for name in BESIDE_TEXT if entry.get(name) is not None]
-    more += ["strength"] if entry.get("strength", 1.0) != 1.0 else []
+    more += [name for name, value in DEFAULTS.items() if entry.get(name, value) != value]
     return f"a prompt has {', '.join(more)}" if more else ""
 
 

@@ -65,7 +65,7 @@ class Protection:
         self.settings, self.process = settings, process
         self.finished = False
         """Whether `finish` found that everything requested had happened; in the first process."""
-        self._weighed, self._started = False, False
+        self._weighed, self._started, self._idle = False, False, False
         self._saved: list[Path] = []
         self._projected = ProjectedTraining(settings.projection) if settings.projection else None
         self._filtered: FilteredTraining | None = None
@@ -161,12 +161,19 @@ class Protection:
         faults = []
         if self._projected and not (self.projection and self._started):
             faults.append("The LoRA was never given to the projection.")
-        if self._filtered and not self._weighed:
+        if self._filtered and not (self._weighed or self._idle):
             faults.append("The memorization filter was given no prediction.")
-        if self.subtraction and not self.subtraction.asked:
+        if self.subtraction and not (self.subtraction.asked or self._idle):
             faults.append("Concept subtraction was given no prediction.")
         if faults:
             raise ProtectionFailed(f"{' '.join(faults)} The training ends before its first step.")
+
+    def pass_by(self) -> None:
+        """Note a batch without a sample to learn from, such as one of prior images alone.
+
+        The trainer is followed then, although nothing is measured before its first step.
+        """
+        self._idle = True
 
     def due(self, samples: Sequence[Sample], timesteps: Tensor) -> Tensor:
         """Return the samples whose prediction on the empty prompt `weigh` needs.
@@ -295,7 +302,7 @@ class Protection:
             accounts["projection"] = self._projected.account()
         if self._filtered and self._filtered.filter.seen:
             accounts["filter"] = self._filtered.account()
-        if self.subtraction and self.subtraction.asked:
+        if self.subtraction and self.subtraction.seen:
             accounts["subtraction"] = self.subtraction.account()
         return {CLAIM + key: json.dumps(value) for key, value in accounts.items()}
 

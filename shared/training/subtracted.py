@@ -40,6 +40,8 @@ class SubtractedTraining:
         self.settings = settings
         self.concepts: list[_Concept] = []
         """Once they are loaded."""
+        self.asked = False
+        """Whether a step has come by."""
 
     def fit(self, captions: Collection[str], files: Collection[str] | None = None) -> None:
         """Load the concepts, and check that the training set holds samples that show them.
@@ -62,6 +64,7 @@ class SubtractedTraining:
 
     def showing(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Return by concept the rows of a step's batch that show it, and count them."""
+        self.asked = True
         return [each.showing(samples) for each in self.concepts]
 
     def added(
@@ -101,8 +104,8 @@ class SubtractedTraining:
         return self.settings.gain * total
 
     @property
-    def asked(self) -> bool:
-        """Whether a step has come by."""
+    def seen(self) -> bool:
+        """Whether a sample has come by."""
         return any(each.counts["visits"] for each in self.concepts)
 
     def scalars(self) -> dict[str, float]:

@@ -69,7 +69,7 @@ def test_other_nodes_find_the_calibration_that_was_made(comfy):
     assert "100 controls" in run["detect"]
     assert run["memorized"] is True
     assert "Score: residual" in run["report"]
-    assert "guard acted by static delay" in run["report"]
+    assert "guard acted by delayed_guidance" in run["report"]
 
     graph["area"] = node("ConditioningSetArea", conditioning=["text", 0], width=64, height=64, x=0,
                          y=0, strength=1.0)  # fmt: skip

@@ -14,7 +14,6 @@ from ...shared.arrays import take_rows
 from ...shared.models.families.flux import Flux
 from ...shared.patching import Function, HookMissing
 from ...shared.score.noise_levels import nearest_timestep, sigma_of
-from ...shared.training.filter.sample_log import Sample
 from ...shared.training.layers.regions import still_noise
 from ...shared.training.protection import Protection
 from ..step import Call, Step
@@ -98,7 +97,7 @@ class StepAdapter:
             samples = dict(enumerate(self._samples.of(call.given["batch"])))
             call = replace(call, samples=samples, timesteps=call.given.get("timesteps"))
             if self._protection.subtraction:
-                call = replace(call, samples=_taught(call))
+                call = replace(call, kept=_kept(call))
             return step(call)
 
         return predict
@@ -140,7 +139,9 @@ class StepAdapter:
 
     def with_text(self, call: Call, rows: Tensor | None) -> Tensor:
         if self._training.has_unet:
-            return (call if rows is None else call.only(rows, len(call.samples), BATCHED)).again()
+            if rows is not None:
+                call = call.only(rows, len(call.given["noisy_latents"]), BATCHED)
+            return call.again()
         with _outputs(call.given[self._argument]) as seen:
             call.check_timesteps(self._timesteps(self._repeat(call)))
         return seen[0]
@@ -195,14 +196,12 @@ class StepAdapter:
         return call.again(is_train=False, batch=batch, **changed)
 
 
-def _taught(call: Call) -> dict[int, Sample]:
-    """Return the samples whose target is not already the prediction without the LoRA."""
-    attributes = call.given["batch"].get("custom_attributes") or [{}] * len(call.samples)
-    return {
-        row: sample
-        for row, sample in call.samples.items()
-        if not attributes[row].get("diff_output_preservation")
-    }
+def _kept(call: Call) -> frozenset[int]:
+    """Return the rows whose target is the prediction without the LoRA already."""
+    attributes = call.given["batch"].get("custom_attributes") or []
+    return frozenset(
+        row for row, its in enumerate(attributes) if its.get("diff_output_preservation")
+    )
 
 
 def _weigh(call: Call, weights: Tensor) -> None:

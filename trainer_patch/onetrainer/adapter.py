@@ -52,8 +52,11 @@ class StepAdapter:
                 return original(model, batch, config, train_progress, **kwargs | changed)
 
             # Validation and the predictions of the base model come here too, without gradient.
-            rows = learnt_rows(batch) if torch.is_grad_enabled() else []
+            if not torch.is_grad_enabled():
+                return run(batch)
+            rows = learnt_rows(batch)
             if not rows:
+                self._protection.pass_by()
                 return run(batch)
             known = self._samples.of(batch)
             samples = {row: known[row] for row in rows}
