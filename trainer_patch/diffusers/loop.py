@@ -122,6 +122,9 @@ def protect(
     protection = Protection(settings, output=Path(output), **several)
     loop = ProtectedLoop(protection)
     optimizers = [getattr(optimizer, "optimizer", optimizer)]
+    if (settings.filter or settings.projection) and trains_text(denoiser, optimizers):
+        refuse(["a text encoder is trained; filter and projection take its states as they were: "
+                "leave out mem_* and project_*; subtract_concepts works with it"])  # fmt: skip
     with ExitStack() as undo:
         loop._adapter = undo.enter_context(
             protected(

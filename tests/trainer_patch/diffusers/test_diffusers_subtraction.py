@@ -18,6 +18,7 @@ from unmemorize.shared.files.weights import ModelError
 from unmemorize.shared.models.adapter import PipelineDenoiser
 from unmemorize.shared.models.lora.attach import load_lora
 from unmemorize.shared.training.filter.sample_log import Sample
+from unmemorize.shared.training.projection.factors import UnsupportedTraining
 from unmemorize.shared.training.protection import ProtectionFailed
 from unmemorize.shared.training.subtracted import NothingSubtracted
 from unmemorize.trainer_patch.diffusers.loop import protect
@@ -105,6 +106,16 @@ def test_what_is_added_is_the_base_models_whatever_is_trained(family, kind, tmp_
     torch.testing.assert_close(change[0], expected[0], rtol=1e-3, atol=1e-5)
     assert expected[0].norm() > 0.02 * live[0].norm()
     assert torch.equal(moved[1], live[1])
+
+
+def test_filter_and_projection_are_refused_beside_a_trained_text_encoder(tmp_path):
+    pipeline = tiny.stable_diffusion()
+    optimizer = torch.optim.SGD(trained_of(pipeline, "text"), lr=0.1)
+    with (
+        pytest.raises(UnsupportedTraining, match="a text encoder is trained"),
+        protect(pipeline, optimizer, output=tmp_path / "lora", mem_filter="x1.5"),
+    ):
+        pass
 
 
 def states_of(kwargs):
