@@ -177,9 +177,9 @@ class AuditOptions(AnswerOptions, OfConcept, OfLora, DetectionOptions, OfPrompts
                 raise typer.BadParameter(f"--{name} {goes} --images.")
         if self.images and not self.lora:
             raise typer.BadParameter("--images needs --lora, the file that was trained on them.")
-        if self.frames is not None:
+        if self.frames is not None and not self.images:
             raise typer.BadParameter(
-                "--frames: an audit draws images and no videos. Score a video model's prompts with "
+                "--frames: without --images an audit draws images and no videos. Score a video model's prompts with "
                 "`unmemorize detect`."
             )
         check_calibration(self)

@@ -14,6 +14,7 @@ from ...shared.models.load import (
     check_offload,
     default_dtype,
     load_denoiser,
+    makes_videos,
     model_fingerprint,
     resolve,
     usable_device,
@@ -92,6 +93,13 @@ class Subject:
             return "float32"
         found = default_dtype(resolve(self.location, self.revision), self.device, self.config)
         return str(found).removeprefix("torch.")
+
+    @cached_property
+    def video(self) -> bool:
+        """Whether it makes clips and no images."""
+        return not self.is_demo and makes_videos(
+            resolve(self.location, self.revision), self.config
+        )
 
     @cached_property
     def fingerprint(self) -> str:

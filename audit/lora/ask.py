@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
 from ...shared.arrays import Float, Tensor
 from ...shared.files.images import ImageFiles
 from ...shared.files.prompts import PromptError
 from .config import LoraAuditConfig
+from .mark_clips import features_of, frame_files, middle, shared_groups
 from .neighbours import duplicate_threshold, find_duplicates
 from .read import Epoch, Material
 from .result import Asked, DuplicateGroup, LoraFacts, TrainingSet
@@ -25,6 +28,8 @@ Mode = Literal["on", "off", "attack"]
 TEMPLATE = "a picture of {}"
 EPOCHS = "images/epoch-"
 """How the paths of what saved epochs draw begin."""
+MOMENTS = 3
+"""Moments of training clips at which near-duplicates have to show the same."""
 ALONE = 8
 """Images of the trigger alone and of the empty prompt."""
 Stage = Literal["a first look", "captions", "other words", "attack"]
@@ -90,11 +95,7 @@ def ask(material: Material, work: Work) -> Plan:
     for warning in (*material.lora.warnings, *training.warnings):
         work.notify(warning)
     paths, count = [training.path_of(i) for i in training.images], len(training.trained)
-    features = work.embed(work.features, paths, "training images")
-    images = ImageFiles(paths)
-    limit = duplicate_threshold(ImageFiles(paths[:count]), work.encoder.embed)
-    alike = find_duplicates(features, [image.sha256 for image in training.images], limit,
-                            images)  # fmt: skip
+    features, alike = _features_and_duplicates(training, work)
     groups = groups_of(alike, len(paths))
     shots = tuple(plan_shots(training, config, material.prompts))
     planned = min(count_controls(roles_of(shots, training, groups))[:count])
@@ -115,6 +116,29 @@ def ask(material: Material, work: Work) -> Plan:
         epochs=tuple((epoch, shots) for number, epoch in enumerate(material.epochs)
                      if (shots := epoch_shots(number, training, config))),
     )  # fmt: skip
+
+
+def _features_and_duplicates(
+    training: TrainingSet, work: Work
+) -> tuple[Tensor, tuple[DuplicateGroup, ...]]:
+    """Return an embedding of each image, and the near-duplicates; clips are so at every moment."""
+    paths, count = [training.path_of(i) for i in training.images], len(training.trained)
+    keys = [image.sha256 for image in training.images]
+    if not work.subject.video:
+        features = work.embed(work.features, paths, "training images")
+        moments = [(features, paths)]
+    else:
+        folder = work.job.folder / "journal" / "frames"
+        clips = [frame_files(path, folder, MOMENTS) for path in paths]
+        by_moment = [[clip[min(place, len(clip) - 1)] for clip in clips] for place in range(MOMENTS)]
+        moments = [(work.embed(work.features, shown, "training clips"), shown)
+                   for shown in by_moment]  # fmt: skip
+        features = torch.stack([middle(rows) for rows in features_of(paths, work)])
+    alike = []
+    for rows, shown in moments:
+        limit = duplicate_threshold(ImageFiles(shown[:count]), work.encoder.embed)
+        alike.append(find_duplicates(rows, keys, limit, ImageFiles(shown)))
+    return features, shared_groups(alike)
 
 
 def groups_of(alike: Sequence[DuplicateGroup], count: int) -> tuple[frozenset[int], ...]:

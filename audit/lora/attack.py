@@ -30,8 +30,8 @@ SMALLEST = 3
 @torch.inference_mode()
 def sample_attack(
     denoiser: "PipelineDenoiser", prompts: Sequence[str], seeds: Sequence[int], steps: int
-) -> "list[Image]":
-    """Return one image per prompt and seed, by DDIM (Euler for flows).
+) -> "list[list[Image]]":
+    """Return the frames of one clip per prompt and seed, by DDIM (Euler for flows); images have one.
 
     Args:
         denoiser: With the LoRA on; it is switched off for every other prediction.
@@ -48,7 +48,13 @@ def sample_attack(
             base = denoiser.denoise(x, sigma, empty)
         # e_base(0) + w (e_lora(c) - e_base(0)), which is linear in x0 for all parametrizations.
         x = guided_step(x, base, denoiser.denoise(x, sigma, cond), sigma, sigma_next, GUIDANCE)
-    return as_images(denoiser.decode(x))
+    return as_clips(denoiser.decode(x))
+
+
+def as_clips(pixels: Float[Tensor, "clip 3 *place"]) -> "list[list[Image]]":
+    """Return the frames of each of some clips [clip 3 frame height width] or images, in 0..1."""
+    clips = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+    return [as_images(clip.movedim(1, 0)) for clip in clips]
 
 
 def as_images(pixels: Float[Tensor, "image 3 height width"]) -> "list[Image]":

@@ -21,6 +21,8 @@ from ...shared.arrays import Float, Tensor
 from ...shared.copies.neighbours import Bounds
 from .rule import NONE, Marked, Roles, View, mark
 
+MOST = 16
+"""Frames of a clip that are compared, equally far apart in time."""
 FRAMES = 8
 """Times, equally far apart from the first frame to the last, at which clips are compared."""
 SIDE, GRID = 32, 8

@@ -32,7 +32,9 @@ from ..common.subject import Subject
 from ..common.wording import percent
 from .ask import Plan, Shot, roles_of
 from .attack import as_images
+from .clips import CONTENT
 from .draw import Drawn
+from .mark_clips import features_of, mark_clips, mark_planted, middle
 from .result import MARKS, MATRIX, Generation, PositiveControl, Rate
 from .rule import COPY, Marked, Roles, View, mark
 from .verdicts import Evidence
@@ -101,7 +103,10 @@ def compare(plan: Plan, drawn: Drawn, work: Work) -> Compared:
     folder, count = work.job.folder, len(plan.training.trained)
     instrument = positive_control(work)
     shots = [*plan.shots, *(shot for _, of_epoch in plan.epochs for shot in of_epoch)]
-    trips = work.drawn.rows(drawn.round_trips)
+    trips = (
+        torch.stack([middle(rows) for rows in features_of(drawn.round_trips, work)])
+        if work.subject.video else work.drawn.rows(drawn.round_trips)
+    )  # fmt: skip
     files = [folder / shot.path for shot in shots]
     rows, matrix, marked = mark_shots(plan, shots, files, drawn.round_trips, work)
     asked = slice(len(plan.shots))
@@ -150,6 +155,8 @@ def mark_shots(
         Embeddings of the images [generation dimension], their cosines with the training images
         [generation image], and their marks.
     """
+    if work.subject.video:
+        return mark_clips(plan, files, round_trips, work, roles_of(shots, plan.training, plan.groups))
     trips = work.drawn.rows(round_trips)
     rows = work.embed(work.drawn, files, "similarity")
     known = [plan.training.path_of(image) for image in plan.training.images]
@@ -201,7 +208,7 @@ def positive_control(work: Work) -> PositiveControl:
     key = content_key(subject.fingerprint, work.features.name, subject.device, subject.dtype,
                       versions(), [PLANTED, ASKED, STEPS, COND_SCALE, ENOUGH],
                       work.config.images_per_prompt, [NEAR_PIXELS, NEAR_SSCD],
-                      astuple(SSCD))  # fmt: skip
+                      astuple(SSCD), work.subject.video and astuple(CONTENT))  # fmt: skip
     path = cache_folder() / "positive-control" / f"{key}.json"
     try:
         return KNOWN.read(path, PositiveControl)
@@ -239,18 +246,19 @@ def _find_planted(subject: Subject, work: Work, folder: Path) -> PositiveControl
             bar.update(len(left))
     drawn = list(ImageFiles(files))
     embed = work.encoder.embed
-    marked = mark(
+    roles = Roles(own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
+                  plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)])  # fmt: skip
+    marked = mark_planted(drawn, trips, roles) if work.subject.video else mark(
         views_on(pixel_references(images, trips), PIXELS.rows(drawn),
                  References(rows=embed(images), round_trips=embed(trips)), embed(drawn)),
-        Roles(own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
-              plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)]),
+        roles,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     found = Rate.of(int((marked.marks[:, :ASKED] == COPY).any(0).sum()), ASKED)
     works = found.count >= ENOUGH * ASKED
     detail = (
         f"Of {ASKED} images planted in the bundled demo model, {found.count} were found by the "
-        f"same features and the same rule, from {counted(count, 'seed', 'seeds')} each"
+        f"same features and the same rule{' for frames' if work.subject.video else ''}, from {counted(count, 'seed', 'seeds')} each"
     )
     failed = f"; {percent(ENOUGH)} are needed. Is the installation whole? Type: unmemorize doctor"
     return PositiveControl(found=found, works=works, detail=f"{detail}{'' if works else failed}.")

@@ -26,7 +26,7 @@ DECIDING = (
 """Settings that move the result and are plain numbers."""
 OPTIONS = (
     "strength", "captions", "reserve", "instance_prompt", "trigger", "images_per_prompt",
-    "generation_steps", "batch_size", "revision", "resolution", "dtype", "quantize",
+    "generation_steps", "batch_size", "revision", "resolution", "frames", "dtype", "quantize",
 )  # fmt: skip
 """Settings that are options of the same name."""
 SHARE, POWER = 1 / 3, 0.8
@@ -63,6 +63,8 @@ class LoraAuditConfig:
     """Diffusers folder that a single-file checkpoint takes its configuration from."""
     resolution: int | None = None
     """Side of the images in pixels; None for what the model was made for."""
+    frames: int | None = None
+    """Of a clip; None for as many as a video model makes by itself, and for images."""
     held_out: Path | None = None
     """Folder of images of the same subject that were not trained on: the strictest controls."""
     reserve: float = 0.0
@@ -137,6 +139,7 @@ def identity_of(
         "device": subject.device.split(":")[0],
         "dtype": subject.dtype,
         "resolution": subject.resolution,
+        **({} if subject.frames is None else {"frames": subject.frames}),
         "training images": content_key(images),
         "trigger": training.trigger,
         "epochs": list(epochs),

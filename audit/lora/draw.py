@@ -21,20 +21,21 @@ from typing import Any
 import torch
 
 from ...shared.dependencies import require
-from ...shared.files.images import ImageFiles, save_png
+from ...shared.files.images import read_frames, read_image, save_clip
 from ...shared.files.storage import write_text
 from ...shared.wording import counted
 from ..common.measure import Bar, Bars
 from ..common.subject import Subject
 from .ask import Plan, Question, Shot
-from .attack import as_images, sample_attack
+from .attack import as_clips, sample_attack
+from .clips import MOST
 from .config import LoraAuditConfig
 from .result import PromptScore, TrainingSet
 from .work import Work
 
 Batch = tuple[Shot, ...]
 """Images of one mode that are sampled at once, so that their digits depend on nothing else."""
-SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "device", "dtype",
+SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "frames", "device", "dtype",
             "offload", "quantize", "generation_steps", "cond_scale")  # fmt: skip
 """What the workers need to know besides their batches."""
 PATIENCE = 5.0
@@ -114,11 +115,16 @@ def draw_round_trips(training: TrainingSet, work: Work) -> tuple[Path, ...]:
     trips = _round_trips(training, work)
     left = [place for place, trip in enumerate(trips) if not trip.is_file()]
     with closing(work.bars("autoencoder", len(trips), len(trips) - len(left), "image")) as bar:
+        most = MOST if work.subject.video else 1  # an image model is trained on the first frame
         for start in range(0, len(left), AT_ONCE):
             places, denoiser = left[start : start + AT_ONCE], work.subject.denoiser
-            latents = denoiser.encode_images(list(ImageFiles([paths[n] for n in places])))
-            for place, image in zip(places, as_images(denoiser.decode(latents)), strict=True):
-                save_png(image, trips[place])
+            clips = [read_frames(paths[n], most) if most > 1 else [read_image(paths[n])]
+                     for n in places]  # fmt: skip
+            # Frames go by themselves: a clip as a whole has to be of a length that its model takes.
+            latents = denoiser.encode_images([frame for clip in clips for frame in clip])
+            frames = iter(as_clips(denoiser.decode(latents)))
+            for place, clip in zip(places, clips, strict=True):
+                save_clip([next(frames)[0] for _ in clip], trips[place])
             bar.update(len(places))
     return trips
 
@@ -191,15 +197,17 @@ def draw_batch(batch: Batch, subject: Subject, config: LoraAuditConfig, folder: 
     denoiser, mode = subject.denoiser, batch[0].mode
     prompts, seeds = [shot.prompt for shot in batch], [shot.seed for shot in batch]
     if mode == "attack":
-        images = sample_attack(denoiser, prompts, seeds, config.generation_steps)
+        clips = sample_attack(denoiser, prompts, seeds, config.generation_steps)
     else:
         with denoiser.lora_disabled() if mode == "off" else nullcontext():
-            images = denoiser.generate(
-                prompts, seeds, steps=config.generation_steps, cond_scale=config.cond_scale
-            )
-    for shot, image in zip(batch, images, strict=True):
+            how = {"steps": config.generation_steps, "cond_scale": config.cond_scale}
+            clips = (
+                denoiser.generate_clips(prompts, seeds, **how) if denoiser.family.video
+                else [[image] for image in denoiser.generate(prompts, seeds, **how)]
+            )  # fmt: skip
+    for shot, frames in zip(batch, clips, strict=True):
         if not (path := folder / shot.path).is_file():  # of a batch that was interrupted
-            save_png(image, path)
+            save_clip(frames, path)
 
 
 def _draw_elsewhere(left: Sequence[Batch], config: LoraAuditConfig, folder: Path, bar: Bar) -> None:

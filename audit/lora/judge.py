@@ -52,6 +52,7 @@ def judge(
     )
     audit = LoraAudit(
         model=subject.name,
+        video=subject.video,
         model_fingerprint=model_fingerprint(subject.location, None, subject.revision),
         lora=plan.lora,
         training=plan.training,

@@ -24,6 +24,8 @@ SAYS = {
     "verbatim": "comes back", "template": "its layout comes back",
     "near": "closer than controls", "base": "the base model draws it", "none": "not found",
 }  # fmt: skip
+MOTION = {"template": "its motion comes back"}
+"""Of a video model."""
 ASKED = {
     "caption": "its caption", "example": "an example prompt", "trigger": "the trigger word",
     "paraphrase": "its caption, reworded",
@@ -64,7 +66,7 @@ def render_lora_page(audit: LoraAudit, *, include_images: bool) -> str:
         include_images=include_images,
         most=MOST,
         unfolded=UNFOLDED,
-        says=SAYS,
+        says=SAYS | MOTION if audit.video else SAYS,
         asked_short=ASKED_SHORT,
         titles=TITLES,
         facts=_facts(audit),

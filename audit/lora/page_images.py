@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...shared.drawing.chart import Axis, Chart, round_ticks
 from ...shared.drawing.score_charts import LETTERS
 from ...shared.drawing.theme import Theme
-from ...shared.files.images import read_image
+from ...shared.files.images import read_frames, read_image
 from ..common.pages import image_uri
 from .result import EpochPoint, LoraAudit, Rate
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LARGE, SMALL = 320, 144
 """Longer side in pixels: of images to compare, and of images that only help to find them."""
+SHOWN = 4
+"""Frames of a clip that are shown side by side."""
 BLURRED = 8
 """Pixels of the longer side that are left of an image that is not to be shown."""
 
@@ -36,12 +38,12 @@ class Thumbnails:
         """Return a training image by position."""
         training = self._audit.training
         path = training.path_of(training.images[index])
-        return _uri(path, side, blurred=not self._include)
+        return self._uri(path, side, blurred=not self._include)
 
     def generation(self, index: int, side: int = SMALL) -> str | None:
         """Return a generation by position."""
         path = self._audit.folder / self._audit.generations[index].path
-        return _uri(path, side, blurred=self.blurs(index))
+        return self._uri(path, side, blurred=self.blurs(index))
 
     def blurs(self, index: int) -> bool:
         """Return whether a generation is shown blurred."""
@@ -53,18 +55,35 @@ class Thumbnails:
         return self.generation(self._positions[path])
 
 
-def _uri(path: Path, side: int, *, blurred: bool) -> str | None:
+    def _uri(self, path: Path, side: int, *, blurred: bool) -> str | None:
+        try:
+            frames = read_frames(path, SHOWN) if self._audit.video else [read_image(path)]
+        except ValueError:
+            return None
+        each = side if len(frames) == 1 else side // 2
+        return image_uri(_sheet([_small(f, each, blurred=blurred) for f in frames]), quality=85)
+
+
+def _small(image: "Image", side: int, *, blurred: bool) -> "Image":
     from PIL.Image import Resampling
 
-    try:
-        image = read_image(path)
-    except ValueError:
-        return None
     if blurred:
-        image = _blur(image, side)
-    else:
-        image.thumbnail((side, side), Resampling.LANCZOS)
-    return image_uri(image, quality=85)
+        return _blur(image, side)
+    image.thumbnail((side, side), Resampling.LANCZOS)
+    return image
+
+
+def _sheet(frames: "Sequence[Image]") -> "Image":
+    """Return frames of one size two in a row, in the order of reading; one alone as it is."""
+    from PIL import Image
+
+    if len(frames) == 1:
+        return frames[0]
+    width, height = frames[0].size
+    sheet = Image.new("RGB", (2 * width, height * -(-len(frames) // 2)))
+    for place, frame in enumerate(frames):
+        sheet.paste(frame, (place % 2 * width, place // 2 * height))
+    return sheet
 
 
 def _blur(image: "Image", side: int) -> "Image":

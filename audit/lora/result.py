@@ -299,6 +299,8 @@ class LoraAudit:
     """Per flagged caption, its words with their significance."""
     settings: tuple[tuple[str, str], ...] = ()
     """Name and value of all that decides the result: seeds, steps, versions, features."""
+    video: bool = False
+    """Clips were drawn and no images; `images` of the training set may be clips as well."""
     open: tuple[str, ...] = ()
     """Sentences on what was not asked: of a quick audit, or of one that is not finished."""
     folder: Path = Path()

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """Of Pillow: those that trainers read. Others, such as EPS, would start further programs."""
 LATER = {".avif": "AVIF", ".webp": "WEBP"}
 """Formats by suffix that some builds of Pillow lack."""
+ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")
+"""Formats whose further images are the frames of a clip; of others they are pages or previews."""
+USUAL_TIME = 100.0
+"""Milliseconds of a frame that names none."""
 LARGEST = 100_000_000
 """Pixels of an image: a file of a few bytes can ask for the memory of billions."""
 
@@ -52,6 +57,35 @@ def read_image(path: Path) -> "Image":
 
     with _opened(path) as image:
         return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def read_frames(path: Path, most: int) -> "list[Image]":
+    """Return frames of a clip as RGB, equally far apart in time; of a still the one.
+
+    Args:
+        path: A still, or an animated PNG, WebP, GIF or AVIF.
+        most: Frames at most; a clip has as many as the shortest of its frames goes into its time.
+
+    Raises:
+        ValueError: The file is no readable image; the message names it.
+    """
+    with _opened(path) as image:
+        count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        if count > 1:
+            ends, times, total = [], [], 0.0
+            for frame in range(count):
+                image.seek(frame)
+                image.load()
+                times.append(float(image.info.get("duration") or USUAL_TIME))
+                ends.append(total := total + times[-1])
+            length = min(most, max(1, round(total / min(times))))
+            places = [bisect_right(ends, (k + 0.5) / length * total) for k in range(length)]
+            frames = []
+            for place in places:
+                image.seek(place)
+                frames.append(image.convert("RGB"))
+            return frames
+    return [read_image(path)]
 
 
 def is_turned(path: Path) -> bool:
@@ -120,6 +154,20 @@ def _eight_bits(image: "Image") -> "Image":
     whites = (1.0, 255.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)
     white = next((white for white in whites if largest <= white), largest)
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def save_clip(frames: "Sequence[Image]", path: Path) -> None:
+    """Write frames as an animated PNG, which loses nothing, one as a plain one, whole or not at all.
+
+    Raises:
+        StorageError: Nothing can be written.
+    """
+    if len(frames) == 1:
+        save_png(frames[0], path)
+        return
+    with replace_atomically(path) as part:
+        frames[0].save(part, format="PNG", save_all=True, append_images=frames[1:],
+                       duration=USUAL_TIME)  # fmt: skip
 
 
 def save_png(image: "Image", path: Path) -> None:

@@ -15,6 +15,8 @@ OTHERS = {
     ".exr", ".hdr", ".jfif", ".jpe", ".pnm", ".ppm", ".cr2", ".nef", ".arw", ".dng",
 }  # fmt: skip
 """Suffixes of images that no trainer reads, or not every one."""
+VIDEOS = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
+"""Suffixes of videos, of which no decoder is installed."""
 NAMES = 20
 """Names in a sentence about them."""
 
@@ -37,6 +39,9 @@ def unused_files(files: Iterable[Path], images: Sequence[Path], folder: Path) ->
             continue
         if suffix in OTHERS:
             left["images of a kind that is not read: convert them to PNG"].append(path)
+        elif suffix in VIDEOS:
+            left["videos, which are not decoded: to audit a video model make them animated WebP, "
+                 "`ffmpeg -i clip.mp4 -lossless 1 clip.webp`"].append(path)  # fmt: skip
         elif suffix in LATER and lacks(suffix):
             left["of a kind that this Pillow lacks: pip install -U pillow"].append(path)
         elif suffix in CAPTIONS and (reason := _mismatch(path, stems[path.parent])):

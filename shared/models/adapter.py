@@ -300,21 +300,36 @@ class PipelineDenoiser:
             steps: Denoising steps.
             cond_scale: Guidance; a network that guides itself keeps its own constant.
         """
+        if self.family.video:
+            raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
+        return self._call(prompts, seeds, steps, cond_scale).images
+
+    @torch.no_grad()
+    def generate_clips(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, cond_scale: float
+    ) -> "list[list[Image]]":
+        """Return the frames of one clip per prompt and seed; arguments as of `generate`."""
+        return self._call(prompts, seeds, steps, cond_scale, output_type="pil").frames
+
+    def _call(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, cond_scale: float,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Return what the pipeline's own call gives."""
         if len(prompts) == 1:
             prompts = [*prompts] * len(seeds)
         if len(prompts) != len(seeds) or not seeds:
             raise ValueError(f"Give one seed per prompt, {len(prompts)}, got {len(seeds)}.")
-        if self.family.video:
-            raise ValueError("Images are drawn here, and this pipeline makes videos: call it.")
         arguments = {
             "prompt": list(prompts),
             "num_inference_steps": steps,
             "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             **self.family.guided_arguments(cond_scale, len(prompts)),
+            **options,
         }
         put_away(self.pipeline)
         with quiet(), moving_weights(self.pipeline), _bare(self.pipeline):
-            return self.pipeline(**arguments).images
+            return self.pipeline(**arguments)
 
 
 def _alike(one: Conditioning, other: Conditioning) -> bool:

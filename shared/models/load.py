@@ -137,11 +137,21 @@ def default_dtype(path: Path, device: str, config: Path | None = None) -> torch.
     """
     if not device.startswith("cuda"):
         return torch.float32
+    return _family_at(path, config).half_precision
+
+
+def makes_videos(path: Path, config: Path | None = None) -> bool:
+    """Return whether a model makes videos; arguments and errors of `default_dtype`."""
+    return _family_at(path, config).video
+
+
+def _family_at(path: Path, config: Path | None) -> type[Family]:
+    """Return the family of a model whose weights are not loaded."""
     name = (
         pipeline_of(path, read_header(path), config)[0] if path.is_file()
         else read_index(path)["_class_name"]
     )  # fmt: skip
-    return FAMILIES.get(name, Family).half_precision
+    return FAMILIES.get(name, Family)
 
 
 def check_offload(offload: str | None, device: str) -> None:

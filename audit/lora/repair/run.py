@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ....shared.files.images import read_image
 from ....shared.files.prompts import PromptError
 from ....shared.files.storage import make_folder, replace_atomically
-from ....shared.files.weights import file_sha256
+from ....shared.files.weights import ModelError, file_sha256
 from ....shared.score.controls import load_controls
 from ....shared.wording import counted
 from ...common.measure import Bars, silent
@@ -116,7 +116,7 @@ def run_repair(
     Raises:
         NothingToRepair: No training image comes back; nothing but the audit was written.
         NotRepaired: Nothing that was tried stands the audit; no LoRA was written.
-        ModelError: The LoRA is none of this model's, or no plain one.
+        ModelError: The LoRA is none of this model's, or no plain one, or the model makes videos.
         OutputTaken: `output` is there already.
     """
     if config.output.exists() and not config.audit.overwrite:
@@ -125,6 +125,11 @@ def run_repair(
         )
     make_folder(config.report)
     with opened(config.before, bars, notify) as (material, work):
+        if work.subject.video:
+            raise ModelError(
+                f"A repair draws images, and {work.subject.name} makes videos: audit its LoRA with "
+                "`unmemorize audit`, and train again where clips come back."
+            )
         weights = LoraWeights(work.subject.denoiser.pipeline, config.audit.lora)
         plan = ask(material, work)
         before = audit_of(plan, work)

@@ -51,6 +51,13 @@ class LTX(Family):
         vae = self.pipeline.vae
         return self.pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std)
 
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean, std = (
+            values.to(latents).view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
+        )
+        return (latents - mean) * vae.config.scaling_factor / std
+
     def _patches(self) -> tuple[int, int]:
         pipeline = self.pipeline
         return pipeline.transformer_spatial_patch_size, pipeline.transformer_temporal_patch_size

@@ -48,11 +48,11 @@ def by_two_models(lora: Path, steps: int) -> torch.Tensor:
 def test_the_attack_is_the_papers_formula(lora):
     denoiser = load_denoiser(demo.MODEL, lora=lora)
     expected = by_two_models(lora, steps=3)
-    image = sample_attack(denoiser, [CAPTION], [3], 3)[0]
+    image = sample_attack(denoiser, [CAPTION], [3], 3)[0][0]
     pixels = torch.from_numpy(np.array(image)).movedim(-1, 0) / 255
     torch.testing.assert_close(pixels[None], expected, rtol=0, atol=0.5 / 255 + 2e-3)
     with denoiser.lora_disabled():  # the LoRA is what it amplifies
-        without = sample_attack(denoiser, [CAPTION], [3], 3)[0]
+        without = sample_attack(denoiser, [CAPTION], [3], 3)[0][0]
     assert GUIDANCE == 5
     assert without.tobytes() != image.tobytes()
 
