@@ -179,8 +179,8 @@ class AuditOptions(AnswerOptions, OfConcept, OfLora, DetectionOptions, OfPrompts
             raise typer.BadParameter("--images needs --lora, the file that was trained on them.")
         if self.frames is not None and not self.images:
             raise typer.BadParameter(
-                "--frames: without --images an audit draws images and no videos. Score a video model's prompts with "
-                "`unmemorize detect`."
+                "--frames: without --images an audit draws images and no videos. Score a video "
+                "model's prompts with `unmemorize detect`."
             )
         check_calibration(self)
 

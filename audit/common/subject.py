@@ -97,9 +97,7 @@ class Subject:
     @cached_property
     def video(self) -> bool:
         """Whether it makes clips and no images."""
-        return not self.is_demo and makes_videos(
-            resolve(self.location, self.revision), self.config
-        )
+        return not self.is_demo and makes_videos(resolve(self.location, self.revision), self.config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -130,7 +130,9 @@ def _features_and_duplicates(
     else:
         folder = work.job.folder / "journal" / "frames"
         clips = [frame_files(path, folder, MOMENTS) for path in paths]
-        by_moment = [[clip[min(place, len(clip) - 1)] for clip in clips] for place in range(MOMENTS)]
+        by_moment = [
+            [clip[min(place, len(clip) - 1)] for clip in clips] for place in range(MOMENTS)
+        ]
         moments = [(work.embed(work.features, shown, "training clips"), shown)
                    for shown in by_moment]  # fmt: skip
         features = torch.stack([middle(rows) for rows in features_of(paths, work)])

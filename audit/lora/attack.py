@@ -31,7 +31,7 @@ SMALLEST = 3
 def sample_attack(
     denoiser: "PipelineDenoiser", prompts: Sequence[str], seeds: Sequence[int], steps: int
 ) -> "list[list[Image]]":
-    """Return the frames of one clip per prompt and seed, by DDIM (Euler for flows); images have one.
+    """Return a clip per prompt and seed, by DDIM (Euler for flows); images are one frame.
 
     Args:
         denoiser: With the LoRA on; it is switched off for every other prediction.

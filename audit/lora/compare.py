@@ -156,7 +156,7 @@ def mark_shots(
         [generation image], and their marks.
     """
     if work.subject.video:
-        return mark_clips(plan, files, round_trips, work, roles_of(shots, plan.training, plan.groups))
+        return mark_clips(files, round_trips, work, roles_of(shots, plan.training, plan.groups))
     trips = work.drawn.rows(round_trips)
     rows = work.embed(work.drawn, files, "similarity")
     known = [plan.training.path_of(image) for image in plan.training.images]
@@ -246,8 +246,10 @@ def _find_planted(subject: Subject, work: Work, folder: Path) -> PositiveControl
             bar.update(len(left))
     drawn = list(ImageFiles(files))
     embed = work.encoder.embed
-    roles = Roles(own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
-                  plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)])  # fmt: skip
+    roles = Roles(
+        own=[frozenset([place]) for place, _ in asked], on=[True] * len(asked),
+        plain=[True] * len(asked), groups=[frozenset([i]) for i in range(PLANTED)],
+    )  # fmt: skip
     marked = mark_planted(drawn, trips, roles) if work.subject.video else mark(
         views_on(pixel_references(images, trips), PIXELS.rows(drawn),
                  References(rows=embed(images), round_trips=embed(trips)), embed(drawn)),
@@ -256,9 +258,10 @@ def _find_planted(subject: Subject, work: Work, folder: Path) -> PositiveControl
     shutil.rmtree(folder, ignore_errors=True)
     found = Rate.of(int((marked.marks[:, :ASKED] == COPY).any(0).sum()), ASKED)
     works = found.count >= ENOUGH * ASKED
+    frames = " for frames (motions are not part of this test)" if work.subject.video else ""
     detail = (
         f"Of {ASKED} images planted in the bundled demo model, {found.count} were found by the "
-        f"same features and the same rule{' for frames' if work.subject.video else ''}, from {counted(count, 'seed', 'seeds')} each"
+        f"same features and the same rule{frames}, from {counted(count, 'seed', 'seeds')} each"
     )
     failed = f"; {percent(ENOUGH)} are needed. Is the installation whole? Type: unmemorize doctor"
     return PositiveControl(found=found, works=works, detail=f"{detail}{'' if works else failed}.")

@@ -35,8 +35,10 @@ from .work import Work
 
 Batch = tuple[Shot, ...]
 """Images of one mode that are sampled at once, so that their digits depend on nothing else."""
-SETTINGS = ("model", "strength", "revision", "model_config", "resolution", "frames", "device", "dtype",
-            "offload", "quantize", "generation_steps", "cond_scale")  # fmt: skip
+SETTINGS = (
+    "model", "strength", "revision", "model_config", "resolution", "frames", "device", "dtype",
+    "offload", "quantize", "generation_steps", "cond_scale",
+)  # fmt: skip
 """What the workers need to know besides their batches."""
 PATIENCE = 5.0
 """Seconds that workers have to end."""

@@ -23,11 +23,9 @@ from .work import Work
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .ask import Plan
-
 
 def mark_clips(
-    plan: "Plan", files: Sequence[Path], round_trips: Sequence[Path], work: Work, roles: Roles
+    files: Sequence[Path], round_trips: Sequence[Path], work: Work, roles: Roles
 ) -> tuple[Tensor, Tensor, Marked]:
     """Return what `compare.mark_shots` does, of clips.
 

@@ -54,7 +54,6 @@ class Thumbnails:
         """Return a generation by its path."""
         return self.generation(self._positions[path])
 
-
     def _uri(self, path: Path, side: int, *, blurred: bool) -> str | None:
         try:
             frames = read_frames(path, SHOWN) if self._audit.video else [read_image(path)]

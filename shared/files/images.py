@@ -157,7 +157,7 @@ def _eight_bits(image: "Image") -> "Image":
 
 
 def save_clip(frames: "Sequence[Image]", path: Path) -> None:
-    """Write frames as an animated PNG, which loses nothing, one as a plain one, whole or not at all.
+    """Write frames as an animated PNG, one as a plain one, whole or not at all.
 
     Raises:
         StorageError: Nothing can be written.

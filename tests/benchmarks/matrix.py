@@ -140,7 +140,6 @@ class Family:
         if not self.denoiser.decode(self.denoiser.encode_images(images)).isfinite().all():
             raise Refused("images do not come back from latents")
 
-
     def _drawn(self) -> list[Any]:
         """Return images by the audit's way of drawing; of clips all frames."""
         if not self.denoiser.family.video:

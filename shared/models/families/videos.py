@@ -54,7 +54,8 @@ class LTX(Family):
     def from_autoencoder(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         mean, std = (
-            values.to(latents).view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
+            values.to(latents).view(1, -1, 1, 1, 1)
+            for values in (vae.latents_mean, vae.latents_std)
         )
         return (latents - mean) * vae.config.scaling_factor / std
 

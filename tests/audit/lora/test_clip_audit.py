@@ -58,7 +58,9 @@ def folder(tmp_path):
         images = as_images(frames)
         name = folder / f"{place:02d}.{'webp' if place % 2 else 'png'}"
         if place % 2:
-            images[0].save(name, save_all=True, append_images=images[1:], duration=50, lossless=True)
+            images[0].save(
+                name, save_all=True, append_images=images[1:], duration=50, lossless=True
+            )
         else:
             save_clip(images, name)
         name.with_suffix(".txt").write_text(f"clip number {place}", encoding="utf-8")
@@ -139,6 +141,7 @@ def test_clips_that_come_back_are_named_and_usual_motions_are_not(
     )  # fmt: skip
     audit = run_lora_audit(config)
     assert audit.video
+    assert audit.positive_control.works, audit.positive_control.detail
     said = {verdict.image: verdict.verdict for verdict in audit.verdicts}
     expected = dict.fromkeys(range(16), "none") | dict.fromkeys((*BACK, STILL), "verbatim")
     assert said == expected | {MOVED: "template"}
