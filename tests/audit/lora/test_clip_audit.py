@@ -1,15 +1,19 @@
 """The audit of a LoRA on a video model: clips that come back are named, usual motions are not."""
 
 import json
+from pathlib import Path
 from zlib import crc32
 
+import jsonschema
 import pytest
 import tiny
 import tiny_families
 import torch
 from needs import need_package, need_sscd
 from PIL import Image
+from small_audit import example_lora, write_drawings
 from test_clip_copies import clip, pan
+from unmemorize.audit import lora as room
 from unmemorize.audit.lora import draw as drawing
 from unmemorize.audit.lora.attack import as_images, sample_attack
 from unmemorize.audit.lora.config import LoraAuditConfig
@@ -25,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+SCHEMA = json.loads((Path(room.__file__).parent / "audit.schema.json").read_text("utf-8"))
 FRAMES, STILL, PANNING = tiny_families.FRAMES, 3, 4
 TRAINING = [clip(seed, seed) for seed in range(16)]
 TRAINING[STILL] = TRAINING[STILL][4:5]
@@ -150,5 +155,15 @@ def test_clips_that_come_back_are_named_and_usual_motions_are_not(
     assert "its motion comes back" in page
     document = json.loads((config.output / "audit.json").read_text("utf-8"))
     assert document["video"]
+    jsonschema.validate(document, SCHEMA)
     assert "--frames 9" in document["settings"]["command"]
     assert all(check.fits for check in verify_report(config.output, lora=model[1], images=folder))
+
+
+def test_an_image_model_takes_no_frames(root, tmp_path):
+    need_sscd()
+    config = LoraAuditConfig(lora=example_lora(root), images=write_drawings(root, tmp_path / "5_a"),
+                             output=tmp_path / "out", frames=9, device="cpu")  # fmt: skip
+    with pytest.raises(ValueError, match="frames"):
+        run_lora_audit(config)
+    assert not list(tmp_path.rglob("*-on.png"))
