@@ -238,9 +238,9 @@ def _find_planted(subject: Subject, work: Work, folder: Path) -> PositiveControl
             if not (left := [file for file in batch if not file.is_file()]):
                 continue
             places, seeds = zip(*asked[start : start + AT_ONCE], strict=True)
-            images = denoiser.generate([planted[place] for place in places], seeds, steps=STEPS,
-                                       cond_scale=COND_SCALE)  # fmt: skip
-            for file, image in zip(batch, images, strict=True):
+            made = denoiser.generate([planted[place] for place in places], seeds, steps=STEPS,
+                                     cond_scale=COND_SCALE)  # fmt: skip
+            for file, image in zip(batch, made, strict=True):
                 if file in left:
                     save_png(image, file)
             bar.update(len(left))
