@@ -51,7 +51,7 @@ def start(family: str, given: dict[str, object], option: dict[str, str]) -> None
     from peft import LoraConfig
 
     settings = settings_from(option)
-    _validate_arguments(Namespace(**dict.fromkeys(UNSUPPORTED) | given))
+    _validate_arguments(Namespace(**dict.fromkeys(UNSUPPORTED) | given), settings)
     pipeline = (tiny.PIPELINES.get(family) or getattr(tiny_families, family))()
     denoiser = PipelineDenoiser(pipeline)
     layers = given.get("lora_layers")
