@@ -191,6 +191,11 @@ class AuditOptions(AnswerOptions, OfConcept, OfLora, DetectionOptions, OfPrompts
                   for field in fields(kind) if field.name not in OF_CONCEPT}  # fmt: skip
         others |= {field.name: field for field in fields(self)
                    if field.name in ("images", "images_per_prompt", "frames")}  # fmt: skip
+        if self.prompts and self.controls != AuditConfig.controls:
+            raise typer.BadParameter(
+                "--controls and --prompts are both the prompts that a concept's audit asks: name "
+                "one of them."
+            )
         for name, field in others.items():
             if getattr(self, name) != field.default:
                 name = name.replace("_", "-")

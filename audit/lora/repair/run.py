@@ -64,6 +64,10 @@ class NothingToRepair(ValueError):
     """No training image comes back from the LoRA."""
 
 
+LEAST_KEPT = 0.05
+"""Below it what is left is the base model, which is no repair."""
+
+
 class NotRepaired(RuntimeError):
     """Whatever was tried, images still come back; no file was written."""
 
@@ -167,8 +171,8 @@ def run_repair(
 
 
 def candidate(config: RepairConfig) -> Path:
-    """Return the file that is audited before it becomes the output."""
-    return config.report / config.output.name
+    """Return the file that is audited before it becomes the output, in a folder of its own."""
+    return config.report / "candidate" / config.output.name
 
 
 def said(trial: Trial) -> str:
@@ -299,9 +303,10 @@ def audit_best(
     Raises:
         NotRepaired: There is none.
     """
-    clean = [pair for pair in trials if not pair[0].back.count]
+    clean = [pair for pair in trials if not pair[0].back.count and pair[0].kept >= LEAST_KEPT]
     ranked = sorted(clean, key=lambda pair: -pair[0].kept)
     for trial, factors in ranked[:FINALS]:
+        candidate(config).parent.mkdir(exist_ok=True)
         bench.case.weights.save(factors, candidate(config), history_of(trial, config, bench))
         after = run_lora_audit(config.after(candidate(config)), bars)
         if not back(after):

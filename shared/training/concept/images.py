@@ -9,7 +9,7 @@ import torch
 
 from ...arrays import Float, Tensor
 from ...files.images import read_image
-from ...files.prompts import METADATA, PromptError, caption_of, image_files, read_prompts
+from ...files.prompts import METADATA, PromptError, caption_of, image_files, read_table
 from ...score.detection import Progress
 
 if TYPE_CHECKING:
@@ -51,10 +51,13 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise PromptError(f"There is no such folder: {folder}. Give a folder of images.")
-    if any(next(folder.rglob(name), None) for name in METADATA):
-        found = [(each.image, each.text) for each in read_prompts(folder) if each.image]
-    else:
-        found = [(image, caption_of(image)) for image in image_files(folder)]
+    rows = (row for name in METADATA for table in sorted(folder.rglob(name))
+            for row in read_table(table))  # fmt: skip
+    texts = {row.image.resolve(): row.text for row in rows if row.image}
+    found = [
+        (image, texts.get(image.resolve(), "") or caption_of(image))
+        for image in image_files(folder)
+    ]
     if not found:
         raise PromptError(f"{folder} holds no images.")
     return found
