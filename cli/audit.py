@@ -18,11 +18,13 @@ from .common.options import (
     Fast,
     Force,
     GenerationSteps,
+    InstancePrompt,
     ModelOptions,
     OutputFolder,
     Prompts,
     Rate,
     Score,
+    Trigger,
     check_calibration,
     settings_in,
     takes_options,
@@ -102,14 +104,8 @@ class OfLora:
         Optional[float],  # noqa: UP045
         typer.Option(min=0, max=0.9, help="Share of --images that was not trained on."),
     ] = None
-    instance_prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The words that images without a caption were trained with."),
-    ] = None
-    trigger: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
-    ] = None
+    instance_prompt: InstancePrompt = None
+    trigger: Trigger = None
     epochs: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option(

@@ -10,8 +10,10 @@ from ..shared.wording import visible
 from .common.options import (
     AnswerOptions,
     GenerationSteps,
+    InstancePrompt,
     ModelOptions,
     Prompts,
+    Trigger,
     settings_in,
     takes_options,
 )
@@ -56,14 +58,8 @@ class RepairOptions(AnswerOptions, ModelOptions):
         Optional[Path],  # noqa: UP045
         typer.Option(help="Images of the same subject that were not trained on."),
     ] = None
-    instance_prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The words that images without a caption were trained with."),
-    ] = None
-    trigger: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
-    ] = None
+    instance_prompt: InstancePrompt = None
+    trigger: Trigger = None
     captions: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, metavar="N", help="Captions that are asked. Default: 100."),

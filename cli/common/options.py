@@ -77,6 +77,14 @@ Collapse = Annotated[
     typer.Option("--collapse", help="Also sample three quick images of the most suspicious "
                  "prompts: how alike they are decides along with the score (60 passes each)."),
 ]  # fmt: skip
+InstancePrompt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The words that images without a caption were trained with."),
+]
+Trigger = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The word that was taught. Default: read from folder and LoRA."),
+]
 GenerationSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of an image.")]
 OutputFile = Annotated[Path, typer.Option(help="File to write.")]
 OutputFolder = Annotated[Path, typer.Option(help="Folder to write.")]
